@@ -1,0 +1,198 @@
+"""Every operation in a few lines of plain torch: the definition that tests, docs and fallbacks share.
+
+Nothing here is fast.  The random division mirrors ``csrc/include/consistency_ops/random.h`` bit for bit; the rest works in
+whatever floating dtype it is given, so a float64 call is the reference that decides who is right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+MAX_TRIES = 3
+
+
+# Randomness: the same numbers as random.h
+
+
+def philox(seed: int, step: int, layer: int, purpose: int) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of the counter (step, layer, purpose) under the 64-bit key ``seed``: four 32-bit words."""
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1, c2, c3 = step & _MASK, (step >> 32) & _MASK, layer & _MASK, purpose
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def sample_rows(rows: int, max_rows: int, seed: int = 0, step: int = 0, layer: int = 0) -> slice:
+    """The rows that are used of ``rows``: every ``ceil(rows / max_rows)``-th after a random offset (METHOD 1.6)."""
+    stride = max(1, -(-rows // max_rows))
+    offset = (philox(seed, step, layer, 0)[0] * stride) >> 32
+    return slice(offset, rows, stride)
+
+
+def _mix(value: Tensor, key: int) -> Tensor:
+    h = (value + key) & _MASK
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)
+
+
+def _feistel(x: Tensor, size: int, keys: tuple[int, ...]) -> Tensor:
+    bits = max(2, (size - 1).bit_length())
+    left_bits = bits // 2
+    right_bits = bits - left_bits
+    left_mask, right_mask = (1 << left_bits) - 1, (1 << right_bits) - 1
+    left, right = x >> right_bits, x & right_mask
+    for r in range(0, 8, 2):
+        left = left ^ (_mix(right, keys[r]) & left_mask)
+        right = right ^ (_mix(left, keys[r + 1]) & right_mask)
+    return (left << right_bits) | right
+
+
+def _bijection(size: int, keys: tuple[int, ...]) -> Tensor:
+    x = torch.arange(size)
+    pending = torch.ones(size, dtype=torch.bool)
+    while pending.any():
+        x = torch.where(pending, _feistel(x, size, keys), x)
+        pending = x >= size
+    return x
+
+
+def division(units: int, chunk: int, group: int = 1, seed: int = 0, step: int = 0, layer: int = 0) -> Tensor:
+    """Units in the order in which they are dealt to chunks, shape (units,), int64; cut it at ``chunk_bounds``.
+
+    Runs of ``group`` consecutive units move together, after a random cyclic offset; ``group=1`` is the exact division of
+    the paper (METHOD 1.7).  A single chunk keeps the natural order.
+    """
+    if units <= chunk:
+        return torch.arange(units)
+    offset = (philox(seed, step, layer, 0)[1] * units) >> 32
+    keys = philox(seed, step, layer, 1) + philox(seed, step, layer, 2)
+    full = units // group
+    order = _bijection(full, keys)[:, None] * group + torch.arange(group)
+    positions = torch.cat([order.flatten(), torch.arange(full * group, units)])
+    return (positions + offset) % units
+
+
+def chunk_bounds(units: int, chunk: int) -> list[int]:
+    """Positions where the division is cut: ``ceil(units / chunk)`` chunks, equal within one unit, larger ones first."""
+    chunks = -(-units // chunk)
+    return [c * (units // chunks) + min(c, units % chunks) for c in range(chunks)] + [units] if units else [0]
+
+
+# The correction
+
+
+def _unit_rows(inputs: Tensor, grad_dim: int) -> Tensor:
+    """Input as (rows, units): the last dimension holds the units of a linear layer, dimension 1 those of a convolution."""
+    if grad_dim > 2 and inputs.dim() == grad_dim:
+        return inputs.movedim(1, -1).flatten(0, -2)
+    return inputs.flatten(0, -2)
+
+
+def _covariance(rows: Tensor, bias: bool, max_rows: int, seed: int, step: int, layer: int) -> Tensor:
+    """(units, units) second moment of the sampled rows; the mean is not removed; the bias is a last unit of ones."""
+    rows = rows[sample_rows(len(rows), max_rows, seed, step, layer)]
+    if bias:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    return rows.T @ rows / max(1, len(rows))
+
+
+def chunked_covariance(
+    inputs: Tensor,
+    *,
+    chunk: int,
+    group: int = 1,
+    max_rows: int = 10_000,
+    permutation: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> Tensor:
+    """Second moments of each chunk of units, shape (chunks, chunk, chunk), the tails of smaller chunks zero."""
+    rows = inputs.flatten(0, -2)
+    units = rows.shape[1]
+    covariance = _covariance(rows, False, max_rows, seed, step, 0)
+    order = division(units, chunk, group, seed, step) if permutation is None else permutation
+    bounds = chunk_bounds(units, chunk)
+    out = covariance.new_zeros(len(bounds) - 1, chunk, chunk)
+    for c, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        index = order[begin:end]
+        out[c, : end - begin, : end - begin] = covariance[index][:, index]
+    return out
+
+
+def _correct(matrix: Tensor, covariance: Tensor, damping: float) -> tuple[Tensor, int, float]:
+    """``matrix (covariance + damping I)^-1``, or the matrix itself after three failures, each with ten times the damping."""
+    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+    for tries in range(MAX_TRIES):
+        used = damping * 10.0**tries
+        factor, info = torch.linalg.cholesky_ex(covariance + used * eye)
+        if not covariance.isfinite().all():
+            info = info.clamp(min=1)
+        if info == 0:
+            corrected = torch.cholesky_solve(matrix.T, factor).T
+            finite = corrected.isfinite().all(dim=1, keepdim=True)
+            return torch.where(finite, corrected, matrix), 0, used
+    return matrix, int(info), used
+
+
+def precondition(
+    grad: Tensor,
+    inputs: Tensor,
+    *,
+    damping: float = 1.0,
+    scaling: str = "absolute",
+    chunk: int = 128,
+    group: int = 1,
+    max_rows: int = 10_000,
+    permutation: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    layer: int = 0,
+    bias_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The correction of METHOD 1.3-1.7: (corrected, corrected bias or None, info, damping_used).
+
+    ``grad`` is (out, in) with ``inputs`` (..., in), or (out, in / groups, *kernel) with ``inputs`` (N, in, *spatial) or
+    (rows, in).  All tensors have one floating dtype, in which everything is computed.
+    """
+    rows = _unit_rows(inputs, grad.dim())
+    groups = rows.shape[1] // max(1, grad.shape[1])
+    corrected = grad.clone()
+    bias = None if bias_grad is None else bias_grad.clone()
+    info, used = [], []
+    if len(rows) == 0 or grad.numel() == 0:
+        units = grad.shape[1] + (bias is not None)
+        count = groups * (len(chunk_bounds(units, chunk)) - 1)
+        return corrected, bias, torch.zeros(count, dtype=torch.int32), torch.full((count,), damping)
+
+    for g in range(groups):
+        out = slice(g * len(grad) // groups, (g + 1) * len(grad) // groups)
+        units_in = rows[:, g * grad.shape[1] : (g + 1) * grad.shape[1]]
+        covariance = _covariance(units_in, bias is not None, max_rows, seed, step, layer)
+        taps = grad[out].flatten(2).transpose(1, 2) if grad.dim() > 2 else grad[out].unsqueeze(1)  # (out, taps, units)
+        if bias is not None:
+            taps = torch.cat([taps, bias_grad[out, None, None].expand(-1, taps.shape[1], 1)], dim=2)
+        units = taps.shape[2]
+        if scaling == "trace":
+            diagonal = covariance.diagonal()
+            tau = diagonal[diagonal.isfinite()].mean()
+            covariance = covariance / tau if tau > 0 else covariance
+        order = division(units, chunk, group, seed, step, layer) if permutation is None else permutation
+        bounds = chunk_bounds(units, chunk)
+        result = taps.clone()
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            index = order[begin:end]
+            block, failed, lam = _correct(taps[:, :, index].flatten(0, 1), covariance[index][:, index], damping)
+            result[:, :, index] = block.reshape(*taps.shape[:2], -1)
+            info.append(failed)
+            used.append(lam)
+        if bias is not None:
+            result, copies = result[:, :, :-1], result[:, :, -1]
+            bias[out] = copies.mean(dim=1)
+        corrected[out] = result.transpose(1, 2).reshape(corrected[out].shape)
+    return corrected, bias, torch.tensor(info, dtype=torch.int32), torch.tensor(used)

@@ -1,0 +1,123 @@
+// The one source of randomness: which rows are sampled, and which chunk every unit falls in.
+//
+// Both are pure functions of (seed, step, layer): Philox4x32-10 makes the keys, an alternating Feistel network with cycle
+// walking makes the bijection.  No state, no index tensors, no sort; any thread can ask for any position.  The CPU kernels,
+// the CUDA kernels and reference.py compile or mirror this file, so they draw the same division bit for bit.
+#pragma once
+
+#include "consistency_ops/types.h"
+
+namespace consistency_ops {
+
+struct Philox4 {
+  uint32_t v[4];
+};
+
+// Philox4x32-10 (Salmon et al., SC 2011) of the counter (step, layer, purpose) under the key `seed`.
+CO_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t step, uint32_t layer, uint32_t purpose) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(step), c1 = static_cast<uint32_t>(step >> 32), c2 = layer, c3 = purpose;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// A number in [0, n) from 32 random bits; n <= 2^32.
+CO_HOST_DEVICE inline int64_t below(uint32_t bits, int64_t n) {
+  return static_cast<int64_t>((static_cast<uint64_t>(bits) * static_cast<uint64_t>(n)) >> 32);
+}
+
+// Rows are taken at offset, offset + stride, ...: at most max_rows of `rows`, at least one.
+struct RowSample {
+  int64_t offset, stride, count;
+};
+
+CO_HOST_DEVICE inline RowSample sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step,
+                                            uint32_t layer) {
+  if (rows <= 0) return {0, 1, 0};
+  const int64_t stride = (rows + max_rows - 1) / max_rows;
+  const int64_t offset = below(philox(seed, step, layer, 0).v[0], stride);
+  return {offset, stride, (rows - offset + stride - 1) / stride};
+}
+
+// How the units 0 .. units-1 (the bias, if any, is the last) are dealt to chunks.
+//
+// Position p of the division holds unit unit_at(p); chunk c is the positions [chunk_begin(c), chunk_begin(c + 1)), so
+// chunks are equal within one unit.  Runs of `group` consecutive units move together, after a random cyclic offset; the
+// units % group left over stay at the end.  group = 1 is the exact division of the paper.  One chunk holds the units in
+// their natural order.
+struct Division {
+  int64_t units;
+  int64_t chunks;
+  int64_t groups;  // full groups, the ones that are permuted
+  int64_t offset;  // cyclic offset, in units
+  int32_t group;
+  int32_t right_bits, left_bits;  // of the Feistel halves; 2^(right + left) >= groups
+  uint32_t key[8];
+};
+
+CO_HOST_DEVICE inline Division make_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step,
+                                             uint32_t layer) {
+  Division d{};
+  d.units = units;
+  d.chunks = (units + chunk - 1) / chunk;
+  d.group = static_cast<int32_t>(group);
+  d.groups = units / group;
+  d.offset = below(philox(seed, step, layer, 0).v[1], units);
+  const Philox4 low = philox(seed, step, layer, 1), high = philox(seed, step, layer, 2);
+  for (int i = 0; i < 4; ++i) {
+    d.key[i] = low.v[i];
+    d.key[4 + i] = high.v[i];
+  }
+  int32_t bits = 2;
+  while ((int64_t{1} << bits) < d.groups) ++bits;
+  d.left_bits = bits / 2;
+  d.right_bits = bits - d.left_bits;
+  return d;
+}
+
+CO_HOST_DEVICE inline uint32_t mix(uint32_t value, uint32_t key) {
+  uint32_t h = value + key;
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  h = (h ^ (h >> 15)) * 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+CO_HOST_DEVICE inline int64_t permuted_group(const Division& d, int64_t index) {
+  const uint32_t left_mask = (1u << d.left_bits) - 1, right_mask = (1u << d.right_bits) - 1;
+  uint32_t x = static_cast<uint32_t>(index);
+  do {  // at most 4 * groups values are walked, so the expected number of turns is below 4
+    uint32_t left = x >> d.right_bits, right = x & right_mask;
+    for (int round = 0; round < 8; round += 2) {
+      left ^= mix(right, d.key[round]) & left_mask;
+      right ^= mix(left, d.key[round + 1]) & right_mask;
+    }
+    x = (left << d.right_bits) | right;
+  } while (x >= static_cast<uint64_t>(d.groups));
+  return x;
+}
+
+CO_HOST_DEVICE inline int64_t unit_at(const Division& d, int64_t position) {
+  if (d.chunks <= 1) return position;
+  int64_t rotated = position;
+  if (position < d.groups * d.group) {
+    rotated = permuted_group(d, position / d.group) * d.group + position % d.group;
+  }
+  rotated += d.offset;
+  return rotated >= d.units ? rotated - d.units : rotated;
+}
+
+// First position of chunk c of `chunks`: sizes differ by at most one unit, the larger ones come first.
+CO_HOST_DEVICE inline int64_t chunk_begin(int64_t units, int64_t chunks, int64_t c) {
+  const int64_t base = units / chunks, larger = units % chunks;
+  return c * base + (c < larger ? c : larger);
+}
+
+}  // namespace consistency_ops
