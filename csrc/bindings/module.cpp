@@ -1,0 +1,32 @@
+// The Python module _C.  It is empty: importing it loads the library, and loading registers the operators.
+#include <Python.h>
+
+#include "consistency_ops/c_api.h"
+#include "torch/headeronly/version.h"
+
+#if defined(USE_CUDA)
+#include <cuda_runtime_api.h>
+#define CO_STRING_(x) #x
+#define CO_STRING(x) CO_STRING_(x)
+#define CO_CUDA "cuda=" CO_STRING(CUDART_VERSION) "\ncuda_archs=" CONSISTENCY_OPS_CUDA_ARCHS "\n"
+#else
+#define CO_CUDA ""
+#endif
+#if defined(__clang__)
+#define CO_COMPILER __VERSION__
+#else
+#define CO_COMPILER "GCC " __VERSION__
+#endif
+
+// What the library was built with, `key=value` lines; read by consistency_ops/_build.py.
+CO_API const char* co_build_config(void);
+const char* co_build_config(void) {
+  return "torch=" TORCH_VERSION "\ncompiler=" CO_COMPILER "\n" CO_CUDA;
+}
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {};
+  definition.m_name = "_C";
+  definition.m_size = -1;
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,165 @@
+"""Build consistency_ops: one abi3 extension that runs on any torch >= 2.10, with CUDA kernels when nvcc is found.
+
+    pip install .                        # builds with the installed torch, or downloads one
+    pip install --no-build-isolation .   # with the installed torch, setuptools, wheel and ninja
+    make build                           # in place, for development
+
+CONSISTENCY_OPS_CUDA=0|1   never | always build the CUDA kernels (default: if a CUDA toolkit is found)
+TORCH_CUDA_ARCH_LIST       architectures to build, e.g. "9.0a;10.0+PTX"
+MAX_JOBS                   parallel compile jobs
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch the binary runs on
+TOOLKIT_MIN = (12, 0)  # the first with sm_90a
+ARCHS = {"8.0": (11, 0), "9.0a": (12, 0), "10.0": (12, 8), "12.0+PTX": (12, 8)}  # and the toolkit each needs
+
+
+def fail(sentence: str) -> None:
+    sys.exit(f"consistency_ops: {sentence}")
+
+
+def version() -> str:
+    text = (ROOT / "csrc" / "include" / "consistency_ops" / "version.h").read_text()
+    return ".".join(re.findall(r"#define CONSISTENCY_OPS_VERSION_\w+ (\d+)", text))
+
+
+def torch_cpp_extension():
+    """torch.utils.cpp_extension of the build environment, or of the environment that is being installed into."""
+    # pip's isolated build hides the latter; it goes last, so that it hides nothing of the build environment.
+    sys.path += [p for p in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if p not in sys.path]
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        fail(f"building needs torch >= 2.10 ({error}): run `pip install 'torch>=2.10'`, then install again.")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        fail(f"torch {torch.__version__} is too old: run `pip install --upgrade 'torch>=2.10'`, then install again.")
+    return cpp_extension
+
+
+def check_compiler() -> None:
+    compiler = shlex.split(os.getenv("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        fail(
+            f"no C++ compiler ({compiler} is not on the PATH): install g++ 10 or newer "
+            "(Debian, Ubuntu: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX to one."
+        )
+
+
+def cuda_home() -> Path | None:
+    """Root of the CUDA toolkit, or None.  A wrapper script called nvcc is not enough: the headers must be there."""
+    nvcc = shutil.which("nvcc")
+    guesses = [os.getenv("CUDA_HOME"), os.getenv("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(g) for g in guesses if g and (Path(g) / "include" / "cuda_runtime.h").exists()), None)
+
+
+def cuda_toolkit(wanted: str | None) -> tuple[Path, tuple[int, int]] | None:
+    """(root, version) of a usable toolkit; None to build for the CPU only.  `wanted`: CONSISTENCY_OPS_CUDA."""
+    if wanted not in (None, "", "0", "1"):
+        fail(f"CONSISTENCY_OPS_CUDA must be 0 or 1, got {wanted!r}.")
+    if wanted == "0":
+        return None
+    problem = None
+    if (home := cuda_home()) is None:
+        problem = "no CUDA toolkit was found: install one with its headers and set CUDA_HOME to its root"
+    else:
+        try:
+            text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+            found = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+        except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+            problem = f"{home}/bin/nvcc does not run ({error}): set CUDA_HOME to the root of a working toolkit"
+        else:
+            if found >= TOOLKIT_MIN:
+                return home, found
+            problem = f"the CUDA toolkit at {home} is {found[0]}.{found[1]}: set CUDA_HOME to one that is 12.0 or newer"
+    if wanted == "1":
+        fail(f"CONSISTENCY_OPS_CUDA=1, but {problem}, or unset CONSISTENCY_OPS_CUDA to build for the CPU only.")
+    if home is not None:
+        print(f"consistency_ops: building for the CPU only: {problem}.", file=sys.stderr)
+    return None
+
+
+def configure(extension: Extension, cpp_extension) -> Extension:
+    """The extension with sources, flags and torch's paths; called only when something is compiled."""
+    # Messages and debug information show csrc/..., not the build machine's paths.
+    prefix_map = f"-ffile-prefix-map={ROOT}/="
+    common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    hidden = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+    # No -march=native and no -ffast-math: one binary for every CPU.  Files for one instruction set say so themselves.
+    floating_point = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    args = {"cxx": [*common, *hidden, *floating_point, "-g0", "-Wall", "-Wextra", prefix_map]}
+    sources = [*ROOT.glob("csrc/bindings/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
+
+    kernels = list(ROOT.glob("csrc/cuda/*.cu"))
+    toolkit = cuda_toolkit(os.getenv("CONSISTENCY_OPS_CUDA")) if kernels else None
+    if toolkit is not None:
+        home, release = toolkit
+        # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.
+        cpp_extension.CUDA_HOME = str(home)
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(a for a, first in ARCHS.items() if release >= first))
+        sources += kernels
+        define = ["-DUSE_CUDA", f'-DCONSISTENCY_OPS_CUDA_ARCHS="{archs}"']
+        host = [f"-Xcompiler={flag}" for flag in (*hidden, prefix_map)]
+        args["cxx"] += define
+        args["nvcc"] = [*common, *define, "-lineinfo", *host]
+        link["include_dirs"] += [str(home / "include")]
+        link["library_dirs"] = [str(home / folder) for folder in ("lib64", "lib")]
+        link["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+    return cpp_extension.CppExtension(
+        extension.name,
+        sorted(str(s.relative_to(ROOT)) for s in sources),
+        py_limited_api=True,  # adds -DPy_LIMITED_API and leaves out torch_python
+        extra_compile_args=args,
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        **link,
+    )
+
+
+class BuildExt(build_ext):
+    """torch's BuildExtension, imported only when something is really built."""
+
+    def run(self) -> None:
+        check_compiler()
+        cpp_extension = torch_cpp_extension()
+        command = cpp_extension.BuildExtension(self.distribution)
+        for name in ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "parallel"):
+            setattr(command, name, getattr(self, name))
+        self.distribution.ext_modules = [configure(e, cpp_extension) for e in self.extensions]
+        command.ensure_finalized()
+        command.run()
+
+
+setup(
+    name="consistency_ops",
+    version=version(),
+    description="Layer-wise second-order training for PyTorch: fused C++/CUDA preconditioning, one line to switch on",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    packages=[*find_packages(include=["consistency_ops", "consistency_ops.*"]), "consistency_ops.csrc"],
+    package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
+    package_data={
+        "consistency_ops": ["py.typed"],
+        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.cmake*"],
+    },
+    python_requires=">=3.10",
+    install_requires=["torch>=2.10", "numpy"],
+    extras_require={"train": ["scikit-learn", "matplotlib", "tqdm"]},
+    ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
