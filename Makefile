@@ -1,4 +1,75 @@
-.venv_path := .venv
-build:
-	PATH=$(CURDIR)/.venv/bin:$$PATH MAX_JOBS=2 flock .build.lock .venv/bin/python setup.py -q build_ext --inplace
-.PHONY: build
+# Every target sets itself up: a virtual environment in .venv, the packages of requirements.txt, the built extension.
+#
+#   PYTHON=python3.12 make test      another interpreter for the virtual environment
+#   CONSISTENCY_OPS_CUDA=0 make build  without CUDA kernels although nvcc is there (setup.py has the other switches)
+#   make train ARGS="--data mnist --data-dir DIR"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(CURDIR)/$(VENV)/bin
+LIBRARY := consistency_ops/_C.abi3.so
+SOURCES := setup.py $(wildcard csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
+CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
+	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
+
+export PATH := $(BIN):$(PATH)
+export MAX_JOBS ?= 2
+# OpenMP threads that spin while they wait make small steps many times slower on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-slow test-all bench build wheel lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned method, side by side; results in runs/
+	python -m consistency_ops train $(ARGS)
+
+test: $(LIBRARY) ## the tests, within 15 minutes on two cores
+	python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(LIBRARY)
+	python -m pytest -q -m slow $(ARGS)
+
+test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
+
+bench: $(LIBRARY) ## the kernels against torch's own compositions
+	python -m pytest benchmarks/micro $(ARGS)
+
+build: $(VENV)/.installed ## compile the extension in place, only what changed
+	@flock .build.lock python setup.py -q build_ext --inplace
+
+wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10 and torch >= 2.10
+	@rm -rf build/lib* build/bdist*
+	@flock .build.lock python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+lint: $(VENV)/.installed ## ruff and clang-format, changing nothing
+	ruff check .
+	ruff format --check .
+	@clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.installed ## ruff and clang-format, in place
+	ruff check --fix .
+	ruff format .
+	@clang-format -i $(CXX_FILES)
+
+clean: ## remove what was built; .venv and runs/ stay
+	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(LIBRARY): $(VENV)/.installed $(SOURCES)
+	@flock .build.lock python setup.py -q build_ext --inplace
+
+$(VENV)/.installed: requirements.txt
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$$($(PYTHON) --version) is too old: set PYTHON to Python 3.10 or newer, as in 'make PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@

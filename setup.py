@@ -62,7 +62,12 @@ def check_compiler() -> None:
 def cuda_home() -> Path | None:
     """Root of the CUDA toolkit, or None.  A wrapper script called nvcc is not enough: the headers must be there."""
     nvcc = shutil.which("nvcc")
-    guesses = [os.getenv("CUDA_HOME"), os.getenv("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    guesses = [
+        os.getenv("CUDA_HOME"),
+        os.getenv("CUDA_PATH"),
+        nvcc and Path(nvcc).resolve().parents[1],
+        "/usr/local/cuda",
+    ]
     return next((Path(g) for g in guesses if g and (Path(g) / "include" / "cuda_runtime.h").exists()), None)
 
 
@@ -77,7 +82,9 @@ def cuda_toolkit(wanted: str | None) -> tuple[Path, tuple[int, int]] | None:
         problem = "no CUDA toolkit was found: install one with its headers and set CUDA_HOME to its root"
     else:
         try:
-            text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(
+                [home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
+            ).stdout
             found = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
         except (OSError, subprocess.CalledProcessError, AttributeError) as error:
             problem = f"{home}/bin/nvcc does not run ({error}): set CUDA_HOME to the root of a working toolkit"
@@ -110,7 +117,9 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         home, release = toolkit
         # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.
         cpp_extension.CUDA_HOME = str(home)
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(a for a, first in ARCHS.items() if release >= first))
+        archs = os.environ.setdefault(
+            "TORCH_CUDA_ARCH_LIST", ";".join(a for a, first in ARCHS.items() if release >= first)
+        )
         sources += kernels
         define = ["-DUSE_CUDA", f'-DCONSISTENCY_OPS_CUDA_ARCHS="{archs}"']
         host = [f"-Xcompiler={flag}" for flag in (*hidden, prefix_map)]

@@ -20,9 +20,7 @@
 
 // What the library was built with, `key=value` lines; read by consistency_ops/_build.py.
 CO_API const char* co_build_config(void);
-const char* co_build_config(void) {
-  return "torch=" TORCH_VERSION "\ncompiler=" CO_COMPILER "\n" CO_CUDA;
-}
+const char* co_build_config(void) { return "torch=" TORCH_VERSION "\ncompiler=" CO_COMPILER "\n" CO_CUDA; }
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {};
