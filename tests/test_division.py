@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 from samples import lay_out
+from scipy.stats import chi2
 
 import consistency_ops as co
 from consistency_ops import reference
@@ -82,7 +82,7 @@ def test_every_unit_once_and_chunks_equal_within_one():
         order = reference.division(units, chunk, group, 5, 6, 7)
         assert torch.equal(order.sort().values, torch.arange(units)), (units, chunk, group)
         bounds = reference.chunk_bounds(units, chunk)
-        sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
         assert len(sizes) == math.ceil(units / chunk) and sum(sizes) == units
         assert max(sizes) <= chunk and max(sizes) - min(sizes) <= 1
     assert reference.chunk_bounds(129, 128) == [0, 65, 129]
@@ -137,7 +137,7 @@ def test_pairs_of_units_share_a_chunk_as_often_as_by_chance(units, chunk):
     together = np.zeros((units, units))
     for order in division_of(units, chunk, 1, draws):
         member = np.zeros((units, len(bounds) - 1))
-        for c, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
             member[order[begin:end], c] = 1
         together += member @ member.T
     sizes = np.diff(bounds)
@@ -179,7 +179,7 @@ def test_the_op_uses_this_division(seed):
     inputs = torch.randn(60, 100, generator=generator)
     order = reference.division(100, 32, 8, seed, 0, 0)
     bounds = reference.chunk_bounds(100, 32)
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         grad = torch.zeros(1, 100)
         grad[0, order[begin]] = 1
         corrected = co.precondition(grad, lay_out(inputs, "every-other"), damping=0.1, chunk=32, group=8, seed=seed)
