@@ -1,5 +1,7 @@
 """The correction against float64, on random cases of every shape, layout, dtype, damping and division."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_chunked_covariance_against_float64():
         assert (got.double() - want).abs().max() <= bound, (index, dtype)
         assert torch.equal(got, got.mT), "the covariance must be exactly symmetric"
         used = reference.chunk_bounds(units, chunk)
-        for c, (begin, end) in enumerate(zip(used, used[1:], strict=False)):
+        for c, (begin, end) in enumerate(itertools.pairwise(used)):
             assert not got[c, end - begin :].any() and not got[c, :, end - begin :].any()
 
 
