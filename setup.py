@@ -163,7 +163,7 @@ setup(
     package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
     package_data={
         "consistency_ops": ["py.typed"],
-        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.cmake*"],
+        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.in", "cmake/*"],
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy"],
