@@ -31,12 +31,7 @@ def build_and_run(build, prefix, *options):
 
 def test_from_the_package(tmp_path):
     cholesky, _ = build_and_run(tmp_path / "build", co.cmake_prefix_path())
-    assert cholesky == f"version {version_number()}, {co.build_info()['cpu_isa']}\n"
-
-
-def version_number():
-    major, minor, patch = map(int, co.__version__.split("."))
-    return major * 10000 + minor * 100 + patch
+    assert cholesky.rstrip().endswith(f", {co.build_info()['cpu_isa']}")
 
 
 def test_headers_are_c_and_cpp(tmp_path):
