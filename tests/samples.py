@@ -1,7 +1,7 @@
 """Sample generators that tests, opcheck and benchmarks share, and the float64 oracle that decides who is right.
 
-The oracle is numpy and loops over chunks as METHOD 1.2-1.7 writes them; it shares no code with ``reference.py`` except the
-random division, which test_division.py checks by itself.
+The oracle is numpy and loops over chunks as arXiv 1708.00631 writes them; it shares with ``reference.py`` only
+the random division, which test_division.py checks by itself.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def rows_like(rows: int, units: int, generator: torch.Generator) -> Tensor:
-    """Rows of an activation: correlated units, a mean, a spread of scales; float64, condition number of a few thousand."""
+    """Rows of an activation, float64: correlated units, a mean, scales over a decade."""
     scale = torch.logspace(0, -1, units, dtype=torch.float64)
     mixing = torch.randn(units, min(units, 8), generator=generator, dtype=torch.float64) / 8
     noise = torch.randn(rows, units, generator=generator, dtype=torch.float64) * scale

@@ -30,10 +30,9 @@ def library():
 
 def native_division(library, units, chunk, group, seed, step, layer):
     out = np.full(units + 1, -7, dtype=np.int64)
-    status = library.co_division(
-        ctypes.c_int64(units), ctypes.c_int64(chunk), ctypes.c_int64(group), ctypes.c_uint64(seed), ctypes.c_uint64(step),
-        ctypes.c_uint32(layer), out.ctypes.data_as(ctypes.c_void_p),
-    )  # fmt: skip
+    sizes = [ctypes.c_int64(value) for value in (units, chunk, group)]
+    key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
+    status = library.co_division(*sizes, *key, out.ctypes.data_as(ctypes.c_void_p))
     assert status == 0 and out[-1] == -7
     return out[:-1]
 
@@ -51,10 +50,8 @@ def test_same_row_sample_in_cpp_and_python(library):
     ):
         for seed, step, layer in KEYS:
             out = (ctypes.c_int64 * 3)()
-            status = library.co_sample_rows(
-                ctypes.c_int64(rows), ctypes.c_int64(max_rows), ctypes.c_uint64(seed), ctypes.c_uint64(step),
-                ctypes.c_uint32(layer), out,
-            )  # fmt: skip
+            key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
+            status = library.co_sample_rows(ctypes.c_int64(rows), ctypes.c_int64(max_rows), *key, out)
             sample = reference.sample_rows(rows, max_rows, seed, step, layer)
             indices = range(*sample.indices(rows))
             assert status == 0
@@ -89,7 +86,7 @@ def test_every_unit_once_and_chunks_equal_within_one():
 
 
 def test_groups_of_consecutive_units_move_together():
-    """All but the group that the cyclic offset cuts, and the units left over, stay together in consecutive positions."""
+    """Every full group keeps its order in consecutive positions, wherever the cyclic offset puts it."""
     for units, chunk, group in ((64, 32, 8), (100, 32, 8), (785, 128, 16), (257, 128, 4)):
         order = reference.division(units, chunk, group, seed=3)
         consecutive = (order[1:] - order[:-1]) % units == 1
@@ -102,7 +99,7 @@ def division_of(units, chunk, group, draws):
 
 
 def chi_square_is_plausible(counts, expected, freedom, tests):
-    """Whether Pearson's statistic lies below the quantile that all of ``tests`` true nulls stay below but for one in 1e4."""
+    """Whether Pearson's statistic is below what ``tests`` uniform draws exceed once in 1e4 (Bonferroni)."""
     statistic = ((counts - expected) ** 2 / expected).sum()
     return statistic <= chi2.isf(1e-4 / tests, freedom)
 
@@ -131,8 +128,8 @@ def test_unit_and_position_are_independent(units, chunk, group):
 def test_pairs_of_units_share_a_chunk_as_often_as_by_chance(units, chunk):
     """group = 1: P(two units in one chunk) = sum over chunks of s (s - 1) / (d (d - 1)), for every pair alike.
 
-    Pairs of one draw are dependent, so every pair is tested by its own binomial z-score, and the largest must stay below the
-    two-sided quantile of all of them."""
+    Pairs of one draw are dependent, so every pair is tested by its own binomial z-score, and the largest must stay
+    below the two-sided quantile of all of them."""
     draws, bounds = 1500, reference.chunk_bounds(units, chunk)
     together = np.zeros((units, units))
     for order in division_of(units, chunk, 1, draws):
@@ -174,7 +171,7 @@ def test_subsampling_of_the_cifar_network():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_op_uses_this_division(seed):
-    """A gradient that is one in chunk c only comes back with zeros elsewhere: the op's chunks are those of the division."""
+    """A gradient that is one in a single unit comes back with zeros outside the chunk of that unit."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(60, 100, generator=generator)
     order = reference.division(100, 32, 8, seed, 0, 0)

@@ -21,10 +21,10 @@ def network(dtype, input_dtype=None, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    linear = [(100, 333), (7, 48), (129, 49), (1, 1), (10, 700)]
+    linear, counts = [(100, 333), (7, 48), (129, 49), (1, 1), (10, 700)], (513, 90, 3, 64, 900)
     grads = [normal(out, units) for out, units in linear]
     inputs = [
-        rows_like(rows, units, generator).to(input_dtype) for rows, (_, units) in zip((513, 90, 3, 64, 900), linear, strict=False)
+        rows_like(rows, units, generator).to(input_dtype) for rows, (_, units) in zip(counts, linear, strict=True)
     ]
     grads += [normal(24, 20, 3, 3), normal(12, 8, 5)]
     maps = rows_like(4 * 13 * 11, 20, generator).reshape(4, 13, 11, 20).movedim(-1, 1)
@@ -50,7 +50,7 @@ def staged(grads, inputs, bias_grads):
     division = {key: OPTIONS[key] for key in ("chunk", "seed")}
     # The group defaults to a sector of the gradient's dtype, which these stages learn from `grads`.
     covariances = ops.foreach_covariance(inputs, grads=grads, bias=bias, max_rows=OPTIONS["max_rows"], **division)
-    units = [grad.shape[1] + with_bias for grad, with_bias in zip(grads, bias, strict=False)]
+    units = [grad.shape[1] + with_bias for grad, with_bias in zip(grads, bias, strict=True)]
     inverses, info, _ = ops.foreach_inverse(
         covariances, units=units, damping=OPTIONS["damping"], scaling=OPTIONS["scaling"], chunk=OPTIONS["chunk"]
     )
@@ -60,7 +60,7 @@ def staged(grads, inputs, bias_grads):
 
 def assert_same_bits(got, want):
     assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want, strict=False)):
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
         integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         assert a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers)), i
 
@@ -105,7 +105,7 @@ def test_foreach_equals_one_call_a_layer(dtype):
     grads, inputs, bias_grads = network(dtype)
     together = fused(grads, inputs, bias_grads)
     apart, biases, infos = [], [], []
-    for layer, problem in enumerate(zip(grads, inputs, bias_grads, strict=False)):
+    for layer, problem in enumerate(zip(grads, inputs, bias_grads, strict=True)):
         *result, info = fused(*([value] for value in problem), layers=[layer])
         apart.append(result[0])
         biases += result[1:]
@@ -115,7 +115,7 @@ def test_foreach_equals_one_call_a_layer(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_precondition_is_position_zero_of_the_foreach_form(dtype):
-    for grad, inputs, bias_grad in zip(*network(dtype), strict=False):
+    for grad, inputs, bias_grad in zip(*network(dtype), strict=True):
         result = co.precondition_ex(grad, inputs, bias_grad=bias_grad, **OPTIONS)
         corrected = result[0] if bias_grad is not None else (result[0],)
         assert_same_bits([*corrected, result[1]], fused([grad], [inputs], [bias_grad]))
@@ -144,9 +144,9 @@ def test_row_counts_use_the_first_rows_only():
     grads, inputs, bias_grads = network(torch.float32)
     keep = [200, 90, 1, 10, 450]
     garbage = clones(inputs[:5])
-    for tensor, count in zip(garbage, keep, strict=False):
+    for tensor, count in zip(garbage, keep, strict=True):
         tensor[count:] = float("nan")
-    want = fused(grads[:5], [x[:count].contiguous() for x, count in zip(inputs, keep, strict=False)], bias_grads[:5])
+    want = fused(grads[:5], [x[:count].contiguous() for x, count in zip(inputs, keep, strict=True)], bias_grads[:5])
     counts = [torch.tensor([count]) for count in keep]
     assert_same_bits(fused(grads[:5], garbage, bias_grads[:5], row_counts=counts), want)
 
