@@ -1,7 +1,9 @@
-// Batch RMS normalisation (arXiv 1708.00631): y = x / D with one D a channel, from the mean square over batch and pixels.
+// Batch RMS normalisation (arXiv 1708.00631): y = x / D with one D a channel, from the mean square over batch and
+// pixels.
 //
-// Tensors are seen as [outer, channels, inner] with strides in elements; (N, C, *spatial) has inner = pixels, (N, C) has
-// inner = 1.  One of the two inner strides must be 1, so channels-first and channels-last maps are both read in place.
+// Tensors are seen as [outer, channels, inner] with strides in elements; (N, C, *spatial) has inner = pixels, (N, C)
+// has inner = 1.  One of the two inner strides must be 1, so channels-first and channels-last maps are both read in
+// place.
 #pragma once
 
 #include "consistency_ops/types.h"
@@ -15,20 +17,21 @@ struct ChannelView {
 
 // The statistics and D:
 //
-//   v_c <- momentum v_c + (1 - momentum) mean_c(x^2)                (if x is given and not empty; counted in num_batches)
-//   D_c  = sqrt(v_c / (1 - momentum^num_batches) + eps max_k(v_k + 1e-6))
+//   v_c <- momentum v_c + (1 - momentum) mean_c(x^2)                (if x is given and not empty; counted in
+//   num_batches) D_c  = sqrt(v_c / (1 - momentum^num_batches) + eps max_k(v_k + 1e-6))
 //
-// Without num_batches, and as long as it is zero, v is not corrected.  Sums run in blocks that depend on the shape alone.
+// Without num_batches, and as long as it is zero, v is not corrected.  Sums run in blocks that depend on the shape
+// alone.
 struct BatchRmsNormParams {
   const void* x;  // or nullptr: evaluation, nothing is updated
   ChannelView view;
-  DType dtype;               // of x
-  void* running_ms;          // [channels], v
-  DType running_dtype;       // kFloat32 or kFloat64
-  int64_t* num_batches;      // one counter, or nullptr
-  void* denominator;         // [channels], D
-  DType denominator_dtype;   // kFloat32 or kFloat64
-  double momentum, eps;      // [0, 1), > 0
+  DType dtype;              // of x
+  void* running_ms;         // [channels], v
+  DType running_dtype;      // kFloat32 or kFloat64
+  int64_t* num_batches;     // one counter, or nullptr
+  void* denominator;        // [channels], D
+  DType denominator_dtype;  // kFloat32 or kFloat64
+  double momentum, eps;     // [0, 1), > 0
 };
 
 // y = x / D.

@@ -1,7 +1,7 @@
 // |x|, and the one bit an element that its backward needs.
 //
-// Buffers are dense: element i is the i-th in memory, whatever the order of the dimensions.  `rows` exists for batched bits:
-// every row starts a new byte of signs.  One row is the usual case.
+// Buffers are dense: element i is the i-th in memory, whatever the order of the dimensions.  `rows` exists for batched
+// bits: every row starts a new byte of signs.  One row is the usual case.
 #pragma once
 
 #include "consistency_ops/types.h"
