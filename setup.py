@@ -115,8 +115,7 @@ def configure(extension: Extension, cpp_extension) -> Extension:
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
     kernels = list(ROOT.glob("csrc/cuda/*.cu"))
-    toolkit = cuda_toolkit()
-    if kernels and toolkit is not None:
+    if (toolkit := cuda_toolkit()) and kernels:
         home, release = toolkit
         # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.
         cpp_extension.CUDA_HOME = str(home)

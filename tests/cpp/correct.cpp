@@ -50,6 +50,7 @@ co::PreconditionLayer describe(Layer& layer, uint32_t index) {
   problem.x_unit_stride = 1;
   problem.g_output_stride = layer.units;
   problem.g_unit_stride = 1;
+  problem.group = 8;
   problem.layer = index;
   problem.info = layer.info.data();
   problem.damping_used = layer.damping_used.data();
@@ -87,7 +88,6 @@ int main() {
   co::PreconditionOptions options;
   options.damping = 0.1;
   options.chunk = 64;
-  options.group = 8;
   const co::ThreadPool pool{run, nullptr, 2};
   if (co::precondition_cpu(problems, 2, options, pool) != co::Status::kOk) return 1;
   for (const Layer& layer : layers) {
