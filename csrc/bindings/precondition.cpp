@@ -109,26 +109,26 @@ void set_row_count(PreconditionLayer& layer, const Tensor* row_count, const char
   layer.row_count = row_count->const_data_ptr<int64_t>();
 }
 
-PreconditionOptions make_options(int64_t chunk, int64_t group, int64_t max_rows, int64_t seed, int64_t step,
+PreconditionOptions make_options(int64_t chunk, int64_t max_rows, int64_t seed, int64_t step,
                                  const char* op) {
   STD_TORCH_CHECK(chunk >= 1 && chunk <= kMaxChunk, op, ": chunk must be in [1, ", kMaxChunk, "], got ", chunk);
-  STD_TORCH_CHECK(group >= 1 && group <= chunk, op, ": group must be in [1, chunk = ", chunk, "], got ", group);
   STD_TORCH_CHECK(max_rows >= 1, op, ": max_rows must be at least 1, got ", max_rows);
   PreconditionOptions options;
   options.chunk = static_cast<int32_t>(chunk);
-  options.group = static_cast<int32_t>(group);
   options.max_rows = max_rows;
   options.seed = static_cast<uint64_t>(seed);
   options.step = static_cast<uint64_t>(step);
   return options;
 }
 
-PreconditionLayer empty_layer(int64_t layer_index) {
+PreconditionLayer empty_layer(int64_t layer_index, int64_t group, int64_t chunk, const char* op) {
+  STD_TORCH_CHECK(group >= 1 && group <= chunk, op, ": group must be in [1, chunk = ", chunk, "], got ", group);
   PreconditionLayer layer{};
   for (int64_t& size : layer.x_row_size) size = 1;
   for (int64_t& size : layer.g_tap_size) size = 1;
   layer.x_dtype = layer.g_dtype = layer.bias_dtype = DType::kFloat32;
   layer.layer = static_cast<uint32_t>(layer_index);
+  layer.group = static_cast<int32_t>(group);
   return layer;
 }
 
@@ -155,15 +155,15 @@ void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOpti
 std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Tensors& bias_grads, Tensors inputs,
                                                  const Tensors& permutations, const Tensors& row_counts,
                                                  const Ints& bias_layers, const Ints& permutation_layers,
-                                                 const Ints& row_count_layers, const Ints& layer_indices, double damping,
-                                                 bool trace_scaling, int64_t chunk, int64_t group, int64_t max_rows,
+                                                 const Ints& row_count_layers, const Ints& layer_indices, const Ints& groups,
+                                                 double damping, bool trace_scaling, int64_t chunk, int64_t max_rows,
                                                  int64_t seed, int64_t step) {
   const char* op = "foreach_precondition_";
-  PreconditionOptions options = make_options(chunk, group, max_rows, seed, step, op);
+  PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   const size_t count = grads.size();
-  STD_TORCH_CHECK(count > 0 && inputs.size() == count && layer_indices.size() == count, op, ": got ", count, " grads, ",
+  STD_TORCH_CHECK(count > 0 && inputs.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
                   inputs.size(), " inputs and ", layer_indices.size(), " layer indices");
   const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
                       bias[l]->numel());
     }
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l]);
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
       set_grad(layer, grad, g, conv_groups, op);
       set_input(layer, x, unit_dim, g * units, op);
       if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
@@ -205,13 +205,13 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
 
 Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Tensors& row_counts,
                            const Ints& permutation_layers, const Ints& row_count_layers, const Ints& layer_indices,
-                           const Ints& unit_dims, const Ints& units, const std::vector<bool>& with_bias, int64_t chunk,
-                           int64_t group, int64_t max_rows, int64_t seed, int64_t step) {
+                           const Ints& groups, const Ints& unit_dims, const Ints& units, const std::vector<bool>& with_bias,
+                           int64_t chunk, int64_t max_rows, int64_t seed, int64_t step) {
   const char* op = "foreach_covariance";
-  PreconditionOptions options = make_options(chunk, group, max_rows, seed, step, op);
+  PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
   options.stages = kStageCovariance;
   const size_t count = inputs.size();
-  STD_TORCH_CHECK(layer_indices.size() == count && unit_dims.size() == count && units.size() == count &&
+  STD_TORCH_CHECK(layer_indices.size() == count && groups.size() == count && unit_dims.size() == count && units.size() == count &&
                       with_bias.size() == count,
                   op, ": every input needs its layer index, unit dimension, number of units and bias flag");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
@@ -229,7 +229,7 @@ Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Te
     covariances.push_back(torch::stable::new_zeros(x, {conv_groups * chunks, chunk, chunk},
                                                    options.float64 ? ScalarType::Double : ScalarType::Float));
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l]);
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
       layer.units = units[l];
       layer.has_bias = with_bias[l];
       set_input(layer, x, unit_dims[l], g * units[l], op);
@@ -260,7 +260,7 @@ int64_t check_matrices(const Tensor& matrices, int64_t units, const Precondition
 std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, const Ints& units, double damping,
                                                     bool trace_scaling, int64_t chunk) {
   const char* op = "foreach_inverse";
-  PreconditionOptions options = make_options(chunk, 1, 1, 0, 0, op);
+  PreconditionOptions options = make_options(chunk, 1, 0, 0, op);
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   options.stages = kStageFactor;
@@ -270,11 +270,11 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
   std::vector<PreconditionLayer> layers;
   Tensors inverses;
   for (size_t l = 0; l < count; ++l) {
-    const int64_t groups = check_matrices(covariances[l], units[l], options, op);
+    const int64_t conv_groups = check_matrices(covariances[l], units[l], options, op);
     inverses.push_back(torch::stable::empty_like(covariances[l]));
-    const int64_t bytes = covariances[l].numel() / groups * (options.float64 ? 8 : 4);
-    for (int64_t g = 0; g < groups; ++g) {
-      PreconditionLayer layer = empty_layer(0);
+    const int64_t bytes = covariances[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(0, 1, chunk, op);
       layer.units = units[l];
       layer.covariance = const_cast<char*>(static_cast<const char*>(covariances[l].const_data_ptr())) + g * bytes;
       layer.inverse = static_cast<char*>(inverses.back().mutable_data_ptr()) + g * bytes;
@@ -291,12 +291,12 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
 
 void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tensors& inverses, const Tensor& info,
                     const Tensors& permutations, const Ints& bias_layers, const Ints& permutation_layers,
-                    const Ints& layer_indices, int64_t chunk, int64_t group, int64_t seed, int64_t step) {
+                    const Ints& layer_indices, const Ints& groups, int64_t chunk, int64_t seed, int64_t step) {
   const char* op = "foreach_apply_";
-  PreconditionOptions options = make_options(chunk, group, 1, seed, step, op);
+  PreconditionOptions options = make_options(chunk, 1, seed, step, op);
   options.stages = kStageApply;
   const size_t count = grads.size();
-  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count, op, ": got ", count, " grads, ",
+  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
                   inverses.size(), " inverses and ", layer_indices.size(), " layer indices");
   options.float64 = inverses[0].scalar_type() == ScalarType::Double;
   const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
@@ -305,15 +305,15 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
   for (size_t l = 0; l < count; ++l) {
     STD_TORCH_CHECK(grads[l].dim() >= 2, op, ": grad must have at least 2 dimensions, got ", grads[l].dim());
     const int64_t units = grads[l].size(1) + (bias[l] != nullptr ? 1 : 0);
-    const int64_t groups = check_matrices(inverses[l], units, options, op);
-    STD_TORCH_CHECK(groups > 0 && grads[l].size(0) % groups == 0, op, ": ", groups, " groups do not divide ",
+    const int64_t conv_groups = check_matrices(inverses[l], units, options, op);
+    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups, " groups do not divide ",
                     grads[l].size(0), " outputs");
     STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
                     grads[l].size(0), " elements");
-    const int64_t bytes = inverses[l].numel() / groups * (options.float64 ? 8 : 4);
-    for (int64_t g = 0; g < groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l]);
-      set_grad(layer, grads[l], g, groups, op);
+    const int64_t bytes = inverses[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+      set_grad(layer, grads[l], g, conv_groups, op);
       if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
       set_permutation(layer, permutation[l], op);
       layer.inverse = const_cast<char*>(static_cast<const char*>(inverses[l].const_data_ptr())) + g * bytes;

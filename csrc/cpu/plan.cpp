@@ -17,7 +17,7 @@ int64_t row_count(const PreconditionLayer& layer) {
 // Deals the units to chunks and cuts every chunk into runs of consecutive units that stay in one panel.
 void divide(const PreconditionLayer& layer, const PreconditionOptions& options, LayerPlan& plan) {
   const Division division =
-      make_division(plan.units, options.chunk, options.group, options.seed, options.step, layer.layer);
+      make_division(plan.units, options.chunk, layer.group, options.seed, options.step, layer.layer);
   const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
   const int64_t permuted = chunks > 1 ? division.groups * division.group : 0;
   int64_t group_start = 0, in_group = 0;

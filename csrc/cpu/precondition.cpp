@@ -363,12 +363,13 @@ class Launch {
 
 bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
   if (count < 0 || (count > 0 && layers == nullptr)) return false;
-  if (options.chunk < 1 || options.chunk > kMaxChunk || options.group < 1 || options.group > options.chunk) return false;
+  if (options.chunk < 1 || options.chunk > kMaxChunk) return false;
   if (options.max_rows < 1 || !(options.damping >= 0) || options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
+    if (layer.group < 1 || layer.group > options.chunk) return false;
     for (int64_t size : layer.x_row_size) {
       if (size < 0) return false;
     }
