@@ -1,0 +1,154 @@
+"""The comparison itself: the rate search, equal for all, and then every method side by side, epoch by epoch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .console import Console
+from .loop import Contestant, Task
+from .methods import Method
+
+Report = dict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run. ``rates`` holds the methods whose rate the user fixed; the others are searched."""
+
+    methods: list[Method]
+    seeds: list[int]
+    epochs: int
+    trial_epochs: int
+    rates: dict[str, float]
+
+
+class Experiment:
+    """Runs a :class:`Plan`; ``report`` grows as it goes, and ``save`` is called after every epoch of every method."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        task: Task,
+        initial: Callable[[int], nn.Module],
+        report: Report,
+        console: Console,
+        save: Callable[[], None],
+    ) -> None:
+        self.plan, self.task, self.initial = plan, task, initial
+        self.report, self.console, self.save = report, console, save
+        report["rate_search"] = {
+            "epochs": plan.trial_epochs,
+            "seed": plan.seeds[0],
+            "trials": {},
+            "chosen": dict(plan.rates),
+        }
+        report["runs"] = []
+
+    def run(self) -> None:
+        try:
+            self._search()
+            for seed in self.plan.seeds:
+                self._compare(seed)
+        finally:
+            self.console.close()
+
+    # ---- learning rates
+
+    def _search(self) -> None:
+        """Try every rate of every method that has none; the lowest training loss of the last trial epoch wins."""
+        searched = [method for method in self.plan.methods if method.name not in self.plan.rates]
+        if not searched:
+            return
+        search = self.report["rate_search"]
+        seed, epochs = search["seed"], self.plan.trial_epochs
+        self.console.line(
+            f"Rate search: {len(searched[0].rates)} trials of {_count(epochs, 'epoch')} for each method, seed {seed}; "
+            "the lowest training loss wins, the test set plays no part."
+        )
+        self.console.start(sum(len(method.rates) for method in searched) * epochs * self.task.steps)
+        initial, done = self.initial(seed), 0
+        for method in searched:
+            trials = search["trials"][method.name] = []
+            for lr in method.rates:
+                self.console.where(f"{method.name}, rate {lr:g}")
+                contestant = Contestant.start(method, lr, initial)
+                while len(contestant.epochs) < epochs and contestant.status == "running":
+                    contestant.run_epoch(self.task, seed, self.console.tick)
+                if contestant.status == "running":
+                    contestant.status = "finished"
+                trials.append(contestant.record())
+                done += epochs * self.task.steps
+                self.console.reach(done)
+            best = min(trials, key=_trial_loss)
+            search["chosen"][method.name] = best["lr"]
+            self.save()
+            self.console.line(f"  {method.name:9s} rate {best['lr']:<7g} {_trial_text(trials, best)}")
+        self.console.line()
+
+    # ---- the comparison
+
+    def _compare(self, seed: int) -> None:
+        """Train every method from the same weights on the same batches, taking turns epoch by epoch.
+
+        Taking turns lets a machine that slows down for a while slow all of them, so that their seconds stay comparable.
+        """
+        plan, steps = self.plan, self.task.steps
+        initial = self.initial(seed)
+        rates = self.report["rate_search"]["chosen"]
+        contestants = [Contestant.start(method, rates[method.name], initial) for method in plan.methods]
+        records = {}
+        for contestant in contestants:
+            records[contestant.method.name] = {"seed": seed, **contestant.record()}
+            self.report["runs"].append(records[contestant.method.name])
+        self.console.start(len(contestants) * plan.epochs * steps)
+        done = 0
+        for epoch in range(1, plan.epochs + 1):
+            for contestant in contestants:
+                name = contestant.method.name
+                if contestant.status != "diverged":
+                    self.console.where(f"seed {seed}, epoch {epoch}/{plan.epochs}, {name}")
+                    result = contestant.run_epoch(self.task, seed, self.console.tick)
+                    if epoch == plan.epochs and contestant.status == "running":
+                        contestant.status = "finished"
+                    records[name].update(contestant.record())
+                    self.console.line(
+                        f"seed {seed}  epoch {epoch:3d}/{plan.epochs}  {name:9s}  {_epoch_text(contestant, result)}"
+                    )
+                    self.save()
+                done += steps
+                self.console.reach(done)
+        self.console.line()
+
+
+def _trial_loss(trial: dict) -> float:
+    loss = trial["epochs"][-1]["train_loss"]
+    return math.inf if loss is None or trial["status"] == "diverged" else loss
+
+
+def _trial_text(trials: list[dict], best: dict) -> str:
+    losses = [_trial_loss(trial) for trial in trials]
+    tried = "  ".join(
+        f"{trial['lr']:g}: {'diverged' if math.isinf(loss) else format(loss, '.3g')}"
+        for trial, loss in zip(trials, losses, strict=True)
+    )
+    seconds = statistics.fmean(trial["epochs"][-1]["seconds"] / len(trial["epochs"]) for trial in trials)
+    if math.isinf(_trial_loss(best)):
+        return f"({tried}; every trial diverged)"
+    return f"(loss at rate {tried}; {seconds:.2g} s/epoch)"
+
+
+def _epoch_text(contestant: Contestant, result: dict) -> str:
+    if contestant.status == "diverged":
+        return f"diverged: the loss is not finite any more (rate {contestant.lr:g}); this method stops here"
+    return (
+        f"loss {result['train_loss']:8.4g}  test error {100 * result['test_error']:6.2f} %  {result['seconds']:7.2f} s"
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
