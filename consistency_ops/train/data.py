@@ -105,7 +105,11 @@ def load(name: str, directory: Path | None = None, *, limit: int | None = None) 
     for part, (x, _) in (("training", train), ("test", test)):
         if not len(x):
             raise DataError(f"{source}: there are no {part} images; fetch the data set again.")
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for pair in (train, test) for a in _choose(*pair, limit)]
+    tensors = [
+        torch.from_numpy(np.require(a, requirements=("C", "W")))
+        for pair in (train, test)
+        for a in _choose(*pair, limit)
+    ]
     return Images(name, source, *tensors)
 
 

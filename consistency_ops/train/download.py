@@ -86,7 +86,7 @@ def _fetch(url: str, path: Path) -> None:
             while block := response.read(_BLOCK):
                 stream.write(block)
     except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         raise DataError(
             f"{url}: cannot be fetched ({reason}); check the network, or fetch the file elsewhere and pass its folder "
             "with --data-dir."

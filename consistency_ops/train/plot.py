@@ -143,8 +143,8 @@ def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     figure.text(
         0.075,
         0.904,
-        f"{data['train_images']:,} training and {data['test_images']:,} test images, batch {config['batch_size']}, {seeds}; "
-        "same weights and batches for every method.",
+        f"{data['train_images']:,} training and {data['test_images']:,} test images, batch {config['batch_size']}, "
+        f"{seeds}; same weights and batches for every method.",
         **small,
     )
     figure.text(0.075, 0.882, f"Learning rates: {rates}. Seconds on {where}.", **small)
