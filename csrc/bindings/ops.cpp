@@ -19,10 +19,10 @@ STABLE_TORCH_LIBRARY(consistency_ops, m) {
       "foreach_apply_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inverses, Tensor info, Tensor[] permutations, "
       "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, int chunk, int seed, int step) -> ()");
 
-  // signs: one bit an element, in the memory order of the result; strides: those of the result.
+  // signs: one bit an element, in the memory order of the result; strides: those of the result, if grad has others.
   m.def("modulus(Tensor x) -> Tensor");
-  m.def("modulus_forward(Tensor x, int batch_dims) -> (Tensor y, Tensor signs)");
-  m.def("modulus_backward(Tensor grad, Tensor signs, SymInt[] strides) -> Tensor");
+  m.def("modulus_forward(Tensor x, int batch_dims=0) -> (Tensor y, Tensor signs)");
+  m.def("modulus_backward(Tensor grad, Tensor signs, SymInt[]? strides=None) -> Tensor");
   m.def("modulus_complex_backward(Tensor grad, Tensor x) -> Tensor");
 
   m.def(

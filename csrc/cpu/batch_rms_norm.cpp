@@ -28,7 +28,6 @@ struct Kernels {
 namespace portable {
 #define CO_VECTOR_BYTES 16
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace portable
 
@@ -38,7 +37,6 @@ namespace portable {
 namespace avx2 {
 #define CO_VECTOR_BYTES 32
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -48,7 +46,6 @@ namespace avx2 {
 namespace avx512 {
 #define CO_VECTOR_BYTES 64
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options
