@@ -196,3 +196,36 @@ def precondition(
             bias[out] = copies.mean(dim=1)
         corrected[out] = result.transpose(1, 2).reshape(corrected[out].shape)
     return corrected, bias, torch.tensor(info, dtype=torch.int32), torch.tensor(used)
+
+
+# Activation and normalisation
+
+
+def modulus(x: Tensor) -> Tensor:
+    """|x| with derivative +1 at zero (real) or 0 (complex); adding zero turns -0.0 into 0.0."""
+    return x.abs() if x.is_complex() else torch.where(x < 0, -x, x + 0)
+
+
+def batch_rms_norm(
+    x: Tensor,
+    running_ms: Tensor,
+    *,
+    training: bool,
+    num_batches: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-2,
+) -> Tensor:
+    """METHOD 1.8; ``running_ms`` (C) and ``num_batches`` (1) are updated in place in training, D is a constant."""
+    with torch.no_grad():
+        if training and x.numel() > 0:
+            dims = [0, *range(2, x.dim())]
+            mean_square = x.to(running_ms.dtype).square().mean(dims)
+            running_ms.mul_(momentum).add_((1 - momentum) * mean_square)
+            if num_batches is not None:
+                num_batches += 1
+        count = 0 if num_batches is None else int(num_batches)
+        correction = 1 - momentum**count if count > 0 else 1.0
+        if running_ms.numel() == 0:
+            return x.clone()
+        denominator = (running_ms / correction + eps * (running_ms.max() + 1e-6)).sqrt()
+    return (x / denominator.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype)
