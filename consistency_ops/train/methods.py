@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import consistency_ops as co
+from consistency_ops.optim import SGD2
 
 from .errors import UserError
 
@@ -70,4 +71,4 @@ def _method(name: str, options: dict[str, object]) -> Method:
 
 
 def _build_sgd2(model: nn.Module, lr: float) -> tuple[object, Optimizer]:
-    return None, co.optim.SGD2(model, lr=lr)
+    return None, SGD2(model, lr=lr)

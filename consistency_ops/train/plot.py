@@ -10,25 +10,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .errors import UserError
-from .report import curves
+from .report import complete, curves, threads_text
 
 # Okabe and Ito's colours, which colour-blind readers tell apart. One colour an optimizer; solid with the correction,
 # dashed without, so that a print in grey can be read too.
 _COLOURS = {"sgd": "#0072B2", "adam": "#D55E00", "adamw": "#CC79A7", "sgd2": "#009E73"}
 _GREY = "#555555"
+_FLOOR = 1e-4  # no error at all has no logarithm
 _LABEL_GAP = 0.058  # of the axis height, between direct labels
 
 
 def draw(report: dict, path: Path) -> None:
     """Draw the curves of the report so far; bands reach from the lowest to the highest seed, lines are means."""
-    names = [name for name in report["summary"]["methods"] if curves(report["runs"], name)["seconds"]]
+    runs = complete(report["runs"])
+    names = [name for name in report["summary"]["methods"] if curves(runs, name)["seconds"]]
     figure = Figure(figsize=(11.5, 8.2), dpi=130, facecolor="white")
     axes = figure.subplots(2, 2, sharey="row")
     figure.subplots_adjust(left=0.075, right=0.975, top=0.85, bottom=0.07, hspace=0.16, wspace=0.30)
     for row, field in enumerate(("train_loss", "test_error")):
         for column, against in enumerate(("epoch", "seconds")):
             axis: Axes = axes[row][column]
-            ends = [_curve(axis, report, name, field, against) for name in names]
+            ends = [_curve(axis, curves(runs, name), name, field, against) for name in names]
             _dress(axis, row, column, field)
             if column == 0:
                 _label_ends(axis, names, ends)
@@ -55,10 +57,8 @@ def _style(name: str) -> dict:
     }
 
 
-def _curve(axis: Axes, report: dict, name: str, field: str, against: str) -> float:
-    curve = curves(report["runs"], name)
-    floor = 0.5 / report["data"]["test_images"] if field == "test_error" else 1e-12  # no error at all has no logarithm
-    values = [[max(v, floor) for v in seeds] for seeds in curve[field]]
+def _curve(axis: Axes, curve: dict[str, list[list[float]]], name: str, field: str, against: str) -> float:
+    values = [[max(v, _FLOOR) for v in seeds] for seeds in curve[field]]
     means = [sum(seeds) / len(seeds) for seeds in values]
     seconds = [sum(seeds) / len(seeds) for seeds in curve["seconds"]]
     x = list(range(1, len(means) + 1)) if against == "epoch" else seconds
@@ -130,16 +130,15 @@ def _mark_level(axes: list[Axes], report: dict) -> None:
 def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     """Title, the verdict, how it was made, and the legend."""
     config, data, machine = report["config"], report["data"], report["machine"]
-    seeds = (
-        f"{len(config['seeds'])} seeds (line: mean, band: lowest to highest)" if len(config["seeds"]) > 1 else "1 seed"
-    )
+    count = len({run["seed"] for run in complete(report["runs"])})
+    seeds = f"{count} seeds (line: mean, band: lowest to highest)" if count > 1 else "1 seed"
     rates = ", ".join(f"{name} {report['summary']['methods'][name]['lr']:g}" for name in names)
-    where = f"{machine['processor']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["device"]
+    where = f"{machine['processor']}, {threads_text(report)}" if machine["device"] == "cpu" else machine["device"]
     unfinished = "" if report["status"] == "finished" else f" ({report['status']})"
     small = {"fontsize": 9.5, "color": _GREY}
     figure.text(0.075, 0.958, f"{config['model']} on {data['name']}{unfinished}", fontsize=15, fontweight="bold")
     if report["summary"]["shown"]:
-        figure.text(0.075, 0.928, f"{report['summary']['verdict'][0]} (dots)", fontsize=10.5)
+        figure.text(0.075, 0.928, f"{report['summary']['verdict'][0].rstrip('.')} (dots).", fontsize=10.5)
     figure.text(
         0.075,
         0.904,

@@ -55,7 +55,7 @@ def heading(report: dict) -> list[str]:
     """What is about to be trained, before the first epoch."""
     config, d, machine = report["config"], report["data"], report["machine"]
     network = f"{config['activation']}, normalization {config['normalization']}, init {config['init']}"
-    where = f"{machine['threads']} threads" if machine["device"] == "cpu" else machine["device"]
+    where = threads_text(report) if machine["device"] == "cpu" else machine["device"]
     return [
         f"{config['model']} ({report['model']['parameters']:,} weights; {network}) on {d['name']}: "
         f"{d['train_images']:,} training and {d['test_images']:,} test images",
@@ -74,6 +74,11 @@ def write(report: dict, path: Path) -> None:
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.") from None
+
+
+def threads_text(report: dict) -> str:
+    threads = report["machine"]["threads"]
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 # ---- from curves to a summary
@@ -95,9 +100,15 @@ def curves(runs: list[dict], name: str) -> dict[str, list[list[float]]]:
     return result
 
 
+def complete(runs: list[dict]) -> list[dict]:
+    """The runs of the seeds that every method finished; all runs if there is no such seed (an interrupted report)."""
+    unfinished = {run["seed"] for run in runs if run["status"] not in ("finished", "diverged")}
+    return [run for run in runs if run["seed"] not in unfinished] or runs
+
+
 def summarise(report: dict) -> dict:
     """Per method: final and best test error, cost, and the first epoch at each level, by the mean over seeds."""
-    runs = report["runs"]
+    runs = complete(report["runs"])
     names = list(dict.fromkeys(run["method"] for run in runs))
     methods, means = {}, {}
     for name in names:
@@ -107,12 +118,13 @@ def summarise(report: dict) -> dict:
             (statistics.fmean(e), statistics.fmean(s))
             for e, s in zip(curve["test_error"], curve["seconds"], strict=True)
         ]
+        diverged = sum(run["status"] == "diverged" for run in mine)
         methods[name] = {
             "lr": mine[0]["lr"],
             "runs": len(mine),
-            "diverged": sum(run["status"] == "diverged" for run in mine),
+            "diverged": diverged,
             "epochs": len(means[name]),
-            "final_test_error": _spread(curve["test_error"][-1:]),
+            "final_test_error": None if diverged else _spread(curve["test_error"][-1:]),
             "best_test_error": _spread(
                 [[min(seed) for seed in zip(*curve["test_error"], strict=True)]] if means[name] else []
             ),
@@ -156,7 +168,13 @@ def table(summary: dict) -> list[str]:
     rows = [head]
     for name, m in summary["methods"].items():
         if m["final_test_error"] is None:
-            rows.append([name, f"{m['lr']:g}", "diverged"])
+            rows.append(
+                [
+                    name,
+                    f"{m['lr']:g}",
+                    f"diverged in {m['diverged']} of {m['runs']} runs" if m["diverged"] else "no epoch finished",
+                ]
+            )
             continue
         final, best = m["final_test_error"], m["best_test_error"]
         spread = f" ({100 * final['min']:.2f}..{100 * final['max']:.2f})" if m["runs"] > 1 else ""
@@ -164,7 +182,7 @@ def table(summary: dict) -> list[str]:
         row += [f"{100 * final['mean']:.2f} %{spread}", f"{100 * best['mean']:.2f} %"]
         row += [f"{r['epochs']} ({r['seconds']:.2f})" if r else "-" for r in (m["reached"][i] for i, _ in shown)]
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
+    widths = [max(len(row[i]) for row in rows if len(row) == len(head)) for i in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
 
