@@ -1,6 +1,6 @@
-// The body of chunk_kernels.h for one instruction set.  Included by isa_*.cpp, inside a namespace of its own and under that
-// file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of other
-// headers: their code would be generated for this instruction set and shared with callers that may not run it.
+// The body of chunk_kernels.h for one instruction set.  Included by isa_*.cpp, inside a namespace of its own and under
+// that file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of
+// other headers: their code would be generated for this instruction set and shared with callers that may not run it.
 
 template <typename T>
 struct VectorOf {
@@ -20,8 +20,8 @@ struct Kernels {
   static V& vector(T* p, int v) { return *reinterpret_cast<V*>(p + v * kLanes); }
   static const V& vector(const T* p, int v) { return *reinterpret_cast<const V*>(p + v * kLanes); }
 
-  // kZero: c = sum.  kLoad: the sum goes on from c.  kAdd: the sum starts at zero and is added to c at the end, which keeps
-  // the chains of rounding errors as short as the block of rows.
+  // kZero: c = sum.  kLoad: the sum goes on from c.  kAdd: the sum starts at zero and is added to c at the end, which
+  // keeps the chains of rounding errors as short as the block of rows.
   enum Start { kZero, kLoad, kAdd };
 
   // c[16 x 16] (start) +/- sum_k a_k b_k^T with a_k[r] = a[r * kRowStride + k * kStepStride].

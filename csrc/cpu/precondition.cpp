@@ -2,14 +2,16 @@
 //
 // One parallel region a call.  The work is a list of tickets (plan.h) in three phases a layer:
 //
-//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products to
+//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products
+//   to
 //                the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
 //   apply        64 rows of G: 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
 //
 // X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
-// results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no accuracy:
-// the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to 1e7).
+// results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no
+// accuracy: the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to
+// 1e7).
 #include "consistency_ops/precondition.h"
 
 #include <sched.h>
@@ -40,7 +42,9 @@ using Bytes = std::unique_ptr<char, Free>;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-Bytes allocate(int64_t bytes) { return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes))))); }
+Bytes allocate(int64_t bytes) {
+  return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
+}
 
 int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, int64_t index) {
   int64_t offset = 0;
@@ -184,12 +188,13 @@ class Launch {
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
       const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
-      T* tail = s.packed + panel * kRowBlock * kPanel;
+      T* tail = s.packed + panel * kPackedPitch * kPanel;
       for (int64_t lane = chunk.size - (chunk.panels - 1) * kPanel; lane < kPanel; ++lane) {
         for (int64_t k = 0; k < kRowBlock; ++k) tail[k * kPanel + lane] = 0;
       }
       if (c == plan.bias_chunk) {
-        T* ones = s.packed + (plan.bias_panel - first_panel) * kRowBlock * kPanel + plan.bias_lane;
+        T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * kPackedPitch * kPanel +
+                  plan.bias_column % kPanel;
         for (int64_t k = 0; k < kRowBlock; ++k) ones[k * kPanel] = 1;
       }
     }
@@ -200,10 +205,11 @@ class Launch {
         s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
                                     plan.sample.offset + (row + k) * plan.sample.stride);
       }
-      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, first_panel, kRowBlock, s.packed);
+      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs,
+                  s.packed - first_panel * kPackedPitch * kPanel);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
-        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kRowBlock * kPanel, rows, kRowBlock,
+        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
                            chunk.panels, row > 0, storage_ + chunk.storage);
       }
     }
@@ -274,8 +280,7 @@ class Launch {
       const ChunkPlan& chunk = plan.chunks[c];
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
-      const int64_t bias_column = (plan.bias_panel - chunk.first_panel) * kPanel + plan.bias_lane;
-      const Run bias_run{plan.bias_panel, 0, static_cast<int16_t>(plan.bias_lane), 1};
+      const Run bias_run{0, 0, plan.bias_column, 1};
       for (int r = 0; r < kPanel; ++r) {
         std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
       }
@@ -288,17 +293,15 @@ class Launch {
                           offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, (first + at + r) % plan.taps);
           bias_offset[r] = output * layer.bias_stride;
         }
-        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, chunk.first_panel,
-                           s.tile);
+        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, s.tile);
         if (with_bias) {
-          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, chunk.first_panel, s.tile);
+          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, s.tile);
         }
         const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, s.product);
-        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs,
-                            chunk.first_panel);
+        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
         if (with_bias) {
           for (int r = 0; r < here; ++r) {
-            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + bias_column];
+            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + plan.bias_column];
           }
         }
       }
@@ -315,7 +318,7 @@ class Launch {
       for (int64_t t = 1; t < plan.taps; ++t) mean += (copies[t] - mean) / static_cast<T>(t + 1);
       const int64_t offset = o * layer.bias_stride;
       isa_kernels<T>().gather[static_cast<int>(layer.bias_dtype)].store_tile(&mean, 0, layer.bias_grad, &offset, 1, 1,
-                                                                             &run, 1, 0);
+                                                                             &run, 1);
     }
   }
 
@@ -406,7 +409,8 @@ int64_t work_of(const Plan& plan, const PreconditionLayer* layers) {
 }
 
 template <typename T>
-Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan, const ThreadPool& pool) {
+Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan,
+           const ThreadPool& pool) {
   const bool serial = pool.run == nullptr || pool.threads <= 1 || work_of(plan, layers) < kSerialWork;
   const int32_t threads = serial ? 1 : pool.threads;
   const int64_t bytes = aligned(plan.storage_elements * sizeof(T)) + threads * thread_bytes(plan, sizeof(T));
@@ -417,8 +421,8 @@ Status run(const PreconditionLayer* layers, const PreconditionOptions& options, 
     launch.work(0);
   } else {
     pool.run(
-        pool.context, threads,
-        [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); }, &launch);
+        pool.context, threads, [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); },
+        &launch);
   }
   return Status::kOk;
 }
@@ -435,7 +439,8 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
       if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
     }
     if (plan.tasks.empty()) return Status::kOk;
-    return options.float64 ? cpu::run<double>(layers, options, plan, pool) : cpu::run<float>(layers, options, plan, pool);
+    return options.float64 ? cpu::run<double>(layers, options, plan, pool)
+                           : cpu::run<float>(layers, options, plan, pool);
   } catch (const std::bad_alloc&) {
     return Status::kOutOfMemory;
   }
