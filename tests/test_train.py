@@ -172,7 +172,7 @@ def test_killed_run_leaves_a_report(tmp_path):
 
 def test_divergence_is_a_result(tmp_path):
     options = ("--optimizer", "sgd,adam", "--lr", "sgd=1e30,adam=0.001", "--epochs", "2", "--seeds", "1")
-    done = run("train", *options, "--out", "here", cwd=tmp_path)
+    done = run("train", "--normalization", "none", *options, "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "diverged: the loss is not finite any more (rate 1e+30)" in done.stdout
     assert "sgd: 1 of 1 runs diverged" in done.stdout
@@ -182,7 +182,8 @@ def test_divergence_is_a_result(tmp_path):
 
 
 def test_all_diverge(tmp_path):
-    done = run("train", "--optimizer", "sgd", "--lr", "1e30", "--epochs", "2", "--out", "here", cwd=tmp_path)
+    options = ("--normalization", "none", "--optimizer", "sgd", "--lr", "1e30", "--epochs", "2")
+    done = run("train", *options, "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sgd: 3 of 3 runs diverged" in done.stdout
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import consistency_ops as co
 from consistency_ops.optim import SGD2
+from consistency_ops.preconditioner import Preconditioner
 
 from .errors import UserError
 
@@ -65,7 +65,7 @@ def _method(name: str, options: dict[str, object]) -> Method:
 
     def build(model: nn.Module, lr: float) -> tuple[object, Optimizer]:
         optimizer = make(model.parameters(), lr)
-        return (co.Preconditioner(model, optimizer, **options) if suffix else None), optimizer
+        return (Preconditioner(model, optimizer, **options) if suffix else None), optimizer
 
     return Method(name, f"{text}, preconditioned" if suffix else text, rates, bool(suffix), build)
 
