@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from consistency_ops import _library  # noqa: F401  (loading registers the operators)
+from consistency_ops.batch_rms_norm import batch_rms_norm
+from consistency_ops.modulus import modulus
 
 __all__ = [
     "batch_rms_norm",
