@@ -160,7 +160,8 @@ bool channel_squares(const BatchRmsNormParams& p, const ThreadPool& pool, double
 
 Status batch_rms_norm_denominator_cpu(const BatchRmsNormParams& p, const ThreadPool& pool) {
   const int64_t channels = p.view.channels, count = p.view.outer * p.view.inner;
-  if (!valid(p.view) || !(p.momentum >= 0 && p.momentum < 1) || !(p.eps > 0)) return Status::kInvalidArgument;
+  if ((p.x != nullptr && !valid(p.view)) || !(p.momentum >= 0 && p.momentum < 1) || !(p.eps > 0))
+    return Status::kInvalidArgument;
   if (channels == 0) return Status::kOk;
   if (p.x != nullptr && count > 0) {
     const std::unique_ptr<double, void (*)(void*)> sums(static_cast<double*>(std::malloc(channels * sizeof(double))),
