@@ -1,8 +1,9 @@
 """Batch RMS normalisation: scale consistency without means, scales or shifts (arXiv 1708.00631).
 
-Three operators: the denominators in training (which updates the statistics in place), in evaluation, and the division.  Only
-the division is differentiable.  Its derivative has two homes: an autograd function in eager mode, which every transform of
-``torch.func`` and forward-mode AD understand, and plain torch under ``torch.compile``, which fuses it with its neighbours.
+Three operators: the denominators in training (which updates the statistics in place), in evaluation, and the division.
+Only the division is differentiable.  Its derivative has two homes: an autograd function in eager mode, which every
+transform of ``torch.func`` and forward-mode AD understand, and plain torch under ``torch.compile``, which fuses it with
+its neighbours.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def batch_rms_norm(
         y    = x / D,    dL/dx = dL/dy / D                           D is a constant in backward
 
     ``x``: (N, C) or (N, C, *spatial), any memory format; float32, float64, bfloat16 or float16.
-    ``running_ms``: (C), contiguous, float32 or float64, starts at 0.  ``num_batches``: int64, shape (1,), starts at 0; counts
-    the training batches, this one included; None, or a count of 0: v is not corrected.  ``momentum`` in [0, 1);
+    ``running_ms``: (C), contiguous, float32 or float64, starts at 0.  ``num_batches``: int64, shape (1,), starts at 0;
+    counts the training batches, this one included; None, or a count of 0: v is not corrected.  ``momentum`` in [0, 1).
     ``eps`` > 0 is relative to the most active channel, which limits the gain of the least active to about 1 / sqrt(eps)
-    times its own (1e-10 for a layer that normalises data).
+    times that of the most active (1e-10 for a layer that normalises data).
 
-    Evaluation repeats the D of the last training batch.  Before the first one v is 0, so that D = sqrt(1e-6 eps) in every
-    channel.  An empty batch updates nothing.  A NaN or Inf in one channel makes its v, and through the maximum every D, not
-    finite, for as long as v remembers it.  Sums do not depend on the number of threads.
+    Evaluation repeats the D of the last training batch.  Before the first one v is 0, so that D = sqrt(1e-6 eps) in
+    every channel.  An empty batch updates nothing.  A NaN or Inf in one channel makes its v, and through the maximum
+    every D, not finite, for as long as v remembers it.  Sums do not depend on the number of threads.
 
     Raises TypeError (dtypes), ValueError (shapes and ranges), NotImplementedError (complex), RuntimeError (devices, or
     ``running_ms`` requires a gradient).
@@ -179,8 +180,8 @@ def _samples(info, in_dims, tensors):
 def _(info, in_dims, x, running_ms, num_batches, momentum, eps):
     if in_dims[1] is None or (num_batches is not None and in_dims[2] is None):
         raise RuntimeError(
-            "batch_rms_norm: under vmap, training updates running_ms and num_batches in place, so they must be batched too; "
-            "pass training=False, or batched statistics"
+            "batch_rms_norm: under vmap, training updates running_ms and num_batches in place, so they must be batched "
+            "too; pass training=False, or batched statistics"
         )
     results = []
     for sample, statistics, count in _samples(info, in_dims, (x, running_ms, num_batches)):

@@ -1,7 +1,7 @@
 """The modulus activation: |x|, with one bit an element kept for backward.
 
-The derivative has two homes: autograd functions in eager mode, which every transform of ``torch.func`` and forward-mode AD
-understand, and formulas registered on the operators, which ``torch.compile`` and ``torch.export`` use.
+The derivative has two homes: autograd functions in eager mode, which every transform of ``torch.func`` and forward-mode
+AD understand, and formulas registered on the operators, which ``torch.compile`` and ``torch.export`` use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from consistency_ops import _library  # noqa: F401  (loading registers the operators)
-from consistency_ops import reference
+from consistency_ops import (
+    _library,  # noqa: F401  (loading registers the operators)
+    reference,
+)
 
 _REAL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _COMPLEX = frozenset({torch.complex64, torch.complex128})
@@ -26,8 +28,9 @@ _transforming = torch._C._are_functorch_transforms_active
 def modulus(x: Tensor) -> Tensor:
     """Absolute value of every element, a norm-preserving activation (MoDU; arXiv 1708.00631).
 
-    ``x``: any shape and strides; float32, float64, bfloat16, float16, complex64 or complex128.  The result is real and has
-    the memory format of ``x``.  Complex magnitudes neither overflow nor underflow on the way, as with C99's ``hypot``.
+    ``x``: any shape and strides; float32, float64, bfloat16, float16, complex64 or complex128.  The result is real and
+    has the memory format of ``x``.  Complex magnitudes neither overflow nor underflow on the way, as with C99's
+    ``hypot``.
 
     The real derivative is -1 below zero and +1 at and above zero (also at -0.0 and NaN), so that the differential is
     orthogonal everywhere; one bit an element is kept for it, and nothing if no gradient is needed.  The complex

@@ -17,8 +17,8 @@ class BatchRMSNorm(nn.Module):
     parameters: no mean is removed, nothing is rescaled.  ``momentum`` is the weight of the *old* statistics, in [0, 1);
     ``eps`` > 0 is relative to the most active channel: 1e-2 inside a network, 1e-10 to normalise data.
 
-    Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when the
-    module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.
+    Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
+    the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.
     """
 
     def __init__(
