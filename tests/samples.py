@@ -308,13 +308,14 @@ def solve_float64(chunk: Chunk) -> np.ndarray:
     return np.linalg.solve(chunk.damped(), flat.T).T.reshape(chunk.gradient.shape)
 
 
-def solve_torch(chunk: Chunk, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """torch's own composition in ``dtype``: gathered rows, mm, cholesky, cholesky_solve."""
-    rows = torch.from_numpy(np.ascontiguousarray(chunk.rows)).to(dtype)
-    covariance = rows.T @ rows / len(rows) / chunk.tau + chunk.damping * torch.eye(rows.shape[1], dtype=dtype)
-    flat = torch.from_numpy(np.ascontiguousarray(chunk.gradient.reshape(-1, len(chunk.units)))).to(dtype)
+def solve_torch(chunk: Chunk, reverse: bool = False) -> np.ndarray:
+    """torch's own float32 composition: mm, cholesky, cholesky_solve; the units in their order or reversed."""
+    order = np.arange(len(chunk.units))[:: -1 if reverse else 1]
+    rows = torch.from_numpy(np.ascontiguousarray(chunk.rows[:, order])).float()
+    covariance = rows.T @ rows / len(rows) / chunk.tau + chunk.damping * torch.eye(rows.shape[1])
+    flat = torch.from_numpy(chunk.gradient.reshape(-1, len(order))[:, order]).float()
     solution = torch.cholesky_solve(flat.T, torch.linalg.cholesky(covariance)).T
-    return solution.reshape(chunk.gradient.shape).double().numpy()
+    return solution[:, order.copy()].reshape(chunk.gradient.shape).double().numpy()
 
 
 def gather(chunk: Chunk, grad: Tensor, bias_grad: Tensor | None) -> np.ndarray:
