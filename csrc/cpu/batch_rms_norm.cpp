@@ -52,12 +52,10 @@ namespace avx512 {
 #endif
 
 const Kernels& kernels(DType dtype) {
-  const char* isa = cpu::isa_name();
 #if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) return avx512::kTable[static_cast<int>(dtype)];
-  if (std::strcmp(isa, "avx2") == 0) return avx2::kTable[static_cast<int>(dtype)];
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx512) return avx512::kTable[static_cast<int>(dtype)];
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx2) return avx2::kTable[static_cast<int>(dtype)];
 #endif
-  (void)isa;
   return portable::kTable[static_cast<int>(dtype)];
 }
 

@@ -58,16 +58,32 @@ struct GatherKernels {
                      const Run* runs, int64_t count);
 };
 
+// X in bfloat16 where the machine multiplies pairs of it: the products are exact and summed in float, at twice the
+// rate. A packed block holds two rows in every 32-bit word, the even row in the lower half: rows / 2 rows of words.
+struct PairKernels {
+  // As GatherKernels::pack; a last odd row is paired with zeros.
+  void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
+               int64_t count, uint32_t* packed);
+  // As ChunkKernels::gram, `pairs` and `pitch` in words.
+  void (*gram)(const uint32_t* p, int64_t pairs, int64_t pitch, int panels, bool accumulate, float* c);
+};
+
 template <typename T>
 struct IsaKernels {
   ChunkKernels<T> chunk;
   GatherKernels<T> gather[4];  // by DType
 };
 
-// The kernels of the instruction set in use: the best this machine has, unless use_isa chose another.
-template <typename T>
-const IsaKernels<T>& isa_kernels();
+// In rising order: a machine that has one level has those below it.
+enum class IsaLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The instruction set in use: the best this machine has, unless use_isa chose another.
+IsaLevel isa_level();
 const char* isa_name();
 bool use_isa(const char* name);  // false if this machine lacks it
+
+template <typename T>
+const IsaKernels<T>& isa_kernels();
+const PairKernels* pair_kernels();  // null if the instruction set in use has none
 
 }  // namespace consistency_ops::cpu

@@ -22,6 +22,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu/plan.h"
 
@@ -32,6 +33,7 @@ namespace {
 
 constexpr int kMaxTries = 3;  // damping, x 10, x 100
 constexpr int64_t kBlock = kPanel * kPanel;
+constexpr uint32_t kPairOfOnes = 0x3F803F80;  // 1, 1 in bfloat16
 // Below this many multiply-adds waking the other threads costs more than they bring.
 constexpr int64_t kSerialWork = 200000;
 
@@ -179,6 +181,8 @@ class Launch {
     const LayerPlan& plan = plan_.layers[task.layer];
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& gather = kernels.gather[static_cast<int>(layer.x_dtype)];
+    const PairKernels* pairs = nullptr;
+    if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16) pairs = pair_kernels();
     const int32_t first_panel = plan.chunks[task.begin].first_panel;
     const ChunkPlan& last = plan.chunks[task.end - 1];
     const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;
@@ -196,6 +200,10 @@ class Launch {
         T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * kPackedPitch * kPanel +
                   plan.bias_column % kPanel;
         for (int64_t k = 0; k < kRowBlock; ++k) ones[k * kPanel] = 1;
+        if (pairs != nullptr) {
+          uint32_t* words = reinterpret_cast<uint32_t*>(ones);
+          for (int64_t k = 0; k < kRowBlock; ++k) words[k * kPanel] = kPairOfOnes;
+        }
       }
     }
 
@@ -205,13 +213,39 @@ class Launch {
         s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
                                     plan.sample.offset + (row + k) * plan.sample.stride);
       }
-      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs,
-                  s.packed - first_panel * kPackedPitch * kPanel);
+      T* block = s.packed - first_panel * kPackedPitch * kPanel;
+      if constexpr (std::is_same_v<T, float>) {
+        if (pairs != nullptr) {
+          accumulate_pairs(*pairs, task, s, rows, row > 0, runs, num_runs);
+          continue;
+        }
+      }
+      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, block);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
         kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
                            chunk.panels, row > 0, storage_ + chunk.storage);
       }
+    }
+  }
+
+  // One block of rows, two rows a word.
+  void accumulate_pairs(const PairKernels& pairs, const Task& task, const Scratch<float>& s, int64_t rows, bool add,
+                        const Run* runs, int64_t num_runs) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const int32_t first_panel = plan.chunks[task.begin].first_panel;
+    uint32_t* packed = reinterpret_cast<uint32_t*>(s.packed);
+    pairs.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs,
+               packed - first_panel * kPackedPitch * kPanel);
+    for (int64_t c = task.begin; c < task.end; ++c) {
+      const ChunkPlan& chunk = plan.chunks[c];
+      const int64_t at = (chunk.first_panel - first_panel) * kPackedPitch * kPanel;
+      if (c == plan.bias_chunk && rows % 2 != 0) {
+        const int64_t bias = at + plan.bias_column / kPanel * kPackedPitch * kPanel + plan.bias_column % kPanel;
+        packed[bias + rows / 2 * kPanel] = kPairOfOnes & 0xFFFF;
+      }
+      pairs.gram(packed + at, (rows + 1) / 2, kPackedPitch, chunk.panels, add, storage_ + chunk.storage);
     }
   }
 
