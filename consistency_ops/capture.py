@@ -122,13 +122,13 @@ class Capture:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         weight = module._parameters[self.weight_name]
-        if not (module.training and torch.is_grad_enabled() and weight.requires_grad):
+        if not (module.training and torch.is_grad_enabled() and weight.requires_grad and isinstance(weight, Parameter)):
             return
         x = args[0] if args else kwargs["input"]
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
         if not torch.compiler.is_compiling():
-            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.peek_interpreter_stack() is not None:
                 return
             if torch._C._current_graph_task_id() == -1:
                 self.in_forward = True

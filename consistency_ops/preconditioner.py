@@ -265,7 +265,7 @@ class Preconditioner:
             layer.info = None
             if layer.capture is not None and (item := self._item(layer)) is not None:
                 batches.setdefault(item.grad.device, []).append(item)
-        if not self._warned and batches:
+        if batches and not (self._warned or self._states.paused):
             self._warned = True
             _warn_if_nothing_was_captured([item for batch in batches.values() for item in batch])
         for batch in batches.values():
