@@ -18,15 +18,17 @@ struct Gather {
     __builtin_memcpy(to, values, sizeof(values));
   }
 
-  // Whole panels, one sector of half precision, and one of float are the common lengths.
+  // One sector of float, whole panels, one sector of half precision, and the exact division are the common lengths.
   static inline __attribute__((always_inline)) void copy_in(const S* from, T* to, int length) {
     if (length == 8) return copy_in<8>(from, to);
     if (length == 16) return copy_in<16>(from, to);
+    if (length == 1) return copy_in<1>(from, to);
     for (int i = 0; i < length; ++i) to[i] = widen(from[i]);
   }
   static inline __attribute__((always_inline)) void copy_out(const T* from, S* to, int length) {
     if (length == 8) return copy_out<8>(from, to);
     if (length == 16) return copy_out<16>(from, to);
+    if (length == 1) return copy_out<1>(from, to);
     for (int i = 0; i < length; ++i) to[i] = narrow<S>(from[i]);
   }
 
