@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from consistency_ops import __main__
 from consistency_ops.train import cli, data, methods, models, report
 from consistency_ops.train.console import Console
 from consistency_ops.train.experiment import Experiment, Plan
@@ -109,8 +110,9 @@ def test_every_method_gets_the_same_trials(finished):
     for name, trials in search["trials"].items():
         assert len(trials) == len(methods.GRADIENT_RATES)
         assert all(len(trial["epochs"]) == 1 for trial in trials)
-        losses = {t["lr"]: t["epochs"][-1]["train_loss"] for t in trials if t["status"] == "finished"}
-        assert search["chosen"][name] == min(losses, key=losses.get)
+        errors = {t["lr"]: t["epochs"][-1]["validation_error"] for t in trials if t["status"] == "finished"}
+        assert errors[search["chosen"][name]] == min(errors.values())
+        assert not any("test_error" in epoch for trial in trials for epoch in trial["epochs"])
     assert [t["lr"] for t in search["trials"]["sgd"]] == [t["lr"] for t in search["trials"]["sgd+pre"]]
     assert [t["lr"] for t in search["trials"]["adam"]] == [t["lr"] for t in search["trials"]["adam+pre"]]
 
@@ -194,12 +196,15 @@ def test_without_a_command_it_reports_the_build(tmp_path):
     assert torch.__version__ in done.stdout and "cpu_isa" in done.stdout
 
 
-def test_unknown_command_and_help(tmp_path):
-    wrong = run("trian", cwd=tmp_path)
-    assert wrong.returncode == 2 and "there is no command 'trian'" in wrong.stderr and "train" in wrong.stderr
-    right = run("--help", cwd=tmp_path)
-    assert right.returncode == 0 and "train" in right.stdout
-    assert run("train", "--help", cwd=tmp_path).stdout.count("\n") > 50
+def test_unknown_command_and_help(capsys):
+    assert __main__.main(["trian"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no command 'trian'" in error and "train" in error
+    assert __main__.main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main(["train", "--help"])
+    assert capsys.readouterr().out.count("\n") > 50
 
 
 # ---- mistakes: one sentence, exit status 2, no traceback
@@ -226,6 +231,7 @@ def test_unknown_command_and_help(tmp_path):
         ("--chunk 1000", r"sgd\+pre: .*chunk must be in \[1, 256\], got 1000"),
         ("--batch-size 2000", "--batch-size: must be at most 1437"),
         ("--limit 20", "--batch-size: must be at most 20"),
+        ("--limit 100", "--batch-size: must be at most 80, as the rate search holds out a fifth of the images"),
         ("--data mnist", r"data/mnist: there is no such folder"),
         ("--data mnist --data-dir empty", r"empty/train-images-idx3-ubyte\[\.gz\]: there is no such file"),
         ("--data imagenet", "invalid choice: 'imagenet'"),
@@ -269,6 +275,17 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches():
     assert not torch.equal(task.order(1, 2), task.order(1, 3))
     assert not torch.equal(task.order(1, 2), task.order(2, 2))
     assert task.order(1, 1).unique().numel() == 200  # every image once
+
+
+def test_the_rate_search_never_sees_the_test_images():
+    task = small_task()
+    trial = task.trial()
+    assert len(trial.judge_x) == 40 and len(trial.train_x) == 160
+
+    def rows(x):
+        return sorted(map(bytes, x.flatten(1).numpy()))
+
+    assert rows(torch.cat([trial.train_x, trial.judge_x])) == rows(task.train_x)
 
 
 def test_methods_do_not_disturb_each_other():

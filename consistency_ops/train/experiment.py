@@ -60,17 +60,18 @@ class Experiment:
     # ---- learning rates
 
     def _search(self) -> None:
-        """Try every rate of every method that has none; the lowest training loss of the last trial epoch wins."""
+        """Try every rate of every method that has none; the lowest held-out error wins."""
         searched = [method for method in self.plan.methods if method.name not in self.plan.rates]
         if not searched:
             return
         search = self.report["rate_search"]
         seed, epochs = search["seed"], self.plan.trial_epochs
+        task = self.task.trial()
         self.console.line(
-            f"Rate search: {len(searched[0].rates)} trials of {_count(epochs, 'epoch')} for each method, seed {seed}; "
-            "the lowest training loss wins, the test set plays no part."
+            f"Rate search: {len(searched[0].rates)} trials of {_count(epochs, 'epoch')} for each method, seed {seed}, "
+            f"judged by {len(task.judge_x):,} training images that are held out; the test set plays no part."
         )
-        self.console.start(sum(len(method.rates) for method in searched) * epochs * self.task.steps)
+        self.console.start(sum(len(method.rates) for method in searched) * epochs * task.steps)
         initial, done = self.initial(seed), 0
         for method in searched:
             trials = search["trials"][method.name] = []
@@ -78,13 +79,13 @@ class Experiment:
                 self.console.where(f"{method.name}, rate {lr:g}")
                 contestant = Contestant.start(method, lr, initial)
                 while len(contestant.epochs) < epochs and contestant.status == "running":
-                    contestant.run_epoch(self.task, seed, self.console.tick)
+                    contestant.run_epoch(task, seed, self.console.tick)
                 if contestant.status == "running":
                     contestant.status = "finished"
                 trials.append(contestant.record())
-                done += epochs * self.task.steps
+                done += epochs * task.steps
                 self.console.reach(done)
-            best = min(trials, key=_trial_loss)
+            best = min(trials, key=_score)
             search["chosen"][method.name] = best["lr"]
             self.save()
             self.console.line(f"  {method.name:9s} rate {best['lr']:<7g} {_trial_text(trials, best)}")
@@ -125,21 +126,23 @@ class Experiment:
         self.console.line()
 
 
-def _trial_loss(trial: dict) -> float:
-    loss = trial["epochs"][-1]["train_loss"]
-    return math.inf if loss is None or trial["status"] == "diverged" else loss
+def _score(trial: dict) -> tuple[float, float]:
+    """Mean error, then loss, over the last quarter of a trial's epochs; less is better, divergence is worst."""
+    if trial["status"] == "diverged":
+        return math.inf, math.inf
+    last = trial["epochs"][-max(1, len(trial["epochs"]) // 4) :]
+    return statistics.fmean(e["validation_error"] for e in last), statistics.fmean(e["validation_loss"] for e in last)
 
 
 def _trial_text(trials: list[dict], best: dict) -> str:
-    losses = [_trial_loss(trial) for trial in trials]
+    errors = [_score(trial)[0] for trial in trials]
     tried = "  ".join(
-        f"{trial['lr']:g}: {'diverged' if math.isinf(loss) else format(loss, '.3g')}"
-        for trial, loss in zip(trials, losses, strict=True)
+        f"{trial['lr']:g}: {'diverged' if math.isinf(error) else format(100 * error, '.1f')}"
+        for trial, error in zip(trials, errors, strict=True)
     )
-    seconds = statistics.fmean(trial["epochs"][-1]["seconds"] / len(trial["epochs"]) for trial in trials)
-    if math.isinf(_trial_loss(best)):
+    if math.isinf(_score(best)[0]):
         return f"({tried}; every trial diverged)"
-    return f"(loss at rate {tried}; {seconds:.2g} s/epoch)"
+    return f"(held-out error in % by rate: {tried})"
 
 
 def _epoch_text(contestant: Contestant, result: dict) -> str:

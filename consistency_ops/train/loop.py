@@ -13,40 +13,58 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .data import Images, Scaling
+from .errors import UserError
 from .methods import Method
 
-_TEST_BATCH = 1000
+_JUDGE_BATCH = 1000
 _CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where every look waits for the device
 
 
 @dataclass(frozen=True)
 class Task:
-    """The data on the training device, still uint8, and how a batch becomes the network's input."""
+    """Training images, and the images that judge, on the training device; still uint8, as a batch at a time is scaled.
 
-    images: Images
+    ``judge`` names the latter: "test", or "validation" in the trials of the rate search.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    judge_x: Tensor
+    judge_y: Tensor
+    judge: str
     scaling: Scaling
     batch_size: int
-    device: torch.device
 
     @staticmethod
     def on(device: torch.device, images: Images, scaling: Scaling, batch_size: int) -> Task:
-        moved = Images(
-            images.name,
-            images.source,
-            *(t.to(device) for t in (images.train_x, images.train_y, images.test_x, images.test_y)),
-            classes=images.classes,
-        )
-        return Task(moved, scaling.to(device), batch_size, device)
+        tensors = (t.to(device) for t in (images.train_x, images.train_y, images.test_x, images.test_y))
+        return Task(*tensors, "test", scaling.to(device), batch_size)
+
+    def trial(self) -> Task:
+        """The task of the rate search: a fixed fifth of the training images judges, the test images are not there."""
+        order = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(0)).to(self.device)
+        judge, train = order.tensor_split([-(-len(order) // 5)])
+        if len(train) < self.batch_size:
+            raise UserError(
+                f"--batch-size: must be at most {len(train)}, as the rate search holds out a fifth of the images, "
+                f"got {self.batch_size}; --lr sets the rates without a search."
+            )
+        split = (self.train_x[train], self.train_y[train], self.train_x[judge], self.train_y[judge])
+        return Task(*split, "validation", self.scaling, self.batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train_x.device
 
     @property
     def steps(self) -> int:
         """Steps in an epoch; an incomplete last batch is left out, so that all batches have one size."""
-        return len(self.images.train_x) // self.batch_size
+        return len(self.train_x) // self.batch_size
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """The training images of one epoch, a function of seed and epoch only: every method sees the same batches."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.images.train_x), generator=generator)
+        order = torch.randperm(len(self.train_x), generator=generator)
         return order[: self.steps * self.batch_size].view(self.steps, self.batch_size).to(self.device)
 
 
@@ -85,8 +103,8 @@ class Contestant:
         self.model.train()
         start = _now(task.device)
         for step, rows in enumerate(order):
-            x = task.scaling(task.images.train_x[rows])
-            loss = functional.cross_entropy(self.model(x), task.images.train_y[rows])
+            x = task.scaling(task.train_x[rows])
+            loss = functional.cross_entropy(self.model(x), task.train_y[rows])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -99,17 +117,17 @@ class Contestant:
         return total.item() / len(order)
 
     def run_epoch(self, task: Task, seed: int, tick: Callable[[float | None], None]) -> dict[str, float | int]:
-        """Train an epoch, test, and append the result to ``epochs``; losses are null once they are not finite."""
+        """Train an epoch, judge, and append the result to ``epochs``."""
         train_loss = self.train_epoch(task, seed, tick)
-        test_loss, test_error = evaluate(self.model, task)
-        if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
+        loss, error = evaluate(self.model, task)
+        if not (math.isfinite(train_loss) and math.isfinite(loss)):
             self.status = "diverged"
         self.epochs.append(
             {
                 "epoch": len(self.epochs) + 1,
                 "train_loss": train_loss,
-                "test_loss": test_loss,
-                "test_error": test_error,
+                f"{task.judge}_loss": loss,
+                f"{task.judge}_error": error,
                 "seconds": self.seconds,
             }
         )
@@ -126,15 +144,15 @@ class Contestant:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task) -> tuple[float, float]:
-    """Mean loss and error rate in [0, 1] on the test set, in evaluation mode."""
+    """Mean loss and error rate in [0, 1] on the images that judge, in evaluation mode."""
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=task.device)
     wrong = torch.zeros((), dtype=torch.int64, device=task.device)
-    for x, y in zip(task.images.test_x.split(_TEST_BATCH), task.images.test_y.split(_TEST_BATCH), strict=True):
+    for x, y in zip(task.judge_x.split(_JUDGE_BATCH), task.judge_y.split(_JUDGE_BATCH), strict=True):
         logits = model(task.scaling(x))
         loss += functional.cross_entropy(logits, y, reduction="sum")
         wrong += (logits.argmax(1) != y).sum()
-    count = len(task.images.test_y)
+    count = len(task.judge_y)
     return loss.item() / count, wrong.item() / count
 
 

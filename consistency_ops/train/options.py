@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     args.rates = _rates_by_name(args.lr, args.optimizer)
     args.batch_size = args.batch_size or (DIGITS_BATCH if args.data == "digits" else BATCH)
-    args.trial_epochs = args.trial_epochs or (args.epochs if args.data == "digits" else max(1, args.epochs // 4))
+    args.trial_epochs = args.trial_epochs or max(1, args.epochs // 2)
+    # Two threads make the millisecond steps of the digits slower, not faster, and far slower on a busy machine.
+    args.threads = args.threads or (1 if args.data == "digits" else None)
     args.data_dir = args.data_dir or Path("data", args.data)
     return args
 
@@ -127,7 +129,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--trial-epochs",
         type=_at_least(1),
         metavar="N",
-        help="length of a trial of the rate search (default: all epochs for digits, else a quarter)",
+        help="length of a trial of the rate search (default: half of --epochs)",
     )
     add("--batch-size", type=_at_least(1), metavar="N", help=f"(default: {DIGITS_BATCH} for digits, else {BATCH})")
     add(
@@ -149,7 +151,7 @@ def _add_correction(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", type=_device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N] (default: cpu)")
-    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
     add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="for the report (default: runs/train)")
 
 
