@@ -83,7 +83,9 @@ class Capture:
     gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor subclasses.
     """
 
-    def __init__(self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int
+    ) -> None:
         self.weight_name = kind.weight
         self.unit_dim = kind.unit_dim
         self.kind = kind

@@ -117,7 +117,9 @@ class Preconditioner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Preconditioner: model must be a torch.nn.Module, got {type(model).__name__}")
         if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
         _check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
         if not callable(damping):
             _check_damping(damping)

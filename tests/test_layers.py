@@ -46,13 +46,20 @@ def check(layer, x, rows, scaling="absolute", joint=True, view=lambda w: w):
     weight = view(layer.weight.grad)
     bias = None if layer.bias is None else layer.bias.grad
     expected, expected_bias = dense(
-        weight.flatten(2) if weight.dim() > 2 else weight[:, :, None], bias, rows, getattr(layer, "groups", 1), scaling, joint
+        weight.flatten(2) if weight.dim() > 2 else weight[:, :, None],
+        bias,
+        rows,
+        getattr(layer, "groups", 1),
+        scaling,
+        joint,
     )
     address = layer.weight.grad.data_ptr()
     pre.step()
     assert layer.weight.grad.data_ptr() == address
     got = view(layer.weight.grad)
-    torch.testing.assert_close(got.double(), expected.view(got.shape), rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        got.double(), expected.view(got.shape), rtol=2e-5, atol=2e-5 * expected.abs().max().item()
+    )
     if bias is not None:
         bound = 2e-5 * expected_bias.abs().max().item()
         torch.testing.assert_close(layer.bias.grad.double(), expected_bias, rtol=2e-5, atol=bound)

@@ -61,7 +61,9 @@ def run(options, backend=None, compile_step=False, micro_batches=1, checkpointed
 
 
 def compare(options, tolerance=0.0, **how):
-    expected, expected_rows = run(options, **{k: v for k, v in how.items() if k in ("micro_batches", "checkpointed", "sizes")})
+    expected, expected_rows = run(
+        options, **{k: v for k, v in how.items() if k in ("micro_batches", "checkpointed", "sizes")}
+    )
     got, rows = run(options, **how)
     assert rows == expected_rows
     for a, b in zip(got, expected, strict=True):

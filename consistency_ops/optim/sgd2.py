@@ -123,15 +123,29 @@ class _WholeLayers(Preconditioner):
     """Inverts layers of up to ``max_size`` units undivided, and the larger ones in chunks of ``divide``, or not at all."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, *, max_size: int, divide: int | None, conv_mean: bool, **options: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        max_size: int,
+        divide: int | None,
+        conv_mean: bool,
+        **options: Any,
     ) -> None:
         self._max_size, self._divide = max_size, divide
         self._positions: dict[int, _OutputPositions] = {}
+        self._handles = []
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
         if conv_mean:
             for layer in self.layers:
                 if layer.capture is not None and layer.kind.view(layer.weight).dim() > 2:
-                    self._positions[layer.index] = _OutputPositions(layer.module())
+                    self._positions[layer.index] = hook = _OutputPositions(layer.weight.dim() - 2)
+                    self._handles.append(layer.module().register_forward_hook(hook))
+
+    def remove(self) -> None:
+        super().remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _reason(self, name: str, module: nn.Module, *rest: Any) -> str | None:
         reason = super()._reason(name, module, *rest)
@@ -151,8 +165,9 @@ class _WholeLayers(Preconditioner):
     def _correct_batch(self, batch: list[Item]) -> None:
         for item in batch:
             if (hook := self._positions.get(item.layer.index)) is not None and hook.count > 0:
-                for grad in filter(None, (item.grad, item.bias_grad)):
-                    grad.div_(hook.count)
+                item.grad.div_(hook.count)
+                if item.bias_grad is not None:
+                    item.bias_grad.div_(hook.count)
         by_chunk: dict[int, list[Item]] = {}
         for item in batch:
             by_chunk.setdefault(self.chunk_of(item.units), []).append(item)
@@ -183,10 +198,9 @@ class _WholeLayers(Preconditioner):
 class _OutputPositions:
     """Forward hook: how many output positions a convolution has for one image."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, spatial: int) -> None:
         self.count = 0
-        self._spatial = module.weight.dim() - 2
-        module.register_forward_hook(self)
+        self._spatial = spatial
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if module.training:
