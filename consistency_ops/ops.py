@@ -204,7 +204,7 @@ def foreach_precondition_(
     chunk: int = 128,
     group: int | None = None,
     max_rows: int = 10_000,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
@@ -213,7 +213,7 @@ def foreach_precondition_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Correct the gradients of all layers in place, in one call: ``G[:, c] <- G[:, c] (X_c^T X_c / n + damping I)^-1``.
 
-    Args are those of :func:`precondition`, one entry a layer.  ``bias_grads``, ``permutations`` and ``row_counts`` may
+    Args are those of :func:`precondition`, one entry a layer.  ``bias_grads``, ``permutation`` and ``row_counts`` may
     have ``None`` for some layers.
 
     Args:
@@ -240,7 +240,7 @@ def foreach_precondition_(
         chunk,
         group,
         max_rows,
-        permutations,
+        permutation,
         seed,
         step,
         layers,
@@ -271,7 +271,7 @@ def _foreach_precondition_(
     for name, entries in (
         ("inputs", inputs),
         ("bias_grads", bias_grads),
-        ("permutations", permutations),
+        ("permutation", permutations),
         ("row_counts", row_counts),
         ("layers", layers),
     ):
@@ -474,7 +474,7 @@ def chunked_covariance(
     if permutation is not None:
         permutation = _check_permutation(op, permutation, inputs.shape[-1])
     return foreach_covariance(
-        [inputs], chunk=chunk, group=group, max_rows=max_rows, permutations=[permutation], seed=seed, step=step
+        [inputs], chunk=chunk, group=group, max_rows=max_rows, permutation=[permutation], seed=seed, step=step
     )[0]
 
 
@@ -489,7 +489,7 @@ def foreach_covariance(
     chunk: int = 128,
     group: int | None = None,
     max_rows: int = 10_000,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
@@ -518,7 +518,7 @@ def foreach_covariance(
         dims.append(1 if conv else x.dim() - 1)
         units.append(x.shape[-1] if grad is None else grad.shape[1])
         groups.append(_default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
-    orders, order_layers = _dense(permutations)
+    orders, order_layers = _dense(permutation)
     counts, count_layers = _dense(row_counts)
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_covariance(
@@ -570,21 +570,21 @@ def foreach_apply_(
     bias_grads: Sequence[Tensor | None] | None = None,
     chunk: int = 128,
     group: int | None = None,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
 ) -> None:
     """Third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
 
-    ``chunk``, ``group``, ``permutations``, ``seed``, ``step`` and ``layers`` must be those of the covariance.  Chunks
+    ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.  Chunks
     with ``info != 0`` are left alone.
     """
     op = "foreach_apply_"
     _check_chunk(op, chunk, group)
     grads = list(grads)
     biases, bias_layers = _dense(bias_grads)
-    orders, order_layers = _dense(permutations)
+    orders, order_layers = _dense(permutation)
     if _is_real(grads[0]):
         _check_overlap(op, [*grads, *biases], [])
     groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]

@@ -215,7 +215,7 @@ def test_lists():
     for grads, inputs in (([GRAD], []), ([], [INPUTS]), ([GRAD, GRAD.clone()], [INPUTS])):
         with pytest.raises(ValueError):
             co.foreach_precondition_(grads, inputs)
-    for keywords in ({"bias_grads": []}, {"permutations": []}, {"layers": []}, {"row_counts": []}):
+    for keywords in ({"bias_grads": []}, {"permutation": []}, {"layers": []}, {"row_counts": []}):
         with pytest.raises(ValueError):
             co.foreach_precondition_([GRAD.clone()], [INPUTS], **keywords)
     with pytest.raises(TypeError):
@@ -234,7 +234,7 @@ def test_a_refused_call_changes_nothing():
         "complex": (GRAD.to(torch.complex64), INPUTS, {}),
         "meta": (GRAD.to("meta"), INPUTS, {}),
         "bias": (GRAD.clone(), INPUTS, {"bias_grads": [None, torch.ones(9)]}),
-        "permutation": (GRAD.clone(), INPUTS, {"permutations": [None, torch.zeros(40, dtype=torch.int64)]}),
+        "permutation": (GRAD.clone(), INPUTS, {"permutation": [None, torch.zeros(40, dtype=torch.int64)]}),
         "row count": (GRAD.clone(), INPUTS, {"row_counts": [None, torch.ones(2)]}),
     }
     for name, (grad, x, keywords) in bad.items():

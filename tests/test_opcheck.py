@@ -57,9 +57,9 @@ def call_everything():
     """The public functions on small samples of every operator's forms."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         grads, inputs, biases = network(dtype)
-        permutations = [torch.randperm(34), None, None]
+        permutation = [torch.randperm(34), None, None]
         counts = [None, torch.tensor([17]), None]
-        options = {"chunk": 16, "group": 1, "seed": 3, "step": 1, "permutations": permutations}
+        options = {"chunk": 16, "group": 1, "seed": 3, "step": 1, "permutation": permutation}
         ops.foreach_precondition_(grads, inputs, bias_grads=biases, damping=0.1, row_counts=counts, **options)
         bias = [b is not None for b in biases]
         covariances = ops.foreach_covariance(inputs, grads=grads, bias=bias, row_counts=counts, **options)
