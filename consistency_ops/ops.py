@@ -69,7 +69,14 @@ def _check_options(op: str, damping: float, scaling: str, chunk: int, group: int
         raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
 
 
+def _check_integers(op: str, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
 def _check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> None:
+    _check_integers(op, chunk=chunk, group=group, max_rows=max_rows)
     if not 1 <= chunk <= MAX_CHUNK:
         raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
     if group is not None and not 1 <= group <= chunk:
@@ -119,11 +126,33 @@ def _check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
     return permutation.to(torch.int64).contiguous()
 
 
+def _check_row_counts(op: str, row_counts: list[Tensor]) -> None:
+    for count in row_counts:
+        if not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1:
+            raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {count!r}")
+
+
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last byte that a tensor may touch."""
     begin = tensor.data_ptr()
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices of a strided tensor name one element."""
+    reach = 0  # furthest element of the dimensions so far, the smallest strides first
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                break
+            reach += (size - 1) * stride
+    else:
+        return False
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.unique().numel() < tensor.numel()
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
@@ -140,8 +169,10 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 def _check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Refuses gradients that overlap; returns the inputs, those that alias a gradient copied."""
     for tensor in written:
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise RuntimeError(f"{op}: gradients must not overlap, got an expanded tensor {tuple(tensor.shape)}")
+        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+            raise RuntimeError(
+                f"{op}: gradients must not overlap, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
     extents = sorted(((*_extent(t), i) for i, t in enumerate(written) if t.numel()), key=lambda e: e[:2])
     reach, widest = -1, -1
     overlapping = False
@@ -267,6 +298,7 @@ def _foreach_precondition_(
     return_damping: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_options(op, damping, scaling, chunk, group, max_rows)
+    _check_integers(op, seed=seed, step=step)
     grads, inputs = list(grads), list(inputs)
     for name, entries in (
         ("inputs", inputs),
@@ -284,6 +316,7 @@ def _foreach_precondition_(
         _check_layer(op, grad, inputs[i], bias_grads[i] if bias_grads is not None else None)
     biases, bias_layers = _dense(bias_grads)
     counts, count_layers = _dense(row_counts)
+    _check_row_counts(op, counts)
     _check_device(op, [*grads, *inputs, *biases, *counts])
     if permutations is not None:
         has_bias = set(bias_layers)
@@ -508,9 +541,12 @@ def foreach_covariance(
     """
     op = "foreach_covariance"
     _check_chunk(op, chunk, group, max_rows)
+    _check_integers(op, seed=seed, step=step)
     inputs = list(inputs)
     if not inputs:
         return []
+    for x in inputs:
+        _check_tensor(op, "inputs", x)
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -520,6 +556,8 @@ def foreach_covariance(
         groups.append(_default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
     orders, order_layers = _dense(permutation)
     counts, count_layers = _dense(row_counts)
+    _check_row_counts(op, counts)
+    _check_device(op, [*inputs, *counts])
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_covariance(
             inputs,
@@ -555,7 +593,9 @@ def foreach_inverse(
     Returns:
         ``(inverses, info, damping_used)``; the inverse of a chunk that was given up is zero.
     """
-    _check_options("foreach_inverse", damping, scaling, chunk, None, 1)
+    op = "foreach_inverse"
+    _check_options(op, damping, scaling, chunk, None, 1)
+    _check_device(op, list(covariances))
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_inverse(
             list(covariances), list(units), float(damping), scaling == "trace", chunk
@@ -582,8 +622,10 @@ def foreach_apply_(
     """
     op = "foreach_apply_"
     _check_chunk(op, chunk, group)
+    _check_integers(op, seed=seed, step=step)
     grads = list(grads)
     biases, bias_layers = _dense(bias_grads)
+    _check_device(op, [*grads, *biases, *inverses, info])
     orders, order_layers = _dense(permutation)
     if _is_real(grads[0]):
         _check_overlap(op, [*grads, *biases], [])

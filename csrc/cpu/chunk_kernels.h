@@ -29,8 +29,9 @@ struct ChunkKernels {
   int (*factor)(T* a, int panels, T* inverse_diagonal);
   // inverse = (U^T U)^-1, all blocks; w: scratch of the same size.
   void (*invert)(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse);
-  // out[16 x n] = g[16 x n] * inverse, rows kTilePitch apart.  Returns a mask of the rows whose result is not finite.
-  uint32_t (*apply)(const T* g, const T* inverse, int panels, T* out);
+  // out[16 x n] = g[16 x n] * inverse, rows kTilePitch apart.  Returns a mask of the rows with a result that is NaN or
+  // of larger magnitude than `largest`.
+  uint32_t (*apply)(const T* g, const T* inverse, int panels, T largest, T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };

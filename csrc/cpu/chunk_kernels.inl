@@ -196,18 +196,21 @@ struct Kernels {
     }
   }
 
-  static uint32_t apply(const T* g, const T* inverse, int panels, T* out) {
+  static uint32_t apply(const T* g, const T* inverse, int panels, T largest, T* out) {
     const int64_t height = int64_t{kPanel} * panels;
     for (int j = 0; j < panels; ++j) {
       tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, height, kZero, out + j * kPanel, kTilePitch);
     }
     uint32_t bad = 0;
     for (int r = 0; r < kPanel; ++r) {
-      V sum{};  // 0 * x is NaN exactly for the values that are not finite
-      for (int64_t k = 0; k < height; k += kLanes) sum += *reinterpret_cast<const V*>(out + r * kTilePitch + k) * T(0);
-      T total = 0;
-      for (int v = 0; v < kLanes; ++v) total += sum[v];
-      if (!(total == 0)) bad |= 1u << r;
+      auto within = V{} == V{};  // all lanes true
+      for (int64_t k = 0; k < height; k += kLanes) {
+        const V& x = *reinterpret_cast<const V*>(out + r * kTilePitch + k);
+        within &= (x <= largest) & (x >= -largest);  // false for NaN
+      }
+      bool all = true;
+      for (int v = 0; v < kLanes; ++v) all &= within[v] != 0;
+      if (!all) bad |= 1u << r;
     }
     return bad;
   }

@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -307,6 +308,8 @@ class Launch {
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
+    const T largest =
+        std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
     const int64_t first = task.begin * plan.taps, rows = (task.end - task.begin) * plan.taps;
 
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
@@ -331,7 +334,7 @@ class Launch {
         if (with_bias) {
           bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, s.tile);
         }
-        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, s.product);
+        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, largest, s.product);
         g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
         if (with_bias) {
           for (int r = 0; r < here; ++r) {
@@ -343,13 +346,30 @@ class Launch {
     }
   }
 
+  // The largest magnitude that does not become infinite in `dtype`.
+  static T largest_of(DType dtype) {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return static_cast<T>(3.3961774292304457e38);  // just below the midpoint of its largest value and 2^128
+      case DType::kFloat16:
+        return static_cast<T>(65519.99609375);
+      case DType::kFloat32:
+        return static_cast<T>(std::numeric_limits<float>::max());
+      default:
+        return std::numeric_limits<T>::max();
+    }
+  }
+
   // Every tap of an output has corrected a copy of its bias; the bias becomes their mean (METHOD 1.5).
   void average_bias(const PreconditionLayer& layer, const LayerPlan& plan, const Task& task, const Scratch<T>& s) {
     const Run run{0, 0, 0, 1};
     for (int64_t o = task.begin; o < task.end; ++o) {
       const T* copies = s.bias + (o - task.begin) * plan.taps;
       T mean = copies[0];
-      for (int64_t t = 1; t < plan.taps; ++t) mean += (copies[t] - mean) / static_cast<T>(t + 1);
+      for (int64_t t = 1; t < plan.taps; ++t) {
+        const T difference = copies[t] - mean;  // NaN between infinities: all copies are the infinity that came in
+        if (difference == difference) mean += difference / static_cast<T>(t + 1);
+      }
       const int64_t offset = o * layer.bias_stride;
       isa_kernels<T>().gather[static_cast<int>(layer.bias_dtype)].store_tile(&mean, 0, layer.bias_grad, &offset, 1, 1,
                                                                              &run, 1);
@@ -417,7 +437,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
     if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
     if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
     if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
-    if (options.stages & kStageApply && layer.has_bias && layer.bias_grad == nullptr) return false;
+    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
