@@ -172,22 +172,21 @@ def test_killed_run_leaves_a_report(tmp_path):
     assert result["status"] == "running" and len(result["runs"][0]["epochs"]) >= 2
 
 
-def test_divergence_is_a_result(tmp_path):
+def test_divergence_is_a_result(tmp_path, capsys):
     options = ("--optimizer", "sgd,adam", "--lr", "sgd=1e30,adam=0.001", "--epochs", "2", "--seeds", "1")
-    done = run("train", "--normalization", "none", *options, "--out", "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "diverged: the loss is not finite any more (rate 1e+30)" in done.stdout
-    assert "sgd: 1 of 1 runs diverged" in done.stdout
-    plain, adam = load(tmp_path / "here")["runs"]
+    assert cli.main(["--normalization", "none", *options, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "diverged: the loss is not finite any more (rate 1e+30)" in said
+    assert "sgd: 1 of 1 runs diverged" in said
+    plain, adam = load(tmp_path)["runs"]
     assert plain["status"] == "diverged" and len(plain["epochs"]) == 1 and plain["epochs"][0]["train_loss"] is None
     assert adam["status"] == "finished" and len(adam["epochs"]) == 2
 
 
-def test_all_diverge(tmp_path):
+def test_all_diverge(tmp_path, capsys):
     options = ("--normalization", "none", "--optimizer", "sgd", "--lr", "1e30", "--epochs", "2")
-    done = run("train", *options, "--out", "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "sgd: 3 of 3 runs diverged" in done.stdout
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    assert "sgd: 3 of 3 runs diverged" in capsys.readouterr().out
 
 
 def test_without_a_command_it_reports_the_build(tmp_path):
@@ -353,9 +352,18 @@ def test_summary_of_known_curves():
     assert reached[0.02] is None
     shown = [summary["levels"][i] for i in summary["shown"]]
     assert shown == [0.2, 0.03]  # the hardest that both reached, and the hardest of any
+    assert summary["headline"] == summary["shown"][0]
     assert report.verdict(result)[0] == "Epochs to 20 % test error: fast 2, slow 3."
     assert report.verdict(result)[1] == "Seconds to 20 % test error: fast 2.00 s, slow 3.00 s."
     assert len(report.table(summary)) == 3
+
+
+def test_the_headline_is_what_most_methods_reached():
+    result = synthetic(a=[[0.02]], b=[[0.04]], c=[[0.12]], d=[[0.3]])
+    summary = result["summary"]
+    assert summary["levels"][summary["headline"]] == 0.12
+    assert [summary["levels"][i] for i in summary["shown"]] == [0.3, 0.12, 0.02]
+    assert "a 1, b 1, c 1; not reached by d." in report.verdict(result)[0]
 
 
 def test_summary_says_who_lost():
@@ -369,7 +377,7 @@ def test_summary_says_who_lost():
 
 def test_summary_without_a_finished_epoch():
     result = synthetic(sgd=[[None]], adam=[[]])
-    assert result["summary"]["shown"] == []
+    assert result["summary"]["shown"] == [] and result["summary"]["headline"] is None
     assert report.verdict(result) == ["sgd: 1 of 1 runs diverged at rate 0.1."]
     assert len(report.table(result["summary"])) == 3
 

@@ -116,9 +116,9 @@ def _label_ends(axis: Axes, names: list[str], ends: list[float]) -> None:
 def _mark_level(axes: list[Axes], report: dict) -> None:
     """The level of the verdict, with a dot where each method first reached it."""
     levels, methods = report["summary"]["levels"], report["summary"]["methods"]
-    if not report["summary"]["shown"]:
+    index = report["summary"]["headline"]
+    if index is None:
         return
-    index = report["summary"]["shown"][0]
     for axis, unit in zip(axes, ("epochs", "seconds"), strict=True):
         axis.axhline(levels[index], color=_GREY, linewidth=0.9, linestyle=":")
         for name, m in methods.items():
@@ -137,7 +137,7 @@ def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     unfinished = "" if report["status"] == "finished" else f" ({report['status']})"
     small = {"fontsize": 9.5, "color": _GREY}
     figure.text(0.075, 0.958, f"{config['model']} on {data['name']}{unfinished}", fontsize=15, fontweight="bold")
-    if report["summary"]["shown"]:
+    if report["summary"]["headline"] is not None:
         figure.text(0.075, 0.928, f"{report['summary']['verdict'][0].rstrip('.')} (dots).", fontsize=10.5)
     figure.text(
         0.075,

@@ -133,15 +133,21 @@ def summarise(report: dict) -> dict:
         }
     for name in names:
         methods[name]["reached"] = [_first(means[name], level) for level in LEVELS]
-    return {"levels": list(LEVELS), "shown": _shown(methods), "methods": methods}
+    return {"levels": list(LEVELS), **_levels(methods), "methods": methods}
 
 
-def _shown(methods: dict) -> list[int]:
-    """Indices of the hardest levels that all, two and one of the methods reached, without repetition, easiest first."""
-    alive = [m for m in methods.values() if m["final_test_error"] is not None]
-    counts = [sum(m["reached"][i] is not None for m in alive) for i in range(len(LEVELS))]
-    hardest = (max((i for i, n in enumerate(counts) if n >= least), default=None) for least in (len(alive), 2, 1))
-    return sorted({i for i in hardest if i is not None}) if alive else []
+def _levels(methods: dict) -> dict:
+    """``headline``: index of the hardest level that most methods reached, or else any did; None if none was.
+
+    ``shown``: that of the hardest level of all methods, of most, and of any, easiest first, without repetition.
+    """
+    reached = [m["reached"] for m in methods.values() if m["final_test_error"] is not None]
+    counts = [sum(one[i] is not None for one in reached) for i in range(len(LEVELS))]
+    every, most, some = (
+        max((i for i, n in enumerate(counts) if n >= least), default=None)
+        for least in (max(len(reached), 1), len(reached) // 2 + 1, 1)
+    )
+    return {"headline": some if most is None else most, "shown": sorted({every, most, some} - {None})}
 
 
 def _spread(values: list[list[float]]) -> dict[str, float] | None:
@@ -192,7 +198,7 @@ def verdict(report: dict) -> list[str]:
     methods = summary["methods"]
     alive = {name: m for name, m in methods.items() if m["final_test_error"] is not None}
     lines = []
-    if summary["shown"]:
+    if summary["headline"] is not None:
         lines += [_ranking(summary, unit, text) for unit, text in (("epochs", "{:.0f}"), ("seconds", "{:.2f} s"))]
         for name in alive:
             base = "sgd" if name == "sgd2" else name.removesuffix("+pre")
@@ -213,8 +219,8 @@ def verdict(report: dict) -> list[str]:
 
 
 def _ranking(summary: dict, unit: str, form: str) -> str:
-    """Every method in the order in which it reached the hardest level that all reached, or else the hardest of any."""
-    methods, index = summary["methods"], summary["shown"][0]
+    """Every method in the order in which it reached the headline level."""
+    methods, index = summary["methods"], summary["headline"]
     reached = {name: m["reached"][index][unit] for name, m in methods.items() if m["reached"][index]}
     order = ", ".join(f"{name} {form.format(reached[name])}" for name in sorted(reached, key=reached.__getitem__))
     missed = ", ".join(name for name in methods if name not in reached)
@@ -238,7 +244,7 @@ def _pair(name: str, base: str, methods: dict, levels: list[float]) -> str:
     text = f"{name} against {base}: an epoch costs {cost:.2f} times as much"
     both = [i for i in range(len(levels)) if methods[name]["reached"][i] and methods[base]["reached"][i]]
     if not both:
-        return f"{text}; no level shown was reached by both."
+        return f"{text}; none of the levels was reached by both."
     mine, other = methods[name]["reached"][both[-1]], methods[base]["reached"][both[-1]]
     at = f"{100 * levels[both[-1]]:g} %"
     epochs, seconds = _compare(mine["epochs"], other["epochs"]), _compare(mine["seconds"], other["seconds"])
