@@ -36,7 +36,7 @@ constexpr int kMaxTries = 3;  // damping, x 10, x 100
 constexpr int64_t kBlock = kPanel * kPanel;
 constexpr uint32_t kPairOfOnes = 0x3F803F80;  // 1, 1 in bfloat16
 // Below this many multiply-adds waking the other threads costs more than they bring.
-constexpr int64_t kSerialWork = 200000;
+constexpr int64_t kSerialWork = 2000000;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
