@@ -45,7 +45,7 @@ class Layer:
         return None if module is None or self.kind is None else module._parameters.get(self.kind.weight)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Item:
     """A layer that is corrected in this step."""
 
@@ -205,13 +205,13 @@ class Preconditioner:
             self._parameter_count = _count_parameters(self._optimizer)
             self._parameters = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for layer in self.layers:
-            module = layer.module()
-            if layer.reason is None and layer.capture is None and module is not None and self.owns(layer.weight):
+            module, weight = layer.module(), layer.weight
+            if layer.reason is None and layer.capture is None and weight is not None and self.owns(weight):
                 layer.capture = Capture(module, layer.kind, self._states, layer.index, self.max_rows, self.seed)
 
-    def owns(self, parameter: Tensor | None) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter."""
-        return parameter is not None and (self._optimizer is None or id(parameter) in self._parameters)
+        return self._optimizer is None or id(parameter) in self._parameters
 
     def chunk_of(self, units: int) -> int:
         """Largest chunk for a layer of so many units, the bias included."""
@@ -278,19 +278,23 @@ class Preconditioner:
         self._states.reset(self.steps + 1, paused=(self.steps + 1) % self.every != 0, finished=not self._states.paused)
 
     def _item(self, layer: Layer) -> Item | None:
-        module, weight, capture = layer.module(), layer.weight, layer.capture
-        if not self.owns(weight) or is_lazy(weight):
+        if (module := layer.module()) is None:
             return None
-        capture.follow(module, weight)
-        layer.unfit_gradient = weight.grad is not None and not _is_plain(weight.grad)
-        if not weight.requires_grad or weight.grad is None or layer.unfit_gradient:
+        parameters, kind = module._parameters, layer.kind
+        weight = parameters.get(kind.weight)
+        if weight is None or not self.owns(weight) or is_lazy(weight):
+            return None
+        layer.capture.follow(module, weight)
+        grad = weight.grad
+        layer.unfit_gradient = grad is not None and not _is_plain(grad)
+        if grad is None or layer.unfit_gradient or not weight.requires_grad:
             return None
         bias_grad = None
-        if layer.joins_bias:
-            bias = module._parameters.get(layer.kind.bias)
-            if self.owns(bias) and bias.grad is not None and _is_plain(bias.grad):
-                bias_grad = bias.grad
-        return Item(layer, weight, layer.kind.view(weight.grad), bias_grad)
+        if layer.joins_bias and (bias := parameters.get(kind.bias)) is not None and self.owns(bias):
+            bias_grad = bias.grad
+            if bias_grad is not None and not _is_plain(bias_grad):
+                bias_grad = None
+        return Item(layer, weight, kind.view(grad), bias_grad)
 
     def _correct_batch(self, batch: list[Item]) -> None:
         """Correct the gradients of layers that are on one device."""
@@ -407,8 +411,11 @@ class Preconditioner:
         self.steps += 1
         for layer in self.layers:
             weight = layer.weight if layer.capture is not None else None
+            # Only beside the optimizer's own state: it takes any entry for a sign that it has initialised this weight.
             if weight is not None and weight.grad is not None and self.owns(weight):
-                self._store.update(layer.name, weight, {**layer.pending, "step": self.steps})
+                self._store.put(layer.name, weight, "step", self.steps)
+                for key, value in layer.pending.items():
+                    self._store.put(layer.name, weight, key, value)
             layer.pending.clear()
 
     # State
@@ -447,8 +454,9 @@ class Preconditioner:
         _check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
-                moved = {k: v.to(weight.device, copy=True) if isinstance(v, Tensor) else v for k, v in entries.items()}
-                self._store.update(name, weight, moved)
+                for key, value in entries.items():
+                    moved = value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
+                    self._store.put(name, weight, key, moved)
         self._resume()
 
     def remove(self) -> None:

@@ -28,12 +28,11 @@ class StateStore:
         entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
         return {key[len(PREFIX) :]: value for key, value in entries.items() if _is_ours(key)}
 
-    def update(self, name: str, weight: Tensor, entries: Mapping[str, Any]) -> None:
-        """The optimizer must have initialised its own state of this weight: it takes a non-empty one for initialised."""
+    def put(self, name: str, weight: Tensor, key: str, value: Any) -> None:
         if self._optimizer is None:
-            self._own.setdefault(name, {}).update(entries)
+            self._own.setdefault(name, {})[key] = value
         else:
-            self._optimizer.state[weight].update({PREFIX + key: value for key, value in entries.items()})
+            self._optimizer.state[weight][PREFIX + key] = value
 
     def clear(self) -> None:
         self._own.clear()
