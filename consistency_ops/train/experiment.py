@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from .loop import Contestant, Task
 from .methods import Method
 
 Report = dict
+
+_SAVE_EVERY = 2.0  # seconds; a report of many epochs takes longer to write than an epoch of the digits
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Plan:
 
 
 class Experiment:
-    """Runs a :class:`Plan`; ``report`` grows as it goes, and ``save`` is called after every epoch of every method."""
+    """Runs a :class:`Plan`; ``report`` grows as it goes, and ``save`` is called now and then, for a crash."""
 
     def __init__(
         self,
@@ -40,7 +43,8 @@ class Experiment:
         save: Callable[[], None],
     ) -> None:
         self.plan, self.task, self.initial = plan, task, initial
-        self.report, self.console, self.save = report, console, save
+        self.report, self.console = report, console
+        self._write, self._written = save, -math.inf
         report["rate_search"] = {
             "epochs": plan.trial_epochs,
             "seed": plan.seeds[0],
@@ -56,6 +60,11 @@ class Experiment:
                 self._compare(seed)
         finally:
             self.console.close()
+
+    def _save(self) -> None:
+        if time.monotonic() - self._written > _SAVE_EVERY:
+            self._write()
+            self._written = time.monotonic()
 
     # ---- learning rates
 
@@ -87,7 +96,7 @@ class Experiment:
                 self.console.reach(done)
             best = min(trials, key=_score)
             search["chosen"][method.name] = best["lr"]
-            self.save()
+            self._save()
             self.console.line(f"  {method.name:9s} rate {best['lr']:<7g} {_trial_text(trials, best)}")
         self.console.line()
 
@@ -120,7 +129,7 @@ class Experiment:
                     self.console.line(
                         f"seed {seed}  epoch {epoch:3d}/{plan.epochs}  {name:9s}  {_epoch_text(contestant, result)}"
                     )
-                    self.save()
+                    self._save()
                 done += steps
                 self.console.reach(done)
         self.console.line()
