@@ -26,7 +26,7 @@ def draw(report: dict, path: Path) -> None:
     names = [name for name in report["summary"]["methods"] if curves(runs, name)["seconds"]]
     figure = Figure(figsize=(11.5, 8.2), dpi=130, facecolor="white")
     axes = figure.subplots(2, 2, sharey="row")
-    figure.subplots_adjust(left=0.075, right=0.975, top=0.85, bottom=0.07, hspace=0.16, wspace=0.30)
+    figure.subplots_adjust(left=0.075, right=0.975, top=0.85, bottom=0.07, hspace=0.16, wspace=0.34)
     for row, field in enumerate(("train_loss", "test_error")):
         for column, against in enumerate(("epoch", "seconds")):
             axis: Axes = axes[row][column]
@@ -149,5 +149,5 @@ def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     figure.text(0.075, 0.882, f"Learning rates: {rates}. Seconds on {where}.", **small)
     handles, labels = first.get_legend_handles_labels()
     if handles:
-        place = {"loc": "upper right", "bbox_to_anchor": (0.98, 0.995), "ncols": len(names)}
+        place = {"loc": "upper right", "bbox_to_anchor": (0.98, 1.0), "ncols": len(names) if len(names) < 5 else 4}
         figure.legend(handles, labels, frameon=False, handlelength=2.8, **place)
