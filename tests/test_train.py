@@ -95,6 +95,7 @@ def test_report(finished):
     assert set(result["packages"]) == {"numpy", "matplotlib", "scikit-learn"}
     assert result["machine"]["threads"] == 1 and result["machine"]["processor"]
     assert list(result["methods"]) == list(methods.NAMES)
+    assert "Preconditioner(12 of 12 layers" in result["methods"]["adam+pre"]
     assert [(r["seed"], r["method"]) for r in result["runs"]] == [(s, m) for s in (1, 2) for m in methods.NAMES]
     for one in result["runs"]:
         assert one["status"] == "finished" and [e["epoch"] for e in one["epochs"]] == [1, 2]
@@ -158,6 +159,26 @@ def test_interrupt_writes_what_was_done(tmp_path):
     assert result["status"] == "interrupted"
     assert all(len(one["epochs"]) >= 2 for one in result["runs"])
     assert (tmp_path / "here" / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 9, 15, 18])
+def test_interrupt_at_any_moment(epochs, tmp_path, monkeypatch, capsys):
+    """In the rate search (14 epochs here), between the seeds, and in the middle of one."""
+    left, whole = iter(range(epochs)), Contestant.run_epoch
+
+    def run_epoch(self, *args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(Contestant, "run_epoch", run_epoch)
+    options = ("--optimizer", "sgd,adam", "--epochs", "2", "--seeds", "1,2", "--limit", "200", "--model", "mlp")
+    assert cli.main([*options, "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    result = load(tmp_path)
+    assert result["status"] == "interrupted"
+    assert sum(len(one["epochs"]) for one in result["runs"]) == max(0, epochs - 14)
+    assert (tmp_path / "report.png").exists() == (epochs > 14)
 
 
 def test_killed_run_leaves_a_report(tmp_path):

@@ -69,11 +69,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         ).to(args.device)
 
     network = initial(args.seeds[0])
-    _check_methods(chosen, network)
     result = report.begin(options.config(args), argv, torch.get_num_threads(), args.device)
     result["data"] = {**images.describe(), "inputs": scaling.text}
     result["model"] = {"parameters": models.parameter_count(network), "layers": str(network).splitlines()}
-    result["methods"] = {method.name: method.text for method in chosen}
+    result["methods"] = {method.name: _describe(method, network) for method in chosen}
     for line in report.heading(result):
         console.line(line)
     path = args.out / "report.json"
@@ -121,10 +120,10 @@ def _check_device(device: torch.device) -> None:
         raise UserError(f"--device: {device} cannot be used here ({first}); choose --device cpu.") from None
 
 
-def _check_methods(chosen: list[Method], network: nn.Module) -> None:
-    """Build every optimizer once, so that a bad setting is told before an hour of training and not after."""
-    for method in chosen:
-        try:
-            Contestant.start(method, method.rates[0], network)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{method.name}: {error}") from None
+def _describe(method: Method, network: nn.Module) -> str:
+    """Build the optimizer once: the report tells its settings, and a bad one is told before an hour of training."""
+    try:
+        keep = Contestant.start(method, method.rates[0], network).keep
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{method.name}: {error}") from None
+    return method.text if keep is None else f"{method.text}: {keep!r}"

@@ -231,11 +231,8 @@ def _ranking(summary: dict, unit: str, form: str) -> str:
 def _edges(report: dict) -> list[str]:
     """The methods whose searched rate is the first or the last that was tried: a better one may lie outside."""
     search = report["rate_search"]
-    return [
-        name
-        for name, trials in search["trials"].items()
-        if search["chosen"].get(name) in (trials[0]["lr"], trials[-1]["lr"])
-    ]
+    tried = {name: [trial["lr"] for trial in search["trials"].get(name, [])] for name in search["chosen"]}
+    return [name for name, rates in tried.items() if search["chosen"][name] in (*rates[:1], *rates[-1:])]
 
 
 def _pair(name: str, base: str, methods: dict, levels: list[float]) -> str:
