@@ -3,10 +3,12 @@
 #   PYTHON=python3.12 make test      another interpreter for the virtual environment
 #   CONSISTENCY_OPS_CUDA=0 make build  without CUDA kernels although nvcc is there (setup.py has the other switches)
 #   make train ARGS="--data mnist --data-dir DIR"
+#   make bench BENCH=precondition ARGS="--chunks 128"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BENCH ?= modulus memory step precondition
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(wildcard csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
@@ -37,8 +39,8 @@ test-slow: $(LIBRARY)
 
 test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
 
-bench: $(LIBRARY) ## the kernels against torch's own compositions
-	python -m pytest benchmarks/micro $(ARGS)
+bench: $(LIBRARY) ## speed and memory against torch's own compositions; BENCH="step memory" for some of it
+	@set -e; for name in $(BENCH); do python -m benchmarks.micro.bench_$$name $(ARGS); done
 
 build: $(VENV)/.installed ## compile the extension in place, only what changed
 	@flock .build.lock python setup.py -q build_ext --inplace
