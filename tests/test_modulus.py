@@ -241,6 +241,7 @@ def test_complex_infinity_and_nan_as_hypot(dtype, isa):
 # Errors
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex32, torch.float8_e4m3fn], ids=str)
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(TypeError, match=f"modulus: x must be floating point or complex, got {dtype}"):
