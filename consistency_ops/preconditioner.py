@@ -1,4 +1,4 @@
-"""The drop-in preconditioner: corrects the gradients of a model's layers in front of any optimizer (arXiv 1708.00631)."""
+"""The drop-in preconditioner: corrects the gradients of a model in front of any optimizer (arXiv 1708.00631)."""
 
 from __future__ import annotations
 
@@ -63,17 +63,18 @@ class Preconditioner:
     """Multiplies every layer's gradient by the inverse damped second moment of the layer's inputs, before each step.
 
     For a layer with input rows ``X`` (n, d) and weight gradient ``G`` (out, d) the optimizer receives ``G A_c^-1`` with
-    ``A_c = X_c^T X_c / n + damping`` in every chunk ``c`` of at most ``chunk`` randomly chosen units (arXiv 1708.00631).
-    One line in a training script; nothing else changes::
+    ``A_c = X_c^T X_c / n + damping`` in every chunk ``c`` of at most ``chunk`` randomly chosen units (arXiv
+    1708.00631). One line in a training script; nothing else changes::
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         co.Preconditioner(model, optimizer)
 
     Construct it before the first call of a compiled model and before checkpoints are loaded. Covered are ``nn.Linear``,
-    ``nn.Conv1d/2d/3d`` and what :func:`consistency_ops.layers.register` adds; all other layers, and those without statistics
-    (never run, tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients are corrected in
-    place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler`` skips leave nothing
-    behind. A closure is supported if the optimizer calls it once a step. Its state is in ``optimizer.state_dict()``.
+    ``nn.Conv1d/2d/3d`` and what :func:`consistency_ops.layers.register` adds; all other layers, and those without
+    statistics (never run, tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients
+    are corrected in place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler``
+    skips leave nothing behind. A closure is supported if the optimizer calls it once a step. Its state is in
+    ``optimizer.state_dict()``.
 
     Args:
         model: the module whose layers are corrected. Only weak references to it are kept.
@@ -470,8 +471,9 @@ class Preconditioner:
     def stats(self) -> dict[str, Any]:
         """What the last step did; reads from the device, so it waits for it.
 
-        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``chunks`` in all; ``failed_chunks``, whose
-        gradient was left as it is; ``max_damping`` of the last inversion (NaN: none yet); ``rows`` captured, by layer.
+        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``chunks`` in all; ``failed_chunks``,
+        whose gradient was left as it is; ``max_damping`` of the last inversion (NaN: none yet); ``rows`` captured, by
+        layer.
         """
         return report.stats(self)
 
@@ -500,13 +502,13 @@ def _detach(layers: list[Layer], handles: list) -> None:
 
 def _warn_if_nothing_was_captured(batch: list[Item]) -> None:
     """Hooks that were installed after the first call of a compiled model never fire."""
-    if all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch):
-        if any(bool(item.grad.count_nonzero()) for item in batch):
-            warnings.warn(
-                "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
-                "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
-                stacklevel=2,
-            )
+    unseen = all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch)
+    if unseen and any(bool(item.grad.count_nonzero()) for item in batch):
+        warnings.warn(
+            "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
+            "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
+            stacklevel=2,
+        )
 
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:

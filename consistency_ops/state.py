@@ -1,4 +1,4 @@
-"""Where the preconditioner keeps its tensors: in ``optimizer.state[weight]``, so that every way of saving keeps them."""
+"""Where the preconditioner keeps its tensors: in ``optimizer.state[weight]``, which every way of saving keeps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PREFIX = "consistency_"
 
 
 class StateStore:
-    """Entries of a layer: ``step``, and with ``decay`` or ``every`` also ``covariance``, ``weight``, ``inverse``, ``info``.
+    """Entries of a layer: ``step``; with ``decay`` or ``every`` also ``inverse``, ``info``, ``covariance``, ``weight``.
 
-    Without an optimizer they are kept here, by the layer's name.
+    ``weight`` is the sum of the weights in the running average. Without an optimizer they are kept here, by name.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:

@@ -400,6 +400,46 @@ def test_extra_gradient_of_the_same_forward_does_not_lose_rows():
         assert pre.stats()["rows"] == {"0": 40, "2": 40, "4": 40}
 
 
+@pytest.mark.parametrize("change", ["double", "bfloat16", "replaced"])
+def test_the_buffer_follows_the_weight(change):
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model)
+    backward(model, x, y)
+    pre.step()
+    model.zero_grad()
+    if change == "replaced":
+        model[0] = nn.Linear(12, 20)
+        model[2].weight = nn.Parameter(torch.randn(16, 20))
+    else:
+        model.to(getattr(torch, change))
+        x = x.to(getattr(torch, change))
+    backward(model, x, y)
+    pre.step()
+    assert pre.stats()["layers"] == (2 if change == "replaced" else 3)
+    assert pre.layers[1].capture.rows.dtype == (torch.float64 if change == "double" else torch.float32)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 7), torch.zeros(()), torch.zeros(3, 12, dtype=torch.int64)], ids=str)
+def test_the_layer_itself_says_what_is_wrong_with_its_input(x):
+    layer = nn.Linear(12, 5)
+    with pytest.raises(RuntimeError) as plain:
+        layer(x)
+    Preconditioner(layer)
+    with pytest.raises(RuntimeError) as hooked:
+        layer(x)
+    assert str(hooked.value) == str(plain.value)
+
+
+def test_a_gradient_taken_by_another_hook():
+    """Optimizers that step in the backward pass take the gradient before anybody else sees it."""
+    model, (x, y) = mlp(), data()
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    pre = Preconditioner(model)
+    backward(model, x, y)
+    pre.step()
+    assert pre.stats()["layers"] == 2 and "no gradient in the last step" in pre.summary()
+
+
 # Layers that keep their gradient
 
 
