@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import math
 import pickle
 import warnings
@@ -21,7 +22,7 @@ from consistency_ops.preconditioner import Preconditioner
 def mlp(seed=0, widths=(12, 20, 16, 5)):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
