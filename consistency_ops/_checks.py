@@ -109,6 +109,8 @@ def check_row_counts(op: str, row_counts: list[Tensor]) -> None:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last byte that a tensor may touch."""
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()
 
