@@ -140,7 +140,7 @@ class Preconditioner:
         self._store = StateStore(optimizer)
         self._parameters: set[int] = set()  # ids of the optimizer's parameters
         self._parameter_count = 0
-        self._warned = False
+        self._checked = False  # whether hooks fire
 
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
@@ -268,9 +268,8 @@ class Preconditioner:
             layer.info = None
             if layer.capture is not None and (item := self._item(layer)) is not None:
                 batches.setdefault(item.grad.device, []).append(item)
-        if batches and not (self._warned or self._states.paused):
-            self._warned = True
-            _warn_if_nothing_was_captured([item for batch in batches.values() for item in batch])
+        if not (self._checked or self._states.paused):
+            self._checked = _check_capture([item for batch in batches.values() for item in batch])
         for batch in batches.values():
             self._correct_batch(batch)
         for layer in self.layers:
@@ -410,14 +409,12 @@ class Preconditioner:
 
     def _finish_step(self) -> None:
         self.steps += 1
+        self._store.count_step(self.steps)
         for layer in self.layers:
-            weight = layer.weight if layer.capture is not None else None
-            # Only beside the optimizer's own state: it takes any entry for a sign that it has initialised this weight.
-            if weight is not None and weight.grad is not None and self.owns(weight):
-                self._store.put(layer.name, weight, "step", self.steps)
+            if layer.pending:
                 for key, value in layer.pending.items():
-                    self._store.put(layer.name, weight, key, value)
-            layer.pending.clear()
+                    self._store.put(layer.name, layer.weight, key, value)
+                layer.pending.clear()
 
     # State
 
@@ -427,11 +424,11 @@ class Preconditioner:
 
     def _resume(self) -> None:
         """Continue from what the store holds."""
-        covered = [layer for layer in self.layers if layer.capture is not None]
-        self.steps = max((self._store.get(layer.name, layer.weight).get("step", 0) for layer in covered), default=0)
-        for layer in covered:
+        self.steps = self._store.counted_steps()
+        for layer in self.layers:
             layer.pending.clear()
-            layer.capture.begin_step()
+            if layer.capture is not None:
+                layer.capture.begin_step()
         self._states.reset(self.steps, paused=self.steps % self.every != 0, finished=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -440,7 +437,7 @@ class Preconditioner:
         With an optimizer it is a copy of what ``optimizer.state_dict()`` holds anyway.
         """
         layers = {layer.name: dict(self._store.get(layer.name, layer.weight)) for layer in self.layers if layer.capture}
-        return {"version": _VERSION, "layers": {name: state for name, state in layers.items() if state}}
+        return {"version": _VERSION, "step": self.steps, "layers": {k: state for k, state in layers.items() if state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows captured so far are dropped.
@@ -458,6 +455,7 @@ class Preconditioner:
                 for key, value in entries.items():
                     moved = value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
                     self._store.put(name, weight, key, moved)
+        self._store.count_step(state_dict["step"])
         self._resume()
 
     def remove(self) -> None:
@@ -500,15 +498,17 @@ def _detach(layers: list[Layer], handles: list) -> None:
             layer.capture.remove()
 
 
-def _warn_if_nothing_was_captured(batch: list[Item]) -> None:
-    """Hooks that were installed after the first call of a compiled model never fire."""
-    unseen = all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch)
-    if unseen and any(bool(item.grad.count_nonzero()) for item in batch):
+def _check_capture(batch: list[Item]) -> bool:
+    """Warn of hooks that never fire, installed after the first call of a compiled model; False: too early to tell."""
+    if not any(bool(item.grad.count_nonzero()) for item in batch):
+        return False
+    if all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch):
         warnings.warn(
             "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
             "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
             stacklevel=2,
         )
+    return True
 
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:

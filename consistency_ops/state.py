@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 PREFIX = "consistency_"
+_STEP = PREFIX + "step"
 
 
 class StateStore:
-    """Entries of a layer: ``step``; with ``decay`` or ``every`` also ``inverse``, ``info``, ``covariance``, ``weight``.
+    """Entries of a layer, with ``decay`` or ``every``: ``inverse``, ``info``, ``covariance``, ``weight``; and the step.
 
     ``weight`` is the sum of the weights in the running average. Without an optimizer they are kept here, by name.
     """
@@ -20,6 +21,7 @@ class StateStore:
     def __init__(self, optimizer: Optimizer | None) -> None:
         self._optimizer = optimizer
         self._own: dict[str, dict[str, Any]] = {}
+        self._own_step = 0
         self._loading: Mapping[str, Any] = {}
 
     def get(self, name: str, weight: Tensor | None) -> dict[str, Any]:
@@ -34,12 +36,34 @@ class StateStore:
         else:
             self._optimizer.state[weight][PREFIX + key] = value
 
+    def count_step(self, step: int) -> None:
+        """Write the step beside the state of every parameter that has been updated.
+
+        Of all, not of the covered ones: ``torch.distributed.checkpoint`` wants state for all parameters or for none.
+        Only where there is a gradient: optimizers take any entry for a sign that they have initialised theirs.
+        """
+        if self._optimizer is None:
+            self._own_step = step
+            return
+        state = self._optimizer.state
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None or parameter in state:
+                    state[parameter][_STEP] = step
+
+    def counted_steps(self) -> int:
+        if self._optimizer is None:
+            return self._own_step
+        return max((entries.get(_STEP, 0) for entries in self._optimizer.state.values()), default=0)
+
     def clear(self) -> None:
         self._own.clear()
         if self._optimizer is not None:
-            for entries in self._optimizer.state.values():
+            for parameter, entries in list(self._optimizer.state.items()):
                 for key in [key for key in entries if _is_ours(key)]:
                     del entries[key]
+                if not entries:
+                    del self._optimizer.state[parameter]
 
     def before_load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         self._loading = state_dict

@@ -11,7 +11,9 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint_io
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -700,6 +702,32 @@ def test_resume_without_an_optimizer(options):
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
     steps(resumed, again, 4, 3)
+    assert_equal(model.parameters(), resumed.parameters())
+
+
+@pytest.mark.parametrize("options", RESUME, ids=str)
+@pytest.mark.parametrize("name", ["plain SGD", "Adam"])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_distributed_checkpoint_keeps_the_state(options, name, tmp_path):
+    def start(seed):
+        model = mlp(seed)
+        model.add_module("norm", nn.LayerNorm(5))
+        optimizer = OPTIMIZERS[name](model.parameters()) if name == "Adam" else torch.optim.SGD(model.parameters(), 0.1)
+        Preconditioner(model, optimizer, chunk=8, **options)
+        return model, optimizer
+
+    model, optimizer = start(0)
+    train(model, optimizer, 4)
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint_io.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+    train(model, optimizer, 3, first=4)
+
+    resumed, other = start(9)
+    weights, state = get_state_dict(resumed, other)
+    saved = {"model": weights, "optimizer": state}
+    checkpoint_io.load(saved, checkpoint_id=tmp_path)
+    set_state_dict(resumed, other, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    train(resumed, other, 3, first=4)
     assert_equal(model.parameters(), resumed.parameters())
 
 
