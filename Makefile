@@ -32,10 +32,10 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 	python -m consistency_ops train $(ARGS)
 
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
-	python -m pytest -q -m "not slow" $(ARGS)
+	python -m pytest -q -n $(MAX_JOBS) -m "not slow" $(ARGS)
 
 test-slow: $(LIBRARY)
-	python -m pytest -q -m slow $(ARGS)
+	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
 
