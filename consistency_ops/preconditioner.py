@@ -6,8 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +16,10 @@ from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
 from .capture import Capture, States
-from .layers import LayerType, layer_type
+from .coverage import Layer, find_layers
 from .state import StateStore
 
 _VERSION = 1  # of state_dict
-
-
-@dataclass(eq=False)
-class Layer:
-    """A module with a weight of two or more dimensions, covered or not."""
-
-    name: str
-    module: weakref.ref[nn.Module]
-    kind: LayerType | None
-    index: int  # among all layers; third argument of the random division
-    reason: str | None  # why it is never corrected, or None
-    joins_bias: bool = False
-    capture: Capture | None = None
-    info: Tensor | None = None  # of the last step, one entry a chunk; None: nothing was launched
-    damping: Tensor | None = None  # used by the last inversion
-    unfit_gradient: bool = False
-    pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
-
-    @property
-    def weight(self) -> Parameter | None:
-        module = self.module()
-        return None if module is None or self.kind is None else module._parameters.get(self.kind.weight)
 
 
 @dataclass(eq=False)
@@ -161,44 +138,7 @@ class Preconditioner:
     # What is covered
 
     def _find_layers(self, model: nn.Module) -> list[Layer]:
-        modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
-        owners: dict[int, list[str]] = {}
-        for name, module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append(name)
-        for pattern in self.skip:
-            if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name, _ in modules):
-                warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=4)
-        layers: list[Layer] = []
-        for name, module in modules:
-            kind = layer_type(module)
-            own = [p for p in module._parameters.values() if p is not None]
-            if kind is None and not any(is_lazy(p) or p.dim() > 1 for p in own):
-                continue
-            layer = Layer(name, weakref.ref(module), kind, len(layers), self._reason(name, module, kind, owners))
-            if layer.reason is None and kind.bias is not None:
-                bias = module._parameters.get(kind.bias)
-                layer.joins_bias = self.bias and bias is not None and len(owners[id(bias)]) == 1
-            layers.append(layer)
-        return layers
-
-    def _reason(
-        self, name: str, module: nn.Module, kind: LayerType | None, owners: Mapping[int, list[str]]
-    ) -> str | None:
-        """Why this layer is never corrected, or None."""
-        if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in self.skip):
-            return "skipped"
-        if kind is None:
-            return "unsupported type"
-        weight = module._parameters.get(kind.weight)
-        if weight is None:
-            return f"{kind.weight} is not a parameter of the module"
-        if len(owners[id(weight)]) > 1:
-            return "tied with " + ", ".join(owner for owner in owners[id(weight)] if owner != name)
-        if not weight.is_floating_point():
-            return f"unsupported dtype {weight.dtype}"
-        return None
+        return find_layers(model, self.skip, self.bias)
 
     def _attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when its parameter groups have grown."""

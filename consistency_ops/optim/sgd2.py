@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import reference
-from ..layers import layer_type
+from ..coverage import Layer
 from ..ops import MAX_CHUNK
 from ..preconditioner import Item, Preconditioner
 
@@ -147,15 +147,12 @@ class _WholeLayers(Preconditioner):
         for handle in self._handles:
             handle.remove()
 
-    def _reason(self, name: str, module: nn.Module, *rest: Any) -> str | None:
-        reason = super()._reason(name, module, *rest)
-        if reason is None and self._divide is None:
-            kind = layer_type(module)
-            bias = self.bias and kind.bias is not None and module._parameters.get(kind.bias) is not None
-            units = kind.units(module) // kind.groups(module) + bias
-            if units > self._max_size:
-                return f"{units} units, more than max_size={self._max_size}"
-        return reason
+    def _find_layers(self, model: nn.Module) -> list[Layer]:
+        layers = super()._find_layers(model)
+        for layer in layers:
+            if layer.reason is None and self._divide is None and layer.units > self._max_size:
+                layer.reason = f"{layer.units} units, more than max_size={self._max_size}"
+        return layers
 
     def chunk_of(self, units: int) -> int:
         if units > self._max_size:
