@@ -5,9 +5,9 @@
 
 Baselines (compositions.py): gather + bmm + cholesky + cholesky_solve; gather + bmm + cholesky_inverse + bmm; both
 batched over equal layers; torch.compile of the first two, where a network has at most eight distinct layer shapes.
-The ratio is to the fastest of them, by medians over interleaved rounds.  Everything is float32.  GF/s: the useful
-operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of a float32 matrix product of 2048 x 2048 that runs in the
-same rounds.
+The ratio is to the fastest of them, by medians over interleaved rounds.  Everything is float32.  GF/s counts the
+useful operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of a float32 matrix product of 2048 x 2048 that
+runs in the same rounds.
 """
 
 from __future__ import annotations
