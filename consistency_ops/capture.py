@@ -135,10 +135,10 @@ class Capture:
             self.count.zero_()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        weight = module._parameters[self.weight_name]
-        if not (module.training and torch.is_grad_enabled() and weight.requires_grad and isinstance(weight, Parameter)):
+        weight = module._parameters.get(self.weight_name)
+        if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
             return
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()), None)
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
         if not torch.compiler.is_compiling():

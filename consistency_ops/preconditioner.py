@@ -122,6 +122,7 @@ class Preconditioner:
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
         self._attach()
+        self._refuse_a_second_one()
         if not any(layer.capture for layer in self.layers):
             raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
         handles = []
@@ -149,6 +150,20 @@ class Preconditioner:
             module, weight = layer.module(), layer.weight
             if layer.reason is None and layer.capture is None and weight is not None and self.owns(weight):
                 layer.capture = Capture(module, layer.kind, self._states, layer.index, self.max_rows, self.seed)
+
+    def _refuse_a_second_one(self) -> None:
+        """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
+        if self._optimizer is None:
+            return
+        others = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
+        taken = {id(x.module()) for o in others if isinstance(o, Preconditioner) for x in o.layers if x.capture}
+        for layer in self.layers:
+            if layer.capture is not None and id(layer.module()) in taken:
+                _detach(self.layers, [])
+                raise ValueError(
+                    "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
+                    f"remove() first), got one for {layer.name!r}"
+                )
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter."""
@@ -374,7 +389,7 @@ class Preconditioner:
     def state_dict(self) -> dict[str, Any]:
         """Step counter, running covariances and inverses, by layer name.
 
-        With an optimizer it is a copy of what ``optimizer.state_dict()`` holds anyway.
+        With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
         layers = {layer.name: dict(self._store.get(layer.name, layer.weight)) for layer in self.layers if layer.capture}
         return {"version": _VERSION, "step": self.steps, "layers": {k: state for k, state in layers.items() if state}}
@@ -382,9 +397,17 @@ class Preconditioner:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows captured so far are dropped.
 
+        Not needed with an optimizer, whose own ``load_state_dict`` does it.
+
         Raises:
             ValueError: another version, or a layer that is not covered here.
+            RuntimeError: an optimizer was given that has no state yet, and would take ours for its own.
         """
+        if self._optimizer is not None and not self._optimizer.state:
+            raise RuntimeError(
+                "Preconditioner.load_state_dict: the optimizer must have its state first, got none; "
+                "optimizer.load_state_dict restores the preconditioner, too"
+            )
         version, saved = state_dict.get("version"), state_dict.get("layers", {})
         _check(version == _VERSION, "state_dict version", str(_VERSION), version)
         covered = {layer.name: layer for layer in self.layers if layer.capture is not None}
@@ -393,8 +416,7 @@ class Preconditioner:
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
                 for key, value in entries.items():
-                    moved = value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
-                    self._store.put(name, weight, key, moved)
+                    self._store.put(name, weight, key, value.to(weight.device, copy=True))
         self._store.count_step(state_dict["step"])
         self._resume()
 

@@ -72,7 +72,7 @@ def _status(pre: Preconditioner, layer: Layer) -> str:
         return layer.reason + _LEFT
     weight = layer.weight
     if weight is None:
-        return "gone"
+        return "gone" if layer.module() is None else f"{layer.kind.weight} is no parameter any more" + _LEFT
     if not pre.owns(weight):
         return "not in the optimizer" + _LEFT
     if not weight.requires_grad:

@@ -731,12 +731,28 @@ def test_distributed_checkpoint_keeps_the_state(options, name, tmp_path):
     assert_equal(model.parameters(), resumed.parameters())
 
 
+def test_state_by_name_beside_an_optimizer():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    pre = Preconditioner(model, optimizer, decay=0.9)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(pre.state_dict())
+    train(model, optimizer, 2)
+    pre.load_state_dict(saved)
+    assert pre.steps == 2
+    assert torch.equal(saved["layers"]["0"]["covariance"], optimizer.state[model[0].weight]["consistency_covariance"])
+    fresh = mlp()
+    pre = Preconditioner(fresh, torch.optim.Adam(fresh.parameters()), decay=0.9)
+    with pytest.raises(RuntimeError, match="the optimizer must have its state first, got none"):
+        pre.load_state_dict(saved)
+
+
 def test_loading_foreign_state_is_refused():
     pre = Preconditioner(mlp())
     with pytest.raises(ValueError, match="state_dict version must be 1, got 7"):
         pre.load_state_dict({"version": 7, "layers": {}})
     with pytest.raises(ValueError, match=r"got \['other'\]"):
-        pre.load_state_dict({"version": 1, "layers": {"other": {"step": 1}}})
+        pre.load_state_dict({"version": 1, "step": 1, "layers": {"other": {}}})
 
 
 def test_state_stays_float32_beside_half_precision_weights():
@@ -906,6 +922,40 @@ def test_wrong_types_are_refused():
     pre = Preconditioner(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="must be called only when no optimizer was given"):
         pre.step()
+
+
+def test_a_gradient_is_not_corrected_twice():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = Preconditioner(model, optimizer, skip="4")
+    before = hooks_of(model, optimizer)
+    with pytest.raises(ValueError, match=r"must not have another Preconditioner for the same layer .* got one for '0'"):
+        Preconditioner(model, optimizer)
+    assert hooks_of(model, optimizer) == before
+    second = Preconditioner(model, optimizer, skip=["0", "2"], damping=1.0)
+    train(model, optimizer, 1)
+    assert first.stats()["layers"] == 2 and second.stats()["layers"] == 1
+    first.remove()
+    Preconditioner(model, optimizer, skip="4")
+
+
+def test_a_weight_that_stops_being_a_parameter():
+    """Parametrization and pruning replace the weight by a computed tensor."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    train(model, optimizer, 1)
+    nn.utils.parametrizations.weight_norm(model[2])
+    train(model, optimizer, 1)
+    assert pre.stats()["layers"] == 2 and "weight is no parameter any more" in pre.summary()
+
+
+def test_input_by_keyword():
+    layer = nn.Linear(4, 3)
+    pre = Preconditioner(layer)
+    layer(input=torch.randn(6, 4)).sum().backward()
+    pre.step()
+    assert pre.stats()["rows"] == {"": 6}
 
 
 def test_step_without_any_gradient_does_nothing():
