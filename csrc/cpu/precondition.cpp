@@ -49,13 +49,16 @@ Bytes allocate(int64_t bytes) {
   return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
 }
 
+// Offset of the index-th row.  Most problems have one row dimension, and divisions cost more than moving a short row.
 int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, int64_t index) {
   int64_t offset = 0;
-  for (int i = dims - 1; i >= 0; --i) {
-    offset += index % size[i] * stride[i];
-    index /= size[i];
+  for (int i = dims - 1; i > 0; --i) {
+    if (index < size[i]) return offset + index * stride[i];
+    const int64_t outer = index / size[i];
+    offset += (index - outer * size[i]) * stride[i];
+    index = outer;
   }
-  return offset;
+  return offset + index * stride[0];
 }
 
 // The moment of one chunk as seen by the trace: the units whose second moment is finite.
@@ -326,9 +329,9 @@ class Launch {
         const int here = static_cast<int>(std::min<int64_t>(kPanel, rows - at));
         int64_t row_offset[kPanel], bias_offset[kPanel];
         for (int r = 0; r < here; ++r) {
-          const int64_t output = (first + at + r) / plan.taps;
-          row_offset[r] = output * layer.g_output_stride +
-                          offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, (first + at + r) % plan.taps);
+          const int64_t output = plan.taps == 1 ? first + at + r : (first + at + r) / plan.taps;
+          row_offset[r] = output * layer.g_output_stride + offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims,
+                                                                     first + at + r - output * plan.taps);
           bias_offset[r] = output * layer.bias_stride;
         }
         g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, s.tile);
