@@ -1,0 +1,459 @@
+// The correction of every layer in one launch, rung V0: one CTA for every (layer, chunk).
+//
+// A CTA draws its chunk's units and rows from random.h, sums X^T X of its columns (gram.cuh), factors and inverts it in
+// shared memory (factor.cuh) and multiplies its columns of G by the inverse (apply.cuh).  Nothing is written but G, the
+// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The chain of one
+// chunk of 128 units is 128 dependent pivots, 41 KiB of shared memory and 128 registers a thread let two CTAs share an SM,
+// and all chunks of a network of up to 132 (264) chunks run at once on an H200.
+//
+// Trace scaling needs the trace of a layer before any of its chunks can be factored.  Where a layer has several chunks its
+// covariances go to the workspace first, in tasks of their own, and the correcting tasks wait for them.  CTAs take tasks in
+// the order of a ticket counter and a task waits only for tickets smaller than its own, which running CTAs hold already: so
+// there is progress at any number of resident CTAs, without a cooperative launch.  The last CTA resets the counters, so a
+// replayed graph finds them as the first launch did.
+//
+// The price of V0, which the later rungs remove: one CTA reads all rows of a chunk and corrects all rows of G, so a layer
+// with few chunks and much data (4096 x 4096: 32 chunks) leaves most of the device idle.
+#include "consistency_ops/precondition_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cuda/apply.cuh"
+#include "cuda/chunk.cuh"
+#include "cuda/factor.cuh"
+#include "cuda/gram.cuh"
+#include "cuda/precondition_plan.h"
+
+namespace consistency_ops {
+namespace {
+
+constexpr int kMaxTries = 3;
+
+struct Counters {
+  uint32_t ticket, finished;
+  uint32_t ready[kMaxLaunchLayers];  // chunks of the layer whose covariance is in the workspace
+};
+static_assert(sizeof(Counters) <= kCudaCounterBytes, "the workspace begins with the counters");
+
+struct PreconditionParams {
+  PreconditionLayer layers[kMaxLaunchLayers];
+  int32_t first_task[kMaxLaunchLayers + 1];  // running number of chunks: those before this layer
+  int32_t first_wait[kMaxLaunchLayers + 1];  // the same, of layers that wait for their trace
+  PreconditionOptions options;
+  Counters* counters;  // null where no layer waits
+  int32_t count;
+  int32_t tile_floats, arena_floats, apply_rows;
+};
+static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
+
+template <int kThreads_, int kGramBlocks_, int kCtas_>
+struct PreconditionTraits {
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kGramBlocks = kGramBlocks_;  // of 16 x 32, a warp
+  static constexpr int kCtas = kCtas_;              // resident on an SM, by registers
+};
+using UpTo128 = PreconditionTraits<256, 3, 2>;  // 20 blocks for 8 warps
+using UpTo256 = PreconditionTraits<512, 5, 1>;  // 72 blocks for 16 warps
+
+// The layer l with first[l] <= task < first[l + 1].
+CO_DEVICE int find_layer(const int32_t (&first)[kMaxLaunchLayers + 1], int count, int task) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first[middle] <= task) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// One thread: what this CTA has to do, and what it needs of random.h.
+CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared) {
+  int task = static_cast<int>(blockIdx.x);
+  shared.stages = params.options.stages;
+  const int waiting = params.first_wait[params.count];
+  if (params.counters != nullptr) {
+    task = static_cast<int>(atomicAdd(&params.counters->ticket, 1u));
+    if (task < waiting) {
+      shared.layer = find_layer(params.first_wait, params.count, task);
+      shared.chunk = task - params.first_wait[shared.layer];
+      shared.stages = kStageCovariance;
+    }
+    task -= waiting;
+  }
+  if (task >= 0) {
+    shared.layer = find_layer(params.first_task, params.count, task);
+    shared.chunk = task - params.first_task[shared.layer];
+    if (params.first_wait[shared.layer + 1] != params.first_wait[shared.layer]) shared.stages &= ~kStageCovariance;
+  }
+  const PreconditionLayer& layer = params.layers[shared.layer];
+  const PreconditionOptions& options = params.options;
+  int64_t rows = layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
+  if (layer.row_count != nullptr) rows = min(*layer.row_count, rows);
+  shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
+  shared.division = make_division(layer.units + layer.has_bias, options.chunk, options.group, options.seed, options.step,
+                                  layer.layer);
+}
+
+CO_DEVICE int64_t covariance_offset(const PreconditionOptions& options, int chunk, int row, int column) {
+  return (static_cast<int64_t>(chunk) * options.chunk + row) * options.chunk + column;
+}
+
+// Calls f(row, column, address) for the lower tiles, whose diagonal ones are complete.
+template <typename F>
+CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
+  int i = 0, j = 0;
+  for (int tile = 0; tile < lower_tiles(chunk.side); ++tile) {
+    for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += threads) {
+      f(i * kTile + e / kTile, j * kTile + e % kTile,
+        chunk.tiles + tile * kTileFloats + e / kTile * kTilePitch + e % kTile);
+    }
+    if (++j > i) {
+      ++i;
+      j = 0;
+    }
+  }
+}
+
+// tiles -> [chunk, chunk] row-major, times `scale`; both triangles, zeros past the chunk's own units.
+CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
+                            int threads) {
+  for (int e = static_cast<int>(threadIdx.x); e < options.chunk * options.chunk; e += threads) {
+    const int row = e / options.chunk, column = e % options.chunk;
+    const int i = max(row, column), j = min(row, column);
+    const float value = lower_tile(chunk.tiles, min(i, chunk.padded - 1) / kTile, min(j, chunk.padded - 1) / kTile)
+        [i % kTile * kTilePitch + j % kTile];
+    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = i < chunk.size ? value * scale : 0.0f;
+  }
+}
+
+CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chunk, const float* matrices, int threads) {
+  for_each_element(chunk, threads, [&](int row, int column, float* element) {
+    const bool inside = row < chunk.size && column < chunk.size;
+    *element = inside ? matrices[covariance_offset(options, chunk.shared.chunk, row, column)] : 0.0f;
+  });
+  __syncthreads();
+}
+
+// Mean of the finite diagonal elements of the layer, 0 if there is none: from `covariance`, or from this chunk's own tiles
+// where that is the whole layer.  The order of the sum depends on the layer's shape alone.
+CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance, int threads) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const Division& division = chunk.shared.division;
+  float sum = 0.0f;
+  int32_t count = 0;
+  const auto add = [&](float value) {
+    if (!is_finite(value)) return;
+    sum += value;
+    ++count;
+  };
+  if (covariance == nullptr) {
+    for (int u = thread; u < chunk.size; u += threads) {
+      add(lower_tile(chunk.tiles, u / kTile, u / kTile)[u % kTile * (kTilePitch + 1)]);
+    }
+  } else {
+    for (int64_t e = thread; e < division.chunks * options.chunk; e += threads) {
+      const int c = static_cast<int>(e / options.chunk), u = static_cast<int>(e % options.chunk);
+      const int64_t size = chunk_begin(division.units, division.chunks, c + 1) -
+                           chunk_begin(division.units, division.chunks, c);
+      if (u < size) add(covariance[covariance_offset(options, c, u, u)]);
+    }
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    count += __shfl_xor_sync(0xffffffffu, count, lanes);
+  }
+  if (lane == 0) {
+    chunk.shared.warp_sum[warp] = sum;
+    chunk.shared.warp_count[warp] = count;
+  }
+  __syncthreads();
+  sum = 0.0f;
+  count = 0;
+  for (int w = 0; w < threads / 32; ++w) {
+    sum += chunk.shared.warp_sum[w];
+    count += chunk.shared.warp_count[w];
+  }
+  return count > 0 ? sum / static_cast<float>(count) : 0.0f;
+}
+
+// tiles <- tiles * scale + damping I, and the identity past the chunk's own units.
+CO_DEVICE void damp(const Chunk& chunk, float scale, float damping, int threads) {
+  for_each_element(chunk, threads, [&](int row, int column, float* element) {
+    const float one = row == column ? 1.0f : 0.0f;
+    *element = row < chunk.size && column < chunk.size ? fma(*element, scale, one * damping) : one;
+  });
+}
+
+template <typename Traits>
+CO_DEVICE void covariance(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+  if (layer.x_dtype == DType::kFloat32) {
+    gram<Traits::kWarps, Traits::kGramBlocks, uint32_t>(layer, chunk, params.arena_floats);
+  } else {
+    gram<Traits::kWarps, Traits::kGramBlocks, uint16_t>(layer, chunk, params.arena_floats);
+  }
+}
+
+// tiles <- (A scaled + damping I)^-1, with up to three dampings.  Returns info.  A failed try destroys the covariance, so
+// the next one sums it again from X, unless it is kept outside; that is rare, and cheaper than a copy in shared memory.
+template <typename Traits>
+CO_DEVICE int damped_inverse(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk,
+                             bool has_tiles) {
+  const PreconditionOptions& options = params.options;
+  const float* kept = static_cast<const float*>(layer.covariance);
+  const float per_row = 1.0f / static_cast<float>(max(chunk.shared.rows.count, int64_t{1}));
+  float damping = static_cast<float>(options.damping);
+  int minor = 0;
+  for (int tries = 0; tries < kMaxTries; ++tries) {
+    if (tries > 0) damping *= 10.0f;
+    float scale = 1.0f;
+    if (!has_tiles) {
+      load_matrix(options, chunk, kept, Traits::kThreads);
+    } else {
+      if (tries > 0) covariance<Traits>(params, layer, chunk);
+      scale = per_row;
+    }
+    if (options.trace_scaling) {
+      const float trace = layer_trace(options, chunk, chunk.shared.division.chunks > 1 ? kept : nullptr, Traits::kThreads) *
+                          (chunk.shared.division.chunks > 1 ? 1.0f : scale);
+      if (trace > 0.0f) scale /= trace;
+    }
+    __syncthreads();  // the trace has been read from the tiles
+    damp(chunk, scale, damping, Traits::kThreads);
+    minor = factor<Traits::kWarps>(chunk);
+    if (minor == 0) break;
+  }
+  if (threadIdx.x == 0) {
+    if (layer.info != nullptr) layer.info[chunk.shared.chunk] = minor;
+    if (layer.damping_used != nullptr) layer.damping_used[chunk.shared.chunk] = damping;
+  }
+  if (minor == 0) invert<Traits::kWarps>(chunk);
+  return minor;
+}
+
+template <typename Traits>
+CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
+  const PreconditionOptions& options = params.options;
+  const PreconditionLayer& layer = params.layers[chunk.shared.layer];
+  const int stages = chunk.shared.stages;
+  if (stages & kStageCovariance) {
+    covariance<Traits>(params, layer, chunk);
+    if (layer.covariance != nullptr) {
+      const int64_t rows = max(chunk.shared.rows.count, int64_t{1});
+      store_matrix(options, chunk, static_cast<float*>(layer.covariance), 1.0f / static_cast<float>(rows), Traits::kThreads);
+    }
+  }
+  int minor = 0;
+  if (stages & kStageFactor) {
+    minor = damped_inverse<Traits>(params, layer, chunk, (stages & kStageCovariance) != 0);
+    if (layer.inverse != nullptr && minor == 0) {
+      store_matrix(options, chunk, static_cast<float*>(layer.inverse), 1.0f, Traits::kThreads);
+    }
+  } else if (stages & kStageApply) {
+    if (layer.info != nullptr) minor = layer.info[chunk.shared.chunk];
+    if (minor == 0) load_matrix(options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
+  }
+  if ((stages & kStageApply) && minor == 0) {
+    if (layer.g_dtype == DType::kFloat32) {
+      apply<Traits::kWarps, uint32_t>(layer, chunk, params.apply_rows);
+    } else {
+      apply<Traits::kWarps, uint16_t>(layer, chunk, params.apply_rows);
+    }
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
+    precondition_kernel(CO_KERNEL_PARAM(PreconditionParams, params)) {
+  CO_DYNAMIC_SHARED(float, dynamic);
+  CO_SHARED(ChunkShared, shared_array, [1]);
+  ChunkShared& shared = shared_array[0];
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) begin_task(params, shared);
+  __syncthreads();
+  const PreconditionLayer& layer = params.layers[shared.layer];
+  const Division& division = shared.division;
+  const int64_t begin = chunk_begin(division.units, division.chunks, shared.chunk);
+  const int size = static_cast<int>(chunk_begin(division.units, division.chunks, shared.chunk + 1) - begin);
+  const Chunk chunk{shared, dynamic, dynamic + params.tile_floats, size, padded_units(size), padded_units(size) / kTile};
+  if (thread < chunk.padded) {
+    int64_t unit = kNoUnit;
+    if (thread < size) {
+      unit = layer.permutation != nullptr ? layer.permutation[begin + thread] : unit_at(division, begin + thread);
+      if (unit == layer.units) unit = kBiasUnit;
+    }
+    shared.unit[thread] = static_cast<int32_t>(unit);
+  }
+
+  const bool waits = params.first_wait[shared.layer + 1] != params.first_wait[shared.layer];
+  if (waits && !(shared.stages & kStageCovariance) && thread == 0) {
+    while (load_acquire(&params.counters->ready[shared.layer]) < static_cast<uint32_t>(division.chunks)) __nanosleep(64);
+  }
+  __syncthreads();
+
+  // Nothing was seen, or there is nothing to correct: the fused call leaves everything as it is.
+  const bool fused = (params.options.stages & (kStageCovariance | kStageApply)) == (kStageCovariance | kStageApply);
+  const bool empty = shared.rows.count == 0 || layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2] == 0;
+  if (!(fused && empty)) {
+    run_task<Traits>(params, chunk);
+  } else if (thread == 0 && !(waits && (shared.stages & kStageCovariance))) {
+    if (layer.info != nullptr) layer.info[shared.chunk] = 0;
+    if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = static_cast<float>(params.options.damping);
+  }
+
+  if (params.counters != nullptr) {
+    __syncthreads();
+    if (thread == 0) {
+      if (waits && (shared.stages & kStageCovariance)) add_release(&params.counters->ready[shared.layer], 1);
+      __threadfence();
+      if (atomicAdd(&params.counters->finished, 1u) == gridDim.x - 1) {
+        for (int l = 0; l < params.count; ++l) params.counters->ready[l] = 0;
+        params.counters->ticket = 0;
+        params.counters->finished = 0;
+      }
+    }
+  }
+}
+
+// The layer's trace is needed before any of its chunks can be factored, and all chunks are summed in this launch.
+bool waits_for_trace(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  const int32_t both = kStageCovariance | kStageFactor;
+  return options.trace_scaling && (options.stages & both) == both && num_chunks(layer, options) > 1;
+}
+
+int64_t all_units(const PreconditionLayer& layer) { return layer.units + (layer.has_bias ? 1 : 0); }
+
+int64_t scratch_bytes(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  if (!waits_for_trace(layer, options) || layer.covariance != nullptr) return 0;
+  return num_chunks(layer, options) * options.chunk * options.chunk * static_cast<int64_t>(sizeof(float));
+}
+
+// Merges neighbouring row dimensions that are one in memory, so that most rows are found without a division.
+void merge_rows(PreconditionLayer& layer) {
+  int64_t size[kMaxRowDims] = {1, 1, 1, 1}, stride[kMaxRowDims] = {0, 0, 0, 0};
+  int at = kMaxRowDims - 1;
+  for (int i = kMaxRowDims - 1; i >= 0; --i) {
+    if (layer.x_row_size[i] == 1) continue;
+    if (size[at] != 1 && layer.x_row_stride[i] == stride[at] * size[at]) {
+      size[at] *= layer.x_row_size[i];
+      continue;
+    }
+    if (size[at] != 1) --at;
+    size[at] = layer.x_row_size[i];
+    stride[at] = layer.x_row_stride[i];
+  }
+  std::copy(size, size + kMaxRowDims, layer.x_row_size);
+  std::copy(stride, stride + kMaxRowDims, layer.x_row_stride);
+}
+
+bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
+  if (options.float64 || options.chunk < 1 || options.chunk > kMaxChunk || options.group < 1 ||
+      options.group > options.chunk || options.max_rows < 1 || !(options.damping > 0) || !std::isfinite(options.damping)) {
+    return false;
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    const PreconditionLayer& layer = layers[l];
+    const bool has_g = (options.stages & kStageApply) != 0;
+    if (layer.x_dtype == DType::kFloat64 || (has_g && layer.g_dtype == DType::kFloat64) ||
+        (has_g && layer.has_bias && layer.bias_dtype == DType::kFloat64) || layer.units < 0 ||
+        layer.units >= (int64_t{1} << 31) - 1) {
+      return false;
+    }
+    if (has_g && layer.has_bias && layer.bias_grad == nullptr) return false;
+    const bool needs_covariance = (options.stages & (kStageCovariance | kStageFactor)) == kStageFactor ||
+                                  options.stages == kStageCovariance;
+    const bool needs_inverse = (options.stages & (kStageFactor | kStageApply)) == kStageApply ||
+                               (options.stages & (kStageFactor | kStageApply)) == kStageFactor;
+    if ((needs_covariance && layer.covariance == nullptr) || (needs_inverse && layer.inverse == nullptr)) return false;
+  }
+  return true;
+}
+
+// Large layers first, because the last CTAs to start decide when the launch ends; layers that wait go last.
+void launch_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int64_t* order) {
+  std::iota(order, order + count, int64_t{0});
+  const auto work = [&](int64_t l) {
+    const PreconditionLayer& layer = layers[l];
+    const int64_t rows = layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
+    return std::min(rows, options.max_rows) + layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
+  };
+  std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
+    const bool wait_a = waits_for_trace(layers[a], options), wait_b = waits_for_trace(layers[b], options);
+    return wait_a != wait_b ? wait_b : work(a) > work(b);
+  });
+}
+
+Status launch_layers(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                     const CudaDevice& device, void* workspace, void* stream) {
+  static thread_local PreconditionParams params;  // 32 KB: not on the caller's stack
+  int64_t order[kMaxLaunchLayers];
+  launch_order(layers, count, options, order);
+  params.options = options;
+  params.count = static_cast<int32_t>(count);
+  params.counters = nullptr;
+  params.first_task[0] = params.first_wait[0] = 0;
+  char* scratch = static_cast<char*>(workspace) + kCudaCounterBytes;
+  int64_t tasks = 0, waiting = 0, units = 1;
+  for (int64_t l = 0; l < count; ++l) {
+    PreconditionLayer& layer = params.layers[l] = layers[order[l]];
+    const int64_t chunks = num_chunks(layer, options);
+    if (chunks > 0) units = std::max(units, (all_units(layer) + chunks - 1) / chunks);
+    tasks += chunks;
+    if (waits_for_trace(layer, options)) {
+      waiting += chunks;
+      params.counters = static_cast<Counters*>(workspace);
+      if (const int64_t bytes = scratch_bytes(layer, options)) {
+        layer.covariance = scratch;
+        scratch += bytes;
+      }
+    }
+    if (tasks + waiting > (int64_t{1} << 31) - 1) return Status::kInvalidArgument;
+    params.first_task[l + 1] = static_cast<int32_t>(tasks);
+    params.first_wait[l + 1] = static_cast<int32_t>(waiting);
+    merge_rows(layer);
+  }
+  if (tasks == 0) return Status::kOk;
+  const PreconditionPlan plan = plan_precondition(static_cast<int>(units), device.shared_bytes);
+  if (plan.threads == 0) return Status::kInvalidArgument;
+  params.tile_floats = plan.tile_floats;
+  params.arena_floats = plan.arena_floats;
+  params.apply_rows = plan.apply_rows;
+  auto* kernel = plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
+  return launch(kernel, dim3(static_cast<unsigned>(tasks + waiting)), dim3(static_cast<unsigned>(plan.threads)),
+                static_cast<size_t>(plan.shared_bytes), stream, params);
+}
+
+}  // namespace
+
+int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
+  int64_t largest = 0;
+  bool waits = false;
+  for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
+    int64_t bytes = 0;
+    for (int64_t l = first; l < std::min(count, first + kMaxLaunchLayers); ++l) {
+      bytes += scratch_bytes(layers[l], options);
+      waits = waits || waits_for_trace(layers[l], options);
+    }
+    largest = std::max(largest, bytes);
+  }
+  return waits ? kCudaCounterBytes + largest : 0;
+}
+
+Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                         const CudaDevice& device, void* workspace, void* stream) {
+  if (!valid(layers, count, options)) return Status::kInvalidArgument;
+  if (workspace == nullptr && precondition_workspace_cuda(layers, count, options) > 0) return Status::kInvalidArgument;
+  for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
+    const Status status = launch_layers(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options, device,
+                                        workspace, stream);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
+}  // namespace consistency_ops
