@@ -5,8 +5,10 @@ torch it runs with, and any torch >= 2.10 of the environment that is being insta
 (setup.py, `torch_cpp_extension`) and nothing is downloaded.
 """
 
+import importlib.metadata
 import importlib.util
 import sys
+import sysconfig
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
@@ -16,11 +18,12 @@ if not any(map(importlib.util.find_spec, ("wheel", "setuptools.command.bdist_whe
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    from importlib.metadata import distributions
-    from sysconfig import get_paths
-
-    paths = get_paths()
-    found = distributions(name="torch", path=[paths["purelib"], paths["platlib"]])
+    # The paths of the interpreter that pip runs with, which its build environment takes off sys.path.
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    found = importlib.metadata.distributions(name="torch", path=paths)
     versions = [tuple(map(int, d.version.split(".")[:2])) for d in found]
     requires = build_meta.get_requires_for_build_wheel(config_settings)
     return requires if versions and versions[0] >= (2, 10) else [*requires, "torch>=2.10"]
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel

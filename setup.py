@@ -51,69 +51,71 @@ def torch_cpp_extension():
 
 
 def check_compiler() -> None:
-    compiler = shlex.split(os.getenv("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        fail(
-            f"no C++ compiler ({compiler} is not on the PATH): install g++ 10 or newer "
-            "(Debian, Ubuntu: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX to one."
-        )
+    compiler = shlex.split(os.getenv("CXX", "c++"))
+    cure = "install g++ 10 or newer (Debian, Ubuntu: `apt-get install g++`) or set CXX to one."
+    if shutil.which(compiler[0]) is None:
+        fail(f"no C++ compiler ({compiler[0]} is not on the PATH): {cure}")
+    # The newest that the kernels ask of the compiler: C++17 and the AVX-512 bfloat16 instructions, on x86 only.
+    newest = '#if defined(__x86_64__)\n#pragma GCC target("avx512bf16")\n#include <immintrin.h>\n#endif\n'
+    flags = ["-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
+    if subprocess.run([*compiler, *flags], input=newest, text=True, capture_output=True).returncode != 0:
+        fail(f"{shlex.join(compiler)} does not compile C++17 for this machine's instruction sets: {cure}")
 
 
-def cuda_home() -> Path | None:
-    """Root of the CUDA toolkit, or None.  A wrapper script called nvcc is not enough: the headers must be there."""
+def cuda_home() -> Path:
+    """Where the CUDA toolkit should be.  A wrapper script called nvcc is not enough: the headers must be there too."""
+    if named := os.getenv("CUDA_HOME") or os.getenv("CUDA_PATH"):
+        return Path(named)
     nvcc = shutil.which("nvcc")
-    guesses = [
-        os.getenv("CUDA_HOME"),
-        os.getenv("CUDA_PATH"),
-        nvcc and Path(nvcc).resolve().parents[1],
-        "/usr/local/cuda",
-    ]
-    return next((Path(g) for g in guesses if g and (Path(g) / "include" / "cuda_runtime.h").exists()), None)
+    beside = nvcc and Path(nvcc).resolve().parents[1]
+    return beside if beside and (beside / "include" / "cuda_runtime.h").exists() else Path("/usr/local/cuda")
 
 
-def cuda_toolkit(wanted: str | None) -> tuple[Path, tuple[int, int]] | None:
-    """(root, version) of a usable toolkit; None to build for the CPU only.  `wanted`: CONSISTENCY_OPS_CUDA."""
-    if wanted not in (None, "", "0", "1"):
+def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
+    """(root, version) of the CUDA toolkit; None to build for the CPU only."""
+    wanted = os.getenv("CONSISTENCY_OPS_CUDA", "")
+    if wanted not in ("", "0", "1"):
         fail(f"CONSISTENCY_OPS_CUDA must be 0 or 1, got {wanted!r}.")
     if wanted == "0":
         return None
-    problem = None
-    if (home := cuda_home()) is None:
-        problem = "no CUDA toolkit was found: install one with its headers and set CUDA_HOME to its root"
+    home = cuda_home()
+    headers = (home / "include" / "cuda_runtime.h").exists()
+    if not headers:
+        problem = f"there is no CUDA toolkit with headers in {home}: install one and set CUDA_HOME to its root"
     else:
         try:
-            text = subprocess.run(
-                [home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
-            ).stdout
-            found = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+            nvcc = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True)
+            release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", nvcc.stdout).groups()))
         except (OSError, subprocess.CalledProcessError, AttributeError) as error:
             problem = f"{home}/bin/nvcc does not run ({error}): set CUDA_HOME to the root of a working toolkit"
         else:
-            if found >= TOOLKIT_MIN:
-                return home, found
-            problem = f"the CUDA toolkit at {home} is {found[0]}.{found[1]}: set CUDA_HOME to one that is 12.0 or newer"
+            if release >= TOOLKIT_MIN:
+                return home, release
+            older = ".".join(map(str, release))
+            problem = f"the CUDA toolkit in {home} is {older}: set CUDA_HOME to one that is 12.0 or newer"
     if wanted == "1":
-        fail(f"CONSISTENCY_OPS_CUDA=1, but {problem}, or unset CONSISTENCY_OPS_CUDA to build for the CPU only.")
-    if home is not None:
+        fail(f"CONSISTENCY_OPS_CUDA=1, but {problem}, or set CONSISTENCY_OPS_CUDA=0 to build for the CPU only.")
+    if headers:
         print(f"consistency_ops: building for the CPU only: {problem}.", file=sys.stderr)
     return None
 
 
 def configure(extension: Extension, cpp_extension) -> Extension:
     """The extension with sources, flags and torch's paths; called only when something is compiled."""
-    # Messages and debug information show csrc/..., not the build machine's paths.
-    prefix_map = f"-ffile-prefix-map={ROOT}/="
+    # Messages show csrc/..., not the build machine's paths.  The last map that fits counts.
+    torch_include = Path(cpp_extension.__file__).parents[1] / "include"
+    prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     hidden = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     # No -march=native and no -ffast-math: one binary for every CPU.  Files for one instruction set say so themselves.
     floating_point = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    args = {"cxx": [*common, *hidden, *floating_point, "-g0", "-Wall", "-Wextra", prefix_map]}
+    warnings = ["-Wall", "-Wextra", "-isystem", str(torch_include)]  # in our code, not in torch's
+    args = {"cxx": [*common, *hidden, *floating_point, *warnings, *prefix_maps, "-g0"]}
     sources = [*ROOT.glob("csrc/bindings/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
     kernels = list(ROOT.glob("csrc/cuda/*.cu"))
-    toolkit = cuda_toolkit(os.getenv("CONSISTENCY_OPS_CUDA")) if kernels else None
-    if toolkit is not None:
+    if (toolkit := cuda_toolkit()) and kernels:
         home, release = toolkit
         # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.
         cpp_extension.CUDA_HOME = str(home)
@@ -122,7 +124,7 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         )
         sources += kernels
         define = ["-DUSE_CUDA", f'-DCONSISTENCY_OPS_CUDA_ARCHS="{archs}"']
-        host = [f"-Xcompiler={flag}" for flag in (*hidden, prefix_map)]
+        host = [f"-Xcompiler={flag}" for flag in (*hidden, *prefix_maps)]
         args["cxx"] += define
         args["nvcc"] = [*common, *define, "-lineinfo", *host]
         link["include_dirs"] += [str(home / "include")]
@@ -133,7 +135,7 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         sorted(str(s.relative_to(ROOT)) for s in sources),
         py_limited_api=True,  # adds -DPy_LIMITED_API and leaves out torch_python
         extra_compile_args=args,
-        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"],
         **link,
     )
 
@@ -163,7 +165,7 @@ setup(
     package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
     package_data={
         "consistency_ops": ["py.typed"],
-        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.cmake*"],
+        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.in", "cmake/*"],
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy"],

@@ -32,7 +32,8 @@ CO_API const char* co_cpu_isa(void);
 CO_API int co_set_cpu_isa(const char* name);
 
 /* A = L L^T of the symmetric positive definite n x n matrix a, L over the lower triangle of a.  *info is 0, or the order k of
- * the first leading minor that is not positive definite (NaN counts), in which case the columns from k on are not factored.
+ * the first leading minor that is not positive definite (NaN counts), in which case the columns from k on, rounded down to a
+ * multiple of 16, are as they were.
  * 0 <= n <= 256, lda >= max(1, n). */
 CO_API int co_cholesky_f32(int64_t n, float* a, int64_t lda, int32_t* info);
 CO_API int co_cholesky_f64(int64_t n, double* a, int64_t lda, int32_t* info);

@@ -44,6 +44,7 @@ struct PreconditionLayer {
   // Only the first *row_count rows of X are used (fewer than `rows`, read when the kernel runs); null: all.
   const int64_t* row_count;
   uint32_t layer;  // third argument of the random division
+  int32_t group;   // consecutive units that are dealt together, 1 .. chunk
   // One entry a chunk, may be null.  info: 0, or the order of the leading minor of the damped chunk that is not positive
   // definite in the last try (the gradient of that chunk is then unchanged).  damping_used: the last damping tried.
   int32_t* info;
@@ -66,7 +67,6 @@ struct PreconditionOptions {
   bool trace_scaling = false;  // (A / tau + damping I)^-1, tau = trace(A) / units of the layer
   bool float64 = false;        // the compute type, also of `covariance` and `inverse`: double instead of float
   int32_t chunk = 128;         // 1 .. kMaxChunk
-  int32_t group = 1;           // 1 .. chunk
   int64_t max_rows = 10000;
   uint64_t seed = 0, step = 0;
   int32_t stages = kStageAll;

@@ -1,0 +1,165 @@
+"""Row capture: the hooks that put the input rows of a layer into a buffer, ready for the optimizer's step.
+
+Everything that changes from step to step is in tensors, so a compiled model sees constant Python state and is compiled once.
+The columns of the state tensor are the fields of ``CaptureState`` in ``csrc/include/consistency_ops/capture.h``.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from . import _library  # noqa: F401  registers the operators
+from .layers import LayerType
+
+USED, LAST, STEP, PAUSED, STATE_SIZE = 0, 6, 7, 8, 9
+
+_capture_rows = torch.ops.consistency_ops.capture_rows_.default
+_capture_mark = torch.ops.consistency_ops.capture_mark_.default
+
+# The two operators write their buffers and return nothing, so there is nothing to differentiate: autograd is passed over.
+_library = torch.library.Library("consistency_ops", "IMPL")
+for _name in ("capture_rows_", "capture_mark_"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("consistency_ops::capture_rows_")
+def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
+    return None
+
+
+@torch.library.register_fake("consistency_ops::capture_mark_")
+def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
+    return None
+
+
+def _no_capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """What a copied or unpickled model carries in place of a capture hook."""
+
+
+def _unpickle() -> object:
+    return _no_capture
+
+
+class States:
+    """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.tensors: dict[torch.device, Tensor] = {}
+        self.step = 0
+        self.paused = False
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.tensors:
+            self.tensors[device] = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
+            self._start(self.tensors[device])
+        return self.tensors[device]
+
+    def reset(self, step: int, paused: bool, finished: bool) -> None:
+        """Forget all rows and begin ``step``; ``finished``: the rows forgotten are those of a finished step."""
+        self.step, self.paused = step, paused
+        for state in self.tensors.values():
+            if finished:
+                state[:, LAST] = state[:, USED]
+            state[:, :LAST].zero_()
+            self._start(state)
+
+    def _start(self, state: Tensor) -> None:
+        state[:, STEP].fill_(self.step)
+        state[:, PAUSED].fill_(int(self.paused))
+
+
+class Capture:
+    """The rows of one layer: a forward pre-hook, and a hook on the weight that notices abandoned gradients.
+
+    A module that is called several times in a step, or in several micro-batches, pools its rows.  With activation
+    checkpointing each call counts once: the pass without gradients (reentrant) is passed over, and so is a recomputation in
+    the backward pass of what was already captured (non-reentrant).  Nothing is captured in evaluation mode, without
+    gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor subclasses.
+    """
+
+    def __init__(self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int) -> None:
+        self.weight_name = kind.weight
+        self.unit_dim = kind.unit_dim
+        self.kind = kind
+        self.states = states
+        self.index = index
+        self.max_rows = max_rows
+        self.seed = seed
+        self.rows: Tensor | None = None
+        self.state: Tensor | None = None
+        self.in_forward = False  # eager only: a call outside of any backward pass was captured in this step
+        self._marked: weakref.ref[Tensor] | None = None  # the weight with the mark hook
+        self._grad: weakref.ref[Tensor] | None = None  # eager: its gradient at the last backward pass of this step
+        self._mark_handle: RemovableHandle | None = None
+        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        weight = module._parameters[kind.weight]
+        if not torch.nn.parameter.is_lazy(weight):
+            self.follow(module, weight)
+
+    def follow(self, module: nn.Module, weight: Tensor) -> None:
+        """Make the buffer and the mark hook those of this weight: it may have been moved, replaced or unfrozen."""
+        if self.rows is None or self.rows.device != weight.device:
+            # Half precision is widened: the rows are converted while they are copied, and the kernel reads one dtype.
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            self.rows = torch.empty(self.max_rows, self.kind.units(module), dtype=dtype, device=weight.device)
+            self.state = self.states.on(weight.device)
+        if weight.requires_grad and (self._marked is None or self._marked() is not weight):
+            if self._mark_handle is not None:
+                self._mark_handle.remove()
+            self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
+            self._marked = weakref.ref(weight)
+
+    @property
+    def count(self) -> Tensor:
+        """Rows in the buffer: int64, shape (1,), on the device."""
+        return self.state[self.index, USED : USED + 1]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        weight = module._parameters[self.weight_name]
+        if not (module.training and torch.is_grad_enabled() and weight.requires_grad):
+            return
+        x = args[0] if args else kwargs["input"]
+        if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
+            return
+        if not torch.compiler.is_compiling():
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return
+            if torch._C._current_graph_task_id() == -1:
+                self.in_forward = True
+            elif self.in_forward:
+                return  # a checkpointed block is being recomputed
+            if self.rows is None or self.rows.device != x.device:
+                self.follow(module, weight)
+        elif self.rows is None:
+            return
+        if self.rows.device != x.device:
+            return
+        _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+
+    def _mark(self, weight: Tensor) -> None:
+        grad = weight.grad
+        restart = self._grad is not None and self._grad() is not grad
+        self._grad = weakref.ref(grad)
+        _capture_mark(self.rows, self.state, self.index, restart)
+
+    def begin_step(self) -> None:
+        self.in_forward = False
+        self._grad = None
+
+    def remove(self) -> None:
+        self._handle.remove()
+        if self._mark_handle is not None:
+            self._mark_handle.remove()
+
+    # A copy of the model must not write into the original's buffers, nor carry a copy of them.
+    def __deepcopy__(self, memo: dict) -> object:
+        return _no_capture
+
+    def __reduce__(self) -> tuple:
+        return _unpickle, ()

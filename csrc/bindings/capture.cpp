@@ -1,0 +1,91 @@
+// Registration of row capture: check, describe the strides, call the kernel.
+#include "consistency_ops/capture.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "bindings/checks.h"
+#include "bindings/thread_pool.h"
+
+namespace {
+
+using consistency_ops::CaptureProblem;
+using consistency_ops::kMaxCaptureDims;
+using consistency_ops::bindings::dtype_of;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+CaptureProblem describe_buffer(const Tensor& rows, const Tensor& state, int64_t index) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0,
+                  "capture_rows_: rows must be contiguous [capacity, units] with capacity >= 1, got ", rows.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(state.dim() == 2 && state.is_contiguous() && state.size(1) == consistency_ops::kCaptureStateSize &&
+                      state.scalar_type() == ScalarType::Long,
+                  "capture_rows_: state must be contiguous int64 [layers, ", consistency_ops::kCaptureStateSize, "]");
+  STD_TORCH_CHECK(0 <= index && index < state.size(0), "capture_rows_: index must be in [0, ", state.size(0),
+                  "), got ", index);
+  CaptureProblem p{};
+  p.rows = rows.data_ptr();
+  p.rows_dtype = dtype_of(rows, "capture_rows_", "rows");
+  p.capacity = rows.size(0);
+  p.units = rows.size(1);
+  p.state = static_cast<consistency_ops::CaptureState*>(state.data_ptr()) + index;
+  p.layer = static_cast<uint32_t>(index);
+  return p;
+}
+
+// Describes the dimensions of x other than unit_dim, neighbours merged where one stride serves both; false if more than
+// kMaxCaptureDims are left.
+bool describe_rows(const Tensor& x, int64_t unit_dim, CaptureProblem& p) {
+  int64_t size[kMaxCaptureDims], stride[kMaxCaptureDims];
+  int dims = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    const int64_t n = x.size(d), s = x.stride(d);
+    if (d == unit_dim || n == 1) continue;
+    if (dims > 0 && stride[dims - 1] == n * s) {
+      size[dims - 1] *= n;
+      stride[dims - 1] = s;
+      continue;
+    }
+    if (dims == kMaxCaptureDims) return false;
+    size[dims] = n;
+    stride[dims++] = s;
+  }
+  for (int i = 0; i < kMaxCaptureDims; ++i) {
+    const int from = i - (kMaxCaptureDims - dims);
+    p.row_size[i] = from < 0 ? 1 : size[from];
+    p.row_stride[i] = from < 0 ? 0 : stride[from];
+  }
+  p.x = x.data_ptr();
+  p.unit_stride = x.stride(unit_dim);
+  return true;
+}
+
+void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t unit_dim, int64_t seed) {
+  CaptureProblem p = describe_buffer(rows, state, index);
+  if (unit_dim < 0) unit_dim += x.dim();
+  STD_TORCH_CHECK(0 <= unit_dim && unit_dim < x.dim() && x.size(unit_dim) == p.units, "capture_rows_: dimension ",
+                  unit_dim, " of x must have ", p.units, " units");
+  p.x_dtype = dtype_of(x, "capture_rows_", "x");
+  p.seed = static_cast<uint64_t>(seed);
+  Tensor source = x;
+  if (!describe_rows(source, unit_dim, p)) {
+    source = torch::stable::contiguous(x);
+    describe_rows(source, unit_dim, p);  // at most one dimension on each side of unit_dim
+  }
+  const consistency_ops::Status status =
+      consistency_ops::capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
+  STD_TORCH_CHECK(status == consistency_ops::Status::kOk,
+                  "capture_rows_: rows must be float32, float64 or have the dtype of x, and be at least as wide");
+}
+
+void capture_mark_(Tensor rows, Tensor state, int64_t index, bool restart) {
+  consistency_ops::capture_mark_cpu(describe_buffer(rows, state, index), restart);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+  m.impl("capture_rows_", TORCH_BOX(&capture_rows_));
+  m.impl("capture_mark_", TORCH_BOX(&capture_mark_));
+}

@@ -1,0 +1,50 @@
+// Memory layout of stable tensors: what torch::stable lacks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace consistency_ops::bindings {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::Tensor;
+
+// An uninitialised tensor on the device of `like`.
+inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
+                            torch::headeronly::ScalarType dtype) {
+  int32_t device_type;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// torch::stable::empty_like, without the dispatcher for the common case.
+inline Tensor empty_like_of(const Tensor& x) {
+  return x.is_contiguous() ? empty_strided(x, x.sizes(), x.strides(), x.scalar_type()) : torch::stable::empty_like(x);
+}
+
+inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes,
+                               torch::headeronly::ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
+  return empty_strided(like, sizes, strides, dtype);
+}
+
+// Whether two tensors of one shape have their elements in the same places; the stride of a dimension of size 1 says
+// nothing.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && left[d] != right[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace consistency_ops::bindings

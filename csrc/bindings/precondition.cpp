@@ -1,0 +1,339 @@
+// The correction and its stages: tensors to PreconditionLayer, and nothing else.
+#include "consistency_ops/precondition.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "bindings/thread_pool.h"
+
+namespace consistency_ops::bindings {
+namespace {
+
+using torch::headeronly::ScalarType;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// Merges dimensions that are walked as one, innermost last; false if more than `limit` remain.
+bool collapse(const Tensor& tensor, int64_t skip_dim, int64_t first_dim, int limit, int64_t* size, int64_t* stride) {
+  Ints sizes, strides;
+  for (int64_t d = first_dim; d < tensor.dim(); ++d) {
+    if (d == skip_dim || tensor.size(d) == 1) continue;
+    if (!sizes.empty() && strides.back() == tensor.stride(d) * tensor.size(d)) {
+      sizes.back() *= tensor.size(d);
+      strides.back() = tensor.stride(d);
+    } else {
+      sizes.push_back(tensor.size(d));
+      strides.push_back(tensor.stride(d));
+    }
+  }
+  const int dims = static_cast<int>(sizes.size());
+  if (dims > limit) return false;
+  for (int i = 0; i < limit; ++i) {
+    size[i] = i < limit - dims ? 1 : sizes[i - (limit - dims)];
+    stride[i] = i < limit - dims ? 0 : strides[i - (limit - dims)];
+  }
+  return true;
+}
+
+void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int64_t first_unit, const char* op) {
+  if (!collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride)) {
+    x = torch::stable::contiguous(x);
+    STD_TORCH_CHECK(collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride), op,
+                    ": inputs have too many dimensions");
+  }
+  layer.x_dtype = dtype_of(x, op, "inputs");
+  layer.x_unit_stride = x.stride(unit_dim);
+  layer.x = static_cast<const char*>(x.const_data_ptr()) +
+            first_unit * layer.x_unit_stride * element_size(layer.x_dtype);
+}
+
+void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_group, int64_t conv_groups, const char* op) {
+  STD_TORCH_CHECK(grad.dim() >= 2 && grad.dim() <= 2 + kMaxTapDims, op, ": grad must have 2 to 5 dimensions, got ",
+                  grad.dim());
+  layer.units = grad.size(1);
+  layer.outputs = grad.size(0) / conv_groups;
+  layer.g_output_stride = grad.stride(0);
+  layer.g_unit_stride = grad.stride(1);
+  collapse(grad, -1, 2, kMaxTapDims, layer.g_tap_size, layer.g_tap_stride);
+  layer.g_dtype = dtype_of(grad, op, "grad");
+  layer.g = static_cast<char*>(grad.mutable_data_ptr()) +
+            conv_group * layer.outputs * layer.g_output_stride * element_size(layer.g_dtype);
+}
+
+void set_bias(PreconditionLayer& layer, const Tensor& bias, int64_t conv_group, const char* op) {
+  STD_TORCH_CHECK(bias.dim() == 1, op, ": bias_grad must have 1 dimension, got ", bias.dim());
+  layer.has_bias = true;
+  layer.bias_stride = bias.stride(0);
+  layer.bias_dtype = dtype_of(bias, op, "bias_grad");
+  layer.bias_grad = static_cast<char*>(bias.mutable_data_ptr()) +
+                    conv_group * layer.outputs * layer.bias_stride * element_size(layer.bias_dtype);
+}
+
+// entries[i] belongs to layer owners[i]: the entry of every layer, or null.
+std::vector<const Tensor*> spread(const Tensors& entries, const Ints& owners, size_t count, const char* op,
+                                  const char* name) {
+  std::vector<const Tensor*> of_layer(count, nullptr);
+  STD_TORCH_CHECK(entries.size() == owners.size(), op, ": every entry of ", name, " needs the index of its layer");
+  for (size_t i = 0; i < entries.size(); ++i) {
+    STD_TORCH_CHECK(owners[i] >= 0 && owners[i] < static_cast<int64_t>(count), op, ": ", name, " belongs to layer ",
+                    owners[i], ", which does not exist");
+    of_layer[owners[i]] = &entries[i];
+  }
+  return of_layer;
+}
+
+void set_permutation(PreconditionLayer& layer, const Tensor* permutation, const char* op) {
+  if (permutation == nullptr) return;
+  const int64_t units = layer.units + (layer.has_bias ? 1 : 0);
+  STD_TORCH_CHECK(permutation->scalar_type() == ScalarType::Long && permutation->dim() == 1 &&
+                      permutation->size(0) == units && permutation->is_contiguous(),
+                  op, ": permutation must be a contiguous int64 tensor of ", units, " units");
+  const int64_t* unit = permutation->const_data_ptr<int64_t>();
+  std::vector<bool> seen(units, false);
+  for (int64_t p = 0; p < units; ++p) {
+    STD_TORCH_CHECK(unit[p] >= 0 && unit[p] < units && !seen[unit[p]], op, ": permutation must be a bijection of ", units,
+                    " units, got ", unit[p], " at ", p);
+    seen[unit[p]] = true;
+  }
+  layer.permutation = unit;
+}
+
+void set_row_count(PreconditionLayer& layer, const Tensor* row_count, const char* op) {
+  if (row_count == nullptr) return;
+  STD_TORCH_CHECK(row_count->scalar_type() == ScalarType::Long && row_count->numel() == 1, op,
+                  ": row_count must be one int64, got ", row_count->numel(), " elements");
+  layer.row_count = row_count->const_data_ptr<int64_t>();
+}
+
+PreconditionOptions make_options(int64_t chunk, int64_t max_rows, int64_t seed, int64_t step,
+                                 const char* op) {
+  STD_TORCH_CHECK(chunk >= 1 && chunk <= kMaxChunk, op, ": chunk must be in [1, ", kMaxChunk, "], got ", chunk);
+  STD_TORCH_CHECK(max_rows >= 1, op, ": max_rows must be at least 1, got ", max_rows);
+  PreconditionOptions options;
+  options.chunk = static_cast<int32_t>(chunk);
+  options.max_rows = max_rows;
+  options.seed = static_cast<uint64_t>(seed);
+  options.step = static_cast<uint64_t>(step);
+  return options;
+}
+
+PreconditionLayer empty_layer(int64_t layer_index, int64_t group, int64_t chunk, const char* op) {
+  STD_TORCH_CHECK(group >= 1 && group <= chunk, op, ": group must be in [1, chunk = ", chunk, "], got ", group);
+  PreconditionLayer layer{};
+  for (int64_t& size : layer.x_row_size) size = 1;
+  for (int64_t& size : layer.g_tap_size) size = 1;
+  layer.x_dtype = layer.g_dtype = layer.bias_dtype = DType::kFloat32;
+  layer.layer = static_cast<uint32_t>(layer_index);
+  layer.group = static_cast<int32_t>(group);
+  return layer;
+}
+
+int64_t total_chunks(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options) {
+  int64_t total = 0;
+  for (const PreconditionLayer& layer : layers) total += num_chunks(layer, options);
+  return total;
+}
+
+void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, int32_t* info, float* used) {
+  for (PreconditionLayer& layer : layers) {
+    layer.info = info;
+    layer.damping_used = used;
+    info += num_chunks(layer, options);
+    if (used != nullptr) used += num_chunks(layer, options);
+  }
+}
+
+void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const char* op) {
+  const auto count = static_cast<int64_t>(layers.size());
+  check_status(precondition_cpu(layers.data(), count, options, thread_pool()), op);
+}
+
+std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Tensors& bias_grads, Tensors inputs,
+                                                 const Tensors& permutations, const Tensors& row_counts,
+                                                 const Ints& bias_layers, const Ints& permutation_layers,
+                                                 const Ints& row_count_layers, const Ints& layer_indices, const Ints& groups,
+                                                 double damping, bool trace_scaling, int64_t chunk, int64_t max_rows,
+                                                 int64_t seed, int64_t step) {
+  const char* op = "foreach_precondition_";
+  PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
+  options.damping = damping;
+  options.trace_scaling = trace_scaling;
+  const size_t count = grads.size();
+  STD_TORCH_CHECK(count > 0 && inputs.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
+                  inputs.size(), " inputs and ", layer_indices.size(), " layer indices");
+  const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
+  const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
+  const auto row_count = spread(row_counts, row_count_layers, count, op, "row_counts");
+
+  std::vector<PreconditionLayer> layers;
+  for (size_t l = 0; l < count; ++l) {
+    const Tensor& grad = grads[l];
+    Tensor& x = inputs[l];
+    STD_TORCH_CHECK(grad.dim() >= 2 && x.dim() >= 1, op, ": grad must have at least 2 dimensions and inputs 1, got ",
+                    grad.dim(), " and ", x.dim());
+    const int64_t unit_dim = grad.dim() > 2 && x.dim() == grad.dim() ? 1 : x.dim() - 1;
+    const int64_t units = grad.size(1), seen = x.size(unit_dim);
+    const int64_t conv_groups = grad.dim() > 2 && units > 0 ? seen / units : 1;
+    STD_TORCH_CHECK(conv_groups >= 1 && conv_groups * units == seen && grad.size(0) % conv_groups == 0, op,
+                    ": grad has ", units, " units and ", grad.size(0), " outputs, inputs have ", seen, " units");
+    if (bias[l] != nullptr) {
+      STD_TORCH_CHECK(bias[l]->numel() == grad.size(0), op, ": bias_grad must have ", grad.size(0), " elements, got ",
+                      bias[l]->numel());
+    }
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+      set_grad(layer, grad, g, conv_groups, op);
+      set_input(layer, x, unit_dim, g * units, op);
+      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
+      set_permutation(layer, permutation[l], op);
+      set_row_count(layer, row_count[l], op);
+      options.float64 |= layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64;
+      layers.push_back(layer);
+    }
+  }
+  const int64_t chunks = total_chunks(layers, options);
+  Tensor info = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Int);
+  Tensor used = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Float);
+  set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
+  launch(layers, options, op);
+  return {info, used};
+}
+
+Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Tensors& row_counts,
+                           const Ints& permutation_layers, const Ints& row_count_layers, const Ints& layer_indices,
+                           const Ints& groups, const Ints& unit_dims, const Ints& units, const std::vector<bool>& with_bias,
+                           int64_t chunk, int64_t max_rows, int64_t seed, int64_t step) {
+  const char* op = "foreach_covariance";
+  PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
+  options.stages = kStageCovariance;
+  const size_t count = inputs.size();
+  STD_TORCH_CHECK(layer_indices.size() == count && groups.size() == count && unit_dims.size() == count && units.size() == count &&
+                      with_bias.size() == count,
+                  op, ": every input needs its layer index, unit dimension, number of units and bias flag");
+  const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
+  const auto row_count = spread(row_counts, row_count_layers, count, op, "row_counts");
+  for (const Tensor& x : inputs) options.float64 |= dtype_of(x, op, "inputs") == DType::kFloat64;
+
+  std::vector<PreconditionLayer> layers;
+  Tensors covariances;
+  for (size_t l = 0; l < count; ++l) {
+    Tensor& x = inputs[l];
+    STD_TORCH_CHECK(unit_dims[l] >= 0 && unit_dims[l] < x.dim() && units[l] > 0 && x.size(unit_dims[l]) % units[l] == 0,
+                    op, ": inputs must have a multiple of ", units[l], " units");
+    const int64_t conv_groups = x.size(unit_dims[l]) / units[l];
+    const int64_t chunks = (units[l] + (with_bias[l] ? 1 : 0) + chunk - 1) / chunk;
+    covariances.push_back(torch::stable::new_zeros(x, {conv_groups * chunks, chunk, chunk},
+                                                   options.float64 ? ScalarType::Double : ScalarType::Float));
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+      layer.units = units[l];
+      layer.has_bias = with_bias[l];
+      set_input(layer, x, unit_dims[l], g * units[l], op);
+      set_permutation(layer, permutation[l], op);
+      set_row_count(layer, row_count[l], op);
+      layer.covariance = static_cast<char*>(covariances.back().mutable_data_ptr()) +
+                         g * chunks * chunk * chunk * (options.float64 ? 8 : 4);
+      layers.push_back(layer);
+    }
+  }
+  launch(layers, options, op);
+  return covariances;
+}
+
+// Matrices of one layer, [groups * chunks, chunk, chunk]; returns the number of groups.
+int64_t check_matrices(const Tensor& matrices, int64_t units, const PreconditionOptions& options, const char* op) {
+  const int64_t chunks = (units + options.chunk - 1) / options.chunk;
+  STD_TORCH_CHECK(units > 0 && matrices.dim() == 3 && matrices.size(1) == options.chunk &&
+                      matrices.size(2) == options.chunk && matrices.size(0) % chunks == 0 && matrices.is_contiguous(),
+                  op, ": matrices of ", units, " units must be contiguous, (groups * ", chunks, ", ", options.chunk, ", ",
+                  options.chunk, ")");
+  STD_TORCH_CHECK((matrices.scalar_type() == ScalarType::Double) == options.float64 &&
+                      (options.float64 || matrices.scalar_type() == ScalarType::Float),
+                  op, ": matrices must all be float32 or all float64");
+  return matrices.size(0) / chunks;
+}
+
+std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, const Ints& units, double damping,
+                                                    bool trace_scaling, int64_t chunk) {
+  const char* op = "foreach_inverse";
+  PreconditionOptions options = make_options(chunk, 1, 0, 0, op);
+  options.damping = damping;
+  options.trace_scaling = trace_scaling;
+  options.stages = kStageFactor;
+  const size_t count = covariances.size();
+  STD_TORCH_CHECK(count > 0 && units.size() == count, op, ": got ", count, " covariances and ", units.size(), " units");
+  options.float64 = covariances[0].scalar_type() == ScalarType::Double;
+  std::vector<PreconditionLayer> layers;
+  Tensors inverses;
+  for (size_t l = 0; l < count; ++l) {
+    const int64_t conv_groups = check_matrices(covariances[l], units[l], options, op);
+    inverses.push_back(torch::stable::empty_like(covariances[l]));
+    const int64_t bytes = covariances[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(0, 1, chunk, op);
+      layer.units = units[l];
+      layer.covariance = const_cast<char*>(static_cast<const char*>(covariances[l].const_data_ptr())) + g * bytes;
+      layer.inverse = static_cast<char*>(inverses.back().mutable_data_ptr()) + g * bytes;
+      layers.push_back(layer);
+    }
+  }
+  const int64_t chunks = total_chunks(layers, options);
+  Tensor info = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Int);
+  Tensor used = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Float);
+  set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
+  launch(layers, options, op);
+  return {inverses, info, used};
+}
+
+void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tensors& inverses, const Tensor& info,
+                    const Tensors& permutations, const Ints& bias_layers, const Ints& permutation_layers,
+                    const Ints& layer_indices, const Ints& groups, int64_t chunk, int64_t seed, int64_t step) {
+  const char* op = "foreach_apply_";
+  PreconditionOptions options = make_options(chunk, 1, seed, step, op);
+  options.stages = kStageApply;
+  const size_t count = grads.size();
+  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
+                  inverses.size(), " inverses and ", layer_indices.size(), " layer indices");
+  options.float64 = inverses[0].scalar_type() == ScalarType::Double;
+  const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
+  const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
+  std::vector<PreconditionLayer> layers;
+  for (size_t l = 0; l < count; ++l) {
+    STD_TORCH_CHECK(grads[l].dim() >= 2, op, ": grad must have at least 2 dimensions, got ", grads[l].dim());
+    const int64_t units = grads[l].size(1) + (bias[l] != nullptr ? 1 : 0);
+    const int64_t conv_groups = check_matrices(inverses[l], units, options, op);
+    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups, " groups do not divide ",
+                    grads[l].size(0), " outputs");
+    STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
+                    grads[l].size(0), " elements");
+    const int64_t bytes = inverses[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+      set_grad(layer, grads[l], g, conv_groups, op);
+      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
+      set_permutation(layer, permutation[l], op);
+      layer.inverse = const_cast<char*>(static_cast<const char*>(inverses[l].const_data_ptr())) + g * bytes;
+      layers.push_back(layer);
+    }
+  }
+  STD_TORCH_CHECK(info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) &&
+                      info.is_contiguous(),
+                  op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");
+  set_outputs(layers, options, const_cast<int32_t*>(info.const_data_ptr<int32_t>()), nullptr);
+  launch(layers, options, op);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+  m.impl("foreach_precondition_", TORCH_BOX(&foreach_precondition_));
+  m.impl("foreach_covariance", TORCH_BOX(&foreach_covariance));
+  m.impl("foreach_inverse", TORCH_BOX(&foreach_inverse));
+  m.impl("foreach_apply_", TORCH_BOX(&foreach_apply_));
+}
+
+}  // namespace consistency_ops::bindings

@@ -1,0 +1,198 @@
+// Row capture on the CPU.  Bound by memory: contiguous rows are one memcpy, everything else is read once and written once.
+#include "consistency_ops/capture.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace consistency_ops {
+namespace {
+
+constexpr int64_t kTile = 64;                 // rows of a tile: its offsets fit on the stack, its columns in L1
+constexpr int64_t kTaskBytes = 512 * 1024;    // below this, waking a thread costs more than it saves
+constexpr uint32_t kThinningPurpose = 16;     // random.h uses 0 to 2
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float widen(float x) { return x; }
+float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+// Moving the exponent by a product with 2^112 also normalises the subnormals of half.
+float widen(Float16 x) {
+  const uint32_t magnitude = uint32_t{x.bits & 0x7FFFu} << 13;
+  const float finite = from_bits(magnitude) * 5.192296858534828e33f;
+  uint32_t bits;
+  std::memcpy(&bits, &finite, sizeof bits);
+  if (magnitude >= 0x0F800000u) bits = magnitude | 0x7F800000u;
+  return from_bits(bits | uint32_t{x.bits & 0x8000u} << 16);
+}
+
+int64_t offset_of(const CaptureProblem& p, int64_t row) {
+  int64_t offset = 0;
+  for (int i = kMaxCaptureDims - 1; i >= 0; --i) {
+    offset += row % p.row_size[i] * p.row_stride[i];
+    row /= p.row_size[i];
+  }
+  return offset;
+}
+
+struct Copy {
+  const CaptureProblem* problem;
+  int64_t first, stride, count;  // rows of x to take
+  int64_t begin;                 // row of the buffer that gets the first
+  int64_t task_rows;
+};
+
+template <typename From, typename To>
+void copy_tile(const CaptureProblem& p, const int64_t* offset, int64_t count, To* to) {
+  const From* x = static_cast<const From*>(p.x);
+  if (p.unit_stride == 1) {
+    for (int64_t r = 0; r < count; ++r, to += p.units) {
+      const From* from = x + offset[r];
+      if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(to, from, sizeof(To) * static_cast<size_t>(p.units));
+      } else {
+        for (int64_t u = 0; u < p.units; ++u) to[u] = static_cast<To>(widen(from[u]));
+      }
+    }
+    return;
+  }
+  // Channels first: neighbours in memory are neighbouring rows.
+  for (int64_t u = 0; u < p.units; ++u) {
+    const From* from = x + u * p.unit_stride;
+    for (int64_t r = 0; r < count; ++r) {
+      if constexpr (std::is_same_v<From, To>) {
+        to[r * p.units + u] = from[offset[r]];
+      } else {
+        to[r * p.units + u] = static_cast<To>(widen(from[offset[r]]));
+      }
+    }
+  }
+}
+
+template <typename From, typename To>
+void run_task(void* argument, int64_t task) {
+  const Copy& copy = *static_cast<const Copy*>(argument);
+  const CaptureProblem& p = *copy.problem;
+  const int64_t end = std::min(copy.count, (task + 1) * copy.task_rows);
+  To* to = static_cast<To*>(p.rows) + copy.begin * p.units;
+  int64_t offset[kTile];
+  for (int64_t row = task * copy.task_rows; row < end; row += kTile) {
+    const int64_t count = std::min(kTile, end - row);
+    for (int64_t r = 0; r < count; ++r) offset[r] = offset_of(p, copy.first + (row + r) * copy.stride);
+    copy_tile<From, To>(p, offset, count, to + row * p.units);
+  }
+}
+
+using Task = void (*)(void*, int64_t);
+
+template <typename To>
+Task task_to(DType from) {
+  switch (from) {
+    case DType::kFloat32: return run_task<float, To>;
+    case DType::kBFloat16: return run_task<BFloat16, To>;
+    case DType::kFloat16: return run_task<Float16, To>;
+    case DType::kFloat64: return std::is_same_v<To, double> ? run_task<double, double> : nullptr;
+  }
+  return nullptr;
+}
+
+Task task_of(DType from, DType to) {
+  if (to == DType::kFloat32) return task_to<float>(from);
+  if (to == DType::kFloat64) return task_to<double>(from);
+  if (from != to) return nullptr;
+  return run_task<BFloat16, BFloat16>;  // both half types are copied as they are
+}
+
+int64_t row_bytes(const CaptureProblem& p) { return p.units * element_size(p.rows_dtype); }
+
+bool one_block(const CaptureProblem& p, const Copy& copy) {
+  int64_t dense = p.units;
+  for (int i = kMaxCaptureDims - 1; i >= 0; --i) {
+    if (p.row_size[i] != 1 && p.row_stride[i] != dense) return false;
+    dense *= p.row_size[i];
+  }
+  return p.x_dtype == p.rows_dtype && p.unit_stride == 1 && copy.stride == 1;
+}
+
+// How many of the stream's rows next, next + stride, ... lie below `end`.
+int64_t due(const CaptureState& s, int64_t end) { return s.next < end ? (end - s.next + s.stride - 1) / s.stride : 0; }
+
+void thin(const CaptureProblem& p, CaptureState& s) {
+  const uint32_t purpose = kThinningPurpose + static_cast<uint32_t>(s.thinned++);
+  const int64_t parity = philox(p.seed, static_cast<uint64_t>(s.step), p.layer, purpose).v[0] & 1;
+  char* rows = static_cast<char*>(p.rows);
+  const int64_t bytes = row_bytes(p);
+  int64_t kept = 0;
+  for (int64_t row = parity; row < s.used; row += 2, ++kept) {
+    if (row != kept) std::memcpy(rows + kept * bytes, rows + row * bytes, static_cast<size_t>(bytes));
+  }
+  if (s.used % 2 != parity) s.next += s.stride;
+  s.mark = s.mark > parity ? (s.mark - parity + 1) / 2 : 0;
+  s.used = kept;
+  s.stride *= 2;
+}
+
+}  // namespace
+
+Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
+  CaptureState& s = *p.state;
+  Task task = task_of(p.x_dtype, p.rows_dtype);
+  if (p.capacity < 1 || task == nullptr) return Status::kInvalidArgument;
+  int64_t rows = 1;
+  for (int i = 0; i < kMaxCaptureDims; ++i) rows *= p.row_size[i];
+  if (s.paused != 0 || rows == 0 || p.units == 0) return Status::kOk;
+
+  if (s.stride == 0) {
+    const RowSample sample = sample_rows(rows, p.capacity, p.seed, static_cast<uint64_t>(s.step), p.layer);
+    s.stride = sample.stride;
+    s.next = sample.offset;
+  }
+  const int64_t end = s.seen + rows;
+  while (s.used + due(s, end) > p.capacity) thin(p, s);
+
+  Copy copy{&p, s.next - s.seen, s.stride, due(s, end), s.used, 0};
+  if (one_block(p, copy)) {
+    const int64_t bytes = row_bytes(p);
+    std::memcpy(static_cast<char*>(p.rows) + copy.begin * bytes, static_cast<const char*>(p.x) + copy.first * bytes,
+                static_cast<size_t>(copy.count * bytes));
+  } else if (copy.count > 0) {
+    const int64_t wanted = (copy.count * row_bytes(p) + kTaskBytes - 1) / kTaskBytes;
+    const int64_t tiles = (copy.count + kTile - 1) / kTile;
+    const int64_t tasks = pool.run == nullptr ? 1 : std::max<int64_t>(1, std::min({wanted, tiles, int64_t{pool.threads}}));
+    copy.task_rows = (tiles + tasks - 1) / tasks * kTile;
+    if (tasks == 1) {
+      task(&copy, 0);
+    } else {
+      pool.run(pool.context, (copy.count + copy.task_rows - 1) / copy.task_rows, task, &copy);
+    }
+  }
+  s.used += copy.count;
+  s.next += copy.count * s.stride;
+  s.seen = end;
+  return Status::kOk;
+}
+
+Status capture_mark_cpu(const CaptureProblem& p, bool restart) {
+  CaptureState& s = *p.state;
+  if (restart && s.mark > 0) {
+    const int64_t bytes = row_bytes(p);
+    char* rows = static_cast<char*>(p.rows);
+    std::memmove(rows, rows + s.mark * bytes, static_cast<size_t>((s.used - s.mark) * bytes));
+    s.used -= s.mark;
+  }
+  s.mark = s.used;
+  return Status::kOk;
+}
+
+}  // namespace consistency_ops

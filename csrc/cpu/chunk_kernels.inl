@@ -1,0 +1,233 @@
+// The body of chunk_kernels.h for one instruction set.  Included by isa_*.cpp, inside a namespace of its own and under that
+// file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of other
+// headers: their code would be generated for this instruction set and shared with callers that may not run it.
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(CO_VECTOR_BYTES)));
+};
+
+template <typename T>
+struct Kernels {
+  using V = typename VectorOf<T>::type;
+  static constexpr int kLanes = CO_VECTOR_BYTES / sizeof(T);
+  static constexpr int kVectors = kPanel / kLanes;  // registers a row of a panel
+  // Rows of C held in registers at once: as many as leave room for a row of b and a broadcast.
+  static constexpr int kRegisters = CO_VECTOR_BYTES == 64 ? 16 : 8;
+  static constexpr int kRows = kRegisters / kVectors;
+  static_assert(kVectors >= 1 && kRows >= 1 && kPanel % kRows == 0, "a tile is a whole number of register blocks");
+
+  static V& vector(T* p, int v) { return *reinterpret_cast<V*>(p + v * kLanes); }
+  static const V& vector(const T* p, int v) { return *reinterpret_cast<const V*>(p + v * kLanes); }
+
+  // kZero: c = sum.  kLoad: the sum goes on from c.  kAdd: the sum starts at zero and is added to c at the end, which keeps
+  // the chains of rounding errors as short as the block of rows.
+  enum Start { kZero, kLoad, kAdd };
+
+  // c[16 x 16] (start) +/- sum_k a_k b_k^T with a_k[r] = a[r * kRowStride + k * kStepStride].
+  template <int kRowStride, int kStepStride, bool kSubtract>
+  static inline __attribute__((always_inline)) void tile(const T* a, const T* b, int64_t steps, Start start, T* c,
+                                                         int c_pitch) {
+    for (int r0 = 0; r0 < kPanel; r0 += kRows) {
+      V acc[kRows][kVectors];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = start == kLoad ? vector(c + (r0 + r) * c_pitch, v) : V{};
+        }
+      }
+      const T* ar = a + r0 * kRowStride;
+      const T* br = b;
+      for (int64_t k = 0; k < steps; ++k, ar += kStepStride, br += kPanel) {
+        V row[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) row[v] = vector(br, v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const T scalar = ar[r * kRowStride];
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) {
+            if constexpr (kSubtract) {
+              acc[r][v] -= scalar * row[v];
+            } else {
+              acc[r][v] += scalar * row[v];
+            }
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          V& to = vector(c + (r0 + r) * c_pitch, v);
+          to = start == kAdd ? to + acc[r][v] : acc[r][v];
+        }
+      }
+    }
+  }
+
+  // Both operands are panels.
+  template <bool kSubtract>
+  static void panel_tile(const T* a, const T* b, int64_t steps, Start start, T* c) {
+    tile<1, kPanel, kSubtract>(a, b, steps, start, c, kPanel);
+  }
+
+  static void gram(const T* p, int64_t rows, int64_t pitch, int panels, bool accumulate, T* c) {
+    const int64_t height = int64_t{kPanel} * panels;
+    for (int i = 0; i < panels; ++i) {
+      const T* right = p + i * pitch * kPanel;
+      for (int j = 0; j <= i; ++j) {
+        panel_tile<false>(p + j * pitch * kPanel, right, rows, accumulate ? kAdd : kZero,
+                          c + (i * height + j * kPanel) * kPanel);
+      }
+    }
+  }
+
+  // The 16 rows of b <- L^-1 b, L = the transpose of the upper triangular block u.
+  static inline void substitute_forward(const T* u, const T* inverse_diagonal, T* b) {
+    for (int v = 0; v < kVectors; ++v) {
+      V x[kPanel];
+#pragma GCC unroll 16
+      for (int k = 0; k < kPanel; ++k) x[k] = vector(b + k * kPanel, v);
+#pragma GCC unroll 16
+      for (int k = 0; k < kPanel; ++k) {
+        x[k] *= inverse_diagonal[k];
+        vector(b + k * kPanel, v) = x[k];
+#pragma GCC unroll 16
+        for (int m = k + 1; m < kPanel; ++m) x[m] -= u[k * kPanel + m] * x[k];
+      }
+    }
+  }
+
+  // The 16 rows of b <- U^-1 b.
+  static inline void substitute_backward(const T* u, const T* inverse_diagonal, T* b) {
+    for (int v = 0; v < kVectors; ++v) {
+      V x[kPanel];
+#pragma GCC unroll 16
+      for (int k = 0; k < kPanel; ++k) x[k] = vector(b + k * kPanel, v);
+#pragma GCC unroll 16
+      for (int k = kPanel - 1; k >= 0; --k) {
+        x[k] *= inverse_diagonal[k];
+        vector(b + k * kPanel, v) = x[k];
+#pragma GCC unroll 16
+        for (int m = 0; m < k; ++m) x[m] -= u[m * kPanel + k] * x[k];
+      }
+    }
+  }
+
+  static T square_root(T x) {
+    if constexpr (sizeof(T) == 4) {
+      return __builtin_sqrtf(x);
+    } else {
+      return __builtin_sqrt(x);
+    }
+  }
+
+  // U^T U = A of one 16 x 16 block; returns 0 or the order of the failing minor.
+  static int factor_block(T* a, T* inverse_diagonal) {
+    constexpr T kLargest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
+    for (int k = 0; k < kPanel; ++k) {
+      T* row = a + k * kPanel;
+      const T pivot = row[k];
+      if (!(pivot > 0 && pivot <= kLargest)) return k + 1;
+      const T root = square_root(pivot);
+      const T inverse = 1 / root;
+      inverse_diagonal[k] = inverse;
+      for (int v = 0; v < kVectors; ++v) vector(row, v) *= inverse;
+      row[k] = root;
+      for (int m = k + 1; m < kPanel; ++m) {
+        const T scalar = row[m];
+        for (int v = 0; v < kVectors; ++v) vector(a + m * kPanel, v) -= scalar * vector(row, v);
+      }
+    }
+    return 0;
+  }
+
+  static int factor(T* a, int panels, T* inverse_diagonal) {
+    const int64_t height = int64_t{kPanel} * panels;
+    for (int j = 0; j < panels; ++j) {
+      const T* left = a + j * height * kPanel;
+      const T* diagonal = left + j * kPanel * kPanel;
+      for (int i = j; i < panels; ++i) {
+        T* right = a + i * height * kPanel;
+        T* block = right + j * kPanel * kPanel;
+        if (j > 0) panel_tile<true>(left, right, int64_t{kPanel} * j, kLoad, block);
+        if (i == j) {
+          const int info = factor_block(block, inverse_diagonal + j * kPanel);
+          if (info != 0) return j * kPanel + info;
+        } else {
+          substitute_forward(diagonal, inverse_diagonal + j * kPanel, block);
+        }
+      }
+    }
+    return 0;
+  }
+
+  static void invert(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse) {
+    const int64_t height = int64_t{kPanel} * panels;
+    for (int j = 0; j < panels; ++j) {  // W = U^-T, lower triangular, by forward substitution on the identity
+      T* column = w + j * height * kPanel;
+      for (int k = j; k < panels; ++k) {
+        T* block = column + k * kPanel * kPanel;
+        const T* factor_panel = u + k * height * kPanel;
+        if (k == j) {
+          for (int e = 0; e < kPanel * kPanel; ++e) block[e] = e % (kPanel + 1) == 0;
+        } else {
+          panel_tile<true>(factor_panel + j * kPanel * kPanel, column + j * kPanel * kPanel, int64_t{kPanel} * (k - j),
+                           kZero, block);
+        }
+        substitute_forward(factor_panel + k * kPanel * kPanel, inverse_diagonal + k * kPanel, block);
+      }
+    }
+    for (int j = 0; j < panels; ++j) {  // W^T W
+      for (int i = 0; i <= j; ++i) {
+        T* block = inverse + (j * height + i * kPanel) * kPanel;
+        const int64_t first = int64_t{kPanel} * j;
+        panel_tile<false>(w + (i * height + first) * kPanel, w + (j * height + first) * kPanel, height - first, kZero,
+                          block);
+        if (i != j) {
+          T* mirror = inverse + (i * height + j * kPanel) * kPanel;
+          for (int r = 0; r < kPanel; ++r) {
+            for (int c = 0; c < kPanel; ++c) mirror[r * kPanel + c] = block[c * kPanel + r];
+          }
+        }
+      }
+    }
+  }
+
+  static uint32_t apply(const T* g, const T* inverse, int panels, T* out) {
+    const int64_t height = int64_t{kPanel} * panels;
+    for (int j = 0; j < panels; ++j) {
+      tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, height, kZero, out + j * kPanel, kTilePitch);
+    }
+    uint32_t bad = 0;
+    for (int r = 0; r < kPanel; ++r) {
+      V sum{};  // 0 * x is NaN exactly for the values that are not finite
+      for (int64_t k = 0; k < height; k += kLanes) sum += *reinterpret_cast<const V*>(out + r * kTilePitch + k) * T(0);
+      T total = 0;
+      for (int v = 0; v < kLanes; ++v) total += sum[v];
+      if (!(total == 0)) bad |= 1u << r;
+    }
+    return bad;
+  }
+
+  static void solve(const T* u, const T* inverse_diagonal, int panels, T* b) {
+    const int64_t height = int64_t{kPanel} * panels;
+    constexpr int kBlock = kPanel * kPanel;
+    for (int k = 0; k < panels; ++k) {
+      const T* panel = u + k * height * kPanel;
+      if (k > 0) panel_tile<true>(panel, b, int64_t{kPanel} * k, kLoad, b + k * kBlock);
+      substitute_forward(panel + k * kBlock, inverse_diagonal + k * kPanel, b + k * kBlock);
+    }
+    for (int k = panels - 1; k >= 0; --k) {
+      for (int m = k + 1; m < panels; ++m) {  // rows of block k of U: lane by lane, so the strides of a are exchanged
+        tile<kPanel, 1, true>(u + (m * height + k * kPanel) * kPanel, b + m * kBlock, kPanel, kLoad, b + k * kBlock,
+                              kPanel);
+      }
+      substitute_backward(u + (k * height + k * kPanel) * kPanel, inverse_diagonal + k * kPanel, b + k * kBlock);
+    }
+  }
+
+  static constexpr ChunkKernels<T> table() { return {gram, factor, invert, apply, solve}; }
+};

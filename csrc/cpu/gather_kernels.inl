@@ -1,0 +1,107 @@
+// The body of GatherKernels (chunk_kernels.h) for one instruction set; included beside chunk_kernels.inl, same rules.
+
+#include "cpu/convert.inl"
+
+template <typename S, typename T>
+struct Gather {
+  template <int kLength>
+  static inline void copy_in(const S* from, T* to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLength; ++i) to[i] = widen(from[i]);
+  }
+  template <int kLength>
+  static inline void copy_out(const T* from, S* to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLength; ++i) to[i] = narrow<S>(from[i]);
+  }
+
+  // Whole panels and 8-unit groups (a sector of float) are the common lengths.
+  static inline void copy_in(const S* from, T* to, int length) {
+    if (length == 16) return copy_in<16>(from, to);
+    if (length == 8) return copy_in<8>(from, to);
+    for (int i = 0; i < length; ++i) to[i] = widen(from[i]);
+  }
+  static inline void copy_out(const T* from, S* to, int length) {
+    if (length == 16) return copy_out<16>(from, to);
+    if (length == 8) return copy_out<8>(from, to);
+    for (int i = 0; i < length; ++i) to[i] = narrow<S>(from[i]);
+  }
+
+  static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
+                   int64_t count, int32_t first_panel, int64_t pitch, T* packed) {
+    const S* source = static_cast<const S*>(x);
+    if (unit_stride == 1) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const S* row = source + row_offset[k];
+        T* to = packed + k * kPanel;
+        for (const Run* run = runs; run != runs + count; ++run) {
+          copy_in(row + run->unit, to + (run->panel - first_panel) * pitch * kPanel + run->lane, run->length);
+        }
+      }
+      return;
+    }
+    // Units are far apart, rows often adjacent (channels-first maps): walk the rows of a run together.
+    for (const Run* run = runs; run != runs + count; ++run) {
+      T* to = packed + (run->panel - first_panel) * pitch * kPanel + run->lane;
+      const S* from = source + run->unit * unit_stride;
+      for (int64_t k = 0; k < rows; ++k) {
+        for (int i = 0; i < run->length; ++i) to[k * kPanel + i] = widen(from[row_offset[k] + i * unit_stride]);
+      }
+    }
+  }
+
+  static void load_tile(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
+                        int64_t count, int32_t first_panel, T* tile) {
+    const S* source = static_cast<const S*>(g);
+    if (unit_stride == 1) {
+      for (int r = 0; r < rows; ++r) {
+        const S* row = source + row_offset[r];
+        T* to = tile + r * kTilePitch;
+        for (const Run* run = runs; run != runs + count; ++run) {
+          copy_in(row + run->unit, to + (run->panel - first_panel) * kPanel + run->lane, run->length);
+        }
+      }
+      return;
+    }
+    for (const Run* run = runs; run != runs + count; ++run) {  // rows of one output are the adjacent taps of a kernel
+      T* to = tile + (run->panel - first_panel) * kPanel + run->lane;
+      for (int i = 0; i < run->length; ++i) {
+        const S* from = source + (run->unit + i) * unit_stride;
+        for (int r = 0; r < rows; ++r) to[r * kTilePitch + i] = widen(from[row_offset[r]]);
+      }
+    }
+  }
+
+  static void store_tile(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
+                         const Run* runs, int64_t count, int32_t first_panel) {
+    S* target = static_cast<S*>(g);
+    if (unit_stride == 1) {
+      for (int r = 0; r < rows; ++r) {
+        if (skip >> r & 1) continue;
+        S* row = target + row_offset[r];
+        const T* from = tile + r * kTilePitch;
+        for (const Run* run = runs; run != runs + count; ++run) {
+          copy_out(from + (run->panel - first_panel) * kPanel + run->lane, row + run->unit, run->length);
+        }
+      }
+      return;
+    }
+    for (const Run* run = runs; run != runs + count; ++run) {
+      const T* from = tile + (run->panel - first_panel) * kPanel + run->lane;
+      for (int i = 0; i < run->length; ++i) {
+        S* to = target + (run->unit + i) * unit_stride;
+        for (int r = 0; r < rows; ++r) {
+          if (!(skip >> r & 1)) to[row_offset[r]] = narrow<S>(from[r * kTilePitch + i]);
+        }
+      }
+    }
+  }
+
+  static constexpr GatherKernels<T> table() { return {pack, load_tile, store_tile}; }
+};
+
+template <typename T>
+constexpr IsaKernels<T> isa_table() {
+  return {Kernels<T>::table(),
+          {Gather<float, T>::table(), Gather<double, T>::table(), Gather<BFloat16, T>::table(), Gather<Float16, T>::table()}};
+}

@@ -1,0 +1,65 @@
+// What precondition_cpu decides before it touches data: divisions, storage and the order of the work.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "consistency_ops/precondition.h"
+#include "cpu/chunk_kernels.h"
+
+namespace consistency_ops::cpu {
+
+// Rows of X in one packed block.  A constant, because the sums of a block are rounded on their own: the result must not
+// depend on the number of threads.
+constexpr int64_t kRowBlock = 128;
+// A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
+constexpr int64_t kPackedBytes = 512 << 10;
+// Rows of G an apply task corrects, unless one output has more taps.
+constexpr int64_t kApplyRows = 64;
+
+struct ChunkPlan {
+  int64_t size;         // units
+  int32_t panels;       // ceil(size / 16)
+  int32_t first_panel;  // in the layer
+  int64_t first_run, num_runs;
+  int64_t storage;  // offset of the matrix in the workspace of the wave, in elements
+};
+
+struct LayerPlan {
+  bool active;  // false: no rows or no gradient; outputs are written, G is left alone
+  RowSample sample;
+  int64_t units;  // with the bias
+  int64_t taps, outputs_per_task;
+  std::vector<ChunkPlan> chunks;
+  std::vector<Run> runs;  // of the units without the bias
+  int32_t bias_chunk, bias_panel, bias_lane;
+};
+
+// Tasks are handed out in order.  A task waits for all tasks of its layer's previous phase, or of earlier waves, whose
+// tickets are smaller: any number of threads, even one, makes progress.
+enum class Phase : int8_t { kCovariance, kFactor, kApply };
+
+struct Task {
+  Phase phase;
+  int32_t layer;
+  int64_t begin, end;    // chunks, or outputs when applying
+  int64_t wait_ticket;   // all tasks before this ticket must have finished, and
+  int32_t wait_in_phase;  // so many tasks of the layer's previous phase
+};
+
+struct Plan {
+  std::vector<LayerPlan> layers;
+  std::vector<Task> tasks;
+  int64_t storage_elements = 0;  // the largest wave
+  int64_t packed_elements = 0;   // per thread
+  int64_t largest_matrix = 0;    // elements, per thread and scratch matrix
+  int64_t bias_elements = 0;     // per thread
+  int64_t table_bytes = 0;       // of the divisions
+};
+
+Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads);
+
+// Bytes of the workspace of one thread, each part rounded up to a cache line.
+int64_t thread_bytes(const Plan& plan, int64_t element);
+
+}  // namespace consistency_ops::cpu

@@ -1,0 +1,452 @@
+// The correction of all layers on the CPU: G[:, c] <- G[:, c] (X_c^T X_c / n + damping I)^-1.
+//
+// One parallel region a call.  The work is a list of tickets (plan.h) in three phases a layer:
+//
+//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products to
+//                the chunks' upper blocks while both are in L2;
+//   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
+//   apply        64 rows of G: 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
+//
+// X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
+// results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no accuracy:
+// the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to 1e7).
+#include "consistency_ops/precondition.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cpu/plan.h"
+
+namespace consistency_ops {
+
+namespace cpu {
+namespace {
+
+constexpr int kMaxTries = 3;  // damping, x 10, x 100
+constexpr int64_t kBlock = kPanel * kPanel;
+// Below this many multiply-adds waking the other threads costs more than they bring.
+constexpr int64_t kSerialWork = 200000;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Bytes = std::unique_ptr<char, Free>;
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+Bytes allocate(int64_t bytes) { return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes))))); }
+
+int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, int64_t index) {
+  int64_t offset = 0;
+  for (int i = dims - 1; i >= 0; --i) {
+    offset += index % size[i] * stride[i];
+    index /= size[i];
+  }
+  return offset;
+}
+
+// The moment of one chunk as seen by the trace: the units whose second moment is finite.
+struct Trace {
+  double sum = 0;
+  int64_t units = 0;
+};
+
+struct LayerState {
+  std::atomic<int32_t> done[3] = {};  // tasks finished, by phase
+  std::vector<Trace> traces;          // by chunk
+  std::vector<int32_t> info;
+};
+
+template <typename T>
+struct Scratch {
+  int64_t* row_offset;
+  T *packed, *factor, *inverse_factor, *tile, *product, *inverse_diagonal, *bias;
+};
+
+template <typename T>
+class Launch {
+ public:
+  Launch(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan, char* workspace,
+         int32_t threads)
+      : layers_(layers), options_(options), plan_(plan), states_(plan.layers.size()), scratch_(threads) {
+    storage_ = reinterpret_cast<T*>(workspace);
+    char* at = workspace + aligned(plan.storage_elements * sizeof(T));
+    auto take = [&at](int64_t bytes) {
+      char* taken = at;
+      at += aligned(bytes);
+      return taken;
+    };
+    for (Scratch<T>& s : scratch_) {
+      s.row_offset = reinterpret_cast<int64_t*>(take(kRowBlock * sizeof(int64_t)));
+      s.packed = reinterpret_cast<T*>(take(plan.packed_elements * sizeof(T)));
+      s.factor = reinterpret_cast<T*>(take(plan.largest_matrix * sizeof(T)));
+      s.inverse_factor = reinterpret_cast<T*>(take(plan.largest_matrix * sizeof(T)));
+      s.tile = reinterpret_cast<T*>(take(kPanel * kTilePitch * sizeof(T)));
+      s.product = reinterpret_cast<T*>(take(kPanel * kTilePitch * sizeof(T)));
+      s.inverse_diagonal = reinterpret_cast<T*>(take((kMaxChunk + plan.bias_elements) * sizeof(T)));
+      s.bias = s.inverse_diagonal + kMaxChunk;
+    }
+    for (size_t l = 0; l < states_.size(); ++l) {
+      states_[l].traces.resize(plan.layers[l].chunks.size());
+      states_[l].info.assign(plan.layers[l].chunks.size(), 0);
+    }
+  }
+
+  // Takes tickets until none is left.
+  void work(int64_t thread) {
+    const int64_t tickets = static_cast<int64_t>(plan_.tasks.size());
+    for (;;) {
+      const int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
+      if (ticket >= tickets) return;
+      const Task& task = plan_.tasks[ticket];
+      LayerState& state = states_[task.layer];
+      const int phase = static_cast<int>(task.phase);
+      wait_until([&] {
+        return finished_.load(std::memory_order_acquire) >= task.wait_ticket &&
+               (phase == 0 || state.done[phase - 1].load(std::memory_order_acquire) >= task.wait_in_phase);
+      });
+      switch (task.phase) {
+        case Phase::kCovariance:
+          covariance(task, scratch_[thread]);
+          break;
+        case Phase::kFactor:
+          factor(task, scratch_[thread]);
+          break;
+        case Phase::kApply:
+          apply(task, scratch_[thread]);
+          break;
+      }
+      state.done[phase].fetch_add(1, std::memory_order_release);
+      finished_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+ private:
+  template <typename Condition>
+  static void wait_until(Condition condition) {
+    for (int spins = 0; !condition(); ++spins) {
+      if (spins > 100) sched_yield();
+    }
+  }
+
+  // covariance
+
+  void covariance(const Task& task, const Scratch<T>& s) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const bool computed = options_.stages & kStageCovariance;
+    if (computed) {
+      accumulate(task, s);
+    } else if (options_.stages & kStageFactor) {
+      for (int64_t c = task.begin; c < task.end; ++c) {
+        from_dense(static_cast<const T*>(layer.covariance), c, plan.chunks[c], 1);
+      }
+    } else {
+      for (int64_t c = task.begin; c < task.end; ++c) {
+        from_dense(static_cast<const T*>(layer.inverse), c, plan.chunks[c], 1);
+      }
+      return;
+    }
+    for (int64_t c = task.begin; c < task.end; ++c) {
+      const ChunkPlan& chunk = plan.chunks[c];
+      const T* matrix = storage_ + chunk.storage;
+      Trace trace;
+      for (int64_t k = 0; k < chunk.size; ++k) {
+        const T moment = matrix[diagonal_index(chunk, k)];
+        if (moment - moment != 0) continue;  // NaN or Inf
+        trace.sum += moment;
+        ++trace.units;
+      }
+      states_[task.layer].traces[c] = trace;
+      if (computed && layer.covariance != nullptr) {
+        to_dense(c, chunk, T(1) / static_cast<T>(plan.sample.count), static_cast<T*>(layer.covariance));
+      }
+    }
+  }
+
+  void accumulate(const Task& task, const Scratch<T>& s) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const IsaKernels<T>& kernels = isa_kernels<T>();
+    const GatherKernels<T>& gather = kernels.gather[static_cast<int>(layer.x_dtype)];
+    const int32_t first_panel = plan.chunks[task.begin].first_panel;
+    const ChunkPlan& last = plan.chunks[task.end - 1];
+    const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;
+    const int64_t num_runs = last.first_run + last.num_runs - plan.chunks[task.begin].first_run;
+
+    // The lanes that no run writes: the padding of every chunk, and the bias unit.
+    for (int64_t c = task.begin; c < task.end; ++c) {
+      const ChunkPlan& chunk = plan.chunks[c];
+      const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
+      T* tail = s.packed + panel * kRowBlock * kPanel;
+      for (int64_t lane = chunk.size - (chunk.panels - 1) * kPanel; lane < kPanel; ++lane) {
+        for (int64_t k = 0; k < kRowBlock; ++k) tail[k * kPanel + lane] = 0;
+      }
+      if (c == plan.bias_chunk) {
+        T* ones = s.packed + (plan.bias_panel - first_panel) * kRowBlock * kPanel + plan.bias_lane;
+        for (int64_t k = 0; k < kRowBlock; ++k) ones[k * kPanel] = 1;
+      }
+    }
+
+    for (int64_t row = 0; row < plan.sample.count; row += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, plan.sample.count - row);
+      for (int64_t k = 0; k < rows; ++k) {
+        s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
+                                    plan.sample.offset + (row + k) * plan.sample.stride);
+      }
+      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, first_panel, kRowBlock, s.packed);
+      for (int64_t c = task.begin; c < task.end; ++c) {
+        const ChunkPlan& chunk = plan.chunks[c];
+        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kRowBlock * kPanel, rows, kRowBlock,
+                           chunk.panels, row > 0, storage_ + chunk.storage);
+      }
+    }
+  }
+
+  // factor
+
+  // What a chunk's stored matrix is multiplied by before the damping is added: 1 / n, and 1 / tau with trace scaling.
+  double scale(const Task& task) const {
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const double mean = options_.stages & kStageCovariance ? 1.0 / static_cast<double>(plan.sample.count) : 1.0;
+    if (!options_.trace_scaling) return mean;
+    Trace total;
+    for (const Trace& trace : states_[task.layer].traces) {
+      total.sum += trace.sum;
+      total.units += trace.units;
+    }
+    if (!(total.sum > 0)) return mean;  // tau = 0: the inputs were all zero
+    return static_cast<double>(total.units) / total.sum;
+  }
+
+  void factor(const Task& task, const Scratch<T>& s) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const int64_t c = task.begin;
+    const ChunkPlan& chunk = plan_.layers[task.layer].chunks[c];
+    LayerState& state = states_[task.layer];
+    if (!(options_.stages & kStageFactor)) {
+      state.info[c] = layer.info[c];
+      return;
+    }
+    const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
+    T* matrix = storage_ + chunk.storage;
+    const int64_t elements = int64_t{chunk.panels} * chunk.panels * kBlock;
+    const T factor_of = static_cast<T>(scale(task));
+    double damping = options_.damping;
+    int info = 0;
+    for (int tries = 0; tries < kMaxTries; ++tries, damping *= 10) {
+      for (int64_t e = 0; e < elements; ++e) s.factor[e] = matrix[e] * factor_of;
+      for (int64_t k = 0; k < int64_t{chunk.panels} * kPanel; ++k) {
+        T& pivot = s.factor[diagonal_index(chunk, k)];
+        pivot = k < chunk.size ? pivot + static_cast<T>(damping) : T(1);
+      }
+      info = kernels.factor(s.factor, chunk.panels, s.inverse_diagonal);
+      if (layer.damping_used != nullptr) layer.damping_used[c] = static_cast<float>(damping);
+      if (info == 0) break;
+    }
+    state.info[c] = info;
+    if (layer.info != nullptr) layer.info[c] = info;
+    if (info == 0) kernels.invert(s.factor, s.inverse_diagonal, chunk.panels, s.inverse_factor, matrix);
+    if (layer.inverse != nullptr) {
+      if (info != 0) std::fill(matrix, matrix + elements, T(0));
+      to_dense(c, chunk, T(1), static_cast<T*>(layer.inverse));
+    }
+  }
+
+  // apply
+
+  void apply(const Task& task, const Scratch<T>& s) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const IsaKernels<T>& kernels = isa_kernels<T>();
+    const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
+    const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
+    const int64_t first = task.begin * plan.taps, rows = (task.end - task.begin) * plan.taps;
+
+    for (size_t c = 0; c < plan.chunks.size(); ++c) {
+      if (states_[task.layer].info[c] != 0) continue;
+      const ChunkPlan& chunk = plan.chunks[c];
+      const Run* runs = plan.runs.data() + chunk.first_run;
+      const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
+      const int64_t bias_column = (plan.bias_panel - chunk.first_panel) * kPanel + plan.bias_lane;
+      const Run bias_run{plan.bias_panel, 0, static_cast<int16_t>(plan.bias_lane), 1};
+      for (int r = 0; r < kPanel; ++r) {
+        std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
+      }
+      for (int64_t at = 0; at < rows; at += kPanel) {
+        const int here = static_cast<int>(std::min<int64_t>(kPanel, rows - at));
+        int64_t row_offset[kPanel], bias_offset[kPanel];
+        for (int r = 0; r < here; ++r) {
+          const int64_t output = (first + at + r) / plan.taps;
+          row_offset[r] = output * layer.g_output_stride +
+                          offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, (first + at + r) % plan.taps);
+          bias_offset[r] = output * layer.bias_stride;
+        }
+        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, chunk.first_panel,
+                           s.tile);
+        if (with_bias) {
+          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, chunk.first_panel, s.tile);
+        }
+        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, s.product);
+        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs,
+                            chunk.first_panel);
+        if (with_bias) {
+          for (int r = 0; r < here; ++r) {
+            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + bias_column];
+          }
+        }
+      }
+      if (with_bias) average_bias(layer, plan, task, s);
+    }
+  }
+
+  // Every tap of an output has corrected a copy of its bias; the bias becomes their mean (METHOD 1.5).
+  void average_bias(const PreconditionLayer& layer, const LayerPlan& plan, const Task& task, const Scratch<T>& s) {
+    const Run run{0, 0, 0, 1};
+    for (int64_t o = task.begin; o < task.end; ++o) {
+      const T* copies = s.bias + (o - task.begin) * plan.taps;
+      T mean = copies[0];
+      for (int64_t t = 1; t < plan.taps; ++t) mean += (copies[t] - mean) / static_cast<T>(t + 1);
+      const int64_t offset = o * layer.bias_stride;
+      isa_kernels<T>().gather[static_cast<int>(layer.bias_dtype)].store_tile(&mean, 0, layer.bias_grad, &offset, 1, 1,
+                                                                             &run, 1, 0);
+    }
+  }
+
+  // storage
+
+  static int64_t diagonal_index(const ChunkPlan& chunk, int64_t k) {
+    return k / kPanel * chunk.panels * kBlock + k * kPanel + k % kPanel;
+  }
+
+  // The c-th of [chunks, chunk, chunk] row-major, only the upper blocks of which are valid before the inverse.
+  void to_dense(int64_t c, const ChunkPlan& chunk, T factor_of, T* dense) const {
+    const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
+    const T* matrix = storage_ + chunk.storage;
+    T* out = dense + c * width * width;
+    std::fill(out, out + width * width, T(0));
+    for (int64_t j = 0; j < chunk.size; ++j) {
+      const T* column = matrix + j / kPanel * height * kPanel + j % kPanel;
+      for (int64_t i = 0; i <= j; ++i) {
+        out[i * width + j] = out[j * width + i] = column[i * kPanel] * factor_of;
+      }
+    }
+  }
+
+  void from_dense(const T* dense, int64_t c, const ChunkPlan& chunk, T pad) {
+    const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
+    T* matrix = storage_ + chunk.storage;
+    const T* in = dense + c * width * width;
+    for (int64_t j = 0; j < height; ++j) {
+      T* column = matrix + j / kPanel * height * kPanel + j % kPanel;
+      for (int64_t i = 0; i < height; ++i) {
+        const bool inside = i < chunk.size && j < chunk.size;
+        column[i * kPanel] = inside ? in[j * width + i] : i == j ? pad : T(0);
+      }
+    }
+  }
+
+  const PreconditionLayer* layers_;
+  const PreconditionOptions& options_;
+  const Plan& plan_;
+  std::vector<LayerState> states_;
+  std::vector<Scratch<T>> scratch_;
+  T* storage_;
+  std::atomic<int64_t> next_{0}, finished_{0};
+};
+
+bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
+  if (count < 0 || (count > 0 && layers == nullptr)) return false;
+  if (options.chunk < 1 || options.chunk > kMaxChunk) return false;
+  if (options.max_rows < 1 || !(options.damping >= 0) || options.stages < 1 || options.stages > kStageAll) return false;
+  if (options.stages == (kStageCovariance | kStageApply)) return false;
+  for (int64_t l = 0; l < count; ++l) {
+    const PreconditionLayer& layer = layers[l];
+    if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
+    if (layer.group < 1 || layer.group > options.chunk) return false;
+    for (int64_t size : layer.x_row_size) {
+      if (size < 0) return false;
+    }
+    for (int64_t size : layer.g_tap_size) {
+      if (size < 0) return false;
+    }
+    if (layer.units == 0) continue;
+    if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
+    if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
+    if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
+    if (options.stages & kStageApply && layer.has_bias && layer.bias_grad == nullptr) return false;
+  }
+  return true;
+}
+
+void write_defaults(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  const int64_t chunks = num_chunks(layer, options);
+  if (!(options.stages & kStageFactor)) return;
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (layer.info != nullptr) layer.info[c] = 0;
+    if (layer.damping_used != nullptr) layer.damping_used[c] = static_cast<float>(options.damping);
+  }
+}
+
+int64_t work_of(const Plan& plan, const PreconditionLayer* layers) {
+  int64_t work = 0;
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const LayerPlan& layer = plan.layers[l];
+    for (const ChunkPlan& chunk : layer.chunks) {
+      work += chunk.size * chunk.size * (layer.sample.count / 2 + chunk.size + layers[l].outputs * layer.taps);
+    }
+  }
+  return work;
+}
+
+template <typename T>
+Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan, const ThreadPool& pool) {
+  const bool serial = pool.run == nullptr || pool.threads <= 1 || work_of(plan, layers) < kSerialWork;
+  const int32_t threads = serial ? 1 : pool.threads;
+  const int64_t bytes = aligned(plan.storage_elements * sizeof(T)) + threads * thread_bytes(plan, sizeof(T));
+  const Bytes workspace = allocate(bytes);
+  if (workspace == nullptr) return Status::kOutOfMemory;
+  Launch<T> launch(layers, options, plan, workspace.get(), threads);
+  if (serial) {
+    launch.work(0);
+  } else {
+    pool.run(
+        pool.context, threads,
+        [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); }, &launch);
+  }
+  return Status::kOk;
+}
+
+}  // namespace
+}  // namespace cpu
+
+Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                        const ThreadPool& pool) {
+  if (!cpu::valid(layers, count, options)) return Status::kInvalidArgument;
+  try {
+    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads));
+    for (int64_t l = 0; l < count; ++l) {
+      if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
+    }
+    if (plan.tasks.empty()) return Status::kOk;
+    return options.float64 ? cpu::run<double>(layers, options, plan, pool) : cpu::run<float>(layers, options, plan, pool);
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+}
+
+int64_t precondition_workspace_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                                   int32_t threads) {
+  if (!cpu::valid(layers, count, options)) return 0;
+  const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, threads));
+  const int64_t element = options.float64 ? sizeof(double) : sizeof(float);
+  return cpu::aligned(plan.storage_elements * element) + threads * cpu::thread_bytes(plan, element) + plan.table_bytes;
+}
+
+}  // namespace consistency_ops

@@ -1,0 +1,688 @@
+"""Bad and extreme input of the correction: an exception before anything is touched, or a documented result.
+
+Shapes, dtypes, devices and ranges raise `op: what must hold, got value`; values never raise: they set `info`, and the
+gradient of that chunk stays as it was.  Whatever happens, no NaN appears where the gradient had none, and no other
+chunk or layer changes.
+"""
+
+import itertools
+import math
+import multiprocessing
+
+import pytest
+import torch
+from samples import relative_error, rows_like
+
+import consistency_ops as co
+from consistency_ops import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def layer(outputs=6, units=40, rows=50, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = rows_like(rows, units, generator).to(dtype)
+    return torch.randn(outputs, units, generator=generator).to(dtype), inputs
+
+
+def bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def no_new_nan(after, before):
+    return not (after.isnan() & ~before.isnan()).any()
+
+
+# Arguments
+
+GRAD, INPUTS = layer()
+RANGES = {  # keyword arguments: what the message must say after "precondition: "
+    "chunk must be in [1, 256], got 0": {"chunk": 0},
+    "chunk must be in [1, 256], got 257": {"chunk": 257},
+    "chunk must be in [1, 256], got -128": {"chunk": -128},
+    "group must be in [1, ": {"group": 0},
+    "got 129": {"group": 129},
+    "got 17": {"group": 17, "chunk": 16},
+    "max_rows must be at least 1, got 0": {"max_rows": 0},
+    "got -5": {"max_rows": -5},
+    "damping must be": {"damping": -1.0},
+    "got nan": {"damping": math.nan},
+    "got inf": {"damping": math.inf},
+    "scaling must be": {"scaling": "relative"},
+}
+TYPES = [
+    {"chunk": 12.5},
+    {"chunk": "128"},
+    {"chunk": None},
+    {"group": 1.5},
+    {"max_rows": None},
+    {"max_rows": 1e4},
+    {"damping": "1"},
+    {"damping": None},
+    {"damping": 1j},
+    {"scaling": None},
+    {"seed": 0.5},
+    {"seed": None},
+    {"step": 0.5},
+    {"permutation": [0, 1]},
+    {"bias_grad": 3.0},
+]
+
+
+@pytest.mark.parametrize("message", RANGES)
+def test_ranges(message):
+    for function in (co.precondition, co.precondition_ex):
+        with pytest.raises(ValueError) as error:
+            function(GRAD, INPUTS, **RANGES[message])
+        text = str(error.value)
+        assert text.startswith("precondition") and ": " in text and message in text, text
+    before = GRAD.clone()
+    with pytest.raises(ValueError) as error:
+        co.foreach_precondition_([GRAD], [INPUTS], **RANGES[message])
+    assert str(error.value).startswith("foreach_precondition_: "), error.value
+    assert message in str(error.value)
+    assert same_bits(GRAD, before)
+
+
+@pytest.mark.parametrize("keywords", TYPES, ids=str)
+def test_types_of_arguments(keywords):
+    with pytest.raises(TypeError):
+        co.precondition(GRAD, INPUTS, **keywords)
+
+
+def test_the_exact_message_of_the_contract():
+    with pytest.raises(ValueError) as error:
+        co.precondition(GRAD, INPUTS, chunk=0)
+    assert str(error.value) == "precondition: chunk must be in [1, 256], got 0"
+
+
+SHAPES = {  # gradient, inputs, what the message names
+    "0-dim gradient": (torch.tensor(1.0), INPUTS, "dimension"),
+    "1-dim gradient": (torch.ones(40), INPUTS, "dimension"),
+    "0-dim inputs": (GRAD, torch.tensor(1.0), "dimension"),
+    "other units": (GRAD, INPUTS[:, :39], "39"),
+    "transposed": (GRAD, INPUTS.T, "50"),
+    "6-dim gradient": (torch.ones(2, 3, 1, 1, 1, 1), torch.ones(2, 3, 1, 1, 1, 1), "dimension"),
+    "conv groups that do not divide": (torch.ones(6, 4, 3, 3), torch.ones(2, 10, 5, 5), "10"),
+    "conv groups that do not divide the outputs": (torch.ones(7, 4, 3, 3), torch.ones(2, 8, 5, 5), "7"),
+    "conv of another rank": (torch.ones(6, 4, 3, 3), torch.ones(2, 4, 5), ""),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    grad, inputs, part = SHAPES[name]
+    before = grad.clone()
+    with pytest.raises(ValueError) as error:
+        co.precondition(grad, inputs)
+    assert str(error.value).startswith("precondition: "), error.value
+    assert part in str(error.value), error.value
+    with pytest.raises(ValueError) as error:
+        co.foreach_precondition_([grad], [inputs])
+    assert str(error.value).startswith("foreach_precondition_: "), error.value
+    assert same_bits(grad, before)
+
+
+BIAS_AND_PERMUTATION = {
+    "bias of another length": (ValueError, {"bias_grad": torch.ones(5)}),
+    "2-dim bias": (ValueError, {"bias_grad": torch.ones(6, 1)}),
+    "integer bias": (TypeError, {"bias_grad": torch.ones(6, dtype=torch.int64)}),
+    "complex bias": (NotImplementedError, {"bias_grad": torch.ones(6, dtype=torch.complex64)}),
+    "permutation too short": (ValueError, {"permutation": torch.arange(39)}),
+    "permutation without the bias": (ValueError, {"permutation": torch.arange(40), "bias_grad": torch.ones(6)}),
+    "duplicated index": (ValueError, {"permutation": torch.cat([torch.arange(39), torch.tensor([0])])}),
+    "index too large": (ValueError, {"permutation": torch.cat([torch.arange(39), torch.tensor([40])])}),
+    "huge index": (ValueError, {"permutation": torch.cat([torch.arange(39), torch.tensor([2**62])])}),
+    "negative index": (ValueError, {"permutation": torch.cat([torch.arange(39), torch.tensor([-1])])}),
+    "2-dim permutation": (ValueError, {"permutation": torch.arange(40).reshape(8, 5)}),
+    "float permutation": (TypeError, {"permutation": torch.arange(40.0)}),
+    "int16 permutation": (TypeError, {"permutation": torch.arange(40, dtype=torch.int16)}),
+}
+
+
+@pytest.mark.parametrize("name", BIAS_AND_PERMUTATION)
+def test_bias_and_permutation(name):
+    kind, keywords = BIAS_AND_PERMUTATION[name]
+    with pytest.raises(kind) as error:
+        co.precondition(GRAD, INPUTS, **keywords)
+    assert str(error.value).startswith("precondition: "), error.value
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_a_bad_permutation_is_refused_even_where_it_makes_no_difference(chunk):
+    with pytest.raises(ValueError):
+        co.precondition(GRAD, INPUTS, permutation=torch.zeros(40, dtype=torch.int64), chunk=chunk)
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.ones(2, 40), torch.ones(3, 40)], layout=torch.jagged)
+
+
+KINDS = {  # a bad gradient, a bad input
+    "int64": (TypeError, GRAD.long(), INPUTS.long()),
+    "bool": (TypeError, GRAD.bool(), INPUTS.bool()),
+    "float8": (TypeError, GRAD.to(torch.float8_e4m3fn), INPUTS.to(torch.float8_e4m3fn)),
+    "complex64": (NotImplementedError, GRAD.to(torch.complex64), INPUTS.to(torch.complex64)),
+    "complex128": (NotImplementedError, GRAD.to(torch.complex128), INPUTS.to(torch.complex128)),
+    "sparse": (NotImplementedError, GRAD.to_sparse(), INPUTS.to_sparse()),
+    "sparse rows": (NotImplementedError, GRAD.to_sparse_csr(), INPUTS.to_sparse_csr()),
+    "nested": (NotImplementedError, nested(), nested()),
+    "list": (TypeError, GRAD.tolist(), INPUTS.tolist()),
+    "array": (TypeError, GRAD.numpy(), INPUTS.numpy()),
+    "None": (TypeError, None, None),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_kinds_of_tensor(name):
+    kind, bad_grad, bad_inputs = KINDS[name]
+    for grad, inputs in ((bad_grad, INPUTS), (GRAD, bad_inputs)):
+        with pytest.raises(kind) as error:
+            co.precondition(grad, inputs)
+        assert "precondition: " in str(error.value), error.value
+        with pytest.raises(kind):
+            co.foreach_precondition_([grad], [inputs])
+
+
+def test_devices():
+    meta = torch.ones(6, 40, device="meta")
+    for grad, inputs in ((meta, INPUTS), (GRAD, torch.ones(50, 40, device="meta"))):
+        with pytest.raises(RuntimeError) as error:
+            co.precondition(grad, inputs)
+        assert "cpu" in str(error.value) and "meta" in str(error.value), error.value
+        with pytest.raises(RuntimeError):
+            co.foreach_precondition_([grad], [inputs])
+    with pytest.raises(RuntimeError):
+        co.precondition(GRAD, INPUTS, bias_grad=torch.ones(6, device="meta"))
+    with pytest.raises(RuntimeError):
+        co.precondition(GRAD, INPUTS, permutation=torch.arange(40, device="meta"))
+
+
+def test_meta_tensors_give_shapes():
+    grad, inputs = torch.ones(6, 40, device="meta"), torch.ones(50, 40, device="meta")
+    corrected, info, used = co.precondition_ex(grad, inputs, chunk=16)
+    assert corrected.device.type == info.device.type == "meta"
+    assert corrected.shape == (6, 40) and info.shape == used.shape == (3,)
+    assert co.foreach_precondition_([grad, grad.clone()], [inputs, inputs], chunk=16).shape == (6,)
+    assert co.chunked_covariance(inputs, chunk=16).shape == (3, 16, 16)
+
+
+def test_lists():
+    for grads, inputs in (([GRAD], []), ([], [INPUTS]), ([GRAD, GRAD.clone()], [INPUTS])):
+        with pytest.raises(ValueError):
+            co.foreach_precondition_(grads, inputs)
+    for keywords in ({"bias_grads": []}, {"permutations": []}, {"layers": []}, {"row_counts": []}):
+        with pytest.raises(ValueError):
+            co.foreach_precondition_([GRAD.clone()], [INPUTS], **keywords)
+    with pytest.raises(TypeError):
+        co.foreach_precondition_([GRAD, None], [INPUTS, INPUTS])
+    with pytest.raises((TypeError, ValueError)):
+        co.foreach_precondition_(GRAD, INPUTS)
+    assert co.foreach_precondition_([], []).shape == (0,)
+
+
+def test_a_refused_call_changes_nothing():
+    first, inputs = layer(seed=1)
+    before = first.clone()
+    bad = {
+        "units": (GRAD[:, :39].clone(), INPUTS, {}),
+        "dtype": (GRAD.long(), INPUTS, {}),
+        "complex": (GRAD.to(torch.complex64), INPUTS, {}),
+        "meta": (GRAD.to("meta"), INPUTS, {}),
+        "bias": (GRAD.clone(), INPUTS, {"bias_grads": [None, torch.ones(9)]}),
+        "permutation": (GRAD.clone(), INPUTS, {"permutations": [None, torch.zeros(40, dtype=torch.int64)]}),
+        "row count": (GRAD.clone(), INPUTS, {"row_counts": [None, torch.ones(2)]}),
+    }
+    for name, (grad, x, keywords) in bad.items():
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            co.foreach_precondition_([first, grad], [inputs, x], **keywords)
+        assert same_bits(first, before), name
+
+
+def test_overlapping_gradients_are_refused():
+    grad = torch.randn(8, 40)
+    flat = torch.randn(700)
+    overlaps = {
+        "the same tensor": [grad, grad],
+        "rows of the other": [grad, grad[2:4]],
+        "a transposed view": [flat[:64].view(8, 8), flat[:64].view(8, 8).T],
+        "an expanded gradient": [torch.randn(1, 40).expand(8, 40)],
+        "rows that share elements": [torch.as_strided(flat, (8, 40), (20, 1))],
+    }
+    for name, grads in overlaps.items():
+        before = [g.clone() for g in grads]
+        inputs = [torch.randn(30, g.shape[1]) for g in grads]
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            co.foreach_precondition_(grads, inputs)
+        assert "overlap" in str(error.value), (name, error.value)
+        assert all(same_bits(a, b) for a, b in zip(grads, before, strict=True)), name
+    other, bias, inputs = torch.randn(8, 40), torch.randn(8), torch.randn(30, 40)
+    with pytest.raises((ValueError, RuntimeError), match="overlap"):
+        co.foreach_precondition_([grad], [inputs], bias_grads=[grad[:, 0]])
+    with pytest.raises((ValueError, RuntimeError), match="overlap"):
+        co.foreach_precondition_([grad, other], [inputs, inputs], bias_grads=[bias, bias])
+
+
+def test_gradients_side_by_side_in_one_buffer_are_not_an_overlap():
+    flat = torch.randn(8 * 40 + 6 * 40 + 8)
+    grads, bias = [flat[:320].view(8, 40), flat[320:560].view(6, 40)], flat[560:]
+    want = [g.clone() for g in grads]
+    inputs = [torch.randn(30, 40), torch.randn(20, 40)]
+    co.foreach_precondition_(grads, inputs, bias_grads=[bias, None])
+    co.foreach_precondition_(want, inputs, bias_grads=[torch.zeros(8), None])
+    assert same_bits(grads[1], want[1])
+    # The columns of one buffer, as of a fused projection whose blocks are corrected apart.
+    fused = torch.randn(8, 80)
+    left, right = fused[:, :40].clone(), fused[:, 40:].clone()
+    co.foreach_precondition_([fused[:, :40], fused[:, 40:]], [inputs[0], inputs[0]])
+    co.foreach_precondition_([left, right], [inputs[0], inputs[0]])
+    assert same_bits(fused[:, :40], left)
+    assert same_bits(fused[:, 40:], right)
+
+
+def test_an_input_that_is_the_gradient():
+    """A gradient that is its own input is refused, or corrected as a copy would be."""
+    square = torch.randn(40, 40)
+    want = co.precondition(square.clone(), square.clone())
+    aliased = square.clone()
+    refusal = ""
+    try:
+        co.foreach_precondition_([aliased], [aliased])
+    except (ValueError, RuntimeError) as error:
+        refusal = str(error)
+    assert same_bits(aliased, square if refusal else want)
+    assert not refusal or "overlap" in refusal
+    assert same_bits(co.precondition(square, square), want)
+
+
+# Values
+
+
+def poisoned(inputs, row, unit, value):
+    inputs = inputs.clone()
+    inputs[row, unit] = value
+    return inputs
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_or_inf_in_one_unit_spares_the_other_chunks(dtype, value, scaling):
+    grad, inputs = layer(units=100, dtype=dtype)
+    unit, keywords = 37, {"chunk": 32, "group": 4, "damping": 0.1, "scaling": scaling, "seed": 3}
+    corrected, info, used = co.precondition_ex(grad, poisoned(inputs, 11, unit, value), **keywords)
+    order, bounds = reference.division(100, 32, 4, seed=3), reference.chunk_bounds(100, 32)
+    hit = next(c for c in range(4) if unit in order[bounds[c] : bounds[c + 1]].tolist())
+    spoilt = order[bounds[hit] : bounds[hit + 1]]
+    assert same_bits(corrected[:, spoilt], grad[:, spoilt])
+    assert info[hit] > 0 and [bool(i) for i in info].count(True) == 1
+    assert used[hit] == pytest.approx(10.0)
+    want, _, want_info, _ = reference.precondition(
+        grad.double(), poisoned(inputs, 11, unit, value).double(), **keywords
+    )
+    assert torch.equal(info > 0, want_info > 0)
+    others = torch.ones(100, dtype=torch.bool)
+    others[spoilt] = False
+    tolerance = 1e-4 if dtype.itemsize == 4 else 1e-10 if dtype.itemsize == 8 else 2 * torch.finfo(dtype).eps
+    assert relative_error(corrected[:, others].double().numpy(), want[:, others].numpy()) < tolerance
+    assert corrected.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_row_leaves_the_layer_as_it_is(dtype):
+    grad, inputs = layer(dtype=dtype)
+    inputs[7] = math.nan
+    bias = torch.randn(6).to(dtype)
+    (corrected, corrected_bias), info, _ = co.precondition_ex(grad, inputs, chunk=16, bias_grad=bias)
+    assert same_bits(corrected, grad)
+    assert same_bits(corrected_bias, bias)
+    assert (info > 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_or_inf_in_the_gradient_passes_through(dtype, value):
+    """GradScaler must see it: the (row, chunk) block that holds it stays, bit for bit; the others are corrected."""
+    grad, inputs = layer(units=100, dtype=dtype)
+    keywords = {"chunk": 32, "group": 4, "damping": 0.1, "seed": 5}
+    clean = co.precondition(grad, inputs, **keywords)
+    bad = grad.clone()
+    bad[2, 61] = value
+    corrected, info, _ = co.precondition_ex(bad, inputs, **keywords)
+    order, bounds = reference.division(100, 32, 4, seed=5), reference.chunk_bounds(100, 32)
+    block = next(order[a:b] for a, b in itertools.pairwise(bounds) if 61 in order[a:b].tolist())
+    assert not info.any()
+    assert same_bits(corrected[2, block], bad[2, block])
+    expected = clean.clone()
+    expected[2, block] = bad[2, block]
+    assert same_bits(corrected, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_or_inf_in_a_bias_gradient(value):
+    """With several kernel taps the copies of the bias are averaged; an infinite bias must not become NaN on the way."""
+    for shape, maps in (((4, 10), (30, 10)), ((4, 10, 3, 3), (2, 10, 5, 5))):
+        grad, inputs, bias = torch.randn(shape), torch.randn(maps), torch.randn(4)
+        bias[1] = value
+        weight, corrected_bias = co.precondition(grad, inputs, bias_grad=bias, damping=0.1, chunk=4)
+        assert no_new_nan(weight, grad)
+        assert no_new_nan(corrected_bias, bias)
+        assert same_bits(corrected_bias[1], bias[1])
+        clean = co.precondition(grad, inputs, bias_grad=bias.nan_to_num(0, 0, 0), damping=0.1, chunk=4)
+        keep = [0, 2, 3]
+        assert same_bits(corrected_bias[keep], clean[1][keep])
+        assert same_bits(weight[keep], clean[0][keep])
+
+
+@pytest.mark.parametrize("poison", ["nan row", "inf", "huge", "singular", "nan gradient"])
+def test_a_bad_layer_leaves_the_others_alone(poison):
+    damping = 0.0 if poison == "singular" else 0.1
+    layers = [layer(9, 70, 400, seed=s) for s in range(5)]
+    grads, inputs = [g for g, _ in layers], [x for _, x in layers]
+    clean = [g.clone() for g in grads]
+    co.foreach_precondition_(clean, inputs, damping=damping, chunk=32)
+    middle = {
+        "nan row": poisoned(inputs[2], 3, slice(None), math.nan),
+        "inf": poisoned(inputs[2], 3, 5, math.inf),
+        "huge": inputs[2] * 1e30,
+        "singular": torch.ones_like(inputs[2]),
+        "nan gradient": inputs[2],
+    }[poison]
+    if poison == "nan gradient":
+        grads[2][4, :] = math.nan
+    before = grads[2].clone()
+    info = co.foreach_precondition_(grads, [*inputs[:2], middle, *inputs[3:]], damping=damping, chunk=32)
+    for i in (0, 1, 3, 4):
+        assert same_bits(grads[i], clean[i]), i
+    assert no_new_nan(grads[2], before)
+    chunks = 3
+    assert not info[: 2 * chunks].any()
+    assert not info[3 * chunks :].any()
+    if poison in ("nan row", "huge", "singular"):
+        assert (info[2 * chunks : 3 * chunks] > 0).all()
+        assert same_bits(grads[2], before)
+
+
+def test_scales():
+    """Rows 19 and 20: 1e20 overflows the float32 second moment and leaves the gradient; 1e-25 underflows to zero."""
+    grad, inputs = layer()
+    for scaling in ("absolute", "trace"):
+        corrected, info, _ = co.precondition_ex(grad, inputs * 1e20, scaling=scaling, chunk=16)
+        assert same_bits(corrected, grad) or corrected.isfinite().all()
+        assert no_new_nan(corrected, grad)
+        if scaling == "absolute":
+            assert (info > 0).all()
+            assert same_bits(corrected, grad)
+        corrected, info, _ = co.precondition_ex(grad, inputs * 1e-25, scaling=scaling, damping=0.5, chunk=16)
+        assert not info.any()
+        assert torch.allclose(corrected, grad / 0.5, rtol=1e-6) or (scaling == "trace" and corrected.isfinite().all())
+    double = co.precondition(grad.double(), inputs.double() * 1e20, damping=1e38, chunk=16)
+    want, *_ = reference.precondition(grad.double(), inputs.double() * 1e20, damping=1e38, chunk=16, group=4)
+    assert relative_error(double.numpy(), want.numpy()) < 1e-9
+
+
+@pytest.mark.parametrize("exponent", [-50, -20, 20, 50])
+def test_trace_scaling_does_not_depend_on_the_scale_of_the_inputs(exponent):
+    """Powers of two are exact, and the moments (2^-100 .. 2^100) are in float32's range, so the bits are the same."""
+    grad, inputs = layer(units=100, rows=300)
+    want = co.precondition(grad, inputs, scaling="trace", damping=0.1, chunk=32)
+    got = co.precondition(grad, inputs * 2.0**exponent, scaling="trace", damping=0.1, chunk=32)
+    assert relative_error(got.double().numpy(), want.double().numpy()) < 1e-5
+
+
+def test_large_moments_whose_sum_overflows():
+    """Moments near 1e38 are finite, their trace is not in float32: the result is right or the gradient is unchanged."""
+    grad, inputs = layer(units=100, rows=4)
+    inputs = inputs.sign() * 1.5e19
+    corrected, info, _ = co.precondition_ex(grad, inputs, scaling="trace", damping=0.1, chunk=32, group=1)
+    want, _, _, _ = reference.precondition(grad.double(), inputs.double(), scaling="trace", damping=0.1, chunk=32)
+    order, bounds = reference.division(100, 32, 1), reference.chunk_bounds(100, 32)
+    for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        index = order[begin:end]
+        if info[c]:
+            assert same_bits(corrected[:, index], grad[:, index])
+        else:
+            assert relative_error(corrected[:, index].double().numpy(), want[:, index].numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_singular_chunks_without_damping(dtype):
+    """Rows 17 and 20: zeros fail at pivot 1, equal units at pivot 2, exactly; the gradient stays, after three tries."""
+    grad, _ = layer(dtype=dtype)
+    for inputs, pivot in ((torch.zeros(50, 40), 1), (torch.ones(64, 40), 2)):
+        corrected, info, used = co.precondition_ex(grad, inputs.to(dtype), damping=0.0, chunk=20)
+        assert info.tolist() == [pivot, pivot]
+        assert used.tolist() == [0.0, 0.0]
+        assert same_bits(corrected, grad)
+    if dtype.itemsize >= 4:  # rank 5 of 40: rounding decides whether a factor exists, but never lets a NaN out
+        corrected, info, _ = co.precondition_ex(grad, layer(rows=5, dtype=dtype)[1], damping=0.0)
+        assert no_new_nan(corrected, grad)
+        assert info[0] == 0 or same_bits(corrected, grad)
+
+
+def test_damping_is_raised_tenfold_at_most_twice():
+    """Ones times 4096 have moments of 2^24, where float32 cannot see a damping below one."""
+    grad, _ = layer(units=8)
+    inputs = torch.full((64, 8), 4096.0)
+    corrected, info, used = co.precondition_ex(grad, inputs, damping=0.125)
+    assert info.tolist() == [0]
+    assert used.tolist() == [12.5]
+    want = torch.linalg.solve(
+        inputs.double().T @ inputs.double() / 64 + 12.5 * torch.eye(8).double(), grad.double().T
+    ).T
+    assert (
+        relative_error(corrected.double().numpy(), want.numpy()) < 0.5
+    )  # cond 1e7: the digits are gone, the scale is not
+    corrected, info, used = co.precondition_ex(grad, inputs, damping=0.001)
+    assert info.tolist() == [2]
+    assert used.tolist() == [pytest.approx(0.1)]
+    assert same_bits(corrected, grad)
+
+
+def test_a_result_that_overflows_its_dtype_is_not_written():
+    for dtype, large in ((torch.float16, 3e4), (torch.bfloat16, 3e38), (torch.float32, 3e38)):
+        grad = torch.full((4, 24), large).to(dtype)
+        grad[1] = 1.0
+        inputs = torch.full((10, 24), 1e-3).to(dtype)
+        corrected = co.precondition(grad, inputs, damping=0.01, chunk=8)
+        assert corrected.isfinite().all(), dtype
+        assert same_bits(corrected[0], grad[0]), dtype
+        assert not same_bits(corrected[1], grad[1]), dtype
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (6, 0), (0, 0)])
+def test_empty_gradients(shape):
+    grad, inputs = torch.ones(shape), torch.ones(50, shape[1])
+    corrected, info, used = co.precondition_ex(grad, inputs, chunk=16)
+    chunks = math.ceil(shape[1] / 16)
+    assert corrected.shape == shape
+    assert info.shape == used.shape == (chunks,)
+    assert not info.any()
+    bias = torch.ones(shape[0])
+    (corrected, bias), info, _ = co.precondition_ex(grad, inputs, chunk=16, bias_grad=bias)
+    assert corrected.shape == shape and bias.shape == (shape[0],)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_no_rows_leave_the_gradient(damping):
+    shapes = (((6, 40), (0, 40)), ((6, 4, 3, 3), (0, 4, 5, 5)), ((6, 4, 3), (2, 4, 0)), ((6, 40), (3, 0, 40)))
+    for grad, inputs in ((torch.randn(grad), torch.ones(inputs)) for grad, inputs in shapes):
+        bias = torch.randn(6)
+        (corrected, corrected_bias), info, used = co.precondition_ex(grad, inputs, damping=damping, bias_grad=bias)
+        assert same_bits(corrected, grad)
+        assert same_bits(corrected_bias, bias)
+        assert not info.any()
+        assert torch.equal(used, torch.full_like(used, damping))
+    layers = [layer(seed=1), (torch.randn(6, 40), torch.ones(0, 40)), layer(seed=2)]
+    grads = [g.clone() for g, _ in layers]
+    co.foreach_precondition_(grads, [x for _, x in layers])
+    assert same_bits(grads[1], layers[1][0])
+    for position in (0, 2):
+        alone = [layers[position][0].clone()]
+        co.foreach_precondition_(alone, [layers[position][1]], layers=[position])
+        assert same_bits(grads[position], alone[0])
+
+
+def test_row_counts_out_of_range_read_no_garbage():
+    grad, inputs = layer()
+    want = co.precondition(grad, inputs)
+    for count, expected in ((50, want), (51, want), (2**62, want), (0, grad), (-3, grad)):
+        grads = [grad.clone()]
+        co.foreach_precondition_(grads, [inputs], row_counts=[torch.tensor([count])])
+        assert same_bits(grads[0], expected), count
+    for bad in (torch.tensor([1.0]), torch.tensor([1, 2]), 7):
+        with pytest.raises((TypeError, ValueError)):
+            co.foreach_precondition_([grad.clone()], [inputs], row_counts=[bad])
+
+
+def test_max_rows_larger_than_the_rows():
+    grad, inputs = layer(rows=3)
+    assert same_bits(co.precondition(grad, inputs, max_rows=2**40), co.precondition(grad, inputs, max_rows=3))
+    assert co.precondition(grad, inputs, max_rows=1).isfinite().all()
+
+
+def test_chunk_larger_than_the_layer_is_one_chunk():
+    grad, inputs = layer(units=5)
+    want = torch.linalg.solve(inputs.double().T @ inputs.double() / 50 + torch.eye(5).double(), grad.double().T).T
+    for chunk in (5, 6, 256):
+        corrected, info, _ = co.precondition_ex(grad, inputs, chunk=chunk)
+        assert info.shape == (1,)
+        assert relative_error(corrected.double().numpy(), want.numpy()) < 1e-5
+
+
+# Memory
+
+
+def test_offsets_beyond_2_to_the_31_elements(tmp_path):
+    """Row 31: strides whose products need 64 bits, over a sparse file; only the pages that are used exist."""
+    grad, inputs = layer(outputs=3, units=5, rows=4)
+    wide = 2**31 + 17
+    elements = 5 * wide
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(4 * elements)
+    store = torch.from_file(str(tmp_path / "sparse"), shared=True, size=elements, dtype=torch.float32)
+    want, want_bias = co.precondition(grad, inputs, damping=0.1, chunk=2, group=1, bias_grad=torch.ones(3))
+    far = ((wide, 1), (1, wide))
+    for grad_strides, input_strides in (*((f, (8, 1)) for f in far), *(((8, 1), f) for f in far)):
+        far_grad = store.as_strided((3, 5), grad_strides, 64).copy_(grad)
+        far_inputs = store.as_strided((4, 5), input_strides, 128).copy_(inputs)
+        got, got_bias = co.precondition(far_grad, far_inputs, damping=0.1, chunk=2, group=1, bias_grad=torch.ones(3))
+        assert same_bits(got, want)
+        assert same_bits(got_bias, want_bias)
+        co.foreach_precondition_([far_grad], [far_inputs], damping=0.1, chunk=2, group=1, bias_grads=[torch.ones(3)])
+        assert same_bits(far_grad, want), (grad_strides, input_strides)
+
+
+def test_nothing_is_read_or_written_outside_the_tensors():
+    """Guard elements around strided gradients stay, guard NaNs around strided inputs are never seen."""
+    for units in (1, 7, 15, 16, 17, 31, 33, 100):
+        for grad_dtype, input_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
+            guard_x = torch.full((40, 3 * units + 8), math.nan, dtype=input_dtype)
+            guard_g = torch.full((20, 2 * units + 8), 77.0, dtype=grad_dtype)
+            x, g = guard_x[3:33, 5 : 5 + units], guard_g[4:16, 6 : 6 + units]
+            x.normal_()
+            g.normal_()
+            want = co.precondition(g.clone(), x.clone(), chunk=16, damping=0.5)
+            co.foreach_precondition_([g], [x], chunk=16, damping=0.5)
+            assert same_bits(g, want)
+            g.fill_(77.0)
+            assert (guard_g == 77.0).all()
+
+
+# Modes
+
+
+def test_inference_mode_and_no_grad():
+    grad, inputs = layer()
+    want = co.precondition(grad, inputs)
+    with torch.inference_mode():
+        assert same_bits(co.precondition(grad.clone(), inputs.clone()), want)
+        inside = [grad.clone()]
+        co.foreach_precondition_(inside, [inputs])
+        assert same_bits(inside[0], want)
+    with torch.no_grad():
+        parameter = torch.nn.Parameter(grad.clone())
+        co.foreach_precondition_([parameter], [inputs.clone().requires_grad_()])
+        assert same_bits(parameter.data, want)
+
+
+def test_tensors_that_require_grad():
+    """Row 28: the correction has no derivative; the result is detached, or backward says so; never a silent zero."""
+    grad, inputs = layer()
+    corrected = co.precondition(grad.clone().requires_grad_(), inputs)
+    if corrected.requires_grad:
+        with pytest.raises(RuntimeError):
+            corrected.sum().backward()
+    leaf = grad.clone().requires_grad_()
+    before = leaf.detach().clone()
+    try:
+        co.foreach_precondition_([leaf], [inputs])
+    except RuntimeError:
+        assert same_bits(leaf.detach(), before)
+    else:
+        assert same_bits(leaf.detach(), co.precondition(grad, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    grad, inputs = layer(dtype=dtype)
+    want = co.precondition(grad, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(co.precondition(grad, inputs), want)
+
+
+def correct_in_child(queue):
+    torch.set_num_threads(1)
+    grad, inputs = layer(64, 200, 300)
+    queue.put(co.precondition(grad, inputs).numpy().tobytes())
+
+
+def test_after_fork():
+    """Row 35: a forked worker, such as a DataLoader's, can use the op after its parent has."""
+    grad, inputs = layer(64, 200, 300)
+    want = co.precondition(grad, inputs).numpy().tobytes()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=correct_in_child, args=(queue,))
+    child.start()
+    got = queue.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    assert got == want
+
+
+def test_stages_check_their_arguments():
+    grad, inputs = layer()
+    covariance = ops.foreach_covariance([inputs], bias=[False], chunk=16, group=8, max_rows=100, seed=0, step=0)
+    keywords = {"units": [40], "damping": 0.1, "scaling": "absolute", "chunk": 16}
+    inverses, info, _ = ops.foreach_inverse(covariance, **keywords)
+    division = {"bias_grads": None, "chunk": 16, "group": 8, "seed": 0, "step": 0}
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        ops.foreach_inverse([covariance[0][:, :8]], **keywords)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        ops.foreach_inverse(covariance, **{**keywords, "units": [400]})
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        ops.foreach_inverse([covariance[0].long()], **keywords)
+    before = grad.clone()
+    for bad in ([inverses[0][:1]], [inverses[0].long()], [], [inverses[0], inverses[0]]):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            ops.foreach_apply_([grad], bad, info, **division)
+    for bad in (info[:1], info.long(), info.to("meta")):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            ops.foreach_apply_([grad], inverses, bad, **division)
+    assert same_bits(grad, before)
+    bad = covariance[0].clone()
+    bad[1, 0, 0] = math.nan
+    inverses, info, _ = ops.foreach_inverse([bad], **keywords)
+    assert (info > 0).tolist() == [False, True, False]
+    ops.foreach_apply_([grad], inverses, info, **division)
+    order = reference.division(40, 16, 8)
+    assert same_bits(grad[:, order[14:27]], before[:, order[14:27]])
+    kept = torch.cat([order[:14], order[27:]])
+    want, *_ = reference.precondition(before.double(), inputs.double(), damping=0.1, chunk=16, group=8)
+    assert relative_error(grad[:, kept].double().numpy(), want[:, kept].numpy()) < 1e-4

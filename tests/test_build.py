@@ -1,0 +1,160 @@
+"""What goes wrong on other people's machines is answered with one sentence that says what to do, never a traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the checkout that holds setup.py")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small unbuilt checkout: all of the Python package, and of csrc what compiles in a second."""
+    target = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "consistency_ops", target / "consistency_ops", ignore=ignored)
+    shutil.copytree(ROOT / "csrc" / "include", target / "csrc" / "include")
+    (target / "csrc" / "bindings").mkdir()
+    shutil.copy(ROOT / "csrc" / "bindings" / "module.cpp", target / "csrc" / "bindings")
+    for name in ("setup.py", "README.md", "pyproject.toml", "build_backend.py"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def python(checkout, *arguments, **environment):
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=checkout, env={**clean, **environment}, capture_output=True, text=True
+    )
+
+
+def build(checkout, **environment):
+    return python(checkout, "setup.py", "-q", "build_ext", "--inplace", **environment)
+
+
+def assert_one_sentence(done, *parts):
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr, done.stderr
+    assert lines[-1].startswith("consistency_ops: ") and lines[-1].endswith("."), done.stderr
+    for part in parts:
+        assert part in lines[-1]
+
+
+def fake_torch(folder, content):
+    package = folder / "torch"
+    (package / "utils").mkdir(parents=True)
+    (package / "__init__.py").write_text(content)
+    (package / "utils" / "__init__.py").touch()
+    (package / "utils" / "cpp_extension.py").touch()
+    return str(folder)
+
+
+MISSING = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+OLD = "__version__ = '2.9.1+cu128'\n"
+
+
+def fake_toolkit(folder, nvcc):
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text(nvcc)
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return str(folder)
+
+
+OLD_NVCC = "#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n"
+
+
+def test_no_compiler(checkout, tmp_path):
+    assert_one_sentence(build(checkout, PATH=str(tmp_path)), "no C++ compiler (c++ is not on the PATH)", "apt-get")
+    assert_one_sentence(build(checkout, CXX="no-such-compiler -pipe"), "(no-such-compiler is not on the PATH)")
+
+
+def test_compiler_that_does_not_work(checkout, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    assert_one_sentence(build(checkout, CXX=str(broken)), f"{broken} does not compile", "g++ 10")
+
+
+def test_no_torch(checkout, tmp_path):
+    done = build(checkout, PYTHONPATH=fake_torch(tmp_path / "fake", MISSING))
+    assert_one_sentence(done, "building needs torch >= 2.10", "pip install")
+
+
+def test_old_torch(checkout, tmp_path):
+    done = build(checkout, PYTHONPATH=fake_torch(tmp_path / "fake", OLD))
+    assert_one_sentence(done, "torch 2.9.1+cu128 is too old", "pip install --upgrade")
+
+
+def test_bad_switch(checkout):
+    assert_one_sentence(build(checkout, CONSISTENCY_OPS_CUDA="yes"), "must be 0 or 1, got 'yes'")
+
+
+def test_no_toolkit(checkout, tmp_path):
+    done = build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert_one_sentence(done, f"no CUDA toolkit with headers in {tmp_path}", "set CUDA_HOME")
+
+
+def test_broken_nvcc(checkout, tmp_path):
+    home = fake_toolkit(tmp_path / "cuda", "#!/bin/sh\nexit 3\n")
+    done = build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=home)
+    assert_one_sentence(done, f"{home}/bin/nvcc does not run", "set CUDA_HOME")
+
+
+def test_old_toolkit(checkout, tmp_path):
+    home = fake_toolkit(tmp_path / "cuda", OLD_NVCC)
+    assert_one_sentence(build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=home), "is 11.8", "12.0 or newer")
+
+
+def test_old_toolkit_builds_for_the_cpu_and_says_so(checkout, tmp_path):
+    home = fake_toolkit(tmp_path / "cuda", OLD_NVCC)
+    done = build(checkout, CUDA_HOME=home)
+    assert done.returncode == 0, done.stderr
+    assert "building for the CPU only" in done.stderr and "is 11.8" in done.stderr
+    assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
+
+
+def imported(checkout, **environment):
+    done = python(checkout, "-c", "import consistency_ops", **environment)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and last.endswith(".")
+    return last
+
+
+def test_import_unbuilt(checkout):
+    message = imported(checkout)
+    assert f"not built in {checkout / 'consistency_ops'}" in message and "make build" in message
+
+
+def test_import_without_torch(checkout, tmp_path):
+    assert "torch is not installed: run `pip" in imported(checkout, PYTHONPATH=fake_torch(tmp_path / "fake", MISSING))
+
+
+def test_import_with_old_torch(checkout, tmp_path):
+    assert "this is torch 2.9.1+cu128: run `pip" in imported(checkout, PYTHONPATH=fake_torch(tmp_path / "fake", OLD))
+
+
+def test_import_of_a_damaged_library(checkout):
+    (checkout / "consistency_ops" / "_C.abi3.so").write_bytes(b"\x7fELF, cut off")
+    assert "does not load with torch" in imported(checkout)
+
+
+def test_backend_downloads_torch_only_where_none_is_installed(checkout, tmp_path):
+    """pip's isolated build asks the backend what to install first."""
+    ask = "import build_backend; print(build_backend.get_requires_for_build_wheel())"
+    assert "torch" not in python(checkout, "-c", ask).stdout
+    pretend = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
+    assert "torch>=2.10" in python(checkout, "-c", pretend + ask).stdout
+    old = tmp_path / "torch-2.9.1.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
+    assert "torch>=2.10" in python(checkout, "-c", pretend + ask).stdout

@@ -1,0 +1,183 @@
+"""The random division and row sampling: the same in C++ and Python, a bijection, equal chunks, uniform."""
+
+import ctypes
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from samples import lay_out
+from scipy.stats import chi2
+
+import consistency_ops as co
+from consistency_ops import reference
+
+SHAPES = [
+    (units, chunk, group)
+    for units in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 256, 257, 785, 1000, 4096, 11009)
+    for chunk, group in ((1, 1), (2, 1), (32, 8), (32, 1), (100, 16), (128, 8), (128, 128), (256, 4), (256, 3))
+]
+KEYS = ((0, 0, 0), (1, 2, 3), (2**64 - 1, 2**63 + 5, 2**31), (12345678901234, 7, 1))
+
+
+@pytest.fixture(scope="module")
+def library():
+    import consistency_ops._C as extension
+
+    return ctypes.CDLL(extension.__file__)
+
+
+def native_division(library, units, chunk, group, seed, step, layer):
+    out = np.full(units + 1, -7, dtype=np.int64)
+    sizes = [ctypes.c_int64(value) for value in (units, chunk, group)]
+    key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
+    status = library.co_division(*sizes, *key, out.ctypes.data_as(ctypes.c_void_p))
+    assert status == 0 and out[-1] == -7
+    return out[:-1]
+
+
+def test_same_division_in_cpp_and_python(library):
+    for (units, chunk, group), (seed, step, layer) in itertools.product(SHAPES, KEYS):
+        want = reference.division(units, chunk, group, seed, step, layer).numpy()
+        got = native_division(library, units, chunk, group, seed, step, layer)
+        assert np.array_equal(got, want), (units, chunk, group, seed, step, layer)
+
+
+def test_same_row_sample_in_cpp_and_python(library):
+    for rows, max_rows in itertools.product(
+        (0, 1, 2, 99, 100, 101, 8000, 32000, 128000, 512000, 2**40), (1, 7, 100, 10_000)
+    ):
+        for seed, step, layer in KEYS:
+            out = (ctypes.c_int64 * 3)()
+            key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
+            status = library.co_sample_rows(ctypes.c_int64(rows), ctypes.c_int64(max_rows), *key, out)
+            sample = reference.sample_rows(rows, max_rows, seed, step, layer)
+            indices = range(*sample.indices(rows))
+            assert status == 0
+            assert (out[1], out[2]) == (sample.step, len(indices)), (rows, max_rows)
+            assert rows == 0 or out[0] == sample.start, (rows, max_rows)
+            assert len(indices) <= max_rows and (len(indices) >= 1 or rows == 0)
+
+
+@pytest.mark.parametrize("call", ["division", "sample_rows"])
+def test_bad_arguments_are_refused(library, call):
+    out = (ctypes.c_int64 * 16)(*([-7] * 16))
+    if call == "division":
+        for units, chunk, group in ((-1, 4, 1), (8, 0, 1), (8, -1, 1), (8, 4, 0), (8, 4, 5), (8, 257, 1)):
+            arguments = [ctypes.c_int64(v) for v in (units, chunk, group)] + [ctypes.c_uint64(0)] * 2
+            assert library.co_division(*arguments, ctypes.c_uint32(0), out) == -1, (units, chunk, group)
+    else:
+        for rows, max_rows in ((-1, 4), (4, 0), (4, -3)):
+            arguments = [ctypes.c_int64(rows), ctypes.c_int64(max_rows)] + [ctypes.c_uint64(0)] * 2
+            assert library.co_sample_rows(*arguments, ctypes.c_uint32(0), out) == -1, (rows, max_rows)
+    assert list(out) == [-7] * 16
+
+
+def test_every_unit_once_and_chunks_equal_within_one():
+    for units, chunk, group in SHAPES:
+        order = reference.division(units, chunk, group, 5, 6, 7)
+        assert torch.equal(order.sort().values, torch.arange(units)), (units, chunk, group)
+        bounds = reference.chunk_bounds(units, chunk)
+        sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
+        assert len(sizes) == math.ceil(units / chunk) and sum(sizes) == units
+        assert max(sizes) <= chunk and max(sizes) - min(sizes) <= 1
+    assert reference.chunk_bounds(129, 128) == [0, 65, 129]
+
+
+def test_groups_of_consecutive_units_move_together():
+    """Every full group keeps its order in consecutive positions, wherever the cyclic offset puts it."""
+    for units, chunk, group in ((64, 32, 8), (100, 32, 8), (785, 128, 16), (257, 128, 4)):
+        order = reference.division(units, chunk, group, seed=3)
+        consecutive = (order[1:] - order[:-1]) % units == 1
+        assert consecutive.sum() >= (units // group) * (group - 1)
+
+
+def division_of(units, chunk, group, draws):
+    """(draws, units): position -> unit, over steps of one seed."""
+    return np.stack([reference.division(units, chunk, group, 17, step, 0).numpy() for step in range(draws)])
+
+
+def chi_square_is_plausible(counts, expected, freedom, tests):
+    """Whether Pearson's statistic is below what ``tests`` uniform draws exceed once in 1e4 (Bonferroni)."""
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return statistic <= chi2.isf(1e-4 / tests, freedom)
+
+
+def test_small_division_draws_every_order_alike():
+    """All units! orders of a tiny layer are equally likely: the exact division of the paper."""
+    for units in (2, 3, 4):
+        draws = division_of(units, 1, 1, 4000)
+        orders = {order: i for i, order in enumerate(itertools.permutations(range(units)))}
+        counts = np.bincount([orders[tuple(draw)] for draw in draws], minlength=len(orders))
+        assert chi_square_is_plausible(counts, len(draws) / len(orders), len(orders) - 1, 3), (units, counts)
+
+
+@pytest.mark.parametrize(
+    ("units", "chunk", "group"), [(5, 2, 1), (16, 8, 1), (33, 8, 1), (64, 16, 4), (100, 32, 8), (129, 128, 8)]
+)
+def test_unit_and_position_are_independent(units, chunk, group):
+    """A fixed unit falls on every position of the division equally often (multinomial with `units` cells)."""
+    draws = division_of(units, chunk, group, 3000)
+    for unit in range(units):
+        counts = np.bincount(np.nonzero(draws == unit)[1], minlength=units)
+        assert chi_square_is_plausible(counts, len(draws) / units, units - 1, units), unit
+
+
+@pytest.mark.parametrize(("units", "chunk"), [(6, 3), (16, 8), (64, 32), (257, 128)])
+def test_pairs_of_units_share_a_chunk_as_often_as_by_chance(units, chunk):
+    """group = 1: P(two units in one chunk) = sum over chunks of s (s - 1) / (d (d - 1)), for every pair alike.
+
+    Pairs of one draw are dependent, so every pair is tested by its own binomial z-score, and the largest must stay
+    below the two-sided quantile of all of them."""
+    draws, bounds = 1500, reference.chunk_bounds(units, chunk)
+    together = np.zeros((units, units))
+    for order in division_of(units, chunk, 1, draws):
+        member = np.zeros((units, len(bounds) - 1))
+        for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            member[order[begin:end], c] = 1
+        together += member @ member.T
+    sizes = np.diff(bounds)
+    probability = (sizes * (sizes - 1)).sum() / (units * (units - 1))
+    pairs = together[np.triu_indices(units, 1)]
+    z = np.abs(pairs - draws * probability) / math.sqrt(draws * probability * (1 - probability))
+    assert z.max() ** 2 <= chi2.isf(1e-4 / len(pairs), 1)
+
+
+def test_a_large_division_is_uniform():
+    """Chunk of every unit over 400 draws of 4096 units: 4096 x 32 counts, one chi-square a unit."""
+    units, chunk, draws = 4096, 128, 400
+    counts = np.zeros((units, units // chunk))
+    for order in division_of(units, chunk, 8, draws):
+        counts[order, np.arange(units) // chunk] += 1
+    for unit in range(units):
+        assert chi_square_is_plausible(counts[unit], draws * chunk / units, units // chunk - 1, units), unit
+
+
+def test_seed_step_and_layer_all_change_the_division():
+    base = reference.division(1000, 128, 1, 1, 2, 3)
+    for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1 + 2**32, 2, 3), (1, 2 + 2**32, 3)):
+        assert (reference.division(1000, 128, 1, *key) != base).sum() > 900
+    assert torch.equal(reference.division(1000, 128, 1, 1, 2, 3), base)
+
+
+def test_subsampling_of_the_cifar_network():
+    """METHOD section 9, check 5, with max_rows alone: 512000, 128000, 32000, 8000, 500 rows give 52, 13, 4, 1, 1.
+
+    The released code stops at 50 (METHOD 1.6); DESIGN.md section 3 drops that cap: at most max_rows rows are used."""
+    strides = [reference.sample_rows(rows, 10_000).step for rows in (512_000, 128_000, 32_000, 8_000, 500)]
+    assert strides == [52, 13, 4, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_op_uses_this_division(seed):
+    """A gradient that is one in a single unit comes back with zeros outside the chunk of that unit."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(60, 100, generator=generator)
+    order = reference.division(100, 32, 8, seed, 0, 0)
+    bounds = reference.chunk_bounds(100, 32)
+    for begin, end in itertools.pairwise(bounds):
+        grad = torch.zeros(1, 100)
+        grad[0, order[begin]] = 1
+        corrected = co.precondition(grad, lay_out(inputs, "every-other"), damping=0.1, chunk=32, group=8, seed=seed)
+        assert set(corrected[0].nonzero()[:, 0].tolist()) == set(order[begin:end].tolist())
