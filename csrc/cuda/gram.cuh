@@ -96,7 +96,7 @@ CO_DEVICE void gram_block(float (&sum)[4][4], const GramBlock& block, const floa
   }
 }
 
-// All threads; ends with a barrier.  `Raw` is uint32_t for float32 inputs, uint16_t for 16-bit ones.
+// All threads, at least one row; ends with a barrier.  `Raw` is uint32_t for float32 inputs, uint16_t for 16-bit ones.
 template <int kWarps, int kUnits, typename Raw>
 CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk, int arena_floats) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -115,7 +115,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk, int aren
   float sum[kUnits][4][4] = {};
   locate(0);
   __syncthreads();
-  if (rows.count > 0) fetch_x<kWarps, Raw>(raw, layer, chunk, valid(0));
+  fetch_x<kWarps, Raw>(raw, layer, chunk, valid(0));
   for (int64_t first = 0; first < rows.count; first += stage) {
     const int64_t next = first + stage;
     __syncthreads();  // the last stage has been read, and so have its row offsets
@@ -146,9 +146,6 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk, int aren
         }
       }
     }
-  }
-  if (rows.count <= 0) {
-    for (int e = thread; e < lower_tiles(chunk.side) * kTileFloats; e += kWarps * 32) chunk.tiles[e] = 0.0f;
   }
   __syncthreads();
 }

@@ -94,9 +94,9 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
   const PreconditionLayer& layer = params.layers[shared.layer];
   const PreconditionOptions& options = params.options;
   int64_t rows = layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
-  if (layer.row_count != nullptr) rows = min(*layer.row_count, rows);
+  if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
   shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
-  shared.division = make_division(layer.units + layer.has_bias, options.chunk, options.group, options.seed, options.step,
+  shared.division = make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step,
                                   layer.layer);
 }
 
@@ -120,7 +120,7 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
   }
 }
 
-// tiles -> [chunk, chunk] row-major, times `scale`; both triangles, zeros past the chunk's own units.
+// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale is 0.
 CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
                             int threads) {
   for (int e = static_cast<int>(threadIdx.x); e < options.chunk * options.chunk; e += threads) {
@@ -128,7 +128,8 @@ CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chu
     const int i = max(row, column), j = min(row, column);
     const float value = lower_tile(chunk.tiles, min(i, chunk.padded - 1) / kTile, min(j, chunk.padded - 1) / kTile)
         [i % kTile * kTilePitch + j % kTile];
-    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = i < chunk.size ? value * scale : 0.0f;
+    const bool inside = i < chunk.size && scale != 0.0f;
+    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
   }
 }
 
@@ -206,7 +207,7 @@ CO_DEVICE int damped_inverse(const PreconditionParams& params, const Preconditio
                              bool has_tiles) {
   const PreconditionOptions& options = params.options;
   const float* kept = static_cast<const float*>(layer.covariance);
-  const float per_row = 1.0f / static_cast<float>(max(chunk.shared.rows.count, int64_t{1}));
+  const float per_row = 1.0f / static_cast<float>(chunk.shared.rows.count);
   float damping = static_cast<float>(options.damping);
   int minor = 0;
   for (int tries = 0; tries < kMaxTries; ++tries) {
@@ -244,15 +245,15 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   if (stages & kStageCovariance) {
     covariance<Traits>(params, layer, chunk);
     if (layer.covariance != nullptr) {
-      const int64_t rows = max(chunk.shared.rows.count, int64_t{1});
-      store_matrix(options, chunk, static_cast<float*>(layer.covariance), 1.0f / static_cast<float>(rows), Traits::kThreads);
+      const float per_row = 1.0f / static_cast<float>(chunk.shared.rows.count);
+      store_matrix(options, chunk, static_cast<float*>(layer.covariance), per_row, Traits::kThreads);
     }
   }
   int minor = 0;
   if (stages & kStageFactor) {
     minor = damped_inverse<Traits>(params, layer, chunk, (stages & kStageCovariance) != 0);
-    if (layer.inverse != nullptr && minor == 0) {
-      store_matrix(options, chunk, static_cast<float*>(layer.inverse), 1.0f, Traits::kThreads);
+    if (layer.inverse != nullptr) {  // zeros where it failed
+      store_matrix(options, chunk, static_cast<float*>(layer.inverse), minor == 0 ? 1 : 0, Traits::kThreads);
     }
   } else if (stages & kStageApply) {
     if (layer.info != nullptr) minor = layer.info[chunk.shared.chunk];
@@ -265,6 +266,13 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
       apply<Traits::kWarps, uint16_t>(layer, chunk, params.apply_rows);
     }
   }
+}
+
+// Nothing was seen, or there is nothing to correct: everything stays as it is.
+CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLayer& layer, const RowSample& rows) {
+  const int64_t outputs = layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
+  return layer.units == 0 || ((options.stages & kStageCovariance) && rows.count == 0) ||
+         ((options.stages & kStageApply) && outputs == 0);
 }
 
 template <typename Traits>
@@ -296,12 +304,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   }
   __syncthreads();
 
-  // Nothing was seen, or there is nothing to correct: the fused call leaves everything as it is.
-  const bool fused = (params.options.stages & (kStageCovariance | kStageApply)) == (kStageCovariance | kStageApply);
-  const bool empty = shared.rows.count == 0 || layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2] == 0;
-  if (!(fused && empty)) {
+  const bool sums = waits && (shared.stages & kStageCovariance);
+  if (!is_empty(params.options, layer, shared.rows)) {
     run_task<Traits>(params, chunk);
-  } else if (thread == 0 && !(waits && (shared.stages & kStageCovariance))) {
+  } else if (thread == 0 && !sums && (params.options.stages & kStageFactor)) {
     if (layer.info != nullptr) layer.info[shared.chunk] = 0;
     if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = static_cast<float>(params.options.damping);
   }
@@ -309,12 +315,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   if (params.counters != nullptr) {
     __syncthreads();
     if (thread == 0) {
-      if (waits && (shared.stages & kStageCovariance)) add_release(&params.counters->ready[shared.layer], 1);
+      if (sums) add_release(&params.counters->ready[shared.layer], 1);
       __threadfence();
       if (atomicAdd(&params.counters->finished, 1u) == gridDim.x - 1) {
+        __threadfence();
         for (int l = 0; l < params.count; ++l) params.counters->ready[l] = 0;
         params.counters->ticket = 0;
-        params.counters->finished = 0;
+        atomicExch(&params.counters->finished, 0u);
       }
     }
   }
@@ -333,43 +340,23 @@ int64_t scratch_bytes(const PreconditionLayer& layer, const PreconditionOptions&
   return num_chunks(layer, options) * options.chunk * options.chunk * static_cast<int64_t>(sizeof(float));
 }
 
-// Merges neighbouring row dimensions that are one in memory, so that most rows are found without a division.
-void merge_rows(PreconditionLayer& layer) {
-  int64_t size[kMaxRowDims] = {1, 1, 1, 1}, stride[kMaxRowDims] = {0, 0, 0, 0};
-  int at = kMaxRowDims - 1;
-  for (int i = kMaxRowDims - 1; i >= 0; --i) {
-    if (layer.x_row_size[i] == 1) continue;
-    if (size[at] != 1 && layer.x_row_stride[i] == stride[at] * size[at]) {
-      size[at] *= layer.x_row_size[i];
-      continue;
-    }
-    if (size[at] != 1) --at;
-    size[at] = layer.x_row_size[i];
-    stride[at] = layer.x_row_stride[i];
-  }
-  std::copy(size, size + kMaxRowDims, layer.x_row_size);
-  std::copy(stride, stride + kMaxRowDims, layer.x_row_stride);
-}
-
 bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
-  if (options.float64 || options.chunk < 1 || options.chunk > kMaxChunk || options.group < 1 ||
-      options.group > options.chunk || options.max_rows < 1 || !(options.damping > 0) || !std::isfinite(options.damping)) {
-    return false;
-  }
+  if (count < 0 || (count > 0 && layers == nullptr) || options.float64) return false;
+  if (options.chunk < 1 || options.chunk > kMaxChunk || options.max_rows < 1 || !(options.damping >= 0)) return false;
+  if (options.stages < 1 || options.stages > kStageAll) return false;
+  if (options.stages == (kStageCovariance | kStageApply)) return false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
-    const bool has_g = (options.stages & kStageApply) != 0;
-    if (layer.x_dtype == DType::kFloat64 || (has_g && layer.g_dtype == DType::kFloat64) ||
-        (has_g && layer.has_bias && layer.bias_dtype == DType::kFloat64) || layer.units < 0 ||
-        layer.units >= (int64_t{1} << 31) - 1) {
+    if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
+    if (layer.group < 1 || layer.group > options.chunk) return false;
+    if (layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64 || layer.bias_dtype == DType::kFloat64) {
       return false;
     }
-    if (has_g && layer.has_bias && layer.bias_grad == nullptr) return false;
-    const bool needs_covariance = (options.stages & (kStageCovariance | kStageFactor)) == kStageFactor ||
-                                  options.stages == kStageCovariance;
-    const bool needs_inverse = (options.stages & (kStageFactor | kStageApply)) == kStageApply ||
-                               (options.stages & (kStageFactor | kStageApply)) == kStageFactor;
-    if ((needs_covariance && layer.covariance == nullptr) || (needs_inverse && layer.inverse == nullptr)) return false;
+    if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
+    if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
+    if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
+    if (options.stages == (kStageFactor | kStageApply) && layer.covariance == nullptr) return false;
+    if (options.stages & kStageApply && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
@@ -415,7 +402,6 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
     if (tasks + waiting > (int64_t{1} << 31) - 1) return Status::kInvalidArgument;
     params.first_task[l + 1] = static_cast<int32_t>(tasks);
     params.first_wait[l + 1] = static_cast<int32_t>(waiting);
-    merge_rows(layer);
   }
   if (tasks == 0) return Status::kOk;
   const PreconditionPlan plan = plan_precondition(static_cast<int>(units), device.shared_bytes);

@@ -1,4 +1,7 @@
 // The scheduler behind runtime.h.  Compile without -fsanitize=thread; define SIMT_TSAN where the kernels have it.
+//
+// ThreadSanitizer does not see the scheduler's own accesses, but it intercepts memcpy and memmove everywhere: what runs on
+// a fiber must not grow a vector that fibers share, hence the reserve() calls.
 #include "simt/runtime.h"
 
 #include <sys/mman.h>
@@ -280,6 +283,7 @@ std::unique_ptr<Cluster> start_cluster(unsigned id, dim3 grid, dim3 block, dim3 
 #endif
     cta.barrier.waiting.reserve(S.threads);
     cta.warps = std::vector<Warp>((S.threads + 31) / 32);
+    for (Warp& warp : cta.warps) warp.groups.reserve(32);
     cta.fibers = std::vector<Fiber>(S.threads);
     for (unsigned t = 0; t < S.threads; ++t) {
       Fiber& fiber = cta.fibers[t];
@@ -378,7 +382,7 @@ void arrive(Barrier& barrier, size_t expected, const char* name, Site site) {
   if (barrier.waiting.size() == expected) {
     barrier.result[barrier.generation & 1] = barrier.any;
     barrier.any = 0;
-    S.runnable.insert(S.runnable.end(), barrier.waiting.begin(), barrier.waiting.end());
+    for (Fiber* fiber : barrier.waiting) S.runnable.push_back(fiber);
     barrier.waiting.clear();
     ++barrier.generation;
     ++S.stats.block_barriers;
@@ -549,6 +553,7 @@ void launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic, void (*body)(vo
   const int64_t limit = now_ms() + 1000 * int64_t{S.options.timeout_s};
   start_watchdog();
   deadline_ms = limit + 2000;
+  S.runnable.reserve(std::min(resident, clusters) * S.cluster_size * S.threads);
   std::vector<std::unique_ptr<Cluster>> live, finished;  // freed at the end, when the launch is ordered before us
   for (size_t next = 0;;) {
     for (size_t i = 0; i < live.size();) {

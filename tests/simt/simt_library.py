@@ -1,0 +1,252 @@
+"""Builds the CUDA kernels for the CPU and calls them: ctypes mirrors of the C++ structs, numpy arrays in and out.
+
+Imports neither torch nor consistency_ops, so that it also runs in a Python whose allocator is a sanitizer's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+BUILDS = {  # flags of the kernels, flags of the runtime
+    "plain": (["-O2"], ["-O2"]),
+    "memory": (["-O1", *SANITIZE], ["-O1", *SANITIZE]),
+    "races": (["-O1", "-fsanitize=thread"], ["-O1", "-DSIMT_TSAN"]),
+}
+
+
+def build(kind: str, root: Path = ROOT) -> Path:
+    """The shared library of one of ``BUILDS``; compiled when a source has changed since the last call."""
+    compiler = os.environ.get("CXX", "c++")
+    folders = [root / "csrc" / "cuda", root / "csrc" / "include" / "consistency_ops", root / "tests" / "simt"]
+    sources = sorted(p for f in folders for p in f.iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    kernel_flags, runtime_flags = BUILDS[kind]
+    digest = hashlib.sha256(repr((compiler, BUILDS[kind])).encode())
+    for source in sources:
+        digest.update(source.name.encode() + source.read_bytes())
+    library = root / "build" / "simt" / f"{kind}-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=library.parent))
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += [f"-I{root / folder}" for folder in ("tests", "csrc", "csrc/include")]
+    units = [("tests/simt/runtime.cpp", runtime_flags), ("tests/simt/library.cpp", kernel_flags)]
+    units += [("tests/simt/selftest.cpp", kernel_flags)]
+    units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
+    objects = []
+    for source, extra in units:
+        objects.append(work / (Path(source).name + ".o"))
+        run([compiler, *flags, *extra, "-c", root / source, "-o", objects[-1]])
+    run([compiler, "-shared", *kernel_flags, *objects, "-o", work / "library.so", "-pthread"])
+    for old in library.parent.glob(f"{kind}-*.so"):
+        old.unlink(missing_ok=True)
+    os.replace(work / "library.so", library)
+    shutil.rmtree(work)
+    return library
+
+
+def sanitizer_environment(kind: str) -> dict[str, str]:
+    """In which a Python that loads the library of ``kind`` must be started."""
+    names = {"plain": (), "memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}[kind]
+    compiler = os.environ.get("CXX", "c++")
+    ask = [[compiler, f"-print-file-name={name}"] for name in names]
+    found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def run(command: list) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+
+
+# Types
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 2, 3  # DType
+
+
+def encode(values: np.ndarray, dtype: int) -> np.ndarray:
+    """Float values in the storage of ``dtype``: float32, or the bits of a 16-bit float."""
+    values = np.asarray(values, np.float32)
+    if dtype == FLOAT32:
+        return values.copy()
+    if dtype == FLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def decode(stored: np.ndarray, dtype: int) -> np.ndarray:
+    if dtype == FLOAT32:
+        return stored
+    if dtype == FLOAT16:
+        return stored.view(np.float16).astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+class Layer(ctypes.Structure):
+    """PreconditionLayer."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_row_size", ctypes.c_int64 * 4),
+        ("x_row_stride", ctypes.c_int64 * 4),
+        ("x_unit_stride", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+        ("g", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("g_output_stride", ctypes.c_int64),
+        ("g_unit_stride", ctypes.c_int64),
+        ("g_tap_size", ctypes.c_int64 * 3),
+        ("g_tap_stride", ctypes.c_int64 * 3),
+        ("bias_grad", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int32),
+        ("g_dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("has_bias", ctypes.c_bool),
+        ("permutation", ctypes.c_void_p),
+        ("row_count", ctypes.c_void_p),
+        ("layer", ctypes.c_uint32),
+        ("group", ctypes.c_int32),
+        ("info", ctypes.c_void_p),
+        ("damping_used", ctypes.c_void_p),
+        ("covariance", ctypes.c_void_p),
+        ("inverse", ctypes.c_void_p),
+    )
+
+
+class Options(ctypes.Structure):
+    """PreconditionOptions."""
+
+    _fields_ = (
+        ("damping", ctypes.c_double),
+        ("trace_scaling", ctypes.c_bool),
+        ("float64", ctypes.c_bool),
+        ("chunk", ctypes.c_int32),
+        ("max_rows", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+        ("stages", ctypes.c_int32),
+    )
+
+
+class Plan(ctypes.Structure):
+    """PreconditionPlan."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "apply_rows", "shared_bytes")
+    )
+
+
+class RowSample(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("offset", "stride", "count"))
+
+
+class Stats(ctypes.Structure):
+    """simt::Stats."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("switches", "ctas", "block_barriers", "warp_operations", "atomics", "shared_bytes")
+    )
+
+
+class Library:
+    """The kernels.  Every call raises RuntimeError with the runtime's report."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        for name in ("simt_precondition", "selftest"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.simt_size_of.restype = ctypes.c_int64
+        self._library.simt_precondition_workspace.restype = ctypes.c_int64
+        self._library.simt_plan.restype = Plan
+        self._library.simt_sample_rows.restype = RowSample
+        self._library.simt_stats.restype = Stats
+        for mirror, name in ((Layer, b"PreconditionLayer"), (Options, b"PreconditionOptions")):
+            assert ctypes.sizeof(mirror) == self._library.simt_size_of(name), name
+
+    def selftest(self, name: str, variant: int = 1, x=None, y=None, z=None, counter=None) -> None:
+        """One kernel of selftest.cpp on float32 arrays."""
+        addresses = [ctypes.c_void_p(None if a is None else a.ctypes.data) for a in (x, y, z, counter)]
+        self._call("selftest", name.encode(), variant, *addresses)
+
+    def convert(self, name: str, value: float) -> float:
+        """One of the wrappers float16_to_float, bfloat16_to_float, float_to_float16, float_to_bfloat16, to_tf32."""
+        function = getattr(self._library, f"selftest_{name}")
+        from_bits, to_bits = name.endswith("16_to_float"), name.startswith("float_to")
+        function.argtypes = [ctypes.c_uint16 if from_bits else ctypes.c_float]
+        function.restype = ctypes.c_uint16 if to_bits else ctypes.c_float
+        return function(value)
+
+    def schedule(self, seed: int = 1, order: int = 0, resident: int = 2, device: str = "sm_90") -> None:
+        """How the next launches run: order 0 random, 1 ascending, 2 descending; CTAs in flight, 0: all."""
+        self._library.simt_configure(
+            ctypes.c_uint64(seed), order, ctypes.c_uint32(resident), ctypes.c_uint64(SHARED_BYTES[device])
+        )
+
+    def stats(self) -> Stats:
+        return self._library.simt_stats()
+
+    def _call(self, name: str, *arguments) -> None:
+        error = getattr(self._library, name)(*arguments)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def precondition(self, layers: list[Layer], options: Options, device: str, workspace: np.ndarray) -> None:
+        array = (Layer * len(layers))(*layers)
+        address = ctypes.c_void_p(workspace.ctypes.data if len(workspace) else None)
+        count = ctypes.c_int64(len(layers))
+        self._call("simt_precondition", array, count, ctypes.byref(options), SHARED_BYTES[device], address)
+
+    def workspace_bytes(self, layers: list[Layer], options: Options) -> int:
+        array = (Layer * len(layers))(*layers)
+        return self._library.simt_precondition_workspace(array, ctypes.c_int64(len(layers)), ctypes.byref(options))
+
+    def plan(self, units: int, device: str) -> Plan:
+        return self._library.simt_plan(units, SHARED_BYTES[device])
+
+    def division(self, units: int, chunk: int, group: int, seed: int, step: int, layer: int) -> np.ndarray:
+        order = np.empty(units, np.int64)
+        self._library.simt_division(
+            ctypes.c_int64(units),
+            ctypes.c_int64(chunk),
+            ctypes.c_int64(group),
+            ctypes.c_uint64(seed),
+            ctypes.c_uint64(step),
+            ctypes.c_uint32(layer),
+            ctypes.c_void_p(order.ctypes.data),
+        )
+        return order
+
+    def sample_rows(self, rows: int, max_rows: int, seed: int, step: int, layer: int) -> np.ndarray:
+        s = self._library.simt_sample_rows(
+            ctypes.c_int64(rows),
+            ctypes.c_int64(max_rows),
+            ctypes.c_uint64(seed),
+            ctypes.c_uint64(step),
+            ctypes.c_uint32(layer),
+        )
+        return s.offset + s.stride * np.arange(s.count)
