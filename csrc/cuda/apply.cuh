@@ -15,15 +15,13 @@ constexpr int kApplyJobs = 2;  // of a warp: (64 / 32 rows) * (128 / 16 columns)
 // Calls f(row, unit, position in the stage) for every element of the stage.
 template <int kWarps, typename F>
 CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, int rows, F&& f) {
-  StageWalk<kWarps> walk(chunk.padded, rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1],
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1],
                                                      layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride));
-  const int steps = (rows + walk.block_rows - 1) / walk.block_rows * walk.columns;
+  const int steps = walk.steps(rows);
   CO_UNROLL_4
-  for (int step = static_cast<int>(threadIdx.x) / 32; step < steps; step += kWarps) {
-    if (walk.row() < rows) {
-      f(walk.row(), chunk.shared.unit[walk.position()], walk.row() * g_pitch(chunk.padded) + walk.position());
-    }
-    walk.next();
+  for (int i = 0; i < steps; ++i) {
+    const int row = walk.row(i), position = walk.position(i);
+    if (row < rows) f(row, chunk.shared.unit[position], row * g_pitch(chunk.padded()) + position);
   }
 }
 
@@ -31,9 +29,9 @@ CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, in
 template <bool kSplit>
 CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int half, int block, int rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int pitch = g_pitch(chunk.padded), column = block % 2 * 16 + g;
+  const int pitch = g_pitch(chunk.padded()), column = block % 2 * 16 + g;
   const float* left = chunk.arena + (half * 32 + g) * pitch + t;
-  for (int tile = 0; tile < chunk.side; ++tile) {
+  for (int tile = 0; tile < chunk.side(); ++tile) {
     // Only lower tiles are stored: above the diagonal the transposed tile is read.
     const bool lower = tile >= block / 2;
     const float* inverse = lower ? lower_tile(chunk.tiles, tile, block / 2) : lower_tile(chunk.tiles, block / 2, tile);
@@ -76,12 +74,12 @@ CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int hal
 // the order of the rows, in one thread where an output has several taps.
 struct BiasMean {
   float sum = 0.0f;
-  int64_t tap = 0;
+  int tap = 0;
 
-  CO_DEVICE void add_stage(const PreconditionLayer& layer, const Chunk& chunk, int position, int rows, int64_t taps) {
-    const int thread = static_cast<int>(threadIdx.x);
+  CO_DEVICE void add_stage(const PreconditionLayer& layer, const Chunk& chunk, int position, int rows, int taps) {
+    const int thread = fresh_thread();
     const float* copies = chunk.arena + position;
-    const int pitch = g_pitch(chunk.padded);
+    const int pitch = g_pitch(chunk.padded());
     if (taps == 1) {
       if (thread < rows) {
         store_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[thread], copies[thread * pitch]);
@@ -102,24 +100,25 @@ struct BiasMean {
 template <int kWarps, typename Raw>
 CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int stage) {
   constexpr bool kSplit = sizeof(Raw) == 4;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int pitch = g_pitch(chunk.padded);
-  const int64_t taps = layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
-  const int64_t all_rows = layer.outputs * taps;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int pitch = g_pitch(chunk.padded());
+  const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
+  const int all_rows = static_cast<int>(layer.outputs) * taps;
   Raw* const g = static_cast<Raw*>(layer.g);
   int bias_position = -1;
-  for (int p = 0; layer.has_bias && p < chunk.size; ++p) {
+  for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
     if (chunk.shared.unit[p] == kBiasUnit) bias_position = p;
   }
   BiasMean bias;
 
-  for (int64_t first = 0; first < all_rows; first += stage) {
-    const int rows = static_cast<int>(min(int64_t{stage}, all_rows - first));
+  for (int first = 0; first < all_rows; first += stage) {
+    const int rows = min(stage, all_rows - first);
     __syncthreads();  // the last stage has been written back
-    if (thread < rows) {
-      const int64_t row = first + thread, output = taps == 1 ? row : row / taps;
-      chunk.shared.row_offset[thread] = output * layer.g_output_stride +
-                                        strided_offset(row - output * taps, layer.g_tap_size, layer.g_tap_stride);
+    if (const int thread = fresh_thread(); thread < rows) {
+      const uint32_t row = static_cast<uint32_t>(first + thread), output = row / static_cast<uint32_t>(taps);
+      chunk.shared.row_offset[thread] =
+          output * layer.g_output_stride +
+          strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
       chunk.shared.bias_offset[thread] = output * layer.bias_stride;
       chunk.shared.not_finite[thread] = 0;
     }
@@ -127,7 +126,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
       float value = 0.0f;
       if (unit >= 0) {
-        value = to_float(layer.g_dtype, g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride]);
+        value = to_float<Raw>(layer.g_dtype, g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride]);
       } else if (unit == kBiasUnit) {
         value = load_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row]);
       }
@@ -135,7 +134,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     });
     __syncthreads();
 
-    const int blocks = chunk.padded / 16, jobs = blocks * ((rows + 31) / 32);
+    const int blocks = chunk.padded() / 16, jobs = blocks * ((rows + 31) / 32);
     float sum[kApplyJobs][2][2][4] = {};
     const auto for_each_result = [&](auto&& f) {  // f(row, position in the stage, element)
       CO_UNROLL
@@ -156,7 +155,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
       if (job < jobs) multiply_block<kSplit>(sum[j], chunk, job / blocks, job % blocks, rows);
     }
     for_each_result([&](int row, int, float& value) {
-      value = to_float(layer.g_dtype, from_float(layer.g_dtype, value));
+      value = to_float<Raw>(layer.g_dtype, from_float<Raw>(layer.g_dtype, value));
       if (!is_finite(value)) atomicOr(&chunk.shared.not_finite[row], 1);
     });
     __syncthreads();  // the stage has been read, and the flags are complete
@@ -166,8 +165,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     __syncthreads();
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
       if (unit < 0 || chunk.shared.not_finite[row] != 0) return;
-      g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride] =
-          static_cast<Raw>(from_float(layer.g_dtype, chunk.arena[at]));
+      g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride] = from_float<Raw>(layer.g_dtype, chunk.arena[at]);
     });
     if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
   }

@@ -90,12 +90,12 @@ struct TileProduct {
   }
 };
 
-// All threads.  tiles <- L.  Returns 0 or the order of the leading minor that is not positive definite, in every thread.
+// All threads.  tiles <- L; shared.failed_minor <- 0 or the order of the leading minor that is not positive definite.
 template <int kWarps>
-CO_DEVICE int factor(const Chunk& chunk) {
+CO_DEVICE void factor(const Chunk& chunk) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   if (thread == 0) chunk.shared.failed_minor = 0;
-  for (int k = 0; k < chunk.side; ++k) {
+  for (int k = 0; k < chunk.side(); ++k) {
     float* diagonal = lower_tile(chunk.tiles, k, k);
     float* inverse_pivot = chunk.shared.inverse_pivot + k * kTile;
     __syncthreads();
@@ -105,7 +105,7 @@ CO_DEVICE int factor(const Chunk& chunk) {
     }
     __syncthreads();
     if (chunk.shared.failed_minor != 0) break;
-    const int below = chunk.side - k - 1;
+    const int below = chunk.side() - k - 1;
     if (thread < below * kTile) {
       solve_row(lower_tile(chunk.tiles, k + 1 + warp, k) + thread % 32 * kTilePitch, diagonal, inverse_pivot);
     }
@@ -121,16 +121,14 @@ CO_DEVICE int factor(const Chunk& chunk) {
       product.for_each([&](int at, float sum) { target[at] -= sum; });
     }
   }
-  const int minor = chunk.shared.failed_minor;
-  __syncthreads();  // the next use of failed_minor and of the tiles comes after every thread's read
-  return minor;
+  __syncthreads();
 }
 
 // All threads.  tiles: L -> A^-1, whose diagonal tiles are complete.
 template <int kWarps>
 CO_DEVICE void invert(const Chunk& chunk) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (warp < chunk.side) {  // W = L^-1: the diagonal tiles, a column a lane
+  if (warp < chunk.side()) {  // W = L^-1: the diagonal tiles, a column a lane
     float* tile = lower_tile(chunk.tiles, warp, warp);
     const float* inverse_pivot = chunk.shared.inverse_pivot + warp * kTile;
     float column[kTile];
@@ -145,7 +143,7 @@ CO_DEVICE void invert(const Chunk& chunk) {
     CO_UNROLL
     for (int r = 0; r < kTile; ++r) tile[r * kTilePitch + lane] = column[r];
   }
-  for (int i = 1; i < chunk.side; ++i) {  // W[i][j] = -W[i][i] sum_m L[i][m] W[m][j], a warp a tile
+  for (int i = 1; i < chunk.side(); ++i) {  // W[i][j] = -W[i][i] sum_m L[i][m] W[m][j], a warp a tile
     __syncthreads();
     TileProduct sum;
     for (int m = warp; m < i; ++m) {
@@ -163,10 +161,10 @@ CO_DEVICE void invert(const Chunk& chunk) {
     }
   }
   __syncthreads();
-  for (int i = 0; i < chunk.side; ++i) {  // A^-1[i][j] = sum_m W[m][i]^T W[m][j], a warp a tile
+  for (int i = 0; i < chunk.side(); ++i) {  // A^-1[i][j] = sum_m W[m][i]^T W[m][j], a warp a tile
     TileProduct sum;
     if (warp <= i) {
-      for (int m = i; m < chunk.side; ++m) {
+      for (int m = i; m < chunk.side(); ++m) {
         sum.add<1, kTilePitch, kTilePitch, 1>(lower_tile(chunk.tiles, m, i), lower_tile(chunk.tiles, m, warp));
       }
     }

@@ -1,6 +1,6 @@
 // X^T X of the sampled rows of one chunk, into the lower tiles of shared memory.
 //
-// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 loads a thread).
+// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a thread).
 // Products are TF32 tensor-core tiles with float sums.  float32 inputs are split in two TF32 numbers and take three
 // products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32 numbers
 // already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows: partial
@@ -14,59 +14,53 @@ namespace consistency_ops {
 
 constexpr int kPartialRows = 512;
 
-template <int kWarps, typename Raw>
-CO_DEVICE void fetch_x(uint32_t (&raw)[kStageLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+template <int kWarps, typename Raw, int kLoads>
+CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
   const Raw* x = static_cast<const Raw*>(layer.x);
   const uint32_t one = sizeof(Raw) == 4 ? 0x3f800000u : layer.x_dtype == DType::kBFloat16 ? 0x3f80u : 0x3c00u;
-  StageWalk<kWarps> walk(chunk.padded, rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
                                                      layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
   CO_UNROLL
-  for (int i = 0; i < kStageLoads; ++i) {
-    const int row = walk.row();
-    raw[i] = 0;
-    if (row < rows) {
-      const int32_t unit = chunk.shared.unit[walk.position()];
-      if (unit >= 0) {
-        raw[i] = x[chunk.shared.row_offset[row] + unit * layer.x_unit_stride];
-      } else if (unit == kBiasUnit) {
-        raw[i] = one;
-      }
-    }
-    walk.next();
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = walk.row(i);
+    const int32_t unit = row < rows ? chunk.shared.unit[walk.position(i)] : kNoUnit;
+    raw[i] = unit == kBiasUnit ? one : 0;
+    if (unit >= 0) raw[i] = x[chunk.shared.row_offset[row] + unit * layer.x_unit_stride];
   }
 }
 
-template <int kWarps>
-CO_DEVICE void stage_x(const uint32_t (&raw)[kStageLoads], const PreconditionLayer& layer, const Chunk& chunk,
-                       int stage) {
-  StageWalk<kWarps> walk(chunk.padded, rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
+template <int kWarps, typename Raw, int kLoads>
+CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk) {
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
                                                      layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
   CO_UNROLL
-  for (int i = 0; i < kStageLoads; ++i) {
-    const int row = walk.row();
-    if (row < stage) chunk.arena[row * x_pitch(chunk.padded) + walk.position()] = to_float(layer.x_dtype, raw[i]);
-    walk.next();
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = walk.row(i);
+    if (row < chunk.x_stage()) chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] = to_float<Raw>(layer.x_dtype, raw[i]);
   }
 }
 
-// A warp's share is up to kUnits blocks of 16 x 32 on or below the diagonal; block u lies in tile row i with
-// i (i + 1) <= u < (i + 1) (i + 2).
-struct GramBlock {
-  int i, j, half;
-  CO_DEVICE explicit GramBlock(int u) : i(0) {
-    while ((i + 1) * (i + 2) <= u) ++i;
-    j = (u - i * (i + 1)) / 2;
-    half = (u - i * (i + 1)) % 2;
-  }
-};
+// Blocks of 16 x 32 on or below the diagonal, a tile row i from i (i + 1) on.
+CO_DEVICE int gram_blocks(const Chunk& chunk) { return chunk.side() * (chunk.side() + 1); }
+
+// In shared memory, because the coordinates of a warp's blocks would take registers that the sums need.
+CO_DEVICE void locate_gram_blocks(const Chunk& chunk) {
+  const int b = fresh_thread();
+  if (b >= gram_blocks(chunk)) return;
+  int i = 0;
+  while ((i + 1) * (i + 2) <= b) ++i;
+  const int within = b - i * (i + 1);
+  chunk.shared.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
+}
 
 template <bool kSplit>
-CO_DEVICE void gram_block(float (&sum)[4][4], const GramBlock& block, const float* stage, int rows, int pitch) {
+CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const float* left = stage + t * pitch + block.i * kTile + block.half * 16 + g;
-  const float* right = stage + t * pitch + block.j * kTile + g;
+  const int pitch = x_pitch(chunk.padded());
+  const float* left = chunk.arena + t * pitch + (block & 0xffff) + g;
+  const float* right = chunk.arena + t * pitch + (block >> 16) + g;
   CO_NO_UNROLL
-  for (int k = 0; k < rows; k += 8) {
+  for (int k = chunk.x_stage(); k > 0; k -= 8) {
     float a[4], a_low[4];
     CO_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -96,56 +90,59 @@ CO_DEVICE void gram_block(float (&sum)[4][4], const GramBlock& block, const floa
   }
 }
 
+// tiles <- or += sum; sum <- 0.
+CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk, bool first) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = block & 0xffff, column = block >> 16;
+  float* tile = lower_tile(chunk.tiles, row / kTile, column / kTile) + (row % kTile + lane / 4) * kTilePitch + lane % 4 * 2;
+  CO_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    CO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float* element = tile + i / 2 * 8 * kTilePitch + n * 8 + i % 2;
+      *element = first ? sum[n][i] : *element + sum[n][i];
+      sum[n][i] = 0.0f;
+    }
+  }
+}
+
 // All threads, at least one row; ends with a barrier.  `Raw` is uint32_t for float32 inputs, uint16_t for 16-bit ones.
 template <int kWarps, int kUnits, typename Raw>
-CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk, int arena_floats) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int pitch = x_pitch(chunk.padded), stage = stage_rows(chunk.padded, kWarps * 32, arena_floats);
-  const int blocks = chunk.side * (chunk.side + 1);
-  const RowSample rows = chunk.shared.rows;
-  const auto locate = [&](int64_t first) {  // rows of the stage that begins with sampled row `first`
-    if (thread < stage && first + thread < rows.count) {
-      chunk.shared.row_offset[thread] =
-          strided_offset(rows.offset + (first + thread) * rows.stride, layer.x_row_size, layer.x_row_stride);
+CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
+    const int thread = fresh_thread();
+    if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
+      const int64_t row = chunk.shared.rows.offset + (first + thread) * chunk.shared.rows.stride;
+      chunk.shared.row_offset[thread] = strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride);
     }
   };
-  const auto valid = [&](int64_t first) { return static_cast<int>(min(int64_t{stage}, rows.count - first)); };
 
-  uint32_t raw[kStageLoads];
+  uint32_t raw[kStageElements / (kWarps * 32)];
   float sum[kUnits][4][4] = {};
-  locate(0);
-  __syncthreads();
-  fetch_x<kWarps, Raw>(raw, layer, chunk, valid(0));
-  for (int64_t first = 0; first < rows.count; first += stage) {
-    const int64_t next = first + stage;
-    __syncthreads();  // the last stage has been read, and so have its row offsets
-    stage_x<kWarps>(raw, layer, chunk, stage);
+  locate_gram_blocks(chunk);
+  // Turn t writes stage t - 1 to shared memory, has stage t fetched into registers, and multiplies stage t - 1.
+  CO_NO_UNROLL
+  for (int next = 0;; next += chunk.x_stage()) {
+    __syncthreads();  // stage t - 2 has been read, and the row offsets of stage t - 1
+    if (next > 0) stage_x<kWarps, Raw>(raw, layer, chunk);
     locate(next);
     __syncthreads();
-    if (next < rows.count) fetch_x<kWarps, Raw>(raw, layer, chunk, valid(next));
+    if (next < chunk.x_rows()) fetch_x<kWarps, Raw>(raw, layer, chunk, min(chunk.x_stage(), chunk.x_rows() - next));
+    if (next == 0) continue;
     CO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
-      if (warp + u * kWarps < blocks) {
-        gram_block<sizeof(Raw) == 4>(sum[u], GramBlock(warp + u * kWarps), chunk.arena, stage, pitch);
+      if (warp + u * kWarps < gram_blocks(chunk)) {
+        gram_block<sizeof(Raw) == 4>(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk);
       }
     }
-    if (next % kPartialRows == 0 || next >= rows.count) {
+    if (next % kPartialRows == 0 || next >= chunk.x_rows()) {
       CO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
-        if (warp + u * kWarps >= blocks) continue;
-        const GramBlock block(warp + u * kWarps);
-        float* tile = lower_tile(chunk.tiles, block.i, block.j) + (block.half * 16 + lane / 4) * kTilePitch + lane % 4 * 2;
-        CO_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          CO_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            float* element = tile + i / 2 * 8 * kTilePitch + n * 8 + i % 2;
-            *element = next <= kPartialRows ? sum[u][n][i] : *element + sum[u][n][i];
-            sum[u][n][i] = 0.0f;
-          }
-        }
+        if (warp + u * kWarps < gram_blocks(chunk)) add_partial(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
       }
     }
+    if (next >= chunk.x_rows()) break;
   }
   __syncthreads();
 }

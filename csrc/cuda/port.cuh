@@ -59,6 +59,17 @@ Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void
   return Status::kOk;
 }
 
+// threadIdx.x, read again at every call: values derived from one reading are kept through the whole kernel, and spilled.
+CO_DEVICE int fresh_thread() {
+#if defined(__CUDA_ARCH__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // Bits of a 16-bit float <-> float; to 16 bits round to nearest, ties to even.
 CO_DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 

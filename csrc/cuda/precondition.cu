@@ -30,6 +30,15 @@ namespace consistency_ops {
 namespace {
 
 constexpr int kMaxTries = 3;
+constexpr int64_t kMaxRows = int64_t{1} << 30;  // of X and of G: row indices have 32 bits, with room for the last stage
+
+CO_HOST_DEVICE int64_t rows_of_x(const PreconditionLayer& layer) {
+  return layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
+}
+
+CO_HOST_DEVICE int64_t rows_of_g(const PreconditionLayer& layer) {
+  return layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
+}
 
 struct Counters {
   uint32_t ticket, finished;
@@ -74,30 +83,32 @@ CO_DEVICE int find_layer(const int32_t (&first)[kMaxLaunchLayers + 1], int count
 
 // One thread: what this CTA has to do, and what it needs of random.h.
 CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared) {
-  int task = static_cast<int>(blockIdx.x);
-  shared.stages = params.options.stages;
-  const int waiting = params.first_wait[params.count];
-  if (params.counters != nullptr) {
-    task = static_cast<int>(atomicAdd(&params.counters->ticket, 1u));
-    if (task < waiting) {
-      shared.layer = find_layer(params.first_wait, params.count, task);
-      shared.chunk = task - params.first_wait[shared.layer];
-      shared.stages = kStageCovariance;
-    }
-    task -= waiting;
+  const int ticket = params.counters != nullptr ? static_cast<int>(atomicAdd(&params.counters->ticket, 1u))
+                                                : static_cast<int>(blockIdx.x);
+  const int first = params.first_wait[params.count];  // ticket of the first correcting task
+  shared.publishes = ticket < first;
+  if (shared.publishes) {
+    shared.layer = find_layer(params.first_wait, params.count, ticket);
+    shared.chunk = ticket - params.first_wait[shared.layer];
+    shared.stages = kStageCovariance;
+    shared.waits = false;
+  } else {
+    shared.layer = find_layer(params.first_task, params.count, ticket - first);
+    shared.chunk = ticket - first - params.first_task[shared.layer];
+    shared.waits = params.first_wait[shared.layer + 1] != params.first_wait[shared.layer];
+    shared.stages = shared.waits ? params.options.stages & ~kStageCovariance : params.options.stages;
   }
-  if (task >= 0) {
-    shared.layer = find_layer(params.first_task, params.count, task);
-    shared.chunk = task - params.first_task[shared.layer];
-    if (params.first_wait[shared.layer + 1] != params.first_wait[shared.layer]) shared.stages &= ~kStageCovariance;
-  }
+  shared.failed_tries = 0;
   const PreconditionLayer& layer = params.layers[shared.layer];
   const PreconditionOptions& options = params.options;
-  int64_t rows = layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
+  int64_t rows = rows_of_x(layer);
   if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
   shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
   shared.division = make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step,
                                   layer.layer);
+  shared.size = static_cast<int32_t>(chunk_begin(shared.division.units, shared.division.chunks, shared.chunk + 1) -
+                                     chunk_begin(shared.division.units, shared.division.chunks, shared.chunk));
+  shared.x_stage = stage_rows(padded_units(shared.size), params.arena_floats);
 }
 
 CO_DEVICE int64_t covariance_offset(const PreconditionOptions& options, int chunk, int row, int column) {
@@ -108,7 +119,9 @@ CO_DEVICE int64_t covariance_offset(const PreconditionOptions& options, int chun
 template <typename F>
 CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
   int i = 0, j = 0;
-  for (int tile = 0; tile < lower_tiles(chunk.side); ++tile) {
+  CO_NO_UNROLL
+  for (int tile = 0; tile < lower_tiles(chunk.side()); ++tile) {
+    CO_NO_UNROLL
     for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += threads) {
       f(i * kTile + e / kTile, j * kTile + e % kTile,
         chunk.tiles + tile * kTileFloats + e / kTile * kTilePitch + e % kTile);
@@ -123,19 +136,20 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
 // tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale is 0.
 CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
                             int threads) {
+  CO_NO_UNROLL
   for (int e = static_cast<int>(threadIdx.x); e < options.chunk * options.chunk; e += threads) {
     const int row = e / options.chunk, column = e % options.chunk;
     const int i = max(row, column), j = min(row, column);
-    const float value = lower_tile(chunk.tiles, min(i, chunk.padded - 1) / kTile, min(j, chunk.padded - 1) / kTile)
+    const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile, min(j, chunk.padded() - 1) / kTile)
         [i % kTile * kTilePitch + j % kTile];
-    const bool inside = i < chunk.size && scale != 0.0f;
+    const bool inside = i < chunk.size() && scale != 0.0f;
     matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
   }
 }
 
 CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chunk, const float* matrices, int threads) {
   for_each_element(chunk, threads, [&](int row, int column, float* element) {
-    const bool inside = row < chunk.size && column < chunk.size;
+    const bool inside = row < chunk.size() && column < chunk.size();
     *element = inside ? matrices[covariance_offset(options, chunk.shared.chunk, row, column)] : 0.0f;
   });
   __syncthreads();
@@ -154,10 +168,11 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
     ++count;
   };
   if (covariance == nullptr) {
-    for (int u = thread; u < chunk.size; u += threads) {
+    for (int u = thread; u < chunk.size(); u += threads) {
       add(lower_tile(chunk.tiles, u / kTile, u / kTile)[u % kTile * (kTilePitch + 1)]);
     }
   } else {
+    CO_NO_UNROLL
     for (int64_t e = thread; e < division.chunks * options.chunk; e += threads) {
       const int c = static_cast<int>(e / options.chunk), u = static_cast<int>(e % options.chunk);
       const int64_t size = chunk_begin(division.units, division.chunks, c + 1) -
@@ -176,6 +191,7 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
   __syncthreads();
   sum = 0.0f;
   count = 0;
+  CO_NO_UNROLL
   for (int w = 0; w < threads / 32; ++w) {
     sum += chunk.shared.warp_sum[w];
     count += chunk.shared.warp_count[w];
@@ -187,92 +203,108 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
 CO_DEVICE void damp(const Chunk& chunk, float scale, float damping, int threads) {
   for_each_element(chunk, threads, [&](int row, int column, float* element) {
     const float one = row == column ? 1.0f : 0.0f;
-    *element = row < chunk.size && column < chunk.size ? fma(*element, scale, one * damping) : one;
+    *element = row < chunk.size() && column < chunk.size() ? fma(*element, scale, one * damping) : one;
   });
 }
 
+// tiles <- the covariance summed from X and not yet divided by the rows, or a given one.
 template <typename Traits>
-CO_DEVICE void covariance(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
-  if (layer.x_dtype == DType::kFloat32) {
-    gram<Traits::kWarps, Traits::kGramBlocks, uint32_t>(layer, chunk, params.arena_floats);
+CO_DEVICE void load_covariance(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+  if (!(chunk.shared.stages & kStageCovariance)) {
+    load_matrix(params.options, chunk, static_cast<const float*>(layer.covariance), Traits::kThreads);
+  } else if (layer.x_dtype == DType::kFloat32) {
+    gram<Traits::kWarps, Traits::kGramBlocks, uint32_t>(layer, chunk);
   } else {
-    gram<Traits::kWarps, Traits::kGramBlocks, uint16_t>(layer, chunk, params.arena_floats);
+    gram<Traits::kWarps, Traits::kGramBlocks, uint16_t>(layer, chunk);
   }
 }
 
-// tiles <- (A scaled + damping I)^-1, with up to three dampings.  Returns info.  A failed try destroys the covariance, so
-// the next one sums it again from X, unless it is kept outside; that is rare, and cheaper than a copy in shared memory.
+// tiles <- L L^T = A scaled + damping I, with up to three dampings; shared.failed_minor is info.  A failed try destroys the covariance, so
+// the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  Without the factor stage
+// only the covariance is written.
 template <typename Traits>
-CO_DEVICE int damped_inverse(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk,
-                             bool has_tiles) {
-  const PreconditionOptions& options = params.options;
-  const float* kept = static_cast<const float*>(layer.covariance);
-  const float per_row = 1.0f / static_cast<float>(chunk.shared.rows.count);
-  float damping = static_cast<float>(options.damping);
-  int minor = 0;
-  for (int tries = 0; tries < kMaxTries; ++tries) {
-    if (tries > 0) damping *= 10.0f;
-    float scale = 1.0f;
-    if (!has_tiles) {
-      load_matrix(options, chunk, kept, Traits::kThreads);
-    } else {
-      if (tries > 0) covariance<Traits>(params, layer, chunk);
-      scale = per_row;
+CO_DEVICE void damped_factor(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+  for (;;) {
+    load_covariance<Traits>(params, layer, chunk);
+    const bool summed = chunk.shared.stages & kStageCovariance;
+    float scale = summed ? 1.0f / static_cast<float>(chunk.shared.rows.count) : 1.0f;
+    if (summed && layer.covariance != nullptr) {
+      store_matrix(params.options, chunk, static_cast<float*>(layer.covariance), scale, Traits::kThreads);
     }
-    if (options.trace_scaling) {
-      const float trace = layer_trace(options, chunk, chunk.shared.division.chunks > 1 ? kept : nullptr, Traits::kThreads) *
-                          (chunk.shared.division.chunks > 1 ? 1.0f : scale);
+    if (!(chunk.shared.stages & kStageFactor)) return;
+    if (params.options.trace_scaling) {
+      // Of several chunks the trace is that of the matrices in memory, which are divided by the rows already.
+      const bool whole = chunk.shared.division.chunks == 1;
+      const float* all = whole ? nullptr : static_cast<const float*>(layer.covariance);
+      const float trace = layer_trace(params.options, chunk, all, Traits::kThreads) * (whole ? scale : 1.0f);
       if (trace > 0.0f) scale /= trace;
     }
-    __syncthreads();  // the trace has been read from the tiles
+    __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
+    float damping = static_cast<float>(params.options.damping);
+    for (int failed = 0; failed < chunk.shared.failed_tries; ++failed) damping *= 10.0f;
     damp(chunk, scale, damping, Traits::kThreads);
-    minor = factor<Traits::kWarps>(chunk);
-    if (minor == 0) break;
+    factor<Traits::kWarps>(chunk);
+    if (chunk.shared.failed_minor == 0 || chunk.shared.failed_tries == kMaxTries - 1) {
+      if (threadIdx.x == 0) {
+        if (layer.info != nullptr) layer.info[chunk.shared.chunk] = chunk.shared.failed_minor;
+        if (layer.damping_used != nullptr) layer.damping_used[chunk.shared.chunk] = damping;
+      }
+      return;
+    }
+    __syncthreads();  // every thread has read failed_tries and failed_minor
+    if (threadIdx.x == 0) ++chunk.shared.failed_tries;
   }
-  if (threadIdx.x == 0) {
-    if (layer.info != nullptr) layer.info[chunk.shared.chunk] = minor;
-    if (layer.damping_used != nullptr) layer.damping_used[chunk.shared.chunk] = damping;
-  }
-  if (minor == 0) invert<Traits::kWarps>(chunk);
-  return minor;
 }
 
 template <typename Traits>
 CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   const PreconditionOptions& options = params.options;
   const PreconditionLayer& layer = params.layers[chunk.shared.layer];
-  const int stages = chunk.shared.stages;
-  if (stages & kStageCovariance) {
-    covariance<Traits>(params, layer, chunk);
-    if (layer.covariance != nullptr) {
-      const float per_row = 1.0f / static_cast<float>(chunk.shared.rows.count);
-      store_matrix(options, chunk, static_cast<float*>(layer.covariance), per_row, Traits::kThreads);
-    }
-  }
-  int minor = 0;
-  if (stages & kStageFactor) {
-    minor = damped_inverse<Traits>(params, layer, chunk, (stages & kStageCovariance) != 0);
+  if (chunk.shared.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
+  if (chunk.shared.stages & kStageFactor) {
+    if (chunk.shared.failed_minor == 0) invert<Traits::kWarps>(chunk);
     if (layer.inverse != nullptr) {  // zeros where it failed
-      store_matrix(options, chunk, static_cast<float*>(layer.inverse), minor == 0 ? 1 : 0, Traits::kThreads);
+      const float scale = chunk.shared.failed_minor == 0 ? 1.0f : 0.0f;
+      store_matrix(options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
     }
-  } else if (stages & kStageApply) {
-    if (layer.info != nullptr) minor = layer.info[chunk.shared.chunk];
-    if (minor == 0) load_matrix(options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
+  } else if (chunk.shared.stages & kStageApply) {
+    if (threadIdx.x == 0) chunk.shared.failed_minor = layer.info[chunk.shared.chunk];
+    load_matrix(options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
   }
-  if ((stages & kStageApply) && minor == 0) {
-    if (layer.g_dtype == DType::kFloat32) {
-      apply<Traits::kWarps, uint32_t>(layer, chunk, params.apply_rows);
-    } else {
-      apply<Traits::kWarps, uint16_t>(layer, chunk, params.apply_rows);
-    }
+  if (!(chunk.shared.stages & kStageApply) || chunk.shared.failed_minor != 0) return;
+  if (layer.g_dtype == DType::kFloat32) {
+    apply<Traits::kWarps, uint32_t>(layer, chunk, params.apply_rows);
+  } else {
+    apply<Traits::kWarps, uint16_t>(layer, chunk, params.apply_rows);
   }
 }
 
 // Nothing was seen, or there is nothing to correct: everything stays as it is.
 CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLayer& layer, const RowSample& rows) {
-  const int64_t outputs = layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
   return layer.units == 0 || ((options.stages & kStageCovariance) && rows.count == 0) ||
-         ((options.stages & kStageApply) && outputs == 0);
+         ((options.stages & kStageApply) && rows_of_g(layer) == 0);
+}
+
+CO_DEVICE int32_t unit_of(const PreconditionLayer& layer, const Chunk& chunk, int position) {
+  if (position >= chunk.size()) return kNoUnit;
+  const Division& division = chunk.shared.division;
+  const int64_t at = chunk_begin(division.units, division.chunks, chunk.shared.chunk) + position;
+  const int64_t unit = layer.permutation != nullptr ? layer.permutation[at] : unit_at(division, at);
+  return unit == layer.units ? kBiasUnit : static_cast<int32_t>(unit);
+}
+
+// Publishes a covariance that others wait for; the last CTA of the launch leaves the counters as it found them.
+CO_DEVICE void end_task(const PreconditionParams& params, const ChunkShared& shared) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Counters* counters = params.counters;
+  if (shared.publishes) add_release(&counters->ready[shared.layer], 1);
+  __threadfence();
+  if (atomicAdd(&counters->finished, 1u) != gridDim.x - 1) return;
+  __threadfence();
+  for (int l = 0; l < params.count; ++l) counters->ready[l] = 0;
+  counters->ticket = 0;
+  atomicExch(&counters->finished, 0u);
 }
 
 template <typename Traits>
@@ -281,50 +313,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   CO_DYNAMIC_SHARED(float, dynamic);
   CO_SHARED(ChunkShared, shared_array, [1]);
   ChunkShared& shared = shared_array[0];
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) begin_task(params, shared);
+  if (threadIdx.x == 0) begin_task(params, shared);
   __syncthreads();
   const PreconditionLayer& layer = params.layers[shared.layer];
-  const Division& division = shared.division;
-  const int64_t begin = chunk_begin(division.units, division.chunks, shared.chunk);
-  const int size = static_cast<int>(chunk_begin(division.units, division.chunks, shared.chunk + 1) - begin);
-  const Chunk chunk{shared, dynamic, dynamic + params.tile_floats, size, padded_units(size), padded_units(size) / kTile};
-  if (thread < chunk.padded) {
-    int64_t unit = kNoUnit;
-    if (thread < size) {
-      unit = layer.permutation != nullptr ? layer.permutation[begin + thread] : unit_at(division, begin + thread);
-      if (unit == layer.units) unit = kBiasUnit;
-    }
-    shared.unit[thread] = static_cast<int32_t>(unit);
-  }
-
-  const bool waits = params.first_wait[shared.layer + 1] != params.first_wait[shared.layer];
-  if (waits && !(shared.stages & kStageCovariance) && thread == 0) {
-    while (load_acquire(&params.counters->ready[shared.layer]) < static_cast<uint32_t>(division.chunks)) __nanosleep(64);
+  const Chunk chunk{shared, dynamic, dynamic + params.tile_floats};
+  if (const int thread = fresh_thread(); thread < chunk.padded()) shared.unit[thread] = unit_of(layer, chunk, thread);
+  if (shared.waits && threadIdx.x == 0) {
+    const uint32_t* ready = &params.counters->ready[shared.layer];
+    while (load_acquire(ready) < static_cast<uint32_t>(shared.division.chunks)) __nanosleep(64);
   }
   __syncthreads();
 
-  const bool sums = waits && (shared.stages & kStageCovariance);
   if (!is_empty(params.options, layer, shared.rows)) {
     run_task<Traits>(params, chunk);
-  } else if (thread == 0 && !sums && (params.options.stages & kStageFactor)) {
+  } else if (threadIdx.x == 0 && (shared.stages & kStageFactor)) {
     if (layer.info != nullptr) layer.info[shared.chunk] = 0;
     if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = static_cast<float>(params.options.damping);
   }
-
-  if (params.counters != nullptr) {
-    __syncthreads();
-    if (thread == 0) {
-      if (sums) add_release(&params.counters->ready[shared.layer], 1);
-      __threadfence();
-      if (atomicAdd(&params.counters->finished, 1u) == gridDim.x - 1) {
-        __threadfence();
-        for (int l = 0; l < params.count; ++l) params.counters->ready[l] = 0;
-        params.counters->ticket = 0;
-        atomicExch(&params.counters->finished, 0u);
-      }
-    }
-  }
+  if (params.counters != nullptr) end_task(params, shared);
 }
 
 // The layer's trace is needed before any of its chunks can be factored, and all chunks are summed in this launch.
@@ -349,6 +355,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
     if (layer.group < 1 || layer.group > options.chunk) return false;
+    if (rows_of_x(layer) > kMaxRows || rows_of_g(layer) > kMaxRows) return false;
     if (layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64 || layer.bias_dtype == DType::kFloat64) {
       return false;
     }
@@ -366,8 +373,7 @@ void launch_order(const PreconditionLayer* layers, int64_t count, const Precondi
   std::iota(order, order + count, int64_t{0});
   const auto work = [&](int64_t l) {
     const PreconditionLayer& layer = layers[l];
-    const int64_t rows = layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
-    return std::min(rows, options.max_rows) + layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
+    return std::min(rows_of_x(layer), options.max_rows) + rows_of_g(layer);
   };
   std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
     const bool wait_a = waits_for_trace(layers[a], options), wait_b = waits_for_trace(layers[b], options);

@@ -7,8 +7,8 @@
 //   chunk   tiles   KiB of tiles   arena KiB (X, G stage)     sm_90 (227 KiB)   sm_80 (163)          sm_86, sm_89, sm_120 (99)
 //     32      1         4.1        20 (128, 64 rows)          several CTAs      several              several
 //    128     10        41          33 (32, 64 rows)           2, by registers   2                    1
-//    192     21        87          33 (32, 32 rows)           1                 1                    1, small stages
-//    256     36       149          34 (32, 32 rows)           1                 1, stages of 8 rows  does not fit
+//    192     21        87          33 (16, 32 rows)           1                 1                    1, small stages
+//    256     36       149          33 (16, 32 rows)           1                 1, stages of 8 rows  does not fit
 #pragma once
 
 #include "consistency_ops/precondition_cuda.h"
@@ -20,7 +20,7 @@ constexpr int kTilePitch = kTile + 1;
 constexpr int kTileFloats = kTile * kTilePitch;
 constexpr int kMaxStageRows = 128;  // of X
 constexpr int kMaxApplyRows = 64;   // of G
-constexpr int kStageLoads = 16;     // elements of X that a thread has in flight
+constexpr int kStageElements = 4096;  // of X, in flight in the registers of a CTA
 constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
 constexpr int kMaxLaunchLayers = 120;   // descriptors that fit the 32,764 bytes of kernel parameters
 
@@ -39,9 +39,9 @@ struct PreconditionPlan {
 };
 
 // Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.
-CO_HOST_DEVICE inline int stage_rows(int padded, int threads, int arena_floats) {
+CO_HOST_DEVICE inline int stage_rows(int padded, int arena_floats) {
   int rows = kMaxStageRows;
-  while (rows > 8 && (rows * padded > kStageLoads * threads || rows * x_pitch(padded) > arena_floats)) rows /= 2;
+  while (rows > 8 && (rows * padded > kStageElements || rows * x_pitch(padded) > arena_floats)) rows /= 2;
   return rows;
 }
 
@@ -54,7 +54,7 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
   const int room = (shared_bytes - kStaticShared) / 4 - tiles;
   int wanted = 0;  // smaller chunks of the same launch may want more rows, never more floats
   for (int p = kTile; p <= padded; p += kTile) {
-    const int rows = stage_rows(p, threads, 1 << 30);
+    const int rows = stage_rows(p, 1 << 30);
     if (rows * x_pitch(p) > wanted) wanted = rows * x_pitch(p);
   }
   int apply_rows = side <= 4 ? 64 : 32;
