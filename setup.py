@@ -126,7 +126,9 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         define = ["-DUSE_CUDA", f'-DCONSISTENCY_OPS_CUDA_ARCHS="{archs}"']
         host = [f"-Xcompiler={flag}" for flag in (*hidden, *prefix_maps)]
         args["cxx"] += define
-        args["nvcc"] = [*common, *define, "-lineinfo", *host]
+        # torch switches the operators of half and bfloat16 off.  (NVCC_APPEND_FLAGS=-lineinfo for a profiler.)
+        undo = [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
+        args["nvcc"] = [*common, *define, *undo, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", *host]
         link["include_dirs"] += [str(home / "include")]
         link["library_dirs"] = [str(home / folder) for folder in ("lib64", "lib")]
         link["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
@@ -151,7 +153,10 @@ class BuildExt(build_ext):
             setattr(command, name, getattr(self, name))
         self.distribution.ext_modules = [configure(e, cpp_extension) for e in self.extensions]
         command.ensure_finalized()
-        command.run()
+        try:
+            command.run()
+        except RuntimeError as error:  # torch's word for a compiler that failed, and for a toolkit unlike torch's own
+            fail(f"the build failed ({error}): the lines above say where.")
 
 
 setup(

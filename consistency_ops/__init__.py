@@ -1,12 +1,31 @@
 """Second-order training at first-order cost: the system of arXiv 1708.00631 as fused kernels for PyTorch."""
 
-from consistency_ops import _library  # first: it says in one sentence what is missing
+from consistency_ops import layers, nn, optim
 from consistency_ops._build import build_info, cmake_prefix_path, include_dir
 from consistency_ops.ops import (
+    batch_rms_norm,
     chunked_covariance,
     foreach_precondition_,
+    modulus,
     precondition,
     precondition_ex,
 )
+from consistency_ops.preconditioner import Preconditioner
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Preconditioner",
+    "batch_rms_norm",
+    "build_info",
+    "chunked_covariance",
+    "cmake_prefix_path",
+    "foreach_precondition_",
+    "include_dir",
+    "layers",
+    "modulus",
+    "nn",
+    "optim",
+    "precondition",
+    "precondition_ex",
+]

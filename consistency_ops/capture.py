@@ -50,28 +50,29 @@ class States:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.tensors: dict[torch.device, Tensor] = {}
         self.step = 0
         self.paused = False
+        self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}  # with the views that reset needs
 
     def on(self, device: torch.device) -> Tensor:
-        if device not in self.tensors:
-            self.tensors[device] = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
-            self._start(self.tensors[device])
-        return self.tensors[device]
+        if device not in self._tensors:
+            state = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
+            views = state[:, :LAST], state[:, USED], state[:, LAST], state[:, STEP], state[:, PAUSED]
+            self._tensors[device] = state, *views
+            self.reset(self.step, self.paused, finished=False)
+        return self._tensors[device][0]
 
     def reset(self, step: int, paused: bool, finished: bool) -> None:
         """Forget all rows and begin ``step``; ``finished``: the rows forgotten are those of a finished step."""
+        pauses = paused != self.paused
         self.step, self.paused = step, paused
-        for state in self.tensors.values():
+        for _, pattern, used, last, steps, pausing in self._tensors.values():
             if finished:
-                state[:, LAST] = state[:, USED]
-            state[:, :LAST].zero_()
-            self._start(state)
-
-    def _start(self, state: Tensor) -> None:
-        state[:, STEP].fill_(self.step)
-        state[:, PAUSED].fill_(int(self.paused))
+                last.copy_(used)
+            pattern.zero_()
+            steps.fill_(step)
+            if pauses or not finished:
+                pausing.fill_(int(paused))
 
 
 class Capture:
@@ -83,7 +84,9 @@ class Capture:
     gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor subclasses.
     """
 
-    def __init__(self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int
+    ) -> None:
         self.weight_name = kind.weight
         self.unit_dim = kind.unit_dim
         self.kind = kind
@@ -93,6 +96,7 @@ class Capture:
         self.seed = seed
         self.rows: Tensor | None = None
         self.state: Tensor | None = None
+        self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
         self.in_forward = False  # eager only: a call outside of any backward pass was captured in this step
         self._marked: weakref.ref[Tensor] | None = None  # the weight with the mark hook
         self._grad: weakref.ref[Tensor] | None = None  # eager: its gradient at the last backward pass of this step
@@ -109,26 +113,22 @@ class Capture:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             self.rows = torch.empty(self.max_rows, self.kind.units(module), dtype=dtype, device=weight.device)
             self.state = self.states.on(weight.device)
+            self.count = self.state[self.index, USED : USED + 1]
         if weight.requires_grad and (self._marked is None or self._marked() is not weight):
             if self._mark_handle is not None:
                 self._mark_handle.remove()
             self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
             self._marked = weakref.ref(weight)
 
-    @property
-    def count(self) -> Tensor:
-        """Rows in the buffer: int64, shape (1,), on the device."""
-        return self.state[self.index, USED : USED + 1]
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         weight = module._parameters[self.weight_name]
-        if not (module.training and torch.is_grad_enabled() and weight.requires_grad):
+        if not (module.training and torch.is_grad_enabled() and weight.requires_grad and isinstance(weight, Parameter)):
             return
         x = args[0] if args else kwargs["input"]
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
         if not torch.compiler.is_compiling():
-            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.peek_interpreter_stack() is not None:
                 return
             if torch._C._current_graph_task_id() == -1:
                 self.in_forward = True

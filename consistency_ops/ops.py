@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from consistency_ops import _library  # noqa: F401  (loading registers the operators)
+from consistency_ops.batch_rms_norm import batch_rms_norm
+from consistency_ops.modulus import modulus
 
 __all__ = [
     "batch_rms_norm",
@@ -45,7 +47,9 @@ def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise NotImplementedError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
     if hasattr(tensor, "to_local"):
-        raise NotImplementedError(f"{op}: {name} must be a plain tensor, got {type(tensor).__name__}; pass its to_local()")
+        raise NotImplementedError(
+            f"{op}: {name} must be a plain tensor, got {type(tensor).__name__}; pass its to_local()"
+        )
 
 
 def _check_device(op: str, tensors: Sequence[Tensor]) -> None:
@@ -65,7 +69,14 @@ def _check_options(op: str, damping: float, scaling: str, chunk: int, group: int
         raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
 
 
+def _check_integers(op: str, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
 def _check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> None:
+    _check_integers(op, chunk=chunk, group=group, max_rows=max_rows)
     if not 1 <= chunk <= MAX_CHUNK:
         raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
     if group is not None and not 1 <= group <= chunk:
@@ -108,9 +119,17 @@ def _check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
         raise TypeError(f"{op}: permutation must be an int64 or int32 tensor, got {kind}")
     if permutation.shape != (units,):
         raise ValueError(f"{op}: permutation must have shape ({units},), got {tuple(permutation.shape)}")
-    if not torch.equal(permutation.sort().values, torch.arange(units, device=permutation.device, dtype=permutation.dtype)):
+    if not torch.equal(
+        permutation.sort().values, torch.arange(units, device=permutation.device, dtype=permutation.dtype)
+    ):
         raise ValueError(f"{op}: permutation must be a bijection of the {units} units")
     return permutation.to(torch.int64).contiguous()
+
+
+def _check_row_counts(op: str, row_counts: list[Tensor]) -> None:
+    for count in row_counts:
+        if not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1:
+            raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {count!r}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -118,6 +137,22 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices of a strided tensor name one element."""
+    reach = 0  # furthest element of the dimensions so far, the smallest strides first
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                break
+            reach += (size - 1) * stride
+    else:
+        return False
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.unique().numel() < tensor.numel()
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
@@ -134,8 +169,10 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 def _check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Refuses gradients that overlap; returns the inputs, those that alias a gradient copied."""
     for tensor in written:
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise RuntimeError(f"{op}: gradients must not overlap, got an expanded tensor {tuple(tensor.shape)}")
+        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+            raise RuntimeError(
+                f"{op}: gradients must not overlap, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
     extents = sorted(((*_extent(t), i) for i, t in enumerate(written) if t.numel()), key=lambda e: e[:2])
     reach, widest = -1, -1
     overlapping = False
@@ -198,7 +235,7 @@ def foreach_precondition_(
     chunk: int = 128,
     group: int | None = None,
     max_rows: int = 10_000,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
@@ -207,8 +244,8 @@ def foreach_precondition_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Correct the gradients of all layers in place, in one call: ``G[:, c] <- G[:, c] (X_c^T X_c / n + damping I)^-1``.
 
-    Args are those of :func:`precondition`, one entry a layer.  ``bias_grads``, ``permutations`` and ``row_counts`` may have
-    ``None`` for some layers.
+    Args are those of :func:`precondition`, one entry a layer.  ``bias_grads``, ``permutation`` and ``row_counts`` may
+    have ``None`` for some layers.
 
     Args:
         layers: third argument of the random division, next to ``seed`` and ``step``; default: the position in the list.
@@ -216,18 +253,31 @@ def foreach_precondition_(
         return_damping: also return the damping used.
 
     Returns:
-        ``info``, int32, one entry a chunk in the order of the layers (and of the groups of a convolution): 0, or the order
-        of the leading minor that was not positive definite when the chunk was given up and its gradient left unchanged.
-        With ``return_damping``: ``(info, damping_used)``.
+        ``info``, int32, one entry a chunk in the order of the layers (and of the groups of a convolution): 0, or the
+        order of the leading minor that was not positive definite when the chunk was given up and its gradient left
+        unchanged. With ``return_damping``: ``(info, damping_used)``.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: shapes, ranges, dtypes, devices, overlapping gradients;
-            nothing has been changed then.
+        ValueError, TypeError, NotImplementedError, RuntimeError: shapes, ranges, dtypes, devices, overlapping
+            gradients; nothing has been changed then.
     """
     return _foreach_precondition_(
-        "foreach_precondition_", grads, inputs, bias_grads, damping, scaling, chunk, group, max_rows, permutations, seed,
-        step, layers, row_counts, return_damping,
-    )  # fmt: skip
+        "foreach_precondition_",
+        grads,
+        inputs,
+        bias_grads,
+        damping,
+        scaling,
+        chunk,
+        group,
+        max_rows,
+        permutation,
+        seed,
+        step,
+        layers,
+        row_counts,
+        return_damping,
+    )
 
 
 def _foreach_precondition_(
@@ -248,9 +298,15 @@ def _foreach_precondition_(
     return_damping: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_options(op, damping, scaling, chunk, group, max_rows)
+    _check_integers(op, seed=seed, step=step)
     grads, inputs = list(grads), list(inputs)
-    for name, entries in (("inputs", inputs), ("bias_grads", bias_grads), ("permutations", permutations),
-                          ("row_counts", row_counts), ("layers", layers)):  # fmt: skip
+    for name, entries in (
+        ("inputs", inputs),
+        ("bias_grads", bias_grads),
+        ("permutation", permutations),
+        ("row_counts", row_counts),
+        ("layers", layers),
+    ):
         if entries is not None and len(entries) != len(grads):
             raise ValueError(f"{op}: {name} must have one entry for each of the {len(grads)} grads, got {len(entries)}")
     if not grads:
@@ -260,6 +316,7 @@ def _foreach_precondition_(
         _check_layer(op, grad, inputs[i], bias_grads[i] if bias_grads is not None else None)
     biases, bias_layers = _dense(bias_grads)
     counts, count_layers = _dense(row_counts)
+    _check_row_counts(op, counts)
     _check_device(op, [*grads, *inputs, *biases, *counts])
     if permutations is not None:
         has_bias = set(bias_layers)
@@ -273,10 +330,23 @@ def _foreach_precondition_(
     groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         info, used = torch.ops.consistency_ops.foreach_precondition_(
-            grads, biases, inputs, orders, counts, bias_layers, order_layers, count_layers,
-            list(range(len(grads))) if layers is None else list(layers), groups, float(damping), scaling == "trace", chunk,
-            max_rows, _signed(seed), _signed(step),
-        )  # fmt: skip
+            grads,
+            biases,
+            inputs,
+            orders,
+            counts,
+            bias_layers,
+            order_layers,
+            count_layers,
+            list(range(len(grads))) if layers is None else list(layers),
+            groups,
+            float(damping),
+            scaling == "trace",
+            chunk,
+            max_rows,
+            _signed(seed),
+            _signed(step),
+        )
     return (info, used) if return_damping else info
 
 
@@ -297,13 +367,14 @@ def precondition_ex(
     """:func:`precondition`, and what became of every chunk.
 
     Returns:
-        ``(corrected, info, damping_used)``.  ``info``: int32, (chunks,): 0, or the order of the leading minor of the damped
-        chunk that is not positive definite, as in ``torch.linalg.cholesky_ex``, when the chunk was given up.
+        ``(corrected, info, damping_used)``.  ``info``: int32, (chunks,): 0, or the order of the leading minor of the
+        damped chunk that is not positive definite, as in ``torch.linalg.cholesky_ex``, when the chunk was given up.
         ``damping_used``: float32, (chunks,): ``damping``, or 10 or 100 times that where the factorisation had failed.
         With ``bias_grad``, ``corrected`` is ``(corrected, corrected_bias)``.
     """
-    return _precondition("precondition_ex", grad, inputs, damping, scaling, chunk, group, max_rows, permutation, seed, step,
-                         bias_grad)  # fmt: skip
+    return _precondition(
+        "precondition_ex", grad, inputs, damping, scaling, chunk, group, max_rows, permutation, seed, step, bias_grad
+    )
 
 
 def _precondition(
@@ -324,9 +395,23 @@ def _precondition(
     _check_layer(op, grad, inputs, bias_grad)
     corrected = grad.detach().clone()
     bias = None if bias_grad is None else bias_grad.detach().clone()
-    info, used = _foreach_precondition_(op, [corrected], [inputs], None if bias is None else [bias], damping, scaling, chunk,
-                                        group, max_rows, None if permutation is None else [permutation], seed, step, None,
-                                        None, True)  # fmt: skip
+    info, used = _foreach_precondition_(
+        op,
+        [corrected],
+        [inputs],
+        None if bias is None else [bias],
+        damping,
+        scaling,
+        chunk,
+        group,
+        max_rows,
+        None if permutation is None else [permutation],
+        seed,
+        step,
+        None,
+        None,
+        True,
+    )
     return (corrected if bias is None else (corrected, bias)), info, used
 
 
@@ -346,47 +431,50 @@ def precondition(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The second-order correction of one layer: ``G[:, c] (X_c^T X_c / n + damping I)^-1`` for every chunk c of units.
 
-    The normal equations of the layer's local linear model (arXiv 1708.00631; METHOD 1.2-1.7): the gradient is multiplied
-    from the right by the inverse damped second moment of the layer's input, on a uniform subsample of the rows and a random
-    division of the units.
+    The normal equations of the layer's local linear model (arXiv 1708.00631; METHOD 1.2-1.7): the gradient is
+    multiplied from the right by the inverse damped second moment of the layer's input, on a uniform subsample of the
+    rows and a random division of the units.
 
     Args:
         grad: weight gradient, (out, in), or (out, in / groups, *kernel) of a convolution with up to three kernel
             dimensions.  float32, float64, bfloat16 or float16; any strides.
-        inputs: what the layer saw, (..., in), or (N, in, *spatial) in any memory format, or (rows, in).  Every leading or
-            spatial position is a row; of a convolution, units are input channels and every tap and output is a row of grad.
-            May differ from ``grad`` in dtype.  Sums are float32, or float64 if either is float64.
+        inputs: what the layer saw, (..., in), or (N, in, *spatial) in any memory format, or (rows, in).  Every leading
+            or spatial position is a row; of a convolution, units are input channels and every tap and output is a row
+            of grad. May differ from ``grad`` in dtype.  Sums are float32, or float64 if either is float64.
         damping: lambda, at least 0.
         scaling: ``"absolute"``: ``A + damping I`` (the paper).  ``"trace"``: ``A / tau + damping I`` with
-            ``tau = trace(A) / units`` of the layer (of each group of a convolution), which keeps the corrected gradient on the
-            scale of the gradient.
-        chunk: largest number of units that are inverted together, 1 to 256.  There are ``ceil(units / chunk)`` chunks, equal
-            within one unit.
-        group: consecutive units that are dealt to chunks together, 1 to ``chunk``; 1 is the exact division of the paper.
+            ``tau = trace(A) / units`` of the layer (of each group of a convolution), which keeps the corrected
+            gradient on the scale of the gradient.
+        chunk: largest number of units that are inverted together, 1 to 256.  There are ``ceil(units / chunk)`` chunks,
+            equal within one unit.
+        group: consecutive units that are dealt to chunks together, 1 to ``chunk``; 1 is the exact division of the
+            paper.
             Default: one 32-byte sector of ``grad`` (8 for float32), or ``chunk`` if that is smaller.
-        max_rows: at most so many rows enter the second moment, every ``ceil(rows / max_rows)``-th after a random offset.
-        permutation: int64, (units,), or (units + 1,) with ``bias_grad``: deals these units in this order instead of drawing a
-            division.
+        max_rows: at most so many rows enter the second moment, every ``ceil(rows / max_rows)``-th after a random
+            offset.
+        permutation: int64, (units,), or (units + 1,) with ``bias_grad``: deals these units in this order instead of
+            drawing a division.
         seed, step: decide the division and the offset of the rows; the layer counts as position 0 of
             :func:`foreach_precondition_`.
-        bias_grad: (out,); the bias is one more unit, with input 1, and the last index.  With several taps each corrects a
-            copy, and the copies are averaged (METHOD 1.5).
+        bias_grad: (out,); the bias is one more unit, with input 1, and the last index.  With several taps each
+            corrects a copy, and the copies are averaged (METHOD 1.5).
 
     Returns:
         The corrected gradient with the shape, dtype and layout of ``grad``; with ``bias_grad`` ``(grad, bias_grad)``.
 
         It never raises for the values of its data and never writes a NaN that was not in ``grad``: a chunk whose
-        factorisation fails is tried again with 10 and 100 times the damping and then left as it was (so are all chunks that
-        saw NaN or Inf, or rows so large that their squares overflow, beyond about 1e19 in float32), and so is every row of a
-        chunk whose result would not be finite.  No rows: the gradient is returned as it is.
+        factorisation fails is tried again with 10 and 100 times the damping and then left as it was (so are all chunks
+        that saw NaN or Inf, or rows so large that their squares overflow, beyond about 1e19 in float32), and so is
+        every row of a chunk whose result would not be finite.  No rows: the gradient is returned as it is.
 
     Raises:
-        ValueError: a shape, ``chunk``, ``group``, ``damping``, ``scaling``, ``max_rows`` or ``permutation`` out of range.
-        TypeError, NotImplementedError: dtypes that are not floating point; complex, sparse or distributed tensors.
-        RuntimeError: tensors on several devices.
+        ValueError: a shape, ``chunk``, ``group``, ``damping``, ``scaling``, ``max_rows`` or ``permutation`` out of
+        range. TypeError, NotImplementedError: dtypes that are not floating point; complex, sparse or distributed
+        tensors. RuntimeError: tensors on several devices.
     """
-    return _precondition("precondition", grad, inputs, damping, scaling, chunk, group, max_rows, permutation, seed, step,
-                         bias_grad)[0]  # fmt: skip
+    return _precondition(
+        "precondition", grad, inputs, damping, scaling, chunk, group, max_rows, permutation, seed, step, bias_grad
+    )[0]
 
 
 def chunked_covariance(
@@ -404,8 +492,8 @@ def chunked_covariance(
     The division, the rows and the defaults are those of :func:`precondition` (``group``: of the dtype of ``inputs``).
 
     Returns:
-        (chunks, chunk, chunk), float32 (float64 for float64), in the order of the division; the tails of chunks smaller than
-        ``chunk`` are zero.  No rows: all zero.
+        (chunks, chunk, chunk), float32 (float64 for float64), in the order of the division; the tails of chunks
+        smaller than ``chunk`` are zero.  No rows: all zero.
 
     Raises:
         As :func:`precondition`.
@@ -418,8 +506,9 @@ def chunked_covariance(
     _check_device(op, [inputs])
     if permutation is not None:
         permutation = _check_permutation(op, permutation, inputs.shape[-1])
-    return foreach_covariance([inputs], chunk=chunk, group=group, max_rows=max_rows, permutations=[permutation], seed=seed,
-                              step=step)[0]  # fmt: skip
+    return foreach_covariance(
+        [inputs], chunk=chunk, group=group, max_rows=max_rows, permutation=[permutation], seed=seed, step=step
+    )[0]
 
 
 # The stages, for running averages, reuse of an inverse over several steps, and sums over ranks
@@ -433,7 +522,7 @@ def foreach_covariance(
     chunk: int = 128,
     group: int | None = None,
     max_rows: int = 10_000,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
@@ -442,19 +531,22 @@ def foreach_covariance(
     """First stage of :func:`foreach_precondition_`: each layer's chunked second moments, undamped.
 
     Args:
-        grads: the gradients that will be corrected; their shapes tell convolutions and their groups, their dtypes the default
-            ``group``.  Without them every input is (..., units).
+        grads: the gradients that will be corrected; their shapes tell convolutions and their groups, their dtypes the
+            default ``group``.  Without them every input is (..., units).
         bias: whether the layer's bias is one more unit.
 
     Returns:
-        A (chunks, chunk, chunk) tensor for each layer, (groups * chunks, chunk, chunk) for a grouped convolution; float32,
-        or float64 if any input is float64.
+        A (chunks, chunk, chunk) tensor for each layer, (groups * chunks, chunk, chunk) for a grouped convolution;
+        float32, or float64 if any input is float64.
     """
     op = "foreach_covariance"
     _check_chunk(op, chunk, group, max_rows)
+    _check_integers(op, seed=seed, step=step)
     inputs = list(inputs)
     if not inputs:
         return []
+    for x in inputs:
+        _check_tensor(op, "inputs", x)
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -462,14 +554,27 @@ def foreach_covariance(
         dims.append(1 if conv else x.dim() - 1)
         units.append(x.shape[-1] if grad is None else grad.shape[1])
         groups.append(_default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
-    orders, order_layers = _dense(permutations)
+    orders, order_layers = _dense(permutation)
     counts, count_layers = _dense(row_counts)
+    _check_row_counts(op, counts)
+    _check_device(op, [*inputs, *counts])
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_covariance(
-            inputs, orders, counts, order_layers, count_layers,
-            list(range(len(inputs))) if layers is None else list(layers), groups, dims, units,
-            [False] * len(inputs) if bias is None else list(bias), chunk, max_rows, _signed(seed), _signed(step),
-        )  # fmt: skip
+            inputs,
+            orders,
+            counts,
+            order_layers,
+            count_layers,
+            list(range(len(inputs))) if layers is None else list(layers),
+            groups,
+            dims,
+            units,
+            [False] * len(inputs) if bias is None else list(bias),
+            chunk,
+            max_rows,
+            _signed(seed),
+            _signed(step),
+        )
 
 
 def foreach_inverse(
@@ -488,7 +593,9 @@ def foreach_inverse(
     Returns:
         ``(inverses, info, damping_used)``; the inverse of a chunk that was given up is zero.
     """
-    _check_options("foreach_inverse", damping, scaling, chunk, None, 1)
+    op = "foreach_inverse"
+    _check_options(op, damping, scaling, chunk, None, 1)
+    _check_device(op, list(covariances))
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_inverse(
             list(covariances), list(units), float(damping), scaling == "trace", chunk
@@ -503,29 +610,41 @@ def foreach_apply_(
     bias_grads: Sequence[Tensor | None] | None = None,
     chunk: int = 128,
     group: int | None = None,
-    permutations: Sequence[Tensor | None] | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
 ) -> None:
     """Third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
 
-    ``chunk``, ``group``, ``permutations``, ``seed``, ``step`` and ``layers`` must be those of the covariance.  Chunks with
-    ``info != 0`` are left alone.
+    ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.  Chunks
+    with ``info != 0`` are left alone.
     """
     op = "foreach_apply_"
     _check_chunk(op, chunk, group)
+    _check_integers(op, seed=seed, step=step)
     grads = list(grads)
     biases, bias_layers = _dense(bias_grads)
-    orders, order_layers = _dense(permutations)
+    _check_device(op, [*grads, *biases, *inverses, info])
+    orders, order_layers = _dense(permutation)
     if _is_real(grads[0]):
         _check_overlap(op, [*grads, *biases], [])
     groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         torch.ops.consistency_ops.foreach_apply_(
-            grads, biases, list(inverses), info, orders, bias_layers, order_layers,
-            list(range(len(grads))) if layers is None else list(layers), groups, chunk, _signed(seed), _signed(step),
-        )  # fmt: skip
+            grads,
+            biases,
+            list(inverses),
+            info,
+            orders,
+            bias_layers,
+            order_layers,
+            list(range(len(grads))) if layers is None else list(layers),
+            groups,
+            chunk,
+            _signed(seed),
+            _signed(step),
+        )
 
 
 # Shapes for tracing
@@ -536,8 +655,24 @@ def _chunks(units: int, chunk: int) -> int:
 
 
 @torch.library.register_fake("consistency_ops::foreach_precondition_")
-def _(grads, bias_grads, inputs, permutations, row_counts, bias_layers, permutation_layers, row_count_layers, layers, groups,
-      damping, trace_scaling, chunk, max_rows, seed, step):  # fmt: skip
+def _(
+    grads,
+    bias_grads,
+    inputs,
+    permutations,
+    row_counts,
+    bias_layers,
+    permutation_layers,
+    row_count_layers,
+    layers,
+    groups,
+    damping,
+    trace_scaling,
+    chunk,
+    max_rows,
+    seed,
+    step,
+):
     total = 0
     for i, (grad, x) in enumerate(zip(grads, inputs, strict=True)):
         conv_groups = x.shape[1] // grad.shape[1] if grad.dim() > 2 else 1
@@ -546,8 +681,22 @@ def _(grads, bias_grads, inputs, permutations, row_counts, bias_layers, permutat
 
 
 @torch.library.register_fake("consistency_ops::foreach_covariance")
-def _(inputs, permutations, row_counts, permutation_layers, row_count_layers, layers, groups, unit_dims, units, bias, chunk,
-      max_rows, seed, step):  # fmt: skip
+def _(
+    inputs,
+    permutations,
+    row_counts,
+    permutation_layers,
+    row_count_layers,
+    layers,
+    groups,
+    unit_dims,
+    units,
+    bias,
+    chunk,
+    max_rows,
+    seed,
+    step,
+):
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     return [
         x.new_empty(x.shape[dim] // u * _chunks(u + b, chunk), chunk, chunk, dtype=dtype)
@@ -567,5 +716,7 @@ def _(covariances, units, damping, trace_scaling, chunk):
 
 
 @torch.library.register_fake("consistency_ops::foreach_apply_")
-def _(grads, bias_grads, inverses, info, permutations, bias_layers, permutation_layers, layers, groups, chunk, seed, step):
+def _(
+    grads, bias_grads, inverses, info, permutations, bias_layers, permutation_layers, layers, groups, chunk, seed, step
+):
     return None

@@ -1,10 +1,12 @@
 """Every operation in a few lines of plain torch: the definition that tests, docs and fallbacks share.
 
-Nothing here is fast.  The random division mirrors ``csrc/include/consistency_ops/random.h`` bit for bit; the rest works in
-whatever floating dtype it is given, so a float64 call is the reference that decides who is right.
+Nothing here is fast.  The random division mirrors ``csrc/include/consistency_ops/random.h`` bit for bit; the rest
+works in whatever floating dtype it is given, so a float64 call is the reference that decides who is right.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -65,8 +67,8 @@ def _bijection(size: int, keys: tuple[int, ...]) -> Tensor:
 def division(units: int, chunk: int, group: int = 1, seed: int = 0, step: int = 0, layer: int = 0) -> Tensor:
     """Units in the order in which they are dealt to chunks, shape (units,), int64; cut it at ``chunk_bounds``.
 
-    Runs of ``group`` consecutive units move together, after a random cyclic offset; ``group=1`` is the exact division of
-    the paper (METHOD 1.7).  A single chunk keeps the natural order.
+    Runs of ``group`` consecutive units move together, after a random cyclic offset; ``group=1`` is the exact division
+    of the paper (METHOD 1.7).  A single chunk keeps the natural order.
     """
     if units <= chunk:
         return torch.arange(units)
@@ -88,7 +90,8 @@ def chunk_bounds(units: int, chunk: int) -> list[int]:
 
 
 def _unit_rows(inputs: Tensor, grad_dim: int) -> Tensor:
-    """Input as (rows, units): the last dimension holds the units of a linear layer, dimension 1 those of a convolution."""
+    """Input as (rows, units): the last dimension holds the units of a linear layer, dimension 1 those of a
+    convolution."""
     if grad_dim > 2 and inputs.dim() == grad_dim:
         return inputs.movedim(1, -1).flatten(0, -2)
     return inputs.flatten(0, -2)
@@ -119,14 +122,15 @@ def chunked_covariance(
     order = division(units, chunk, group, seed, step) if permutation is None else permutation
     bounds = chunk_bounds(units, chunk)
     out = covariance.new_zeros(len(bounds) - 1, chunk, chunk)
-    for c, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
         index = order[begin:end]
         out[c, : end - begin, : end - begin] = covariance[index][:, index]
     return out
 
 
 def _correct(matrix: Tensor, covariance: Tensor, damping: float) -> tuple[Tensor, int, float]:
-    """``matrix (covariance + damping I)^-1``, or the matrix itself after three failures, each with ten times the damping."""
+    """``matrix (covariance + damping I)^-1``, or the matrix itself after three failures, each with ten times the
+    damping."""
     eye = torch.eye(len(covariance), dtype=covariance.dtype)
     for tries in range(MAX_TRIES):
         used = damping * 10.0**tries
@@ -185,7 +189,7 @@ def precondition(
         order = division(units, chunk, group, seed, step, layer) if permutation is None else permutation
         bounds = chunk_bounds(units, chunk)
         result = taps.clone()
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             index = order[begin:end]
             block, failed, lam = _correct(taps[:, :, index].flatten(0, 1), covariance[index][:, index], damping)
             result[:, :, index] = block.reshape(*taps.shape[:2], -1)
@@ -196,3 +200,36 @@ def precondition(
             bias[out] = copies.mean(dim=1)
         corrected[out] = result.transpose(1, 2).reshape(corrected[out].shape)
     return corrected, bias, torch.tensor(info, dtype=torch.int32), torch.tensor(used)
+
+
+# Activation and normalisation
+
+
+def modulus(x: Tensor) -> Tensor:
+    """|x| with derivative +1 at zero (real) or 0 (complex); adding zero turns -0.0 into 0.0."""
+    return x.abs() if x.is_complex() else torch.where(x < 0, -x, x + 0)
+
+
+def batch_rms_norm(
+    x: Tensor,
+    running_ms: Tensor,
+    *,
+    training: bool,
+    num_batches: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-2,
+) -> Tensor:
+    """METHOD 1.8; ``running_ms`` (C) and ``num_batches`` (1) are updated in place in training, D is a constant."""
+    with torch.no_grad():
+        if training and x.numel() > 0:
+            dims = [0, *range(2, x.dim())]
+            mean_square = x.to(running_ms.dtype).square().mean(dims)
+            running_ms.mul_(momentum).add_((1 - momentum) * mean_square)
+            if num_batches is not None:
+                num_batches += 1
+        count = 0 if num_batches is None else int(num_batches)
+        correction = 1 - momentum**count if count > 0 else 1.0
+        if running_ms.numel() == 0:
+            return x.clone()
+        denominator = (running_ms / correction + eps * (running_ms.max() + 1e-6)).sqrt()
+    return (x / denominator.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype)

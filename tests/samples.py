@@ -1,4 +1,4 @@
-"""Sample generators that tests, opcheck and benchmarks share, and the float64 oracle that decides who is right.
+"""Sample generators that the tests share, and the float64 oracle that decides who is right.
 
 The oracle is numpy and loops over chunks as arXiv 1708.00631 writes them; it shares with ``reference.py`` only
 the random division, which test_division.py checks by itself.
@@ -19,60 +19,6 @@ from consistency_ops import reference
 
 EPS32 = torch.finfo(torch.float32).eps
 SECTOR_BYTES = 32
-
-# Layer shapes of the six workloads (KERNELS.md 3.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """A weight of ``outputs`` x ``units`` x ``kernel``; ``kernel`` is empty for a linear layer."""
-
-    outputs: int
-    units: int
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def weight(self) -> tuple[int, ...]:
-        return (self.outputs, self.units, *self.kernel)
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-
-def _resnet50() -> list[LayerShape]:
-    layers = [LayerShape(64, 3, (7, 7))]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            layers += [LayerShape(width, channels, (1, 1)), LayerShape(width, width, (3, 3))]
-            layers += [LayerShape(4 * width, width, (1, 1))]
-            if block == 0:
-                layers += [LayerShape(4 * width, channels, (1, 1))]
-            channels = 4 * width
-    return layers
-
-
-def workload(name: str) -> list[LayerShape]:
-    """The layers of one of ``WORKLOADS``."""
-    if name == "mlp":
-        return [LayerShape(100, 784), LayerShape(100, 100), LayerShape(100, 100), LayerShape(10, 100)]
-    if name == "wide-mlp":
-        return [LayerShape(512, 512)] * 3
-    if name == "resnet50":
-        return _resnet50()
-    if name == "vit-b16":
-        block = [LayerShape(2304, 768), LayerShape(768, 768), LayerShape(3072, 768), LayerShape(768, 3072)]
-        return block * 12
-    if name == "linear-4096":
-        return [LayerShape(4096, 4096)]
-    if name == "llama-block":
-        return [LayerShape(4096, 4096)] * 4 + [LayerShape(11008, 4096)] * 2 + [LayerShape(4096, 11008)]
-    raise ValueError(f"workload: name must be one of {WORKLOADS}, got {name!r}")
-
-
-WORKLOADS = ("mlp", "wide-mlp", "resnet50", "vit-b16", "linear-4096", "llama-block")
-
 
 # Random cases of the functional op
 
@@ -308,13 +254,14 @@ def solve_float64(chunk: Chunk) -> np.ndarray:
     return np.linalg.solve(chunk.damped(), flat.T).T.reshape(chunk.gradient.shape)
 
 
-def solve_torch(chunk: Chunk, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """torch's own composition in ``dtype``: gathered rows, mm, cholesky, cholesky_solve."""
-    rows = torch.from_numpy(np.ascontiguousarray(chunk.rows)).to(dtype)
-    covariance = rows.T @ rows / len(rows) / chunk.tau + chunk.damping * torch.eye(rows.shape[1], dtype=dtype)
-    flat = torch.from_numpy(np.ascontiguousarray(chunk.gradient.reshape(-1, len(chunk.units)))).to(dtype)
+def solve_torch(chunk: Chunk, reverse: bool = False) -> np.ndarray:
+    """torch's own float32 composition: mm, cholesky, cholesky_solve; the units in their order or reversed."""
+    order = np.arange(len(chunk.units))[:: -1 if reverse else 1]
+    rows = torch.from_numpy(np.ascontiguousarray(chunk.rows[:, order])).float()
+    covariance = rows.T @ rows / len(rows) / chunk.tau + chunk.damping * torch.eye(rows.shape[1])
+    flat = torch.from_numpy(chunk.gradient.reshape(-1, len(order))[:, order]).float()
     solution = torch.cholesky_solve(flat.T, torch.linalg.cholesky(covariance)).T
-    return solution.reshape(chunk.gradient.shape).double().numpy()
+    return solution[:, order.copy()].reshape(chunk.gradient.shape).double().numpy()
 
 
 def gather(chunk: Chunk, grad: Tensor, bias_grad: Tensor | None) -> np.ndarray:

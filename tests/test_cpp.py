@@ -18,19 +18,19 @@ def cmake(*arguments):
     return done.stdout
 
 
-def build_and_run(build, prefix, *options):
+def build_and_run(build, prefix, *options, problems=12):
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCONSISTENCY_OPS_CUDA=OFF", *options)
     cmake("--build", build, "--parallel", "2")
     outputs = []
-    for name in ("cholesky", "correct"):
-        done = subprocess.run([build / name], capture_output=True, text=True, env={})
+    for name, *arguments in (["cholesky"], ["correct"], ["stress", str(problems)]):
+        done = subprocess.run([build / name, *arguments], capture_output=True, text=True, env={})
         assert done.returncode == 0, f"{name}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
     return outputs
 
 
 def test_from_the_package(tmp_path):
-    cholesky, _ = build_and_run(tmp_path / "build", co.cmake_prefix_path())
+    cholesky, *_ = build_and_run(tmp_path / "build", co.cmake_prefix_path())
     assert cholesky.rstrip().endswith(f", {co.build_info()['cpu_isa']}")
 
 
@@ -60,8 +60,9 @@ def test_installed(tmp_path, shared):
 
 
 @pytest.mark.slow
-def test_sanitizers(tmp_path):
-    """No out-of-bounds access, no undefined behaviour and no leak on the way."""
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -g"
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path, sanitizer):
+    """No access out of bounds, undefined behaviour, leak or race over random problems, on every instruction set."""
+    flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g -O1"
     options = [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
-    build_and_run(tmp_path / "build", co.cmake_prefix_path(), *options)
+    build_and_run(tmp_path / "build", co.cmake_prefix_path(), *options, problems=40)

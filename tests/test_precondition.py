@@ -44,9 +44,11 @@ def rounded(values, dtype):
 
 @pytest.mark.parametrize("first", range(0, CASES, BATCH))
 def test_random_cases_against_float64(first):
-    """Per chunk: error <= 50 eps cond + rounding of a 16-bit result.  Per case: the worst chunk is not worse than
-    twice the worst chunk of torch's own composition in the same precision, plus 2 eps for the result's own rounding
-    (which torch can miss by luck where a chunk has a unit or two)."""
+    """Per chunk: error <= 50 eps cond + rounding of a 16-bit result, eps of the compute type.
+
+    Per case computed in float32: the worst chunk is not worse than twice the worst chunk of torch's own float32
+    composition, plus 2 eps for the result's own rounding.  The order of the units in a chunk is arbitrary, and torch
+    can be exact by luck in one order of two units, so its error is the larger of two orders."""
     for index in range(first, first + BATCH):
         sample = case(index)
         grad, inputs, keywords = build(sample)
@@ -61,14 +63,17 @@ def test_random_cases_against_float64(first):
         for chunk in chunks(grad, inputs, **keywords):
             want = average_bias(chunk, solve_float64(chunk), sample.bias, sample.units)
             got = gather(chunk, weight, bias)
-            plain = average_bias(chunk, solve_torch(chunk, dtype), sample.bias, sample.units)
             error, condition = relative_error(got, want), np.linalg.cond(chunk.damped())
             rounding = output_rounding(want, grad.dtype)
             assert error <= 50 * eps * condition + rounding, (sample, count, error, condition)
-            worst, worst_torch = max(worst, error), max(worst_torch, relative_error(rounded(plain, grad.dtype), want))
+            worst = max(worst, error)
+            for reverse in (False, True) if dtype == torch.float32 else ():
+                plain = average_bias(chunk, solve_torch(chunk, reverse), sample.bias, sample.units)
+                worst_torch = max(worst_torch, relative_error(rounded(plain, grad.dtype), want))
             worst_rounding = max(worst_rounding, rounding)
             count += 1
-        assert worst <= 2 * worst_torch + 2 * eps + worst_rounding, (sample, worst, worst_torch)
+        if dtype == torch.float32:
+            assert worst <= 2 * worst_torch + 2 * eps + worst_rounding, (sample, worst, worst_torch)
         assert info.shape == used.shape == (count,) and info.dtype == torch.int32, sample
         assert not info.any() and torch.equal(used, torch.full((count,), sample.damping)), sample
 

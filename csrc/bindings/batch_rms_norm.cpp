@@ -82,20 +82,21 @@ Tensor denominator_training(Tensor x, Tensor running_ms, std::optional<Tensor> n
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(1) == running_ms.numel(), kOp,
                   ": x must be (N, C, *spatial) with C = ", running_ms.numel());
   BatchRmsNormParams params{};
-  ChannelView same;
-  if (!channel_views(x, x, params.view, same)) {
-    x = torch::stable::contiguous(x);
-    channel_views(x, x, params.view, same);
-  }
-  params.x = x.const_data_ptr();
   params.dtype = dtype_of(x, kOp, "x");
+  if (x.numel() > 0) {
+    ChannelView same;
+    if (!channel_views(x, x, params.view, same)) {
+      x = torch::stable::contiguous(x);
+      channel_views(x, x, params.view, same);
+    }
+    params.x = x.const_data_ptr();
+  }
   return denominator(params, running_ms, num_batches, statistics_type(x), momentum, eps);
 }
 
 Tensor denominator_evaluation(Tensor running_ms, std::optional<Tensor> num_batches, ScalarType dtype, double momentum,
                               double eps) {
   BatchRmsNormParams params{};
-  params.view.inner_stride = 1;
   return denominator(params, running_ms, num_batches, dtype, momentum, eps);
 }
 

@@ -22,8 +22,8 @@ CaptureProblem describe_buffer(const Tensor& rows, const Tensor& state, int64_t 
   STD_TORCH_CHECK(state.dim() == 2 && state.is_contiguous() && state.size(1) == consistency_ops::kCaptureStateSize &&
                       state.scalar_type() == ScalarType::Long,
                   "capture_rows_: state must be contiguous int64 [layers, ", consistency_ops::kCaptureStateSize, "]");
-  STD_TORCH_CHECK(0 <= index && index < state.size(0), "capture_rows_: index must be in [0, ", state.size(0),
-                  "), got ", index);
+  STD_TORCH_CHECK(0 <= index && index < state.size(0), "capture_rows_: index must be in [0, ", state.size(0), "), got ",
+                  index);
   CaptureProblem p{};
   p.rows = rows.data_ptr();
   p.rows_dtype = dtype_of(rows, "capture_rows_", "rows");
@@ -73,8 +73,7 @@ void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t u
     source = torch::stable::contiguous(x);
     describe_rows(source, unit_dim, p);  // at most one dimension on each side of unit_dim
   }
-  const consistency_ops::Status status =
-      consistency_ops::capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
+  const consistency_ops::Status status = consistency_ops::capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
   STD_TORCH_CHECK(status == consistency_ops::Status::kOk,
                   "capture_rows_: rows must be float32, float64 or have the dtype of x, and be at least as wide");
 }

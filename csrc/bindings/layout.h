@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace consistency_ops::bindings {
@@ -43,6 +45,23 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] != 1 && left[d] != right[d]) return false;
+  }
+  return true;
+}
+
+// Whether the elements fill one block of memory, in whatever order of the dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
   }
   return true;
 }

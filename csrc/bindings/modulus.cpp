@@ -2,6 +2,7 @@
 // copied into the result.
 #include "consistency_ops/modulus.h"
 
+#include <optional>
 #include <tuple>
 
 #include "bindings/checks.h"
@@ -82,15 +83,18 @@ std::tuple<Tensor, Tensor> modulus_forward(const Tensor& x, int64_t batch_dims) 
   return {y, signs};
 }
 
-Tensor modulus_backward(const Tensor& grad, const Tensor& signs, IntHeaderOnlyArrayRef strides) {
+// Without strides grad already has those of the forward result.
+Tensor modulus_backward(const Tensor& grad, const Tensor& signs, const std::optional<std::vector<int64_t>>& strides) {
   const int64_t row_bytes = signs.dim() == 0 ? 0 : signs.size(signs.dim() - 1);
   const int64_t rows = row_bytes == 0 ? 0 : signs.numel() / row_bytes;
   const int64_t row_length = rows == 0 ? 0 : grad.numel() / rows;
-  STD_TORCH_CHECK(static_cast<int64_t>(strides.size()) == grad.dim() && signs.is_contiguous() &&
-                      signs.scalar_type() == ScalarType::Byte && (row_length + 7) / 8 == row_bytes &&
-                      rows * row_length == grad.numel(),
+  STD_TORCH_CHECK(signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte &&
+                      (row_length + 7) / 8 == row_bytes && rows * row_length == grad.numel() &&
+                      (!strides || static_cast<int64_t>(strides->size()) == grad.dim()),
                   "modulus_backward: signs and strides must be those of a forward result of the shape of grad");
-  Tensor out = empty_strided(grad, grad.sizes(), strides, grad.scalar_type());
+  Tensor out = strides ? empty_strided(grad, grad.sizes(), *strides, grad.scalar_type())
+                       : empty_strided(grad, grad.sizes(), grad.strides(), grad.scalar_type());
+  STD_TORCH_CHECK(is_dense(out), "modulus_backward: the strides must be those of a dense tensor");
   ModulusBackwardParams params{};
   params.dtype = dtype_of(grad, "modulus_backward", "grad");
   params.grad = source(grad, out);

@@ -2,7 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(consistency_ops, m) {
-  // Lists that may lack entries (bias_grads, permutations, row_counts) are dense, with the layer of each entry beside them.
+  // Lists that may lack entries (bias_grads, permutations, row_counts) are dense, with the layer of each entry beside
+  // them.
   m.def(
       "foreach_precondition_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inputs, Tensor[] permutations, "
       "Tensor[] row_counts, int[] bias_layers, int[] permutation_layers, int[] row_count_layers, int[] layers, "
@@ -16,17 +17,19 @@ STABLE_TORCH_LIBRARY(consistency_ops, m) {
       "foreach_inverse(Tensor[] covariances, SymInt[] units, float damping, bool trace_scaling, int chunk) "
       "-> (Tensor[] inverses, Tensor info, Tensor damping_used)");
   m.def(
-      "foreach_apply_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inverses, Tensor info, Tensor[] permutations, "
+      "foreach_apply_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inverses, Tensor info, Tensor[] "
+      "permutations, "
       "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, int chunk, int seed, int step) -> ()");
 
-  // signs: one bit an element, in the memory order of the result; strides: those of the result.
+  // signs: one bit an element, in the memory order of the result; strides: those of the result, if grad has others.
   m.def("modulus(Tensor x) -> Tensor");
-  m.def("modulus_forward(Tensor x, int batch_dims) -> (Tensor y, Tensor signs)");
-  m.def("modulus_backward(Tensor grad, Tensor signs, SymInt[] strides) -> Tensor");
+  m.def("modulus_forward(Tensor x, int batch_dims=0) -> (Tensor y, Tensor signs)");
+  m.def("modulus_backward(Tensor grad, Tensor signs, SymInt[]? strides=None) -> Tensor");
   m.def("modulus_complex_backward(Tensor grad, Tensor x) -> Tensor");
 
   m.def(
-      "batch_rms_norm_denominator_(Tensor x, Tensor(a!) running_ms, Tensor(b!)? num_batches, float momentum, float eps) "
+      "batch_rms_norm_denominator_(Tensor x, Tensor(a!) running_ms, Tensor(b!)? num_batches, float momentum, float "
+      "eps) "
       "-> Tensor");
   m.def(
       "batch_rms_norm_denominator(Tensor running_ms, Tensor? num_batches, ScalarType dtype, float momentum, float eps) "

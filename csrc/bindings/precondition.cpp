@@ -47,8 +47,8 @@ void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int64_t fi
   }
   layer.x_dtype = dtype_of(x, op, "inputs");
   layer.x_unit_stride = x.stride(unit_dim);
-  layer.x = static_cast<const char*>(x.const_data_ptr()) +
-            first_unit * layer.x_unit_stride * element_size(layer.x_dtype);
+  layer.x =
+      static_cast<const char*>(x.const_data_ptr()) + first_unit * layer.x_unit_stride * element_size(layer.x_dtype);
 }
 
 void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_group, int64_t conv_groups, const char* op) {
@@ -95,8 +95,8 @@ void set_permutation(PreconditionLayer& layer, const Tensor* permutation, const 
   const int64_t* unit = permutation->const_data_ptr<int64_t>();
   std::vector<bool> seen(units, false);
   for (int64_t p = 0; p < units; ++p) {
-    STD_TORCH_CHECK(unit[p] >= 0 && unit[p] < units && !seen[unit[p]], op, ": permutation must be a bijection of ", units,
-                    " units, got ", unit[p], " at ", p);
+    STD_TORCH_CHECK(unit[p] >= 0 && unit[p] < units && !seen[unit[p]], op, ": permutation must be a bijection of ",
+                    units, " units, got ", unit[p], " at ", p);
     seen[unit[p]] = true;
   }
   layer.permutation = unit;
@@ -109,8 +109,7 @@ void set_row_count(PreconditionLayer& layer, const Tensor* row_count, const char
   layer.row_count = row_count->const_data_ptr<int64_t>();
 }
 
-PreconditionOptions make_options(int64_t chunk, int64_t max_rows, int64_t seed, int64_t step,
-                                 const char* op) {
+PreconditionOptions make_options(int64_t chunk, int64_t max_rows, int64_t seed, int64_t step, const char* op) {
   STD_TORCH_CHECK(chunk >= 1 && chunk <= kMaxChunk, op, ": chunk must be in [1, ", kMaxChunk, "], got ", chunk);
   STD_TORCH_CHECK(max_rows >= 1, op, ": max_rows must be at least 1, got ", max_rows);
   PreconditionOptions options;
@@ -138,7 +137,8 @@ int64_t total_chunks(const std::vector<PreconditionLayer>& layers, const Precond
   return total;
 }
 
-void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, int32_t* info, float* used) {
+void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, int32_t* info,
+                 float* used) {
   for (PreconditionLayer& layer : layers) {
     layer.info = info;
     layer.damping_used = used;
@@ -155,16 +155,16 @@ void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOpti
 std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Tensors& bias_grads, Tensors inputs,
                                                  const Tensors& permutations, const Tensors& row_counts,
                                                  const Ints& bias_layers, const Ints& permutation_layers,
-                                                 const Ints& row_count_layers, const Ints& layer_indices, const Ints& groups,
-                                                 double damping, bool trace_scaling, int64_t chunk, int64_t max_rows,
-                                                 int64_t seed, int64_t step) {
+                                                 const Ints& row_count_layers, const Ints& layer_indices,
+                                                 const Ints& groups, double damping, bool trace_scaling, int64_t chunk,
+                                                 int64_t max_rows, int64_t seed, int64_t step) {
   const char* op = "foreach_precondition_";
   PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   const size_t count = grads.size();
-  STD_TORCH_CHECK(count > 0 && inputs.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
-                  inputs.size(), " inputs and ", layer_indices.size(), " layer indices");
+  STD_TORCH_CHECK(count > 0 && inputs.size() == count && layer_indices.size() == count && groups.size() == count, op,
+                  ": got ", count, " grads, ", inputs.size(), " inputs and ", layer_indices.size(), " layer indices");
   const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
   const auto row_count = spread(row_counts, row_count_layers, count, op, "row_counts");
@@ -205,14 +205,15 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
 
 Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Tensors& row_counts,
                            const Ints& permutation_layers, const Ints& row_count_layers, const Ints& layer_indices,
-                           const Ints& groups, const Ints& unit_dims, const Ints& units, const std::vector<bool>& with_bias,
-                           int64_t chunk, int64_t max_rows, int64_t seed, int64_t step) {
+                           const Ints& groups, const Ints& unit_dims, const Ints& units,
+                           const std::vector<bool>& with_bias, int64_t chunk, int64_t max_rows, int64_t seed,
+                           int64_t step) {
   const char* op = "foreach_covariance";
   PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
   options.stages = kStageCovariance;
   const size_t count = inputs.size();
-  STD_TORCH_CHECK(layer_indices.size() == count && groups.size() == count && unit_dims.size() == count && units.size() == count &&
-                      with_bias.size() == count,
+  STD_TORCH_CHECK(layer_indices.size() == count && groups.size() == count && unit_dims.size() == count &&
+                      units.size() == count && with_bias.size() == count,
                   op, ": every input needs its layer index, unit dimension, number of units and bias flag");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
   const auto row_count = spread(row_counts, row_count_layers, count, op, "row_counts");
@@ -249,8 +250,8 @@ int64_t check_matrices(const Tensor& matrices, int64_t units, const Precondition
   const int64_t chunks = (units + options.chunk - 1) / options.chunk;
   STD_TORCH_CHECK(units > 0 && matrices.dim() == 3 && matrices.size(1) == options.chunk &&
                       matrices.size(2) == options.chunk && matrices.size(0) % chunks == 0 && matrices.is_contiguous(),
-                  op, ": matrices of ", units, " units must be contiguous, (groups * ", chunks, ", ", options.chunk, ", ",
-                  options.chunk, ")");
+                  op, ": matrices of ", units, " units must be contiguous, (groups * ", chunks, ", ", options.chunk,
+                  ", ", options.chunk, ")");
   STD_TORCH_CHECK((matrices.scalar_type() == ScalarType::Double) == options.float64 &&
                       (options.float64 || matrices.scalar_type() == ScalarType::Float),
                   op, ": matrices must all be float32 or all float64");
@@ -296,8 +297,9 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
   PreconditionOptions options = make_options(chunk, 1, seed, step, op);
   options.stages = kStageApply;
   const size_t count = grads.size();
-  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count && groups.size() == count, op, ": got ", count, " grads, ",
-                  inverses.size(), " inverses and ", layer_indices.size(), " layer indices");
+  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count && groups.size() == count, op,
+                  ": got ", count, " grads, ", inverses.size(), " inverses and ", layer_indices.size(),
+                  " layer indices");
   options.float64 = inverses[0].scalar_type() == ScalarType::Double;
   const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
@@ -306,8 +308,8 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
     STD_TORCH_CHECK(grads[l].dim() >= 2, op, ": grad must have at least 2 dimensions, got ", grads[l].dim());
     const int64_t units = grads[l].size(1) + (bias[l] != nullptr ? 1 : 0);
     const int64_t conv_groups = check_matrices(inverses[l], units, options, op);
-    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups, " groups do not divide ",
-                    grads[l].size(0), " outputs");
+    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups,
+                    " groups do not divide ", grads[l].size(0), " outputs");
     STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
                     grads[l].size(0), " elements");
     const int64_t bytes = inverses[l].numel() / conv_groups * (options.float64 ? 8 : 4);
@@ -320,9 +322,9 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
       layers.push_back(layer);
     }
   }
-  STD_TORCH_CHECK(info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) &&
-                      info.is_contiguous(),
-                  op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");
+  STD_TORCH_CHECK(
+      info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) && info.is_contiguous(),
+      op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");
   set_outputs(layers, options, const_cast<int32_t*>(info.const_data_ptr<int32_t>()), nullptr);
   launch(layers, options, op);
 }

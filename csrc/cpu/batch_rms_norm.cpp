@@ -28,7 +28,6 @@ struct Kernels {
 namespace portable {
 #define CO_VECTOR_BYTES 16
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace portable
 
@@ -38,7 +37,6 @@ namespace portable {
 namespace avx2 {
 #define CO_VECTOR_BYTES 32
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -48,19 +46,16 @@ namespace avx2 {
 namespace avx512 {
 #define CO_VECTOR_BYTES 64
 #include "cpu/batch_rms_norm.inl"
-#include "cpu/convert.inl"
 #undef CO_VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
 
 const Kernels& kernels(DType dtype) {
-  const char* isa = cpu::isa_name();
 #if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) return avx512::kTable[static_cast<int>(dtype)];
-  if (std::strcmp(isa, "avx2") == 0) return avx2::kTable[static_cast<int>(dtype)];
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx512) return avx512::kTable[static_cast<int>(dtype)];
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx2) return avx2::kTable[static_cast<int>(dtype)];
 #endif
-  (void)isa;
   return portable::kTable[static_cast<int>(dtype)];
 }
 
@@ -163,7 +158,8 @@ bool channel_squares(const BatchRmsNormParams& p, const ThreadPool& pool, double
 
 Status batch_rms_norm_denominator_cpu(const BatchRmsNormParams& p, const ThreadPool& pool) {
   const int64_t channels = p.view.channels, count = p.view.outer * p.view.inner;
-  if (!valid(p.view) || !(p.momentum >= 0 && p.momentum < 1) || !(p.eps > 0)) return Status::kInvalidArgument;
+  if ((p.x != nullptr && !valid(p.view)) || !(p.momentum >= 0 && p.momentum < 1) || !(p.eps > 0))
+    return Status::kInvalidArgument;
   if (channels == 0) return Status::kOk;
   if (p.x != nullptr && count > 0) {
     const std::unique_ptr<double, void (*)(void*)> sums(static_cast<double*>(std::malloc(channels * sizeof(double))),

@@ -1,5 +1,6 @@
-// The kernels of batch_rms_norm.cpp for one instruction set; included after convert.inl, inside a namespace of its own
+// The kernels of batch_rms_norm.cpp for one instruction set; included inside a namespace of its own
 // and under its target pragma.  Calls no function of another header (see chunk_kernels.inl).
+#include "cpu/convert.inl"
 
 // S: element type; T: the type that is summed and divided in.  Chains of additions in T have at most 256 terms; the
 // sums of the chains are added in double.

@@ -1,4 +1,5 @@
-// Row capture on the CPU.  Bound by memory: contiguous rows are one memcpy, everything else is read once and written once.
+// Row capture on the CPU.  Bound by memory: contiguous rows are one memcpy, everything else is read once and written
+// once.
 #include "consistency_ops/capture.h"
 
 #include <algorithm>
@@ -8,9 +9,9 @@
 namespace consistency_ops {
 namespace {
 
-constexpr int64_t kTile = 64;                 // rows of a tile: its offsets fit on the stack, its columns in L1
-constexpr int64_t kTaskBytes = 512 * 1024;    // below this, waking a thread costs more than it saves
-constexpr uint32_t kThinningPurpose = 16;     // random.h uses 0 to 2
+constexpr int64_t kTile = 64;               // rows of a tile: its offsets fit on the stack, its columns in L1
+constexpr int64_t kTaskBytes = 512 * 1024;  // below this, waking a thread costs more than it saves
+constexpr uint32_t kThinningPurpose = 16;   // random.h uses 0 to 2
 
 struct BFloat16 {
   uint16_t bits;
@@ -99,10 +100,14 @@ using Task = void (*)(void*, int64_t);
 template <typename To>
 Task task_to(DType from) {
   switch (from) {
-    case DType::kFloat32: return run_task<float, To>;
-    case DType::kBFloat16: return run_task<BFloat16, To>;
-    case DType::kFloat16: return run_task<Float16, To>;
-    case DType::kFloat64: return std::is_same_v<To, double> ? run_task<double, double> : nullptr;
+    case DType::kFloat32:
+      return run_task<float, To>;
+    case DType::kBFloat16:
+      return run_task<BFloat16, To>;
+    case DType::kFloat16:
+      return run_task<Float16, To>;
+    case DType::kFloat64:
+      return std::is_same_v<To, double> ? run_task<double, double> : nullptr;
   }
   return nullptr;
 }
@@ -169,7 +174,8 @@ Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
   } else if (copy.count > 0) {
     const int64_t wanted = (copy.count * row_bytes(p) + kTaskBytes - 1) / kTaskBytes;
     const int64_t tiles = (copy.count + kTile - 1) / kTile;
-    const int64_t tasks = pool.run == nullptr ? 1 : std::max<int64_t>(1, std::min({wanted, tiles, int64_t{pool.threads}}));
+    const int64_t tasks =
+        pool.run == nullptr ? 1 : std::max<int64_t>(1, std::min({wanted, tiles, int64_t{pool.threads}}));
     copy.task_rows = (tiles + tasks - 1) / tasks * kTile;
     if (tasks == 1) {
       task(&copy, 0);

@@ -1,6 +1,6 @@
-// The body of chunk_kernels.h for one instruction set.  Included by isa_*.cpp, inside a namespace of its own and under that
-// file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of other
-// headers: their code would be generated for this instruction set and shared with callers that may not run it.
+// The body of chunk_kernels.h for one instruction set.  Included by isa_*.cpp, inside a namespace of its own and under
+// that file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of
+// other headers: their code would be generated for this instruction set and shared with callers that may not run it.
 
 template <typename T>
 struct VectorOf {
@@ -20,8 +20,8 @@ struct Kernels {
   static V& vector(T* p, int v) { return *reinterpret_cast<V*>(p + v * kLanes); }
   static const V& vector(const T* p, int v) { return *reinterpret_cast<const V*>(p + v * kLanes); }
 
-  // kZero: c = sum.  kLoad: the sum goes on from c.  kAdd: the sum starts at zero and is added to c at the end, which keeps
-  // the chains of rounding errors as short as the block of rows.
+  // kZero: c = sum.  kLoad: the sum goes on from c.  kAdd: the sum starts at zero and is added to c at the end, which
+  // keeps the chains of rounding errors as short as the block of rows.
   enum Start { kZero, kLoad, kAdd };
 
   // c[16 x 16] (start) +/- sum_k a_k b_k^T with a_k[r] = a[r * kRowStride + k * kStepStride].
@@ -196,18 +196,21 @@ struct Kernels {
     }
   }
 
-  static uint32_t apply(const T* g, const T* inverse, int panels, T* out) {
+  static uint32_t apply(const T* g, const T* inverse, int panels, T largest, T* out) {
     const int64_t height = int64_t{kPanel} * panels;
     for (int j = 0; j < panels; ++j) {
       tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, height, kZero, out + j * kPanel, kTilePitch);
     }
     uint32_t bad = 0;
     for (int r = 0; r < kPanel; ++r) {
-      V sum{};  // 0 * x is NaN exactly for the values that are not finite
-      for (int64_t k = 0; k < height; k += kLanes) sum += *reinterpret_cast<const V*>(out + r * kTilePitch + k) * T(0);
-      T total = 0;
-      for (int v = 0; v < kLanes; ++v) total += sum[v];
-      if (!(total == 0)) bad |= 1u << r;
+      auto within = V{} == V{};  // all lanes true
+      for (int64_t k = 0; k < height; k += kLanes) {
+        const V& x = *reinterpret_cast<const V*>(out + r * kTilePitch + k);
+        within &= (x <= largest) & (x >= -largest);  // false for NaN
+      }
+      bool all = true;
+      for (int v = 0; v < kLanes; ++v) all &= within[v] != 0;
+      if (!all) bad |= 1u << r;
     }
     return bad;
   }

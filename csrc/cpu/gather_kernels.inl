@@ -4,45 +4,48 @@
 
 template <typename S, typename T>
 struct Gather {
+  // Through registers: source and target may have one type, and the compiler must not fear that they overlap.
   template <int kLength>
-  static inline void copy_in(const S* from, T* to) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLength; ++i) to[i] = widen(from[i]);
+  static inline __attribute__((always_inline)) void copy_in(const S* from, T* to) {
+    T values[kLength];
+    for (int i = 0; i < kLength; ++i) values[i] = widen(from[i]);
+    __builtin_memcpy(to, values, sizeof(values));
   }
   template <int kLength>
-  static inline void copy_out(const T* from, S* to) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLength; ++i) to[i] = narrow<S>(from[i]);
+  static inline __attribute__((always_inline)) void copy_out(const T* from, S* to) {
+    S values[kLength];
+    for (int i = 0; i < kLength; ++i) values[i] = narrow<S>(from[i]);
+    __builtin_memcpy(to, values, sizeof(values));
   }
 
-  // Whole panels and 8-unit groups (a sector of float) are the common lengths.
-  static inline void copy_in(const S* from, T* to, int length) {
-    if (length == 16) return copy_in<16>(from, to);
+  // One sector of float, whole panels, one sector of half precision, and the exact division are the common lengths.
+  static inline __attribute__((always_inline)) void copy_in(const S* from, T* to, int length) {
     if (length == 8) return copy_in<8>(from, to);
+    if (length == 16) return copy_in<16>(from, to);
+    if (length == 1) return copy_in<1>(from, to);
     for (int i = 0; i < length; ++i) to[i] = widen(from[i]);
   }
-  static inline void copy_out(const T* from, S* to, int length) {
-    if (length == 16) return copy_out<16>(from, to);
+  static inline __attribute__((always_inline)) void copy_out(const T* from, S* to, int length) {
     if (length == 8) return copy_out<8>(from, to);
+    if (length == 16) return copy_out<16>(from, to);
+    if (length == 1) return copy_out<1>(from, to);
     for (int i = 0; i < length; ++i) to[i] = narrow<S>(from[i]);
   }
 
   static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
-                   int64_t count, int32_t first_panel, int64_t pitch, T* packed) {
+                   int64_t count, T* packed) {
     const S* source = static_cast<const S*>(x);
     if (unit_stride == 1) {
       for (int64_t k = 0; k < rows; ++k) {
         const S* row = source + row_offset[k];
         T* to = packed + k * kPanel;
-        for (const Run* run = runs; run != runs + count; ++run) {
-          copy_in(row + run->unit, to + (run->panel - first_panel) * pitch * kPanel + run->lane, run->length);
-        }
+        for (const Run* run = runs; run != runs + count; ++run) copy_in(row + run->unit, to + run->packed, run->length);
       }
       return;
     }
     // Units are far apart, rows often adjacent (channels-first maps): walk the rows of a run together.
     for (const Run* run = runs; run != runs + count; ++run) {
-      T* to = packed + (run->panel - first_panel) * pitch * kPanel + run->lane;
+      T* to = packed + run->packed;
       const S* from = source + run->unit * unit_stride;
       for (int64_t k = 0; k < rows; ++k) {
         for (int i = 0; i < run->length; ++i) to[k * kPanel + i] = widen(from[row_offset[k] + i * unit_stride]);
@@ -51,47 +54,44 @@ struct Gather {
   }
 
   static void load_tile(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
-                        int64_t count, int32_t first_panel, T* tile) {
+                        int64_t count, T* tile) {
     const S* source = static_cast<const S*>(g);
     if (unit_stride == 1) {
       for (int r = 0; r < rows; ++r) {
         const S* row = source + row_offset[r];
         T* to = tile + r * kTilePitch;
-        for (const Run* run = runs; run != runs + count; ++run) {
-          copy_in(row + run->unit, to + (run->panel - first_panel) * kPanel + run->lane, run->length);
-        }
+        for (const Run* run = runs; run != runs + count; ++run) copy_in(row + run->unit, to + run->column, run->length);
       }
       return;
     }
     for (const Run* run = runs; run != runs + count; ++run) {  // rows of one output are the adjacent taps of a kernel
-      T* to = tile + (run->panel - first_panel) * kPanel + run->lane;
       for (int i = 0; i < run->length; ++i) {
         const S* from = source + (run->unit + i) * unit_stride;
-        for (int r = 0; r < rows; ++r) to[r * kTilePitch + i] = widen(from[row_offset[r]]);
+        T* to = tile + run->column + i;
+        for (int r = 0; r < rows; ++r) to[r * kTilePitch] = widen(from[row_offset[r]]);
       }
     }
   }
 
-  static void store_tile(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
-                         const Run* runs, int64_t count, int32_t first_panel) {
+  static void store_tile(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows,
+                         int64_t unit_stride, const Run* runs, int64_t count) {
     S* target = static_cast<S*>(g);
     if (unit_stride == 1) {
       for (int r = 0; r < rows; ++r) {
         if (skip >> r & 1) continue;
         S* row = target + row_offset[r];
         const T* from = tile + r * kTilePitch;
-        for (const Run* run = runs; run != runs + count; ++run) {
-          copy_out(from + (run->panel - first_panel) * kPanel + run->lane, row + run->unit, run->length);
-        }
+        for (const Run* run = runs; run != runs + count; ++run)
+          copy_out(from + run->column, row + run->unit, run->length);
       }
       return;
     }
     for (const Run* run = runs; run != runs + count; ++run) {
-      const T* from = tile + (run->panel - first_panel) * kPanel + run->lane;
       for (int i = 0; i < run->length; ++i) {
         S* to = target + (run->unit + i) * unit_stride;
+        const T* from = tile + run->column + i;
         for (int r = 0; r < rows; ++r) {
-          if (!(skip >> r & 1)) to[row_offset[r]] = narrow<S>(from[r * kTilePitch + i]);
+          if (!(skip >> r & 1)) to[row_offset[r]] = narrow<S>(from[r * kTilePitch]);
         }
       }
     }
@@ -103,5 +103,6 @@ struct Gather {
 template <typename T>
 constexpr IsaKernels<T> isa_table() {
   return {Kernels<T>::table(),
-          {Gather<float, T>::table(), Gather<double, T>::table(), Gather<BFloat16, T>::table(), Gather<Float16, T>::table()}};
+          {Gather<float, T>::table(), Gather<double, T>::table(), Gather<BFloat16, T>::table(),
+           Gather<Float16, T>::table()}};
 }

@@ -18,8 +18,6 @@
 namespace consistency_ops {
 namespace {
 
-using cpu::isa_name;
-
 constexpr int64_t kTaskElements = 1 << 15;  // multiple of 8: a task owns whole bytes of signs
 
 // Bits of -Inf, as a signed integer.
@@ -237,8 +235,8 @@ struct Wide<int64_t> {
 
 const Table& kernels() {
 #if defined(__x86_64__)
-  if (std::strcmp(isa_name(), "avx512") == 0) return avx512::kTable;
-  if (std::strcmp(isa_name(), "avx2") == 0) return avx2::kTable;
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx512) return avx512::kTable;
+  if (cpu::isa_level() >= cpu::IsaLevel::kAvx2) return avx2::kTable;
 #endif
   return portable::kTable;
 }

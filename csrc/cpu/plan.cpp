@@ -44,21 +44,18 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
     chunk.first_run = static_cast<int64_t>(plan.runs.size());
     for (int64_t q = 0; q < chunk.size; ++q) {
       const int64_t unit = unit_of(begin + q);
-      const int32_t at = panel + static_cast<int32_t>(q / kPanel);
-      const int16_t lane = static_cast<int16_t>(q % kPanel);
+      const int64_t at = (panel + q / kPanel) * kPackedPitch * kPanel + q % kPanel;
       if (layer.has_bias && unit == layer.units) {
         plan.bias_chunk = static_cast<int32_t>(c);
-        plan.bias_panel = at;
-        plan.bias_lane = lane;
+        plan.bias_column = static_cast<int16_t>(q);
         continue;
       }
-      const bool extends = static_cast<int64_t>(plan.runs.size()) > chunk.first_run && plan.runs.back().panel == at &&
-                           plan.runs.back().unit + plan.runs.back().length == unit &&
-                           plan.runs.back().lane + plan.runs.back().length == lane;
-      if (extends) {
-        ++plan.runs.back().length;
+      Run* last = static_cast<int64_t>(plan.runs.size()) > chunk.first_run ? &plan.runs.back() : nullptr;
+      if (last != nullptr && q % kPanel != 0 && last->packed + last->length == at &&
+          last->unit + last->length == unit) {
+        ++last->length;
       } else {
-        plan.runs.push_back({at, static_cast<int32_t>(unit), lane, 1});
+        plan.runs.push_back({at, static_cast<int32_t>(unit), static_cast<int16_t>(q), 1});
       }
     }
     chunk.num_runs = static_cast<int64_t>(plan.runs.size()) - chunk.first_run;
@@ -101,16 +98,15 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     plan.table_bytes += static_cast<int64_t>(at.runs.capacity() * sizeof(Run) + at.chunks.size() * sizeof(ChunkPlan));
     largest_layer = std::max(largest_layer, storage_of(at));
     for (const ChunkPlan& chunk : at.chunks) {
-      plan.largest_matrix =
-          std::max(plan.largest_matrix, int64_t{chunk.panels} * chunk.panels * kPanel * kPanel);
+      plan.largest_matrix = std::max(plan.largest_matrix, int64_t{chunk.panels} * chunk.panels * kPanel * kPanel);
     }
     if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_task * at.taps);
   }
 
-  // Layers share a wave, and its storage, as long as that is no larger than the largest layer needs alone, or than it takes
-  // to keep every thread busy.
+  // Layers share a wave, and its storage, as long as that is no larger than the largest layer needs alone, or than it
+  // takes to keep every thread busy.
   const int64_t capacity = std::max(largest_layer, 2 * int64_t{threads} * plan.largest_matrix);
-  const int64_t panels_per_task = std::max<int64_t>(1, kPackedBytes / (kRowBlock * kPanel * element));
+  const int64_t panels_per_task = std::max<int64_t>(1, kPackedBytes / (kPackedPitch * kPanel * element));
   int64_t first = 0;
   while (first < count) {
     const int64_t wave_ticket = static_cast<int64_t>(plan.tasks.size());
@@ -132,14 +128,15 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       if (!layer.active) continue;
       const int64_t chunks = static_cast<int64_t>(layer.chunks.size());
       const int64_t panels = layer.chunks.back().first_panel + layer.chunks.back().panels;
-      const int64_t parts = std::min(chunks, std::max<int64_t>(threads, (panels + panels_per_task - 1) / panels_per_task));
+      const int64_t parts =
+          std::min(chunks, std::max<int64_t>(threads, (panels + panels_per_task - 1) / panels_per_task));
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t begin = chunks * p / parts, stop = chunks * (p + 1) / parts;
         plan.tasks.push_back({Phase::kCovariance, static_cast<int32_t>(l), begin, stop, wave_ticket, 0});
         const ChunkPlan& last = layer.chunks[stop - 1];
         plan.packed_elements =
             std::max(plan.packed_elements,
-                     (last.first_panel + last.panels - layer.chunks[begin].first_panel) * kPanel * kRowBlock);
+                     (last.first_panel + last.panels - layer.chunks[begin].first_panel) * kPanel * kPackedPitch);
       }
       previous[l - first] = static_cast<int32_t>(parts);
     }
@@ -149,8 +146,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
         if (!layer.active) continue;
         const int64_t chunks = static_cast<int64_t>(layer.chunks.size());
         for (int64_t c = 0; c < chunks; ++c) {
-          plan.tasks.push_back(
-              {Phase::kFactor, static_cast<int32_t>(l), c, c + 1, wave_ticket, previous[l - first]});
+          plan.tasks.push_back({Phase::kFactor, static_cast<int32_t>(l), c, c + 1, wave_ticket, previous[l - first]});
         }
         previous[l - first] = static_cast<int32_t>(chunks);
       }

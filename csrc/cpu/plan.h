@@ -12,6 +12,9 @@ namespace consistency_ops::cpu {
 // Rows of X in one packed block.  A constant, because the sums of a block are rounded on their own: the result must not
 // depend on the number of threads.
 constexpr int64_t kRowBlock = 128;
+// Rows between the panels of a packed block: one more than are used, so that the same row of all panels does not fall
+// in one set of the L1 cache.
+constexpr int64_t kPackedPitch = kRowBlock + 1;
 // A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
 constexpr int64_t kPackedBytes = 512 << 10;
 // Rows of G an apply task corrects, unless one output has more taps.
@@ -32,7 +35,8 @@ struct LayerPlan {
   int64_t taps, outputs_per_task;
   std::vector<ChunkPlan> chunks;
   std::vector<Run> runs;  // of the units without the bias
-  int32_t bias_chunk, bias_panel, bias_lane;
+  int32_t bias_chunk;     // -1: none
+  int16_t bias_column;
 };
 
 // Tasks are handed out in order.  A task waits for all tasks of its layer's previous phase, or of earlier waves, whose
@@ -42,8 +46,8 @@ enum class Phase : int8_t { kCovariance, kFactor, kApply };
 struct Task {
   Phase phase;
   int32_t layer;
-  int64_t begin, end;    // chunks, or outputs when applying
-  int64_t wait_ticket;   // all tasks before this ticket must have finished, and
+  int64_t begin, end;     // chunks, or outputs when applying
+  int64_t wait_ticket;    // all tasks before this ticket must have finished, and
   int32_t wait_in_phase;  // so many tasks of the layer's previous phase
 };
 

@@ -2,14 +2,16 @@
 //
 // One parallel region a call.  The work is a list of tickets (plan.h) in three phases a layer:
 //
-//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products to
+//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products
+//   to
 //                the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
 //   apply        64 rows of G: 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
 //
 // X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
-// results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no accuracy:
-// the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to 1e7).
+// results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no
+// accuracy: the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to
+// 1e7).
 #include "consistency_ops/precondition.h"
 
 #include <sched.h>
@@ -18,8 +20,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu/plan.h"
 
@@ -30,8 +34,9 @@ namespace {
 
 constexpr int kMaxTries = 3;  // damping, x 10, x 100
 constexpr int64_t kBlock = kPanel * kPanel;
+constexpr uint32_t kPairOfOnes = 0x3F803F80;  // 1, 1 in bfloat16
 // Below this many multiply-adds waking the other threads costs more than they bring.
-constexpr int64_t kSerialWork = 200000;
+constexpr int64_t kSerialWork = 2000000;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -40,7 +45,9 @@ using Bytes = std::unique_ptr<char, Free>;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-Bytes allocate(int64_t bytes) { return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes))))); }
+Bytes allocate(int64_t bytes) {
+  return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
+}
 
 int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, int64_t index) {
   int64_t offset = 0;
@@ -175,6 +182,8 @@ class Launch {
     const LayerPlan& plan = plan_.layers[task.layer];
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& gather = kernels.gather[static_cast<int>(layer.x_dtype)];
+    const PairKernels* pairs = nullptr;
+    if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16) pairs = pair_kernels();
     const int32_t first_panel = plan.chunks[task.begin].first_panel;
     const ChunkPlan& last = plan.chunks[task.end - 1];
     const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;
@@ -184,13 +193,18 @@ class Launch {
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
       const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
-      T* tail = s.packed + panel * kRowBlock * kPanel;
+      T* tail = s.packed + panel * kPackedPitch * kPanel;
       for (int64_t lane = chunk.size - (chunk.panels - 1) * kPanel; lane < kPanel; ++lane) {
         for (int64_t k = 0; k < kRowBlock; ++k) tail[k * kPanel + lane] = 0;
       }
       if (c == plan.bias_chunk) {
-        T* ones = s.packed + (plan.bias_panel - first_panel) * kRowBlock * kPanel + plan.bias_lane;
+        T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * kPackedPitch * kPanel +
+                  plan.bias_column % kPanel;
         for (int64_t k = 0; k < kRowBlock; ++k) ones[k * kPanel] = 1;
+        if (pairs != nullptr) {
+          uint32_t* words = reinterpret_cast<uint32_t*>(ones);
+          for (int64_t k = 0; k < kRowBlock; ++k) words[k * kPanel] = kPairOfOnes;
+        }
       }
     }
 
@@ -200,12 +214,39 @@ class Launch {
         s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
                                     plan.sample.offset + (row + k) * plan.sample.stride);
       }
-      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, first_panel, kRowBlock, s.packed);
+      T* block = s.packed - first_panel * kPackedPitch * kPanel;
+      if constexpr (std::is_same_v<T, float>) {
+        if (pairs != nullptr) {
+          accumulate_pairs(*pairs, task, s, rows, row > 0, runs, num_runs);
+          continue;
+        }
+      }
+      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, block);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
-        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kRowBlock * kPanel, rows, kRowBlock,
+        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
                            chunk.panels, row > 0, storage_ + chunk.storage);
       }
+    }
+  }
+
+  // One block of rows, two rows a word.
+  void accumulate_pairs(const PairKernels& pairs, const Task& task, const Scratch<float>& s, int64_t rows, bool add,
+                        const Run* runs, int64_t num_runs) {
+    const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
+    const int32_t first_panel = plan.chunks[task.begin].first_panel;
+    uint32_t* packed = reinterpret_cast<uint32_t*>(s.packed);
+    pairs.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs,
+               packed - first_panel * kPackedPitch * kPanel);
+    for (int64_t c = task.begin; c < task.end; ++c) {
+      const ChunkPlan& chunk = plan.chunks[c];
+      const int64_t at = (chunk.first_panel - first_panel) * kPackedPitch * kPanel;
+      if (c == plan.bias_chunk && rows % 2 != 0) {
+        const int64_t bias = at + plan.bias_column / kPanel * kPackedPitch * kPanel + plan.bias_column % kPanel;
+        packed[bias + rows / 2 * kPanel] = kPairOfOnes & 0xFFFF;
+      }
+      pairs.gram(packed + at, (rows + 1) / 2, kPackedPitch, chunk.panels, add, storage_ + chunk.storage);
     }
   }
 
@@ -267,6 +308,8 @@ class Launch {
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
+    const T largest =
+        std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
     const int64_t first = task.begin * plan.taps, rows = (task.end - task.begin) * plan.taps;
 
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
@@ -274,8 +317,7 @@ class Launch {
       const ChunkPlan& chunk = plan.chunks[c];
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
-      const int64_t bias_column = (plan.bias_panel - chunk.first_panel) * kPanel + plan.bias_lane;
-      const Run bias_run{plan.bias_panel, 0, static_cast<int16_t>(plan.bias_lane), 1};
+      const Run bias_run{0, 0, plan.bias_column, 1};
       for (int r = 0; r < kPanel; ++r) {
         std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
       }
@@ -288,21 +330,33 @@ class Launch {
                           offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, (first + at + r) % plan.taps);
           bias_offset[r] = output * layer.bias_stride;
         }
-        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, chunk.first_panel,
-                           s.tile);
+        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, s.tile);
         if (with_bias) {
-          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, chunk.first_panel, s.tile);
+          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, s.tile);
         }
-        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, s.product);
-        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs,
-                            chunk.first_panel);
+        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, largest, s.product);
+        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
         if (with_bias) {
           for (int r = 0; r < here; ++r) {
-            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + bias_column];
+            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + plan.bias_column];
           }
         }
       }
       if (with_bias) average_bias(layer, plan, task, s);
+    }
+  }
+
+  // The largest magnitude that does not become infinite in `dtype`.
+  static T largest_of(DType dtype) {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return static_cast<T>(3.3961774292304457e38);  // just below the midpoint of its largest value and 2^128
+      case DType::kFloat16:
+        return static_cast<T>(65519.99609375);
+      case DType::kFloat32:
+        return static_cast<T>(std::numeric_limits<float>::max());
+      default:
+        return std::numeric_limits<T>::max();
     }
   }
 
@@ -312,10 +366,13 @@ class Launch {
     for (int64_t o = task.begin; o < task.end; ++o) {
       const T* copies = s.bias + (o - task.begin) * plan.taps;
       T mean = copies[0];
-      for (int64_t t = 1; t < plan.taps; ++t) mean += (copies[t] - mean) / static_cast<T>(t + 1);
+      for (int64_t t = 1; t < plan.taps; ++t) {
+        const T difference = copies[t] - mean;  // NaN between infinities: all copies are the infinity that came in
+        if (difference == difference) mean += difference / static_cast<T>(t + 1);
+      }
       const int64_t offset = o * layer.bias_stride;
       isa_kernels<T>().gather[static_cast<int>(layer.bias_dtype)].store_tile(&mean, 0, layer.bias_grad, &offset, 1, 1,
-                                                                             &run, 1, 0);
+                                                                             &run, 1);
     }
   }
 
@@ -380,7 +437,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
     if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
     if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
     if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
-    if (options.stages & kStageApply && layer.has_bias && layer.bias_grad == nullptr) return false;
+    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
@@ -406,7 +463,8 @@ int64_t work_of(const Plan& plan, const PreconditionLayer* layers) {
 }
 
 template <typename T>
-Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan, const ThreadPool& pool) {
+Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan,
+           const ThreadPool& pool) {
   const bool serial = pool.run == nullptr || pool.threads <= 1 || work_of(plan, layers) < kSerialWork;
   const int32_t threads = serial ? 1 : pool.threads;
   const int64_t bytes = aligned(plan.storage_elements * sizeof(T)) + threads * thread_bytes(plan, sizeof(T));
@@ -417,8 +475,8 @@ Status run(const PreconditionLayer* layers, const PreconditionOptions& options, 
     launch.work(0);
   } else {
     pool.run(
-        pool.context, threads,
-        [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); }, &launch);
+        pool.context, threads, [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); },
+        &launch);
   }
   return Status::kOk;
 }
@@ -435,7 +493,8 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
       if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
     }
     if (plan.tasks.empty()) return Status::kOk;
-    return options.float64 ? cpu::run<double>(layers, options, plan, pool) : cpu::run<float>(layers, options, plan, pool);
+    return options.float64 ? cpu::run<double>(layers, options, plan, pool)
+                           : cpu::run<float>(layers, options, plan, pool);
   } catch (const std::bad_alloc&) {
     return Status::kOutOfMemory;
   }

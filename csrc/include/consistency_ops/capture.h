@@ -48,9 +48,9 @@ struct CaptureProblem {
 // CPU.  Invalid: capacity < 1, or a rows_dtype that x cannot be widened to.
 Status capture_rows_cpu(const CaptureProblem& problem, const ThreadPool& pool);
 
-// Notes that the rows captured so far have been through a backward pass.  `restart`: that pass began a new gradient, so rows
-// that were marked before belong to a gradient that was thrown away (a skipped step) and are removed.
-// Uses rows, rows_dtype, units and state of the problem.
+// Notes that the rows captured so far have been through a backward pass.  `restart`: that pass began a new gradient, so
+// rows that were marked before belong to a gradient that was thrown away (a skipped step) and are removed. Uses rows,
+// rows_dtype, units and state of the problem.
 Status capture_mark_cpu(const CaptureProblem& problem, bool restart);
 
 }  // namespace consistency_ops

@@ -3,9 +3,9 @@
 //     A_c = X_c^T X_c / n      G[:, c] <- G[:, c] (A_c + damping I)^-1      for every chunk c of units
 //
 // This is the one problem description of the CPU, CUDA and test paths: an array of PreconditionLayer and one
-// PreconditionOptions, plain data, no ownership.  Strides count elements, not bytes.  All pointers belong to the caller and
-// must stay valid until the call returns (CPU) or the stream has passed it (CUDA).  Calls on different data may run at the
-// same time from different threads.
+// PreconditionOptions, plain data, no ownership.  Strides count elements, not bytes.  All pointers belong to the caller
+// and must stay valid until the call returns (CPU) or the stream has passed it (CUDA).  Calls on different data may run
+// at the same time from different threads.
 #pragma once
 
 #include "consistency_ops/random.h"
@@ -17,23 +17,23 @@ constexpr int kMaxRowDims = 4;
 constexpr int kMaxTapDims = 3;
 
 struct PreconditionLayer {
-  // X: `rows` = product of x_row_size; element (r, u) is x[sum_i r_i * x_row_stride[i] + u * x_unit_stride], where r_i are
-  // the digits of r, the last one fastest.  Unused row dimensions have size 1.
+  // X: `rows` = product of x_row_size; element (r, u) is x[sum_i r_i * x_row_stride[i] + u * x_unit_stride], where r_i
+  // are the digits of r, the last one fastest.  Unused row dimensions have size 1.
   const void* x;
   int64_t x_row_size[kMaxRowDims];
   int64_t x_row_stride[kMaxRowDims];
   int64_t x_unit_stride;
   int64_t units;  // without the bias
-  // G: outputs x taps rows of `units` elements; tap (k0, k1, k2) as above.  A linear layer has one tap.  May be null for
-  // chunked_covariance.
+  // G: outputs x taps rows of `units` elements; tap (k0, k1, k2) as above.  A linear layer has one tap.  May be null
+  // for chunked_covariance.
   void* g;
   int64_t outputs;
   int64_t g_output_stride;
   int64_t g_unit_stride;
   int64_t g_tap_size[kMaxTapDims];
   int64_t g_tap_stride[kMaxTapDims];
-  // The bias gradient, one element an output, or null.  It is one more unit, with input 1, at index `units`; with several
-  // taps every row sees a copy of it and the copies are averaged afterwards.
+  // The bias gradient, one element an output, or null.  It is one more unit, with input 1, at index `units`; with
+  // several taps every row sees a copy of it and the copies are averaged afterwards.
   void* bias_grad;
   int64_t bias_stride;
   DType x_dtype, g_dtype, bias_dtype;
@@ -45,8 +45,9 @@ struct PreconditionLayer {
   const int64_t* row_count;
   uint32_t layer;  // third argument of the random division
   int32_t group;   // consecutive units that are dealt together, 1 .. chunk
-  // One entry a chunk, may be null.  info: 0, or the order of the leading minor of the damped chunk that is not positive
-  // definite in the last try (the gradient of that chunk is then unchanged).  damping_used: the last damping tried.
+  // One entry a chunk, may be null.  info: 0, or the order of the leading minor of the damped chunk that is not
+  // positive definite in the last try (the gradient of that chunk is then unchanged).  damping_used: the last damping
+  // tried.
   int32_t* info;
   float* damping_used;
   // Stages that are run apart (running averages, reuse of an inverse, all-reduce) keep their matrices here, in the

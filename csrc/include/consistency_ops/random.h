@@ -1,8 +1,9 @@
 // The one source of randomness: which rows are sampled, and which chunk every unit falls in.
 //
-// Both are pure functions of (seed, step, layer): Philox4x32-10 makes the keys, an alternating Feistel network with cycle
-// walking makes the bijection.  No state, no index tensors, no sort; any thread can ask for any position.  The CPU kernels,
-// the CUDA kernels and reference.py compile or mirror this file, so they draw the same division bit for bit.
+// Both are pure functions of (seed, step, layer): Philox4x32-10 makes the keys, an alternating Feistel network with
+// cycle walking makes the bijection.  No state, no index tensors, no sort; any thread can ask for any position.  The
+// CPU kernels, the CUDA kernels and reference.py compile or mirror this file, so they draw the same division bit for
+// bit.
 #pragma once
 
 #include "consistency_ops/types.h"
@@ -42,7 +43,7 @@ struct RowSample {
 CO_HOST_DEVICE inline RowSample sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step,
                                             uint32_t layer) {
   if (rows <= 0) return {0, 1, 0};
-  const int64_t stride = (rows + max_rows - 1) / max_rows;
+  const int64_t stride = rows / max_rows + (rows % max_rows != 0);
   const int64_t offset = below(philox(seed, step, layer, 0).v[0], stride);
   return {offset, stride, (rows - offset + stride - 1) / stride};
 }

@@ -1,0 +1,152 @@
+"""foreach_precondition_ against the strongest composition of torch operations, in the same run, interleaved.
+
+    python -m benchmarks.micro.bench_precondition [--workloads mlp vit-b16] [--chunks 32 128] [--rows 512 2048]
+                                                  [--threads N] [--seconds 4] [--no-compile] [--json FILE]
+
+Baselines (compositions.py): gather + bmm + cholesky + cholesky_solve; gather + bmm + cholesky_inverse + bmm; both
+batched over equal layers; torch.compile of the first two.  The ratio is to the fastest of them, medians over interleaved
+rounds.  Everything is float32.  GF/s counts the useful operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of
+a float32 matrix product of 2048 x 2048 that runs in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+
+import consistency_ops as co
+from benchmarks.micro.compositions import batched, by_inverse, by_solve, compiled, divide, per_layer, sgemm
+from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.workloads import LARGE, WORKLOADS, tensors, useful_flops
+
+DAMPING = 0.1
+SHORT = 8  # layers up to which torch.compile gets the whole network at once
+
+
+def baselines(compile_too: bool, layers: int) -> dict:
+    """name -> function of (grads, inputs, divisions)."""
+    found = {}
+    for finish in (by_solve, by_inverse):
+        found[f"{finish.__name__[3:]}"] = lambda *a, f=finish: per_layer(*a, DAMPING, f)
+        found[f"{finish.__name__[3:]}, batched"] = lambda *a, f=finish: batched(*a, DAMPING, f)
+        if compile_too:
+            fast = compiled(finish, layers <= SHORT)
+            found[f"{finish.__name__[3:]}, compiled"] = lambda *a, f=finish, c=fast: c(*a, DAMPING, f)
+    return found
+
+
+def relative_difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+
+
+def measure(name: str, chunk: int, row_counts: list[int], arguments: argparse.Namespace) -> list[dict]:
+    layers = WORKLOADS[name]
+    generator = torch.Generator().manual_seed(1)
+    divisions = [divide(layer, chunk, generator) for layer in layers]
+    torch.compiler.reset()
+    compositions = baselines(arguments.compile, len(layers))
+    results = []
+    for rows in row_counts:
+        pristine, inputs = tensors(layers, rows)
+        grads = [grad.clone() for grad in pristine]
+
+        def restore(grads=grads, pristine=pristine):
+            for grad, original in zip(grads, pristine, strict=True):
+                grad.copy_(original)
+
+        def ours(grads=grads, inputs=inputs, **keywords):
+            co.foreach_precondition_(grads, inputs, damping=DAMPING, chunk=chunk, **keywords)
+
+        product, product_flops = sgemm(2048)
+        candidates = {"ours": ours, "sgemm": product}
+        for label, composition in compositions.items():
+            candidates[label] = lambda f=composition, g=pristine, x=inputs: f(g, x, divisions)
+
+        # The same division and the same result, or the comparison means nothing.
+        ours(permutation=[d.permutation(layer.units) for d, layer in zip(divisions, layers, strict=True)])
+        differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
+        assert max(differences.values()) < 1e-3, differences
+
+        times = interleaved(candidates, before=restore, seconds=arguments.seconds, clock=arguments.clock)
+        median = medians(times)
+        strongest = min(compositions, key=median.get)
+        flops = useful_flops(layers, rows, chunk)
+        sgemm_rate = product_flops / median["sgemm"]
+        results.append(
+            {
+                "workload": name,
+                "chunk": chunk,
+                "rows": rows,
+                "layers": len(layers),
+                "ms": {label: 1e3 * value for label, value in median.items()},
+                "best_ms": {label: 1e3 * min(values) for label, values in times.items()},
+                "rounds": len(times["ours"]),
+                "strongest": strongest,
+                "ratio": median[strongest] / median["ours"],
+                "gflops": flops / median["ours"] / 1e9,
+                "sgemm_gflops": sgemm_rate / 1e9,
+                "share_of_sgemm": flops / median["ours"] / sgemm_rate,
+                "largest_difference": max(differences.values()),
+            }
+        )
+        print(row_of(results[-1]), flush=True)
+    return results
+
+
+HEADER = "workload     chunk  rows   ours ms  best torch ms  ratio   GF/s  of sgemm  strongest"
+
+
+def row_of(result: dict) -> str:
+    ours, theirs = result["ms"]["ours"], result["ms"][result["strongest"]]
+    return (
+        f"{result['workload']:<12} {result['chunk']:>5} {result['rows']:>5} {ours:>9.3f} {theirs:>14.3f} "
+        f"{result['ratio']:>6.2f} {result['gflops']:>6.0f} {result['share_of_sgemm']:>9.0%}  {result['strongest']}"
+    )
+
+
+def summary(results: list[dict]) -> dict:
+    ratios = [result["ratio"] for result in results]
+    shares = [result["share_of_sgemm"] for result in results if result["workload"] in LARGE]
+    return {
+        "geometric_mean_ratio": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+        "smallest_ratio": min(ratios),
+        "smallest_share_of_sgemm_large": min(shares, default=None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--chunks", nargs="+", type=int, default=[32, 64, 128, 256])
+    parser.add_argument("--rows", nargs="+", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed work for each row of the table")
+    parser.add_argument(
+        "--cpu-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="CPU instead of wall time, for one thread on a busy machine",
+    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/precondition.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 256
+
+    print(HEADER)
+    results = []
+    for name in arguments.workloads:
+        for chunk in arguments.chunks:
+            results += measure(name, chunk, arguments.rows, arguments)
+            save("precondition", {**summary(results), "rows": results}, arguments.json)
+    for key, value in summary(results).items():
+        print(f"{key}: {value:.2f}" if value is not None else f"{key}: -")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The six workloads of the correction: the layers of a network, their gradients and their sampled inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """A weight of ``outputs`` x ``units`` x ``kernel``; ``kernel`` is empty for a linear layer."""
+
+    outputs: int
+    units: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.outputs, self.units, *self.kernel)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the gradient matrix: every output and kernel tap."""
+        return self.outputs * math.prod(self.kernel)
+
+
+def _resnet50() -> list[LayerShape]:
+    layers, channels = [LayerShape(64, 3, (7, 7))], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers += [LayerShape(width, channels, (1, 1)), LayerShape(width, width, (3, 3))]
+            layers += [LayerShape(4 * width, width, (1, 1))]
+            if block == 0:
+                layers += [LayerShape(4 * width, channels, (1, 1))]
+            channels = 4 * width
+    return layers
+
+
+WORKLOADS: dict[str, list[LayerShape]] = {
+    "mlp": [LayerShape(100, 784), LayerShape(100, 100), LayerShape(100, 100), LayerShape(10, 100)],
+    "wide-mlp": [LayerShape(512, 512)] * 3,
+    "resnet50": _resnet50(),
+    "vit-b16": [LayerShape(2304, 768), LayerShape(768, 768), LayerShape(3072, 768), LayerShape(768, 3072)] * 12,
+    "linear-4096": [LayerShape(4096, 4096)],
+    "llama-block": [LayerShape(4096, 4096)] * 4 + [LayerShape(11008, 4096)] * 2 + [LayerShape(4096, 11008)],
+}
+LARGE = ("resnet50", "vit-b16", "linear-4096", "llama-block")
+
+
+def tensors(layers: list[LayerShape], rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Random float32 gradients, and sampled inputs (rows, units), of which equal shapes do not share memory."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(layer.weight, generator=generator) for layer in layers]
+    return grads, [torch.randn(rows, layer.units, generator=generator) for layer in layers]
+
+
+def useful_flops(layers: list[LayerShape], rows: int, chunk: int) -> int:
+    """n B (B + 1) + B^3 + 2 o B^2 a chunk: one triangle of the covariance, factor and inverse, and the product."""
+    total = 0
+    for layer in layers:
+        count = -(-layer.units // chunk)
+        for c in range(count):
+            size = layer.units // count + (c < layer.units % count)
+            total += rows * size * (size + 1) + size**3 + 2 * layer.rows * size**2
+    return total

@@ -1,0 +1,42 @@
+"""The command line: ``python -m consistency_ops [command]``; without a command, the report that a bug report needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# command: (module with main(argv) -> exit status, one line for the help); imported only when asked for
+COMMANDS = {
+    "train": ("consistency_ops.train.cli", "train one network with several optimizers side by side on real data"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: python -m consistency_ops [command] [options]\n\n"
+        "Without a command: print versions, build and devices, as a bug report needs them.\n\n"
+        f"commands:\n{commands}\n\n"
+        "python -m consistency_ops COMMAND --help tells more."
+    )
+
+
+def main(argv: list[str]) -> int:
+    if not argv:
+        from consistency_ops._build import format_report
+
+        print(format_report())
+        return 0
+    command, *rest = argv
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        print(f"error: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+"""The preconditioner corrects every kind of layer as a dense float64 computation does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from consistency_ops import layers
+from consistency_ops.preconditioner import Preconditioner
+
+DAMPING = 0.3
+
+
+def dense(gradient, bias, rows, groups=1, scaling="absolute", joint=True):
+    """(gradient, bias) corrected without chunks; ``gradient`` is (out, in / groups, taps), ``rows`` (n, in)."""
+    gradient, rows = gradient.double(), rows.double()
+    out, bias_out = torch.empty_like(gradient), None if bias is None else bias.double().clone()
+    for g in range(groups):
+        o = slice(g * len(gradient) // groups, (g + 1) * len(gradient) // groups)
+        x = rows[:, g * gradient.shape[1] : (g + 1) * gradient.shape[1]]
+        matrix = gradient[o].transpose(1, 2).flatten(0, 1)  # every tap and output is a row
+        taps = gradient.shape[2]
+        if bias is not None and joint:
+            x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+            matrix = torch.cat([matrix, bias[o].double().repeat_interleave(taps)[:, None]], 1)
+        a = x.T @ x / len(x)
+        if scaling == "trace":
+            a = a / (a.trace() / len(a))
+        solved = torch.linalg.solve(a + DAMPING * torch.eye(len(a), dtype=a.dtype), matrix.T).T
+        if bias is not None and joint:
+            bias_out[o] = solved[:, -1].view(-1, taps).mean(1)
+            solved = solved[:, :-1]
+        out[o] = solved.view(-1, taps, gradient.shape[1]).transpose(1, 2)
+    return out, bias_out
+
+
+def check(layer, x, rows, scaling="absolute", joint=True, view=lambda w: w):
+    torch.manual_seed(1)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    model = nn.Sequential(layer)
+    pre = Preconditioner(model, damping=DAMPING, scaling=scaling, chunk=256, bias=joint)
+    y = model(x)
+    (y * torch.randn_like(y)).sum().backward()
+    weight = view(layer.weight.grad)
+    bias = None if layer.bias is None else layer.bias.grad
+    expected, expected_bias = dense(
+        weight.flatten(2) if weight.dim() > 2 else weight[:, :, None],
+        bias,
+        rows,
+        getattr(layer, "groups", 1),
+        scaling,
+        joint,
+    )
+    address = layer.weight.grad.data_ptr()
+    pre.step()
+    assert layer.weight.grad.data_ptr() == address
+    got = view(layer.weight.grad)
+    torch.testing.assert_close(
+        got.double(), expected.view(got.shape), rtol=2e-5, atol=2e-5 * expected.abs().max().item()
+    )
+    if bias is not None:
+        bound = 2e-5 * expected_bias.abs().max().item()
+        torch.testing.assert_close(layer.bias.grad.double(), expected_bias, rtol=2e-5, atol=bound)
+    assert pre.stats()["failed_chunks"] == 0
+    return pre
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("shape", [(40, 7), (5, 8, 7), (7,), (2, 3, 4, 7)], ids=str)
+def test_linear(shape, joint, scaling):
+    x = torch.randn(shape)
+    check(nn.Linear(7, 5), x, x.reshape(-1, 7), scaling, joint)
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d, dict(kernel_size=3)),
+    (nn.Conv1d, dict(kernel_size=5, stride=2, padding=2, dilation=2, groups=2)),
+    (nn.Conv2d, dict(kernel_size=3)),
+    (nn.Conv2d, dict(kernel_size=1, bias=False)),
+    (nn.Conv2d, dict(kernel_size=(3, 2), stride=(2, 1), padding=1, dilation=(1, 2))),
+    (nn.Conv2d, dict(kernel_size=3, padding="same", groups=2)),
+    (nn.Conv2d, dict(kernel_size=3, padding=1, padding_mode="reflect")),
+    (nn.Conv2d, dict(kernel_size=3, padding=1, padding_mode="replicate")),
+    (nn.Conv2d, dict(kernel_size=3, padding=1, padding_mode="circular", bias=False)),
+    (nn.Conv2d, dict(kernel_size=3, groups=4)),
+    (nn.Conv3d, dict(kernel_size=(1, 2, 3))),
+    (nn.Conv3d, dict(kernel_size=2, stride=2, groups=2, bias=False)),
+]
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+@pytest.mark.parametrize(("kind", "options"), CONVOLUTIONS, ids=str)
+def test_convolution(kind, options, scaling):
+    layer = kind(4, 8, **options)
+    x = torch.randn(3, 4, *[9, 8, 7][: layer.weight.dim() - 2])
+    check(layer, x, x.movedim(1, -1).flatten(0, -2), scaling)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "one image"])
+def test_convolution_of_any_strides(layout):
+    x = torch.randn(3, 4, 9, 8)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(2, 3)
+    else:
+        x = x[0]
+    check(nn.Conv2d(4, 6, 3), x, x.movedim(-3, -1).reshape(-1, 4))
+
+
+def test_linear_of_any_strides():
+    x = torch.randn(7, 6, 5, 4).permute(1, 3, 2, 0)
+    check(nn.Linear(7, 5), x, x.reshape(-1, 7))
+
+
+@pytest.mark.parametrize(("lazy", "shape", "unit_dim"), [(nn.LazyLinear, (6, 5), -1), (nn.LazyConv2d, (3, 4, 6, 6), 1)])
+def test_lazy_layer_is_covered_from_its_first_forward(lazy, shape, unit_dim):
+    layer = lazy(8) if lazy is nn.LazyLinear else lazy(8, 3)
+    x = torch.randn(shape)
+    model = nn.Sequential(layer)
+    pre = Preconditioner(model, damping=DAMPING, scaling="absolute")
+    model(x).square().sum().backward()
+    plain = layer.weight.grad.clone()
+    rows = x.movedim(unit_dim, -1).flatten(0, -2)
+    gradient = plain.flatten(2) if plain.dim() > 2 else plain[:, :, None]
+    expected, _ = dense(gradient, layer.bias.grad, rows)
+    pre.step()
+    torch.testing.assert_close(layer.weight.grad.double(), expected.view(plain.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_float64_layer_is_computed_in_float64():
+    layer = nn.Linear(9, 4).double()
+    x = torch.randn(30, 9, dtype=torch.float64)
+    pre = Preconditioner(nn.Sequential(layer), damping=DAMPING, scaling="absolute", chunk=256)
+    layer(x).square().sum().backward()
+    expected, expected_bias = dense(layer.weight.grad[:, :, None], layer.bias.grad, x)
+    pre.step()
+    torch.testing.assert_close(layer.weight.grad, expected[:, :, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.bias.grad, expected_bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layer_is_computed_in_float32(dtype):
+    layer = nn.Linear(9, 4).to(dtype)
+    x = torch.randn(30, 9, dtype=dtype)
+    pre = Preconditioner(nn.Sequential(layer), damping=DAMPING, scaling="absolute", chunk=256)
+    layer(x).square().sum().backward()
+    expected, _ = dense(layer.weight.grad[:, :, None], layer.bias.grad, x)
+    pre.step()
+    bound = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.weight.grad.double(), expected[:, :, 0], rtol=bound, atol=bound)
+
+
+class TransposedLinear(nn.Module):
+    """A linear layer that stores (in, out), as GPT-2 checkpoints do."""
+
+    def __init__(self, units, out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(units, out))
+        self.bias = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_users_layer_type_is_covered_once_registered():
+    model = nn.Sequential(TransposedLinear(7, 5), nn.Linear(5, 2))
+    assert "unsupported type" in Preconditioner(model).summary()
+    layers.register(TransposedLinear, matrix=lambda weight: weight.T)
+    try:
+        x = torch.randn(20, 7)
+        check(TransposedLinear(7, 5), x, x, view=lambda w: w.T)
+    finally:
+        del layers._TYPES[TransposedLinear]
+
+
+def test_subclass_is_covered_as_its_base():
+    class Named(nn.Linear):
+        pass
+
+    x = torch.randn(20, 7)
+    check(Named(7, 5), x, x)
+
+
+def test_registration_is_checked():
+    with pytest.raises(TypeError, match="must be a subclass of torch.nn.Module"):
+        layers.register(torch.relu)
+    with pytest.raises(ValueError, match="unit_dim must be negative"):
+        layers.register(nn.Bilinear, unit_dim=1)
+
+
+def test_rows_of_large_inputs_are_a_uniform_sample():
+    """Each row is taken as often as any other, over many steps, also when calls of different sizes are pooled."""
+    layer = nn.Linear(1, 1, bias=False)
+    pre = Preconditioner(nn.Sequential(layer), max_rows=16, seed=3)
+    capture = pre.layers[0].capture
+    sizes, taken, steps = (37, 5, 30, 64), torch.zeros(136), 600
+    for _ in range(steps):
+        begin = 0
+        for size in sizes:
+            layer(torch.arange(begin, begin + size, dtype=torch.float32)[:, None])
+            begin += size
+        rows = capture.rows[: int(capture.count), 0].long()
+        assert 0 < len(rows) <= 16 and len(rows.unique()) == len(rows)
+        taken[rows] += 1
+        pre.step()
+    expected = taken.sum() / len(taken)
+    # A row is taken with probability p in each of the steps: five standard deviations of the binomial.
+    p = expected / steps
+    assert (taken - expected).abs().max() < 5 * (steps * p * (1 - p)).sqrt()
+
+
+def test_capture_agrees_with_the_reference_sample():
+    from consistency_ops import reference
+
+    layer = nn.Linear(3, 2)
+    pre = Preconditioner(nn.Sequential(nn.Identity(), layer), max_rows=10, seed=7)
+    x = torch.randn(95, 3)
+    for step in range(5):
+        layer(x)
+        capture = pre.layers[0].capture
+        expected = x[reference.sample_rows(95, 10, seed=7, step=step, layer=0)]
+        assert torch.equal(capture.rows[: int(capture.count)], expected)
+        pre.step()
+
+
+def test_several_calls_leave_what_one_call_leaves():
+    layer = nn.Linear(6, 3)
+    model = nn.Sequential(layer)
+    twin = copy.deepcopy(model)
+    pre, twin_pre = Preconditioner(model, seed=1), Preconditioner(twin, seed=1)
+    x = torch.randn(50, 6)
+    model(x).sum().backward()
+    for part in x.split(17):
+        twin(part).sum().backward()
+    a, b = pre.layers[0].capture, twin_pre.layers[0].capture
+    assert torch.equal(a.rows[:50], b.rows[:50]) and int(a.count) == int(b.count) == 50

@@ -1,0 +1,165 @@
+"""What is shipped: one abi3 library that needs only torch's stable symbols, headers, types, and commands that exist."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import consistency_ops as co
+from consistency_ops._library import library
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Path(library._name)
+
+
+def symbols(*options):
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run(["nm", "-D", *options, LIBRARY], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in listing.splitlines()}
+
+
+def test_one_version_everywhere():
+    text = (Path(co.include_dir()) / "consistency_ops" / "version.h").read_text()
+    numbers = [int(n) for n in re.findall(r"#define CONSISTENCY_OPS_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text)]
+    assert ".".join(map(str, numbers)) == co.__version__ == co.build_info()["version"]
+    library.co_version.restype = ctypes.c_int32
+    assert library.co_version() == numbers[0] * 10000 + numbers[1] * 100 + numbers[2]
+
+
+def test_the_library_needs_only_stable_symbols_of_torch():
+    """A mangled C++ name of torch would tie the binary to one release of torch."""
+    undefined = symbols("--undefined-only")
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
+    assert [name for name in undefined if re.match(r"_ZN?K?(St)?\d*(2at|3c10|5torch|8caffe2)", name)] == []
+
+
+def test_the_library_exports_its_entry_points_only():
+    """Hidden visibility: nothing of ours can clash with another extension's symbols."""
+    defined = symbols("--defined-only")
+    assert {name for name in defined if not name.startswith(("co_", "_"))} == {"PyInit__C"}
+    assert not [name for name in defined if "consistency_ops" in name]  # mangled C++ names
+    declared = set(re.findall(r"\b(co_\w+)\(", (Path(co.include_dir()) / "consistency_ops" / "c_api.h").read_text()))
+    assert declared <= defined
+
+
+def test_the_library_is_abi3():
+    assert LIBRARY.name == "_C.abi3.so"
+
+
+def test_no_paths_of_the_build_machine_in_the_library():
+    content = LIBRARY.read_bytes()
+    places = {str(ROOT), str(Path.home()), sys.prefix, str(Path(torch.__file__).parents[1])} - {"/", ""}
+    assert [place for place in places if place.encode() in content] == []
+
+
+def test_types_and_headers_are_shipped():
+    package = Path(co.__file__).parent
+    assert (package / "py.typed").exists()
+    assert {"c_api.h", "precondition.h", "version.h"} <= {
+        h.name for h in (Path(co.include_dir()) / "consistency_ops").iterdir()
+    }
+    assert list(Path(co.cmake_prefix_path()).glob("**/ConsistencyOpsConfig.cmake"))
+
+
+def test_headers_are_free_of_torch_and_python():
+    for header in (Path(co.include_dir()) / "consistency_ops").glob("*.h"):
+        included = re.findall(r"#include [<\"](.+?)[>\"]", header.read_text())
+        assert not [name for name in included if re.match(r"(torch|ATen|c10|Python)", name)], header
+
+
+def test_build_info():
+    info = co.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["torch_build"].startswith("2.") and info["compiler"]
+    assert info["cpu_isa"] in ("avx512bf16", "avx512", "avx2", "portable")
+    assert info["threads"] == torch.get_num_threads()
+    assert len(info["gpus"]) == torch.cuda.device_count()
+    assert (info["cuda_toolkit"] is None) == (info["cuda_archs"] is None)
+
+
+def test_the_report_on_the_command_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "consistency_ops"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(co.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    report = dict(re.split(r"\s{2,}|(?<=\S) (?=\S)", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert report["version"] == co.__version__
+    assert report["cpu_isa"] == co.build_info()["cpu_isa"]
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the checkout that holds the Makefile")
+def test_the_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"^\s*make ([a-z-]+)", readme, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", readme))
+    assert {"train", "test"} <= named <= targets
+    if shutil.which("make"):
+        listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert {"train", "test", "test-all", "bench", "wheel", "lint", "build"} <= set(
+            re.findall(r"make (\S+)", listed)
+        )
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
+def test_the_examples_of_the_readme_run(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert examples
+    namespace = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), namespace)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the checkout that holds setup.py")
+def test_wheel_installs_elsewhere(tmp_path):
+    """One wheel for every Python >= 3.10; it imports, corrects and serves C++ from another folder."""
+    source = tmp_path / "source"
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    run = {"check": True, "cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path]
+    subprocess.run([*pip, "wheel", *options, source], **run)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"consistency_ops-{co.__version__}-cp310-abi3-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"consistency_ops/_C.abi3.so", "consistency_ops/py.typed"} <= set(names)
+    for file in (ROOT / "csrc").rglob("*"):
+        if file.suffix in (".h", ".cmake", ".inl") and "bindings" not in file.parts:
+            assert f"consistency_ops/csrc/{file.relative_to(ROOT / 'csrc')}" in names
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "consistency_ops").rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], **run)
+    program = (
+        "import torch, consistency_ops as co; print(co.__file__)\n"
+        "x, g = torch.randn(64, 20), torch.randn(5, 20)\n"
+        "a = x.T @ x / 64 + torch.eye(20)\n"
+        "torch.testing.assert_close(co.precondition(g, x), g @ torch.linalg.inv(a), rtol=1e-4, atol=1e-5)\n"
+        "print(co.cmake_prefix_path())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    file, prefix = done.stdout.splitlines()
+    assert file.startswith(str(site)) and prefix.startswith(str(site))
+    if shutil.which("cmake"):
+        configure = ["cmake", "-S", ROOT / "tests" / "cpp", "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}"]
+        subprocess.run([*configure, "-DCONSISTENCY_OPS_CUDA=OFF"], **run)
+        subprocess.run(["cmake", "--build", tmp_path / "build", "--parallel", "2"], **run)
+        subprocess.run([tmp_path / "build" / "correct"], **run)

@@ -1,0 +1,149 @@
+"""Under torch.compile: no graph break, no recompilation, the same numbers as in eager mode."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from consistency_ops.preconditioner import Preconditioner
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(3, 4, 3, padding=1, groups=1)
+        self.body = nn.Sequential(nn.Linear(32, 20), nn.ReLU(inplace=True), nn.Linear(20, 20), nn.ReLU())
+        self.head = nn.Linear(20, 5)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)).flatten(1)
+        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return self.head(x)
+
+
+def data(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, generator=generator), torch.randint(5, (n,), generator=generator)
+
+
+def run(options, backend=None, compile_step=False, micro_batches=1, checkpointed=False, sizes=(40,) * 5, dynamic=None):
+    model = Net(checkpointed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pre = Preconditioner(model, optimizer, chunk=8, **options)
+    forward, step = model, optimizer.step
+    if backend is not None:
+        forward = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+        if compile_step:
+            step = torch.compile(optimizer.step, backend=backend)
+    rows = []
+    for i, size in enumerate(sizes):
+        optimizer.zero_grad()
+        for micro in range(micro_batches):
+            x, y = data(size, seed=10 * i + micro)
+            F.cross_entropy(forward(x), y).backward()
+        step()
+        rows.append(pre.stats()["rows"])
+    return [p.detach() for p in model.parameters()], rows
+
+
+def compare(options, tolerance=0.0, **how):
+    expected, expected_rows = run(
+        options, **{k: v for k, v in how.items() if k in ("micro_batches", "checkpointed", "sizes")}
+    )
+    got, rows = run(options, **how)
+    assert rows == expected_rows
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert not counters["graph_break"]
+
+
+OPTIONS = [{}, dict(every=2), dict(decay=0.9), dict(max_rows=16)]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_forward_and_backward_compile_once(options, micro_batches):
+    compare(options, backend="aot_eager", micro_batches=micro_batches)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_step_compiles_as_it_does_without():
+    """Two graphs as for the optimizer alone: before and after its momentum exists."""
+    compare({}, backend="aot_eager", compile_step=True)
+    assert counters["stats"]["unique_graphs"] == 1 + 2
+
+
+def test_inductor():
+    compare({}, tolerance=1e-4, backend="inductor")
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_dynamic_batch_size_compiles_once():
+    compare({}, tolerance=1e-5, backend="aot_eager", sizes=(40, 33, 27, 50), dynamic=True)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_checkpointed_block_counts_its_rows_once():
+    compare({}, tolerance=1e-6, backend="aot_eager", checkpointed=True)
+
+
+def test_rows_of_a_skipped_step_are_dropped():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for skip in (True, False):
+        x, y = data(40, seed=int(skip))
+        loss = F.cross_entropy(compiled(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        if not skip:
+            optimizer.step()
+    assert set(pre.stats()["rows"].values()) == {40, 320}
+    assert torch.equal(pre.layers[0].capture.rows[:320], x.movedim(1, -1).flatten(0, -2))
+
+
+def test_hooks_that_were_compiled_away_are_noticed():
+    model = Net()
+    compiled = torch.compile(model, backend="aot_eager")
+    x, y = data(40, seed=0)
+    compiled(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match="no layer has seen any input") as record:
+        step()
+        step()
+    assert len(record) == 1 and "torch.compiler.reset()" in str(record[0].message)
+    assert pre.stats()["layers"] == 0 and pre.summary().count("no input seen yet; gradient left as it is") == 4
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    assert pre.stats()["layers"] == 4
+
+
+def test_wrapped_model_has_plain_names():
+    model = torch.compile(Net(), backend="aot_eager")
+    pre = Preconditioner(model, skip="head")
+    assert [layer.name for layer in pre.layers] == ["conv", "body.0", "body.2", "head"]
+    assert pre.layers[3].reason == "skipped"
