@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
 #include "cuda/precondition_plan.h"
@@ -44,7 +45,16 @@ API simt::Stats simt_stats() { return simt::stats(); }
 API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "PreconditionLayer") == 0) return sizeof(PreconditionLayer);
   if (std::strcmp(name, "PreconditionOptions") == 0) return sizeof(PreconditionOptions);
+  if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
   return -1;
+}
+
+API const char* simt_modulus(const ModulusParams* params) {
+  return guarded([&] { return modulus_cuda(*params, nullptr); });
+}
+
+API const char* simt_modulus_backward(const ModulusBackwardParams* params) {
+  return guarded([&] { return modulus_backward_cuda(*params, nullptr); });
 }
 
 API const char* simt_precondition(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options,

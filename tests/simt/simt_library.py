@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
+KERNELS = ("precondition.cu", "modulus.cu")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -81,7 +81,7 @@ def run(command: list) -> None:
 
 # Types
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 2, 3  # DType
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3  # DType
 
 
 def encode(values: np.ndarray, dtype: int) -> np.ndarray:
@@ -164,6 +164,17 @@ class RowSample(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("offset", "stride", "count"))
 
 
+class Modulus(ctypes.Structure):
+    """ModulusParams and ModulusBackwardParams: (x, y, signs) or (grad, signs, grad_x), then the same."""
+
+    _fields_ = (
+        ("pointers", ctypes.c_void_p * 3),
+        ("rows", ctypes.c_int64),
+        ("row_length", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 class Stats(ctypes.Structure):
     """simt::Stats."""
 
@@ -178,14 +189,15 @@ class Library:
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
-        for name in ("simt_precondition", "selftest"):
+        for name in ("simt_precondition", "simt_modulus", "simt_modulus_backward", "selftest"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.simt_size_of.restype = ctypes.c_int64
         self._library.simt_precondition_workspace.restype = ctypes.c_int64
         self._library.simt_plan.restype = Plan
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
-        for mirror, name in ((Layer, b"PreconditionLayer"), (Options, b"PreconditionOptions")):
+        mirrors = ((Layer, b"PreconditionLayer"), (Options, b"PreconditionOptions"), (Modulus, b"ModulusParams"))
+        for mirror, name in mirrors:
             assert ctypes.sizeof(mirror) == self._library.simt_size_of(name), name
 
     def selftest(self, name: str, variant: int = 1, x=None, y=None, z=None, counter=None) -> None:
@@ -220,6 +232,15 @@ class Library:
         address = ctypes.c_void_p(workspace.ctypes.data if len(workspace) else None)
         count = ctypes.c_int64(len(layers))
         self._call("simt_precondition", array, count, ctypes.byref(options), SHARED_BYTES[device], address)
+
+    def modulus(self, x: int, y: int, signs: int | None, rows: int, row_length: int, dtype: int) -> None:
+        """On addresses, so that arrays may begin anywhere."""
+        params = Modulus((x, y, signs), rows, row_length, dtype)
+        self._call("simt_modulus", ctypes.byref(params))
+
+    def modulus_backward(self, grad: int, signs: int, grad_x: int, rows: int, row_length: int, dtype: int) -> None:
+        params = Modulus((grad, signs, grad_x), rows, row_length, dtype)
+        self._call("simt_modulus_backward", ctypes.byref(params))
 
     def workspace_bytes(self, layers: list[Layer], options: Options) -> int:
         array = (Layer * len(layers))(*layers)
