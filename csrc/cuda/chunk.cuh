@@ -2,7 +2,7 @@
 #pragma once
 
 #include "consistency_ops/precondition.h"
-#include "cuda/port.cuh"
+#include "cuda/convert.cuh"
 #include "cuda/precondition_plan.h"
 
 namespace consistency_ops {
@@ -92,35 +92,6 @@ CO_DEVICE bool rows_are_fast(int64_t row_stride, int64_t row_size, int64_t unit_
   const int64_t row = row_stride < 0 ? -row_stride : row_stride, unit = unit_stride < 0 ? -unit_stride : unit_stride;
   return row_size > 1 && row < unit;
 }
-
-// The float that an element of storage `Raw` holds, and back: uint32_t is a float32, uint16_t what `dtype` says.
-template <typename Raw>
-CO_DEVICE float to_float(DType dtype, uint32_t bits) {
-  if (sizeof(Raw) == 4) return __uint_as_float(bits);
-  return dtype == DType::kBFloat16 ? bfloat16_to_float(static_cast<uint16_t>(bits))
-                                   : float16_to_float(static_cast<uint16_t>(bits));
-}
-
-template <typename Raw>
-CO_DEVICE Raw from_float(DType dtype, float value) {
-  if (sizeof(Raw) == 4) return static_cast<Raw>(__float_as_uint(value));
-  return dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
-}
-
-CO_DEVICE float load_element(DType dtype, const void* base, int64_t offset) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(base)[offset];
-  return to_float<uint16_t>(dtype, static_cast<const uint16_t*>(base)[offset]);
-}
-
-CO_DEVICE void store_element(DType dtype, void* base, int64_t offset, float value) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(base)[offset] = value;
-  } else {
-    static_cast<uint16_t*>(base)[offset] = from_float<uint16_t>(dtype, value);
-  }
-}
-
-CO_DEVICE bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 // value = high + low to 2^-22 of value, both TF32.
 struct SplitFloat {

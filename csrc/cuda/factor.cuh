@@ -90,7 +90,7 @@ struct TileProduct {
   }
 };
 
-// All threads.  tiles <- L; shared.failed_minor <- 0 or the order of the leading minor that is not positive definite.
+// All threads; what precedes the last step ends with a barrier.  tiles <- L; shared.failed_minor <- 0 or the order of the leading minor that is not positive definite.
 template <int kWarps>
 CO_DEVICE void factor(const Chunk& chunk) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
@@ -121,7 +121,6 @@ CO_DEVICE void factor(const Chunk& chunk) {
       product.for_each([&](int at, float sum) { target[at] -= sum; });
     }
   }
-  __syncthreads();
 }
 
 // All threads.  tiles: L -> A^-1, whose diagonal tiles are complete.

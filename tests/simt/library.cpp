@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "consistency_ops/batch_rms_norm_cuda.h"
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
@@ -46,7 +47,21 @@ API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "PreconditionLayer") == 0) return sizeof(PreconditionLayer);
   if (std::strcmp(name, "PreconditionOptions") == 0) return sizeof(PreconditionOptions);
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
+  if (std::strcmp(name, "BatchRmsNormParams") == 0) return sizeof(BatchRmsNormParams);
+  if (std::strcmp(name, "ChannelDivideParams") == 0) return sizeof(ChannelDivideParams);
   return -1;
+}
+
+API int64_t simt_batch_rms_norm_workspace(const BatchRmsNormParams* params) {
+  return batch_rms_norm_workspace_cuda(*params);
+}
+
+API const char* simt_batch_rms_norm_denominator(const BatchRmsNormParams* params, void* workspace) {
+  return guarded([&] { return batch_rms_norm_denominator_cuda(*params, workspace, nullptr); });
+}
+
+API const char* simt_channel_divide(const ChannelDivideParams* params) {
+  return guarded([&] { return channel_divide_cuda(*params, nullptr); });
 }
 
 API const char* simt_modulus(const ModulusParams* params) {

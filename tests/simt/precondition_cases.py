@@ -51,6 +51,7 @@ class Case:
     seed: int = 3
     step: int = 0
     device: str = "sm_90"
+    stages: tuple[int, ...] = (7,)  # the launches; with more than one the matrices between them are kept
 
 
 class Problem:
@@ -143,6 +144,12 @@ class Problem:
         return layer
 
 
+    def keep_matrices(self, layer: simt.Layer, chunk: int) -> None:
+        shape = (len(self.info), chunk, chunk)
+        self.covariance, self.inverse = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+        layer.covariance, layer.inverse = self.covariance.ctypes.data, self.inverse.ctypes.data
+
+
 def num_chunks(units: int, chunk: int) -> int:
     return -(-units // chunk)
 
@@ -160,7 +167,6 @@ def options_of(case: Case) -> simt.Options:
         max_rows=case.max_rows,
         seed=case.seed,
         step=case.step,
-        stages=7,
     )
 
 
@@ -174,11 +180,16 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     problems = problems_of(case)
     options = options_of(case)
     layers = [p.describe(num_chunks(p.all_units, case.chunk)) for p in problems]
-    if workspace is None:
-        workspace = np.full(library.workspace_bytes(layers, options), 0xFF, np.uint8)
-        workspace[:512] = 0
-    library.precondition(layers, options, case.device, workspace)
-    assert not workspace[:512].any(), "a launch leaves the counters zero"
+    if len(case.stages) > 1:
+        for problem, layer in zip(problems, layers, strict=True):
+            problem.keep_matrices(layer, case.chunk)
+    for stages in case.stages:
+        options.stages = stages
+        if workspace is None:
+            workspace = np.full(library.workspace_bytes(layers, options), 0xFF, np.uint8)
+            workspace[:512] = 0
+        library.precondition(layers, options, case.device, workspace)
+        assert not workspace[:512].any(), "a launch leaves the counters zero"
     return problems
 
 
@@ -264,13 +275,10 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def written(problems: list[Problem]) -> list[bytes]:
-    """Every byte that a launch wrote."""
-    return [
-        array.tobytes()
-        for p in problems
-        for array in (p.g, p.bias, p.info, p.damping_used)
-        if array is not None
-    ]
+    """Every byte that the launches wrote."""
+    names = ("g", "bias", "info", "damping_used", "covariance", "inverse")
+    arrays = [getattr(problem, name, None) for problem in problems for name in names]
+    return [array.tobytes() for array in arrays if array is not None]
 
 
 L = LayerCase
@@ -295,6 +303,9 @@ SMALL = {
     "mixed types": Case([L(40, 9, x_dtype=B), L(40, 9, x_dtype=F, g_dtype=H, layer=1)]),
     "trace": Case([L(70, 6, bias=True), L(20, 5, layer=1), L(40, 5, layer=2)], trace=True),
     "trace of zeros": Case([L(40, 4, scale=0.0)], trace=True),
+    "three launches": Case([L(70, 6, bias=True, group=4), L(20, 5, layer=1)], stages=(1, 2, 4)),
+    "two launches, trace": Case([L(70, 6), L(40, 4, spoil=("x", 3, math.nan), layer=1)], trace=True, stages=(3, 4)),
+    "two launches": Case([L(40, 6, g_dtype=B)], stages=(1, 6)),
     "no outputs": Case([L(40, 0)]),
     "NaN in X": Case([L(40, 4, spoil=("x", 33, math.nan))]),
     "infinity in X, trace": Case([L(40, 4, spoil=("x", 3, math.inf)), L(40, 3, layer=1)], trace=True),

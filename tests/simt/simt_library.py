@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("precondition.cu", "modulus.cu")
+KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -58,6 +58,11 @@ def build(kind: str, root: Path = ROOT) -> Path:
     return library
 
 
+def load() -> Library:
+    """The plain build, or the one that SIMT_BUILD names."""
+    return Library(build(os.environ.get("SIMT_BUILD", "plain")))
+
+
 def sanitizer_environment(kind: str) -> dict[str, str]:
     """In which a Python that loads the library of ``kind`` must be started."""
     names = {"plain": (), "memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}[kind]
@@ -66,6 +71,7 @@ def sanitizer_environment(kind: str) -> dict[str, str]:
     found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
     return {
         **os.environ,
+        "SIMT_BUILD": kind,
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
@@ -175,6 +181,43 @@ class Modulus(ctypes.Structure):
     )
 
 
+class ChannelView(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("outer", "channels", "inner", "outer_stride", "channel_stride", "inner_stride")
+    )
+
+
+class BatchRmsNorm(ctypes.Structure):
+    """BatchRmsNormParams."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("view", ChannelView),
+        ("dtype", ctypes.c_int32),
+        ("running_ms", ctypes.c_void_p),
+        ("running_dtype", ctypes.c_int32),
+        ("num_batches", ctypes.c_void_p),
+        ("denominator", ctypes.c_void_p),
+        ("denominator_dtype", ctypes.c_int32),
+        ("momentum", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    )
+
+
+class ChannelDivide(ctypes.Structure):
+    """ChannelDivideParams."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_view", ChannelView),
+        ("y", ctypes.c_void_p),
+        ("y_view", ChannelView),
+        ("dtype", ctypes.c_int32),
+        ("denominator", ctypes.c_void_p),
+    )
+
+
 class Stats(ctypes.Structure):
     """simt::Stats."""
 
@@ -189,15 +232,23 @@ class Library:
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
-        for name in ("simt_precondition", "simt_modulus", "simt_modulus_backward", "selftest"):
+        launchers = ("precondition", "modulus", "modulus_backward", "batch_rms_norm_denominator", "channel_divide")
+        for name in ("selftest", *(f"simt_{launcher}" for launcher in launchers)):
             getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
         self._library.simt_size_of.restype = ctypes.c_int64
         self._library.simt_precondition_workspace.restype = ctypes.c_int64
         self._library.simt_plan.restype = Plan
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
-        mirrors = ((Layer, b"PreconditionLayer"), (Options, b"PreconditionOptions"), (Modulus, b"ModulusParams"))
-        for mirror, name in mirrors:
+        mirrors = {
+            b"PreconditionLayer": Layer,
+            b"PreconditionOptions": Options,
+            b"ModulusParams": Modulus,
+            b"BatchRmsNormParams": BatchRmsNorm,
+            b"ChannelDivideParams": ChannelDivide,
+        }
+        for name, mirror in mirrors.items():
             assert ctypes.sizeof(mirror) == self._library.simt_size_of(name), name
 
     def selftest(self, name: str, variant: int = 1, x=None, y=None, z=None, counter=None) -> None:
@@ -241,6 +292,16 @@ class Library:
     def modulus_backward(self, grad: int, signs: int, grad_x: int, rows: int, row_length: int, dtype: int) -> None:
         params = Modulus((grad, signs, grad_x), rows, row_length, dtype)
         self._call("simt_modulus_backward", ctypes.byref(params))
+
+    def batch_rms_norm_denominator(self, params: BatchRmsNorm) -> None:
+        bytes_ = self._library.simt_batch_rms_norm_workspace(ctypes.byref(params))
+        workspace = np.full(bytes_ // 4, np.nan, np.float32)
+        self._call(
+            "simt_batch_rms_norm_denominator", ctypes.byref(params), ctypes.c_void_p(workspace.ctypes.data)
+        )
+
+    def channel_divide(self, params: ChannelDivide) -> None:
+        self._call("simt_channel_divide", ctypes.byref(params))
 
     def workspace_bytes(self, layers: list[Layer], options: Options) -> int:
         array = (Layer * len(layers))(*layers)

@@ -12,7 +12,7 @@ BITS = {simt.FLOAT32: np.uint32, simt.FLOAT64: np.uint64, simt.BFLOAT16: np.uint
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.Library(simt.build("plain"))
+    return simt.load()
 
 
 def numbers(dtype, count, rng):

@@ -24,7 +24,7 @@ COVARIANCE, FACTOR, APPLY = 1, 2, 4
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.Library(simt.build("plain"))
+    return simt.load()
 
 
 @pytest.mark.parametrize("name", cases.SMALL)
@@ -49,6 +49,19 @@ def test_sanitizers(kind):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
     command = [sys.executable, script, simt.build(kind), "2", *cases.SMALL, "96", "128", "256 on sm_80"]
+    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name", "selection"),
+    [("memory", "modulus", ""), ("memory", "batch_rms_norm", ""), ("races", "batch_rms_norm", "evaluation or unaligned")],
+)
+def test_sanitizers_of_elementwise_kernels(kind, name, selection):
+    simt.build(kind)  # here, because a preloaded sanitizer slows the compiler down
+    file = simt.ROOT / "tests" / "simt" / f"test_simt_{name}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-k", selection, file]
     done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
@@ -85,6 +98,7 @@ def test_workspace_is_left_ready_for_the_next_launch(library):
     """As a CUDA graph replays it: the same workspace again, nothing cleared in between."""
     case = cases.SMALL["trace"]
     problems, options = cases.problems_of(case), cases.options_of(case)
+    options.stages = COVARIANCE | FACTOR | APPLY
     layers = [p.describe(cases.num_chunks(p.all_units, case.chunk)) for p in problems]
     workspace = np.zeros(library.workspace_bytes(layers, options), np.uint8)
     library.schedule(seed=1)
@@ -106,25 +120,14 @@ def test_stages_apart_are_the_fused_call(library, trace):
     case = cases.Case(layers, trace=trace)
     library.schedule()
     fused = cases.run(library, case)
-    problems, options = cases.problems_of(case), cases.options_of(case)
-    kept = []
-    described = []
-    for problem in problems:
-        chunks = cases.num_chunks(problem.all_units, case.chunk)
-        layer = problem.describe(chunks)
-        kept.append([np.full((chunks, case.chunk, case.chunk), np.nan, np.float32) for _ in range(2)])
-        layer.covariance, layer.inverse = (matrices.ctypes.data for matrices in kept[-1])
-        described.append(layer)
-    for stage in (COVARIANCE, FACTOR, APPLY):
-        options.stages = stage
-        library.precondition(described, options, case.device, np.zeros(0, np.uint8))
-    for got, want, (covariance, inverse) in zip(problems, fused, kept, strict=True):
+    apart = cases.run(library, dataclasses.replace(case, stages=(COVARIANCE, FACTOR, APPLY)))
+    for got, want in zip(apart, fused, strict=True):
         assert np.array_equal(got.info, want.info)
         assert np.array_equal(got.damping_used, want.damping_used)
         assert cases.relative_error(got.grads(), want.grads()) < 2e-5
+        covariance, inverse = got.covariance, got.inverse
         assert np.array_equal(covariance, covariance.transpose(0, 2, 1), equal_nan=True)
-        edges = cases.bounds(got.all_units, case.chunk)
-        for chunk, size in enumerate(np.diff(edges)):
+        for chunk, size in enumerate(np.diff(cases.bounds(got.all_units, case.chunk))):
             assert not covariance[chunk, size:].any()
             assert not inverse[chunk, size:].any()
             assert got.info[chunk] == 0 or not inverse[chunk].any()
@@ -158,7 +161,9 @@ def test_a_retry_sums_the_covariance_again(library):
     before = problem.g.copy()
     layer = problem.describe(1)
     library.schedule()
-    library.precondition([layer], cases.options_of(case), case.device, np.zeros(0, np.uint8))
+    options = cases.options_of(case)
+    options.stages = COVARIANCE | FACTOR | APPLY
+    library.precondition([layer], options, case.device, np.zeros(0, np.uint8))
     assert problem.info[0] == 0
     assert problem.damping_used[0] > case.damping
     values = problem.x.astype(np.float64)
@@ -181,6 +186,7 @@ def test_a_retry_sums_the_covariance_again(library):
 def test_refused(library, change):
     case = cases.SMALL["one chunk"]
     problem, options = cases.problems_of(case)[0], cases.options_of(case)
+    options.stages = COVARIANCE | FACTOR | APPLY
     before = problem.g.copy()
     layer = problem.describe(1)
     for name, value in change.items():
@@ -193,9 +199,8 @@ def test_refused(library, change):
 
 def test_refused_without_workspace_or_room(library):
     trace = cases.SMALL["trace"]
-    layers = [p.describe(3) for p in cases.problems_of(trace)]
     with pytest.raises(RuntimeError, match="status 1"):
-        library.precondition(layers, cases.options_of(trace), trace.device, np.zeros(0, np.uint8))
+        cases.run(library, trace, workspace=np.zeros(0, np.uint8))
     large = dataclasses.replace(cases.LARGE["256"], device="sm_86")
     with pytest.raises(RuntimeError, match="status 1"):
         cases.run(library, large)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.Library(simt.build("plain"))
+    return simt.load()
 
 
 def results(library, name, variant, seeds, make):
