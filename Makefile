@@ -3,10 +3,12 @@
 #   PYTHON=python3.12 make test      another interpreter for the virtual environment
 #   CONSISTENCY_OPS_CUDA=0 make build  without CUDA kernels although nvcc is there (setup.py has the other switches)
 #   make train ARGS="--data mnist --data-dir DIR"
+#   make bench BENCH=precondition ARGS="--chunks 128"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BENCH ?= modulus memory step precondition
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(wildcard csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
@@ -30,15 +32,15 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 	python -m consistency_ops train $(ARGS)
 
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
-	python -m pytest -q -m "not slow" $(ARGS)
+	python -m pytest -q -n $(MAX_JOBS) -m "not slow" $(ARGS)
 
 test-slow: $(LIBRARY)
-	python -m pytest -q -m slow $(ARGS)
+	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
 
-bench: $(LIBRARY) ## the kernels against torch's own compositions
-	python -m pytest benchmarks/micro $(ARGS)
+bench: $(LIBRARY) ## speed and memory against torch's own compositions; BENCH="step memory" for some of it
+	@set -e; for name in $(BENCH); do python -m benchmarks.micro.bench_$$name $(ARGS); done
 
 build: $(VENV)/.installed ## compile the extension in place, only what changed
 	@flock .build.lock python setup.py -q build_ext --inplace

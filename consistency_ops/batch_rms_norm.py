@@ -21,6 +21,8 @@ _training = torch.ops.consistency_ops.batch_rms_norm_denominator_.default
 _evaluation = torch.ops.consistency_ops.batch_rms_norm_denominator.default
 _divide = torch.ops.consistency_ops.batch_rms_norm_divide.default
 _transforming = torch._C._are_functorch_transforms_active
+# Around every eager division: past the registered formula, which is Python and costs more than a small tensor.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def batch_rms_norm(
@@ -63,7 +65,8 @@ def batch_rms_norm(
         return _plain_division(x, denominator)
     if _transforming() or forward_ad._current_level >= 0 or (x.requires_grad and torch.is_grad_enabled()):
         return _Division.apply(x, denominator)
-    return _divide(x, denominator)
+    with _below_autograd():
+        return _divide(x, denominator)
 
 
 def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: float, eps: float) -> None:
@@ -113,7 +116,8 @@ class _Division(Function):
 
     @staticmethod
     def forward(x, denominator):
-        return _divide(x, denominator)
+        with _below_autograd():
+            return _divide(x, denominator)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

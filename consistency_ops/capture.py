@@ -1,7 +1,7 @@
 """Row capture: the hooks that put the input rows of a layer into a buffer, ready for the optimizer's step.
 
-Everything that changes from step to step is in tensors, so a compiled model sees constant Python state and is compiled once.
-The columns of the state tensor are the fields of ``CaptureState`` in ``csrc/include/consistency_ops/capture.h``.
+Everything that changes from step to step is in tensors, so a compiled model sees constant Python state and is compiled
+once. The columns of the state tensor are the fields of ``CaptureState`` in ``csrc/include/consistency_ops/capture.h``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from . import _library  # noqa: F401  registers the operators
+from . import ops  # noqa: F401  (loading registers the operators)
 from .layers import LayerType
 
+_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 USED, LAST, STEP, PAUSED, STATE_SIZE = 0, 6, 7, 8, 9
 
 _capture_rows = torch.ops.consistency_ops.capture_rows_.default
 _capture_mark = torch.ops.consistency_ops.capture_mark_.default
 
-# The two operators write their buffers and return nothing, so there is nothing to differentiate: autograd is passed over.
-_library = torch.library.Library("consistency_ops", "IMPL")
+# The two operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
+_autograd = torch.library.Library("consistency_ops", "IMPL")
 for _name in ("capture_rows_", "capture_mark_"):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("consistency_ops::capture_rows_")
@@ -78,10 +79,11 @@ class States:
 class Capture:
     """The rows of one layer: a forward pre-hook, and a hook on the weight that notices abandoned gradients.
 
-    A module that is called several times in a step, or in several micro-batches, pools its rows.  With activation
-    checkpointing each call counts once: the pass without gradients (reentrant) is passed over, and so is a recomputation in
-    the backward pass of what was already captured (non-reentrant).  Nothing is captured in evaluation mode, without
-    gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor subclasses.
+    A module that is called several times in a step, or in several micro-batches, pools its rows. With activation
+    checkpointing each call counts once: the pass without gradients (reentrant) is passed over, and so is a
+    recomputation in the backward pass of what was already captured (non-reentrant). Nothing is captured in evaluation
+    mode, without gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor
+    subclasses.
     """
 
     def __init__(
@@ -98,8 +100,9 @@ class Capture:
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
         self.in_forward = False  # eager only: a call outside of any backward pass was captured in this step
-        self._marked: weakref.ref[Tensor] | None = None  # the weight with the mark hook
-        self._grad: weakref.ref[Tensor] | None = None  # eager: its gradient at the last backward pass of this step
+        self._weight: weakref.ref[Tensor] | None = None  # whose place and dtype the buffer has
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
         self._mark_handle: RemovableHandle | None = None
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
         weight = module._parameters[kind.weight]
@@ -107,24 +110,35 @@ class Capture:
             self.follow(module, weight)
 
     def follow(self, module: nn.Module, weight: Tensor) -> None:
-        """Make the buffer and the mark hook those of this weight: it may have been moved, replaced or unfrozen."""
-        if self.rows is None or self.rows.device != weight.device:
-            # Half precision is widened: the rows are converted while they are copied, and the kernel reads one dtype.
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            self.rows = torch.empty(self.max_rows, self.kind.units(module), dtype=dtype, device=weight.device)
+        """Fit buffer and mark hook to this weight, which may have been moved, cast, replaced or unfrozen."""
+        place = weight.device, weight.dtype
+        if self._weight is None or self._weight() is not weight or self._place != place:
+            self._fit(module, weight)
+            self._weight, self._place = weakref.ref(weight), place
+        if self._mark_handle is None and weight.requires_grad:
+            self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
+
+    def _fit(self, module: nn.Module, weight: Tensor) -> None:
+        key = torch._C._dispatch_key_for_device(weight.device.type)
+        if not weight.is_meta and not torch._C._dispatch_has_kernel_for_dispatch_key(_capture_rows.name(), key):
+            raise NotImplementedError(f"Preconditioner: this build has no kernels for {weight.device.type}")
+        if self._mark_handle is not None:
+            self._mark_handle.remove()
+            self._mark_handle = None
+        # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        units, rows = self.kind.units(module), self.rows
+        if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != units:
+            self.rows = torch.empty(self.max_rows, units, dtype=dtype, device=weight.device)
             self.state = self.states.on(weight.device)
             self.count = self.state[self.index, USED : USED + 1]
-        if weight.requires_grad and (self._marked is None or self._marked() is not weight):
-            if self._mark_handle is not None:
-                self._mark_handle.remove()
-            self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
-            self._marked = weakref.ref(weight)
+            self.count.zero_()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        weight = module._parameters[self.weight_name]
-        if not (module.training and torch.is_grad_enabled() and weight.requires_grad and isinstance(weight, Parameter)):
+        weight = module._parameters.get(self.weight_name)
+        if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
             return
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()), None)
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
         if not torch.compiler.is_compiling():
@@ -134,16 +148,21 @@ class Capture:
                 self.in_forward = True
             elif self.in_forward:
                 return  # a checkpointed block is being recomputed
-            if self.rows is None or self.rows.device != x.device:
+            if self.rows is None or self.rows.device != x.device or x.dtype is torch.float64:
                 self.follow(module, weight)
-        elif self.rows is None:
-            return
-        if self.rows.device != x.device:
-            return
-        _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+        if self._takes(x):
+            _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Where this is false, the layer itself will say what is wrong with its input."""
+        rows = self.rows
+        if rows is None or rows.device != x.device or x.dim() < -self.unit_dim or x.dtype not in _FLOATS:
+            return False
+        return x.shape[self.unit_dim] == rows.shape[1] and (x.dtype is not torch.float64 or rows.dtype is x.dtype)
 
     def _mark(self, weight: Tensor) -> None:
-        grad = weight.grad
+        if (grad := weight.grad) is None:
+            return  # another hook has taken it
         restart = self._grad is not None and self._grad() is not grad
         self._grad = weakref.ref(grad)
         _capture_mark(self.rows, self.state, self.index, restart)

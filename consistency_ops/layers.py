@@ -1,9 +1,9 @@
 """How a layer type maps to input rows and a gradient matrix; a registry for users' own layer types.
 
-The correction needs two things of a layer: the rows of its input, one vector of units a row, and its weight gradient with
-those units in dimension 1.  A linear layer has (..., in) and (out, in).  For a convolution the units are the input channels
-and every pixel of every image is a row; padding, stride and dilation do not enter (arXiv 1708.00631, convolutions; only the
-correlation between feature maps is used).
+The correction needs two things of a layer: the rows of its input, one vector of units a row, and its weight gradient
+with those units in dimension 1.  A linear layer has (..., in) and (out, in). For a convolution the units are the input
+channels and every pixel of every image is a row; padding, stride and dilation do not enter (arXiv 1708.00631,
+convolutions; only the correlation between feature maps is used).
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ _forward = torch.ops.consistency_ops.modulus_forward.default
 _backward = torch.ops.consistency_ops.modulus_backward.default
 _complex_backward = torch.ops.consistency_ops.modulus_complex_backward.default
 _transforming = torch._C._are_functorch_transforms_active
+# Around every eager call: past the registered formulas, which are Python and cost more than a small tensor.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def modulus(x: Tensor) -> Tensor:
@@ -47,14 +49,16 @@ def modulus(x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return reference.modulus(x)  # registered formulas know no transforms
         return _ComplexModulus.apply(x) if is_complex else _Modulus.apply(x, 0)[0]
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return _modulus(x)
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        return _modulus(x) if is_complex else _forward(x)[0]
-    return _ComplexModulus.apply(x) if is_complex else _apply_fast(x)
+        return _forward(x)[0] if needs_grad and not is_complex else _modulus(x)
+    if needs_grad:
+        return _ComplexModulus.apply(x) if is_complex else _apply_fast(x)
+    with _below_autograd():
+        return _modulus(x)
 
 
-def _same_layout_or_strides(grad: Tensor, strides: tuple[int, ...]) -> tuple[int, ...] | None:
+def _strides_if_other(grad: Tensor, strides: tuple[int, ...]) -> tuple[int, ...] | None:
     return None if grad.stride() == strides else strides
 
 
@@ -63,7 +67,8 @@ class _Modulus(Function):
 
     @staticmethod
     def forward(x, batch_dims):
-        return _forward(x, batch_dims)
+        with _below_autograd():
+            return _forward(x, batch_dims)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,7 +96,8 @@ class _Flip(Function):
 
     @staticmethod
     def forward(grad, signs, strides):
-        return _backward(grad, signs, _same_layout_or_strides(grad, strides))
+        with _below_autograd():
+            return _backward(grad, signs, _strides_if_other(grad, strides))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -121,7 +127,8 @@ class _FastModulus(Function):
 
     @staticmethod
     def forward(ctx, x):
-        y, signs = _forward(x)
+        with _below_autograd():
+            y, signs = _forward(x)
         ctx.save_for_backward(signs)
         ctx.strides = y.stride()
         return y
@@ -131,7 +138,8 @@ class _FastModulus(Function):
         (signs,) = ctx.saved_tensors
         if torch.is_grad_enabled() or _transforming():
             return _Flip.apply(grad, signs, ctx.strides)
-        return _backward(grad, signs, _same_layout_or_strides(grad, ctx.strides))
+        with _below_autograd():
+            return _backward(grad, signs, _strides_if_other(grad, ctx.strides))
 
 
 _apply_fast = super(Function, _FastModulus).apply  # without the Python wrapper that looks for transforms
@@ -140,7 +148,8 @@ _apply_fast = super(Function, _FastModulus).apply  # without the Python wrapper 
 class _ComplexModulus(Function):
     @staticmethod
     def forward(x):
-        return _modulus(x)
+        with _below_autograd():
+            return _modulus(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -152,7 +161,8 @@ class _ComplexModulus(Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled() or _transforming():
             return grad * x.sgn()
-        return _complex_backward(grad, x)
+        with _below_autograd():
+            return _complex_backward(grad, x)
 
     @staticmethod
     def jvp(ctx, tangent):

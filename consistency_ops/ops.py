@@ -1,7 +1,8 @@
 """The functional API: the correction of arXiv 1708.00631 for one layer, for all layers, and stage by stage.
 
-Checks that a user can trip are here, as Python exceptions; the compiled operators (``torch.ops.consistency_ops``) check
-what memory safety needs and compute.  None of these functions is differentiable: they work on gradients.
+Checks that a user can trip are Python exceptions (``_checks.py``); the compiled operators
+(``torch.ops.consistency_ops``) check what memory safety needs, and compute.  The functions of the correction are not
+differentiable: they work on gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ import torch
 from torch import Tensor
 
 from consistency_ops import _library  # noqa: F401  (loading registers the operators)
+from consistency_ops._checks import (
+    MAX_CHUNK,
+    check_chunk,
+    check_device,
+    check_integers,
+    check_layer,
+    check_options,
+    check_overlap,
+    check_permutation,
+    check_row_counts,
+    check_tensor,
+    is_real,
+)
 from consistency_ops.batch_rms_norm import batch_rms_norm
 from consistency_ops.modulus import modulus
 
 __all__ = [
+    "MAX_CHUNK",
     "batch_rms_norm",
     "chunked_covariance",
     "foreach_apply_",
@@ -29,173 +44,7 @@ __all__ = [
 ]
 
 Scaling = Literal["absolute", "trace"]
-MAX_CHUNK = 256  # kMaxChunk of csrc/include/consistency_ops/types.h
 _SECTOR = 32  # bytes: the unit in which GPUs move memory; the default group is one sector of the gradient
-_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
-# Checks
-
-
-def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
-        if tensor.is_complex():
-            raise NotImplementedError(f"{op}: {name} must be real, got {tensor.dtype}")
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise NotImplementedError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-    if hasattr(tensor, "to_local"):
-        raise NotImplementedError(
-            f"{op}: {name} must be a plain tensor, got {type(tensor).__name__}; pass its to_local()"
-        )
-
-
-def _check_device(op: str, tensors: Sequence[Tensor]) -> None:
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            raise RuntimeError(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
-    if device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{op}: this build has kernels for the CPU only, got a tensor on {device}")
-
-
-def _check_options(op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int) -> None:
-    _check_chunk(op, chunk, group, max_rows)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
-    if scaling not in ("absolute", "trace"):
-        raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
-
-
-def _check_integers(op: str, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-
-
-def _check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> None:
-    _check_integers(op, chunk=chunk, group=group, max_rows=max_rows)
-    if not 1 <= chunk <= MAX_CHUNK:
-        raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
-    if group is not None and not 1 <= group <= chunk:
-        raise ValueError(f"{op}: group must be in [1, chunk = {chunk}], got {group}")
-    if max_rows < 1:
-        raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
-
-
-def _check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None) -> int:
-    """Shapes of one layer; returns the number of convolution groups."""
-    _check_tensor(op, "grad", grad)
-    _check_tensor(op, "inputs", inputs)
-    if not 2 <= grad.dim() <= 5:
-        raise ValueError(f"{op}: grad must have 2 to 5 dimensions, got shape {tuple(grad.shape)}")
-    if grad.dim() == 2:
-        fits, groups = inputs.dim() >= 1 and inputs.shape[-1] == grad.shape[1], 1
-    else:
-        fits = inputs.dim() in (2, grad.dim())
-        units = inputs.shape[1] if fits else 0
-        groups = units // grad.shape[1] if grad.shape[1] else 1
-        fits = fits and groups * grad.shape[1] == units and groups > 0 and grad.shape[0] % groups == 0
-    if not fits:
-        wanted = "(..., in)" if grad.dim() == 2 else "(N, in, *spatial)"
-        raise ValueError(
-            f"{op}: inputs must be {wanted} with the units of grad, got inputs {tuple(inputs.shape)} "
-            f"and grad {tuple(grad.shape)}"
-        )
-    if bias_grad is not None:
-        _check_tensor(op, "bias_grad", bias_grad)
-        if bias_grad.shape != grad.shape[:1]:
-            raise ValueError(
-                f"{op}: bias_grad must be ({grad.shape[0]},) for grad {tuple(grad.shape)}, got {tuple(bias_grad.shape)}"
-            )
-    return groups
-
-
-def _check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
-    if not isinstance(permutation, Tensor) or permutation.dtype not in (torch.int64, torch.int32):
-        kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
-        raise TypeError(f"{op}: permutation must be an int64 or int32 tensor, got {kind}")
-    if permutation.shape != (units,):
-        raise ValueError(f"{op}: permutation must have shape ({units},), got {tuple(permutation.shape)}")
-    if not torch.equal(
-        permutation.sort().values, torch.arange(units, device=permutation.device, dtype=permutation.dtype)
-    ):
-        raise ValueError(f"{op}: permutation must be a bijection of the {units} units")
-    return permutation.to(torch.int64).contiguous()
-
-
-def _check_row_counts(op: str, row_counts: list[Tensor]) -> None:
-    for count in row_counts:
-        if not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1:
-            raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {count!r}")
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte that a tensor may touch."""
-    begin = tensor.data_ptr()
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (span + 1) * tensor.element_size()
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices of a strided tensor name one element."""
-    reach = 0  # furthest element of the dimensions so far, the smallest strides first
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                break
-            reach += (size - 1) * stride
-    else:
-        return False
-    offsets = torch.zeros((), dtype=torch.int64)
-    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    return offsets.unique().numel() < tensor.numel()
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of overlapping extents have a byte in common; interleaved views may not."""
-    begin, end = min(a.data_ptr(), b.data_ptr()), max(_extent(a)[1], _extent(b)[1])
-    touched = torch.zeros(end - begin, dtype=torch.uint8)
-    for tensor in (a, b):
-        width = tensor.element_size()
-        strides = [*(stride * width for stride in tensor.stride()), 1]
-        touched.as_strided((*tensor.shape, width), strides, tensor.data_ptr() - begin).add_(1)
-    return bool((touched > 1).any())
-
-
-def _check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Refuses gradients that overlap; returns the inputs, those that alias a gradient copied."""
-    for tensor in written:
-        if not tensor.is_contiguous() and _overlaps_itself(tensor):
-            raise RuntimeError(
-                f"{op}: gradients must not overlap, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-            )
-    extents = sorted(((*_extent(t), i) for i, t in enumerate(written) if t.numel()), key=lambda e: e[:2])
-    reach, widest = -1, -1
-    overlapping = False
-    for begin, end, i in extents:
-        if begin < reach:
-            overlapping = True
-            if _share_elements(written[widest], written[i]):
-                raise RuntimeError(f"{op}: gradients must not overlap")
-        if end > reach:
-            reach, widest = end, i
-    if overlapping:  # more than neighbours may be interleaved
-        for n, (begin, end, i) in enumerate(extents):
-            for other_begin, _, j in extents[n + 1 :]:
-                if begin <= other_begin < end and _share_elements(written[i], written[j]):
-                    raise RuntimeError(f"{op}: gradients must not overlap")
-    lowest, highest = (extents[0][0], reach) if extents else (0, 0)
-    safe = []
-    for x in inputs:
-        begin, end = _extent(x) if x.numel() else (0, 0)
-        if begin < highest and end > lowest and any(begin < e and end > b for b, e, _ in extents):
-            x = x.clone()
-        safe.append(x)
-    return safe
 
 
 def _default_group(dtype: torch.dtype, chunk: int) -> int:
@@ -212,14 +61,6 @@ def _dense(entries: Sequence[Tensor | None] | None) -> tuple[list[Tensor], list[
         return [], []
     present = [(entry, i) for i, entry in enumerate(entries) if entry is not None]
     return [entry for entry, _ in present], [i for _, i in present]
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not _is_fake(tensor)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return type(tensor) not in (Tensor, torch.nn.Parameter) and isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 # The correction
@@ -297,8 +138,8 @@ def _foreach_precondition_(
     row_counts: Sequence[Tensor | None] | None,
     return_damping: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _check_options(op, damping, scaling, chunk, group, max_rows)
-    _check_integers(op, seed=seed, step=step)
+    check_options(op, damping, scaling, chunk, group, max_rows)
+    check_integers(op, seed=seed, step=step)
     grads, inputs = list(grads), list(inputs)
     for name, entries in (
         ("inputs", inputs),
@@ -313,20 +154,20 @@ def _foreach_precondition_(
         empty = torch.empty(0, dtype=torch.int32)
         return (empty, empty.float()) if return_damping else empty
     for i, grad in enumerate(grads):
-        _check_layer(op, grad, inputs[i], bias_grads[i] if bias_grads is not None else None)
+        check_layer(op, grad, inputs[i], bias_grads[i] if bias_grads is not None else None)
     biases, bias_layers = _dense(bias_grads)
     counts, count_layers = _dense(row_counts)
-    _check_row_counts(op, counts)
-    _check_device(op, [*grads, *inputs, *biases, *counts])
+    check_row_counts(op, counts)
+    check_device(op, [*grads, *inputs, *biases, *counts])
     if permutations is not None:
         has_bias = set(bias_layers)
         permutations = [
-            None if p is None else _check_permutation(op, p, grads[i].shape[1] + (i in has_bias))
+            None if p is None else check_permutation(op, p, grads[i].shape[1] + (i in has_bias))
             for i, p in enumerate(permutations)
         ]
     orders, order_layers = _dense(permutations)
-    if _is_real(grads[0]):
-        inputs = _check_overlap(op, [*grads, *biases], inputs)
+    if is_real(grads[0]):
+        inputs = check_overlap(op, [*grads, *biases], inputs)
     groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         info, used = torch.ops.consistency_ops.foreach_precondition_(
@@ -391,8 +232,8 @@ def _precondition(
     step: int,
     bias_grad: Tensor | None,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
-    _check_options(op, damping, scaling, chunk, group, max_rows)
-    _check_layer(op, grad, inputs, bias_grad)
+    check_options(op, damping, scaling, chunk, group, max_rows)
+    check_layer(op, grad, inputs, bias_grad)
     corrected = grad.detach().clone()
     bias = None if bias_grad is None else bias_grad.detach().clone()
     info, used = _foreach_precondition_(
@@ -499,13 +340,13 @@ def chunked_covariance(
         As :func:`precondition`.
     """
     op = "chunked_covariance"
-    _check_chunk(op, chunk, group, max_rows)
-    _check_tensor(op, "inputs", inputs)
+    check_chunk(op, chunk, group, max_rows)
+    check_tensor(op, "inputs", inputs)
     if inputs.dim() < 1 or inputs.shape[-1] == 0:
         raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(inputs.shape)}")
-    _check_device(op, [inputs])
+    check_device(op, [inputs])
     if permutation is not None:
-        permutation = _check_permutation(op, permutation, inputs.shape[-1])
+        permutation = check_permutation(op, permutation, inputs.shape[-1])
     return foreach_covariance(
         [inputs], chunk=chunk, group=group, max_rows=max_rows, permutation=[permutation], seed=seed, step=step
     )[0]
@@ -540,13 +381,13 @@ def foreach_covariance(
         float32, or float64 if any input is float64.
     """
     op = "foreach_covariance"
-    _check_chunk(op, chunk, group, max_rows)
-    _check_integers(op, seed=seed, step=step)
+    check_chunk(op, chunk, group, max_rows)
+    check_integers(op, seed=seed, step=step)
     inputs = list(inputs)
     if not inputs:
         return []
     for x in inputs:
-        _check_tensor(op, "inputs", x)
+        check_tensor(op, "inputs", x)
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -556,8 +397,8 @@ def foreach_covariance(
         groups.append(_default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
     orders, order_layers = _dense(permutation)
     counts, count_layers = _dense(row_counts)
-    _check_row_counts(op, counts)
-    _check_device(op, [*inputs, *counts])
+    check_row_counts(op, counts)
+    check_device(op, [*inputs, *counts])
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_covariance(
             inputs,
@@ -594,8 +435,8 @@ def foreach_inverse(
         ``(inverses, info, damping_used)``; the inverse of a chunk that was given up is zero.
     """
     op = "foreach_inverse"
-    _check_options(op, damping, scaling, chunk, None, 1)
-    _check_device(op, list(covariances))
+    check_options(op, damping, scaling, chunk, None, 1)
+    check_device(op, list(covariances))
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_inverse(
             list(covariances), list(units), float(damping), scaling == "trace", chunk
@@ -621,14 +462,14 @@ def foreach_apply_(
     with ``info != 0`` are left alone.
     """
     op = "foreach_apply_"
-    _check_chunk(op, chunk, group)
-    _check_integers(op, seed=seed, step=step)
+    check_chunk(op, chunk, group)
+    check_integers(op, seed=seed, step=step)
     grads = list(grads)
     biases, bias_layers = _dense(bias_grads)
-    _check_device(op, [*grads, *biases, *inverses, info])
+    check_device(op, [*grads, *biases, *inverses, info])
     orders, order_layers = _dense(permutation)
-    if _is_real(grads[0]):
-        _check_overlap(op, [*grads, *biases], [])
+    if is_real(grads[0]):
+        check_overlap(op, [*grads, *biases], [])
     groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         torch.ops.consistency_ops.foreach_apply_(

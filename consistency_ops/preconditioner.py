@@ -1,4 +1,4 @@
-"""The drop-in preconditioner: corrects the gradients of a model's layers in front of any optimizer (arXiv 1708.00631)."""
+"""The drop-in preconditioner: corrects the gradients of a model in front of any optimizer (arXiv 1708.00631)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +16,10 @@ from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
 from .capture import Capture, States
-from .layers import LayerType, layer_type
+from .coverage import Layer, find_layers
 from .state import StateStore
 
 _VERSION = 1  # of state_dict
-
-
-@dataclass(eq=False)
-class Layer:
-    """A module with a weight of two or more dimensions, covered or not."""
-
-    name: str
-    module: weakref.ref[nn.Module]
-    kind: LayerType | None
-    index: int  # among all layers; third argument of the random division
-    reason: str | None  # why it is never corrected, or None
-    joins_bias: bool = False
-    capture: Capture | None = None
-    info: Tensor | None = None  # of the last step, one entry a chunk; None: nothing was launched
-    damping: Tensor | None = None  # used by the last inversion
-    unfit_gradient: bool = False
-    pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
-
-    @property
-    def weight(self) -> Parameter | None:
-        module = self.module()
-        return None if module is None or self.kind is None else module._parameters.get(self.kind.weight)
 
 
 @dataclass(eq=False)
@@ -63,17 +40,18 @@ class Preconditioner:
     """Multiplies every layer's gradient by the inverse damped second moment of the layer's inputs, before each step.
 
     For a layer with input rows ``X`` (n, d) and weight gradient ``G`` (out, d) the optimizer receives ``G A_c^-1`` with
-    ``A_c = X_c^T X_c / n + damping`` in every chunk ``c`` of at most ``chunk`` randomly chosen units (arXiv 1708.00631).
-    One line in a training script; nothing else changes::
+    ``A_c = X_c^T X_c / n + damping`` in every chunk ``c`` of at most ``chunk`` randomly chosen units (arXiv
+    1708.00631). One line in a training script; nothing else changes::
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         co.Preconditioner(model, optimizer)
 
     Construct it before the first call of a compiled model and before checkpoints are loaded. Covered are ``nn.Linear``,
-    ``nn.Conv1d/2d/3d`` and what :func:`consistency_ops.layers.register` adds; all other layers, and those without statistics
-    (never run, tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients are corrected in
-    place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler`` skips leave nothing
-    behind. A closure is supported if the optimizer calls it once a step. Its state is in ``optimizer.state_dict()``.
+    ``nn.Conv1d/2d/3d`` and what :func:`consistency_ops.layers.register` adds; all other layers, and those without
+    statistics (never run, tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients
+    are corrected in place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler``
+    skips leave nothing behind. A closure is supported if the optimizer calls it once a step. Its state is in
+    ``optimizer.state_dict()``.
 
     Args:
         model: the module whose layers are corrected. Only weak references to it are kept.
@@ -139,11 +117,12 @@ class Preconditioner:
         self._store = StateStore(optimizer)
         self._parameters: set[int] = set()  # ids of the optimizer's parameters
         self._parameter_count = 0
-        self._warned = False
+        self._checked = False  # whether hooks fire
 
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
         self._attach()
+        self._refuse_a_second_one()
         if not any(layer.capture for layer in self.layers):
             raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
         handles = []
@@ -160,44 +139,7 @@ class Preconditioner:
     # What is covered
 
     def _find_layers(self, model: nn.Module) -> list[Layer]:
-        modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
-        owners: dict[int, list[str]] = {}
-        for name, module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append(name)
-        for pattern in self.skip:
-            if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name, _ in modules):
-                warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=4)
-        layers: list[Layer] = []
-        for name, module in modules:
-            kind = layer_type(module)
-            own = [p for p in module._parameters.values() if p is not None]
-            if kind is None and not any(is_lazy(p) or p.dim() > 1 for p in own):
-                continue
-            layer = Layer(name, weakref.ref(module), kind, len(layers), self._reason(name, module, kind, owners))
-            if layer.reason is None and kind.bias is not None:
-                bias = module._parameters.get(kind.bias)
-                layer.joins_bias = self.bias and bias is not None and len(owners[id(bias)]) == 1
-            layers.append(layer)
-        return layers
-
-    def _reason(
-        self, name: str, module: nn.Module, kind: LayerType | None, owners: Mapping[int, list[str]]
-    ) -> str | None:
-        """Why this layer is never corrected, or None."""
-        if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in self.skip):
-            return "skipped"
-        if kind is None:
-            return "unsupported type"
-        weight = module._parameters.get(kind.weight)
-        if weight is None:
-            return f"{kind.weight} is not a parameter of the module"
-        if len(owners[id(weight)]) > 1:
-            return "tied with " + ", ".join(owner for owner in owners[id(weight)] if owner != name)
-        if not weight.is_floating_point():
-            return f"unsupported dtype {weight.dtype}"
-        return None
+        return find_layers(model, self.skip, self.bias)
 
     def _attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when its parameter groups have grown."""
@@ -208,6 +150,20 @@ class Preconditioner:
             module, weight = layer.module(), layer.weight
             if layer.reason is None and layer.capture is None and weight is not None and self.owns(weight):
                 layer.capture = Capture(module, layer.kind, self._states, layer.index, self.max_rows, self.seed)
+
+    def _refuse_a_second_one(self) -> None:
+        """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
+        if self._optimizer is None:
+            return
+        others = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
+        taken = {id(x.module()) for o in others if isinstance(o, Preconditioner) for x in o.layers if x.capture}
+        for layer in self.layers:
+            if layer.capture is not None and id(layer.module()) in taken:
+                _detach(self.layers, [])
+                raise ValueError(
+                    "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
+                    f"remove() first), got one for {layer.name!r}"
+                )
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter."""
@@ -267,9 +223,8 @@ class Preconditioner:
             layer.info = None
             if layer.capture is not None and (item := self._item(layer)) is not None:
                 batches.setdefault(item.grad.device, []).append(item)
-        if batches and not (self._warned or self._states.paused):
-            self._warned = True
-            _warn_if_nothing_was_captured([item for batch in batches.values() for item in batch])
+        if not (self._checked or self._states.paused):
+            self._checked = _check_capture([item for batch in batches.values() for item in batch])
         for batch in batches.values():
             self._correct_batch(batch)
         for layer in self.layers:
@@ -409,14 +364,12 @@ class Preconditioner:
 
     def _finish_step(self) -> None:
         self.steps += 1
+        self._store.count_step(self.steps)
         for layer in self.layers:
-            weight = layer.weight if layer.capture is not None else None
-            # Only beside the optimizer's own state: it takes any entry for a sign that it has initialised this weight.
-            if weight is not None and weight.grad is not None and self.owns(weight):
-                self._store.put(layer.name, weight, "step", self.steps)
+            if layer.pending:
                 for key, value in layer.pending.items():
-                    self._store.put(layer.name, weight, key, value)
-            layer.pending.clear()
+                    self._store.put(layer.name, layer.weight, key, value)
+                layer.pending.clear()
 
     # State
 
@@ -426,27 +379,35 @@ class Preconditioner:
 
     def _resume(self) -> None:
         """Continue from what the store holds."""
-        covered = [layer for layer in self.layers if layer.capture is not None]
-        self.steps = max((self._store.get(layer.name, layer.weight).get("step", 0) for layer in covered), default=0)
-        for layer in covered:
+        self.steps = self._store.counted_steps()
+        for layer in self.layers:
             layer.pending.clear()
-            layer.capture.begin_step()
+            if layer.capture is not None:
+                layer.capture.begin_step()
         self._states.reset(self.steps, paused=self.steps % self.every != 0, finished=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Step counter, running covariances and inverses, by layer name.
 
-        With an optimizer it is a copy of what ``optimizer.state_dict()`` holds anyway.
+        With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
         layers = {layer.name: dict(self._store.get(layer.name, layer.weight)) for layer in self.layers if layer.capture}
-        return {"version": _VERSION, "layers": {name: state for name, state in layers.items() if state}}
+        return {"version": _VERSION, "step": self.steps, "layers": {k: state for k, state in layers.items() if state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows captured so far are dropped.
 
+        Not needed with an optimizer, whose own ``load_state_dict`` does it.
+
         Raises:
             ValueError: another version, or a layer that is not covered here.
+            RuntimeError: an optimizer was given that has no state yet, and would take ours for its own.
         """
+        if self._optimizer is not None and not self._optimizer.state:
+            raise RuntimeError(
+                "Preconditioner.load_state_dict: the optimizer must have its state first, got none; "
+                "optimizer.load_state_dict restores the preconditioner, too"
+            )
         version, saved = state_dict.get("version"), state_dict.get("layers", {})
         _check(version == _VERSION, "state_dict version", str(_VERSION), version)
         covered = {layer.name: layer for layer in self.layers if layer.capture is not None}
@@ -455,8 +416,8 @@ class Preconditioner:
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
                 for key, value in entries.items():
-                    moved = value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
-                    self._store.put(name, weight, key, moved)
+                    self._store.put(name, weight, key, value.to(weight.device, copy=True))
+        self._store.count_step(state_dict["step"])
         self._resume()
 
     def remove(self) -> None:
@@ -470,8 +431,9 @@ class Preconditioner:
     def stats(self) -> dict[str, Any]:
         """What the last step did; reads from the device, so it waits for it.
 
-        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``chunks`` in all; ``failed_chunks``, whose
-        gradient was left as it is; ``max_damping`` of the last inversion (NaN: none yet); ``rows`` captured, by layer.
+        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``chunks`` in all; ``failed_chunks``,
+        whose gradient was left as it is; ``max_damping`` of the last inversion (NaN: none yet); ``rows`` captured, by
+        layer.
         """
         return report.stats(self)
 
@@ -498,15 +460,17 @@ def _detach(layers: list[Layer], handles: list) -> None:
             layer.capture.remove()
 
 
-def _warn_if_nothing_was_captured(batch: list[Item]) -> None:
-    """Hooks that were installed after the first call of a compiled model never fire."""
+def _check_capture(batch: list[Item]) -> bool:
+    """Warn of hooks that never fire, installed after the first call of a compiled model; False: too early to tell."""
+    if not any(bool(item.grad.count_nonzero()) for item in batch):
+        return False
     if all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch):
-        if any(bool(item.grad.count_nonzero()) for item in batch):
-            warnings.warn(
-                "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
-                "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
-                stacklevel=2,
-            )
+        warnings.warn(
+            "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
+            "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
+            stacklevel=2,
+        )
+    return True
 
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:

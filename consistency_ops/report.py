@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 from .capture import LAST
 
 if TYPE_CHECKING:
-    from .preconditioner import Layer, Preconditioner
+    from .coverage import Layer
+    from .preconditioner import Preconditioner
 
 _LEFT = "; gradient left as it is"
 
@@ -58,8 +59,7 @@ def _row(pre: Preconditioner, layer: Layer) -> tuple[str, str, str, str, str]:
     weight = layer.weight
     division = "-"
     if layer.reason is None and weight is not None and not is_lazy(weight):
-        groups = layer.kind.groups(module)
-        units = layer.kind.units(module) // groups + layer.joins_bias
+        groups, units = layer.kind.groups(module), layer.units
         chunks = -(-units // pre.chunk_of(units))
         division = f"{f'{groups} x ' if groups > 1 else ''}{units} -> {chunks} of {-(-units // chunks)}"
     rows = "-" if layer.capture is None else str(_rows(layer))
@@ -72,7 +72,7 @@ def _status(pre: Preconditioner, layer: Layer) -> str:
         return layer.reason + _LEFT
     weight = layer.weight
     if weight is None:
-        return "gone"
+        return "gone" if layer.module() is None else f"{layer.kind.weight} is no parameter any more" + _LEFT
     if not pre.owns(weight):
         return "not in the optimizer" + _LEFT
     if not weight.requires_grad:

@@ -1,45 +1,70 @@
-"""Where the preconditioner keeps its tensors: in ``optimizer.state[weight]``, so that every way of saving keeps them."""
+"""Where the preconditioner keeps its tensors: in ``optimizer.state[weight]``, which every way of saving keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 PREFIX = "consistency_"
+_STEP = PREFIX + "step"
 
 
 class StateStore:
-    """Entries of a layer: ``step``, and with ``decay`` or ``every`` also ``covariance``, ``weight``, ``inverse``, ``info``.
+    """Entries of a layer, with ``decay`` or ``every``: ``inverse``, ``info``, ``covariance``, ``weight``; and the step.
 
-    Without an optimizer they are kept here, by the layer's name.
+    ``weight`` is the sum of the weights in the running average. Without an optimizer they are kept here, by name.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
         self._optimizer = optimizer
-        self._own: dict[str, dict[str, Any]] = {}
+        self._own: dict[str, dict[str, Tensor]] = {}
+        self._step = torch.zeros(1, dtype=torch.int64)  # a tensor: a compiled optimizer would guard on a number
         self._loading: Mapping[str, Any] = {}
 
-    def get(self, name: str, weight: Tensor | None) -> dict[str, Any]:
+    def get(self, name: str, weight: Tensor | None) -> dict[str, Tensor]:
         if self._optimizer is None:
             return self._own.get(name, {})
         entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
-        return {key[len(PREFIX) :]: value for key, value in entries.items() if _is_ours(key)}
+        return {key[len(PREFIX) :]: value for key, value in entries.items() if _is_ours(key) and key != _STEP}
 
-    def put(self, name: str, weight: Tensor, key: str, value: Any) -> None:
+    def put(self, name: str, weight: Tensor, key: str, value: Tensor) -> None:
         if self._optimizer is None:
             self._own.setdefault(name, {})[key] = value
         else:
             self._optimizer.state[weight][PREFIX + key] = value
 
+    def count_step(self, step: int) -> None:
+        """Write the step beside the state of every parameter that has been updated.
+
+        Of all, not of the covered ones: ``torch.distributed.checkpoint`` wants state for all parameters or for none.
+        Only where there is a gradient: optimizers take any entry for a sign that they have initialised theirs.
+        """
+        self._step.fill_(step)
+        if self._optimizer is None:
+            return
+        state = self._optimizer.state
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None or parameter in state:
+                    state[parameter][_STEP] = self._step
+
+    def counted_steps(self) -> int:
+        if self._optimizer is None:
+            return int(self._step)
+        return max((int(entries[_STEP]) for entries in self._optimizer.state.values() if _STEP in entries), default=0)
+
     def clear(self) -> None:
         self._own.clear()
         if self._optimizer is not None:
-            for entries in self._optimizer.state.values():
+            for parameter, entries in list(self._optimizer.state.items()):
                 for key in [key for key in entries if _is_ours(key)]:
                     del entries[key]
+                if not entries:
+                    del self._optimizer.state[parameter]
 
     def before_load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         self._loading = state_dict
@@ -49,10 +74,11 @@ class StateStore:
         saved, self._loading = self._loading, {}
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for key, parameter in zip(keys, parameters, strict=True):
+        for key, parameter in zip(keys, parameters, strict=False):
             for name, value in saved["state"].get(key, {}).items():
-                if _is_ours(name) and isinstance(value, Tensor):
-                    optimizer.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+                if _is_ours(name):
+                    device = "cpu" if name == _STEP else parameter.device
+                    optimizer.state[parameter][name] = value.detach().to(device, copy=True)
 
 
 def _is_ours(key: object) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from consistency_ops import layers
+from consistency_ops.capture import STATE_SIZE
 from consistency_ops.preconditioner import Preconditioner
 
 DAMPING = 0.3
@@ -225,6 +226,41 @@ def test_capture_agrees_with_the_reference_sample():
         expected = x[reference.sample_rows(95, 10, seed=7, step=step, layer=0)]
         assert torch.equal(capture.rows[: int(capture.count)], expected)
         pre.step()
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels first"])
+def test_capture_operators_are_well_registered(layout):
+    x = torch.randn(9, 4) if layout == "rows" else torch.randn(2, 4, 5)
+    rows, state = torch.zeros(8, 4), torch.zeros(3, STATE_SIZE, dtype=torch.int64)
+    capture = torch.ops.consistency_ops.capture_rows_.default
+    torch.library.opcheck(capture, (rows, state, x, 1, -1 if layout == "rows" else 1, 7))
+    torch.library.opcheck(capture, (rows, state, x.requires_grad_(), 1, -1 if layout == "rows" else 1, 7))
+    torch.library.opcheck(torch.ops.consistency_ops.capture_mark_.default, (rows, state, 1, True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rows=torch.zeros(4, 8).T), "rows must be contiguous"),
+        (dict(state=torch.zeros(3, 2, dtype=torch.int64)), "state must be contiguous int64"),
+        (dict(index=3), r"index must be in \[0, 3\), got 3"),
+        (dict(x=torch.zeros(9, 5)), "must have 4 units"),
+        (dict(x=torch.zeros(9, 4, dtype=torch.float64)), "at least as wide"),
+        (dict(x=torch.zeros(9, 4, dtype=torch.int32)), "x must be float32"),
+        (dict(unit_dim=2), "dimension 2 of x"),
+    ],
+    ids=str,
+)
+def test_capture_operator_refuses_what_it_cannot_write(change, message):
+    arguments = dict(
+        rows=torch.zeros(8, 4),
+        state=torch.zeros(3, STATE_SIZE, dtype=torch.int64),
+        x=torch.zeros(9, 4),
+        index=0,
+        unit_dim=1,
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.consistency_ops.capture_rows_(**{**arguments, **change}, seed=0)
 
 
 def test_several_calls_leave_what_one_call_leaves():

@@ -1,7 +1,8 @@
-"""The acceptance checks 1-8, 10 and 12 of arXiv 1708.00631: properties that the method must have, whoever implements it."""
+"""Acceptance checks 1-8, 10 and 12 of arXiv 1708.00631: what the method must do, whoever implements it."""
 
 import copy
 import gzip
+import itertools
 import math
 from pathlib import Path
 
@@ -260,7 +261,7 @@ class FirstEpoch:
         torch.manual_seed(0)
         sizes = [784, *[128] * 11, 10]
         layers = []
-        for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             if i > 0:
                 layers += [nn.ReLU(), *[co.nn.BatchRMSNorm(inputs)] * normalized]
             layers.append(nn.Linear(inputs, outputs))
@@ -327,7 +328,7 @@ def test_modulus_keeps_the_volume_of_the_linear_part():
 
 
 def test_image_fraction_of_modulus_is_one_and_of_relu_one_half():
-    """phi = ||U U^T r||^2 / ||r||^2 with U the left singular vectors of the layer's Jacobian that are not in its kernel."""
+    """phi = ||U U^T r||^2 / ||r||^2; U: left singular vectors of the layer's Jacobian with a singular value above 0."""
     fractions = {co.modulus: [], F.relu: []}
     for _ in range(20):
         weight = torch.linalg.qr(torch.randn(64, 64).double()).Q

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import math
 import pickle
 import warnings
@@ -10,7 +11,9 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint_io
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +24,7 @@ from consistency_ops.preconditioner import Preconditioner
 def mlp(seed=0, widths=(12, 20, 16, 5)):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -400,6 +403,46 @@ def test_extra_gradient_of_the_same_forward_does_not_lose_rows():
         assert pre.stats()["rows"] == {"0": 40, "2": 40, "4": 40}
 
 
+@pytest.mark.parametrize("change", ["double", "bfloat16", "replaced"])
+def test_the_buffer_follows_the_weight(change):
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model)
+    backward(model, x, y)
+    pre.step()
+    model.zero_grad()
+    if change == "replaced":
+        model[0] = nn.Linear(12, 20)
+        model[2].weight = nn.Parameter(torch.randn(16, 20))
+    else:
+        model.to(getattr(torch, change))
+        x = x.to(getattr(torch, change))
+    backward(model, x, y)
+    pre.step()
+    assert pre.stats()["layers"] == (2 if change == "replaced" else 3)
+    assert pre.layers[1].capture.rows.dtype == (torch.float64 if change == "double" else torch.float32)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 7), torch.zeros(()), torch.zeros(3, 12, dtype=torch.int64)], ids=str)
+def test_the_layer_itself_says_what_is_wrong_with_its_input(x):
+    layer = nn.Linear(12, 5)
+    with pytest.raises(RuntimeError) as plain:
+        layer(x)
+    Preconditioner(layer)
+    with pytest.raises(RuntimeError) as hooked:
+        layer(x)
+    assert str(hooked.value) == str(plain.value)
+
+
+def test_a_gradient_taken_by_another_hook():
+    """Optimizers that step in the backward pass take the gradient before anybody else sees it."""
+    model, (x, y) = mlp(), data()
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    pre = Preconditioner(model)
+    backward(model, x, y)
+    pre.step()
+    assert pre.stats()["layers"] == 2 and "no gradient in the last step" in pre.summary()
+
+
 # Layers that keep their gradient
 
 
@@ -662,12 +705,54 @@ def test_resume_without_an_optimizer(options):
     assert_equal(model.parameters(), resumed.parameters())
 
 
+@pytest.mark.parametrize("options", RESUME, ids=str)
+@pytest.mark.parametrize("name", ["plain SGD", "Adam"])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_distributed_checkpoint_keeps_the_state(options, name, tmp_path):
+    def start(seed):
+        model = mlp(seed)
+        model.add_module("norm", nn.LayerNorm(5))
+        optimizer = OPTIMIZERS[name](model.parameters()) if name == "Adam" else torch.optim.SGD(model.parameters(), 0.1)
+        Preconditioner(model, optimizer, chunk=8, **options)
+        return model, optimizer
+
+    model, optimizer = start(0)
+    train(model, optimizer, 4)
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint_io.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+    train(model, optimizer, 3, first=4)
+
+    resumed, other = start(9)
+    weights, state = get_state_dict(resumed, other)
+    saved = {"model": weights, "optimizer": state}
+    checkpoint_io.load(saved, checkpoint_id=tmp_path)
+    set_state_dict(resumed, other, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    train(resumed, other, 3, first=4)
+    assert_equal(model.parameters(), resumed.parameters())
+
+
+def test_state_by_name_beside_an_optimizer():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    pre = Preconditioner(model, optimizer, decay=0.9)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(pre.state_dict())
+    train(model, optimizer, 2)
+    pre.load_state_dict(saved)
+    assert pre.steps == 2
+    assert torch.equal(saved["layers"]["0"]["covariance"], optimizer.state[model[0].weight]["consistency_covariance"])
+    fresh = mlp()
+    pre = Preconditioner(fresh, torch.optim.Adam(fresh.parameters()), decay=0.9)
+    with pytest.raises(RuntimeError, match="the optimizer must have its state first, got none"):
+        pre.load_state_dict(saved)
+
+
 def test_loading_foreign_state_is_refused():
     pre = Preconditioner(mlp())
     with pytest.raises(ValueError, match="state_dict version must be 1, got 7"):
         pre.load_state_dict({"version": 7, "layers": {}})
     with pytest.raises(ValueError, match=r"got \['other'\]"):
-        pre.load_state_dict({"version": 1, "layers": {"other": {"step": 1}}})
+        pre.load_state_dict({"version": 1, "step": 1, "layers": {"other": {}}})
 
 
 def test_state_stays_float32_beside_half_precision_weights():
@@ -837,6 +922,40 @@ def test_wrong_types_are_refused():
     pre = Preconditioner(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="must be called only when no optimizer was given"):
         pre.step()
+
+
+def test_a_gradient_is_not_corrected_twice():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = Preconditioner(model, optimizer, skip="4")
+    before = hooks_of(model, optimizer)
+    with pytest.raises(ValueError, match=r"must not have another Preconditioner for the same layer .* got one for '0'"):
+        Preconditioner(model, optimizer)
+    assert hooks_of(model, optimizer) == before
+    second = Preconditioner(model, optimizer, skip=["0", "2"], damping=1.0)
+    train(model, optimizer, 1)
+    assert first.stats()["layers"] == 2 and second.stats()["layers"] == 1
+    first.remove()
+    Preconditioner(model, optimizer, skip="4")
+
+
+def test_a_weight_that_stops_being_a_parameter():
+    """Parametrization and pruning replace the weight by a computed tensor."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    train(model, optimizer, 1)
+    nn.utils.parametrizations.weight_norm(model[2])
+    train(model, optimizer, 1)
+    assert pre.stats()["layers"] == 2 and "weight is no parameter any more" in pre.summary()
+
+
+def test_input_by_keyword():
+    layer = nn.Linear(4, 3)
+    pre = Preconditioner(layer)
+    layer(input=torch.randn(6, 4)).sum().backward()
+    pre.step()
+    assert pre.stats()["rows"] == {"": 6}
 
 
 def test_step_without_any_gradient_does_nothing():

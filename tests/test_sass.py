@@ -1,7 +1,7 @@
 """Static gates on the compiled CUDA kernels, where nvcc is found; no GPU is needed.
 
-Registers, spills and shared memory as the assembler reports them, and the instructions that the design counts on.  They say
-that the compiler did what the source asks for; they do not say that a kernel runs.
+Registers, spills and shared memory as the assembler reports them, and the instructions that the design counts on.  They
+say that the compiler did what the source asks for; they do not say that a kernel runs.
 """
 
 import dataclasses
@@ -43,15 +43,21 @@ KERNELS = {
         stack=(("sm_100", 8),),
     ),
     ("batch_rms_norm", r"squares_of_maps_kernel"): Budget(registers=64, static_shared=2 << 10, need=("FFMA", "SHFL")),
-    ("batch_rms_norm", r"squares_of_maps_kernel.*Lb1E"): Budget(registers=64, static_shared=2 << 10, need=("LDG.E.128",)),
+    ("batch_rms_norm", r"squares_of_maps_kernel.*Lb1E"): Budget(
+        registers=64, static_shared=2 << 10, need=("LDG.E.128",)
+    ),
     ("batch_rms_norm", r"squares_of_pixels_kernel"): Budget(registers=64, static_shared=10 << 10, need=("FFMA",)),
-    ("batch_rms_norm", r"squares_of_pixels_kernel.*Lb1E"): Budget(registers=64, static_shared=10 << 10, need=("LDG.E.128",)),
+    ("batch_rms_norm", r"squares_of_pixels_kernel.*Lb1E"): Budget(
+        registers=64, static_shared=10 << 10, need=("LDG.E.128",)
+    ),
     ("batch_rms_norm", r"finish_kernel"): Budget(registers=64, static_shared=2 << 10, need=("DADD", "SHFL")),
     ("batch_rms_norm", r"channel_divide_kernel"): Budget(registers=64, static_shared=1 << 10),
     ("batch_rms_norm", r"channel_divide_kernel.*Lb1E"): Budget(
         registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128")
     ),
-    ("modulus", r"modulus_kernel"): Budget(registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "STG.E.U8")),
+    ("modulus", r"modulus_kernel"): Budget(
+        registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "STG.E.U8")
+    ),
     ("modulus", r"modulus_backward_kernel"): Budget(
         registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "LDG.E.U8")
     ),
@@ -67,7 +73,8 @@ def tool(name: str) -> str | None:
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
     pytest.mark.skipif(
-        tool("cuobjdump") is None or tool("nvdisasm") is None, reason="needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm"
+        tool("cuobjdump") is None or tool("nvdisasm") is None,
+        reason="needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm",
     ),
 ]
 

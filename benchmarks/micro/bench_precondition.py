@@ -1,12 +1,13 @@
 """foreach_precondition_ against the strongest composition of torch operations, in the same run, interleaved.
 
     python -m benchmarks.micro.bench_precondition [--workloads mlp vit-b16] [--chunks 32 128] [--rows 512 2048]
-                                                  [--threads N] [--seconds 4] [--no-compile] [--json FILE]
+                                                  [--threads N] [--seconds 4] [--compile few] [--json FILE]
 
 Baselines (compositions.py): gather + bmm + cholesky + cholesky_solve; gather + bmm + cholesky_inverse + bmm; both
-batched over equal layers; torch.compile of the first two.  The ratio is to the fastest of them, medians over interleaved
-rounds.  Everything is float32.  GF/s counts the useful operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of
-a float32 matrix product of 2048 x 2048 that runs in the same rounds.
+batched over equal layers; torch.compile of the first two, where a network has at most eight distinct layer shapes.
+The ratio is to the fastest of them, by medians over interleaved rounds.  Everything is float32.  GF/s counts the
+useful operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of a float32 matrix product of 2048 x 2048 that
+runs in the same rounds.
 """
 
 from __future__ import annotations
@@ -14,26 +15,28 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import warnings
 
 import torch
 
 import consistency_ops as co
 from benchmarks.micro.compositions import batched, by_inverse, by_solve, compiled, divide, per_layer, sgemm
 from benchmarks.micro.timing import interleaved, medians, save
-from benchmarks.micro.workloads import LARGE, WORKLOADS, tensors, useful_flops
+from benchmarks.micro.workloads import LARGE, WORKLOADS, LayerShape, tensors, useful_flops
 
 DAMPING = 0.1
-SHORT = 8  # layers up to which torch.compile gets the whole network at once
+FEW = 8  # layers up to which torch.compile gets the whole network at once; of distinct shapes, to be compiled at all
 
 
-def baselines(compile_too: bool, layers: int) -> dict:
+def baselines(layers: list[LayerShape], compile_too: str) -> dict:
     """name -> function of (grads, inputs, divisions)."""
     found = {}
+    with_compile = compile_too == "all" or (compile_too == "few" and len(set(layers)) <= FEW)
     for finish in (by_solve, by_inverse):
         found[f"{finish.__name__[3:]}"] = lambda *a, f=finish: per_layer(*a, DAMPING, f)
         found[f"{finish.__name__[3:]}, batched"] = lambda *a, f=finish: batched(*a, DAMPING, f)
-        if compile_too:
-            fast = compiled(finish, layers <= SHORT)
+        if with_compile:
+            fast = compiled(finish, whole=len(layers) <= FEW)
             found[f"{finish.__name__[3:]}, compiled"] = lambda *a, f=finish, c=fast: c(*a, DAMPING, f)
     return found
 
@@ -47,7 +50,7 @@ def measure(name: str, chunk: int, row_counts: list[int], arguments: argparse.Na
     generator = torch.Generator().manual_seed(1)
     divisions = [divide(layer, chunk, generator) for layer in layers]
     torch.compiler.reset()
-    compositions = baselines(arguments.compile, len(layers))
+    compositions = baselines(layers, arguments.compile)
     results = []
     for rows in row_counts:
         pristine, inputs = tensors(layers, rows)
@@ -132,11 +135,17 @@ def main() -> None:
         default=time.perf_counter,
         help="CPU instead of wall time, for one thread on a busy machine",
     )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile",
+        choices=("none", "few", "all"),
+        default="few",
+        help="for which networks torch.compile competes: few distinct layer shapes, or all (minutes each)",
+    )
     parser.add_argument("--json", help="write here instead of benchmarks/results/precondition.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 256
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
     print(HEADER)
     results = []

@@ -31,10 +31,10 @@ def select_learning_rate(
 ) -> float:
     """Try every candidate for a few steps from the present state, set the best in all parameter groups, return it.
 
-    A trial takes the first ``min(iterations, available)`` batches; the loss of the last one, before its update, decides, and
-    the smallest wins. NaN and Inf lose. Between trials and at the end everything is put back, bit for bit: parameters,
-    buffers, gradients, the optimizer's state (and that of a :class:`consistency_ops.Preconditioner` on it), and the random
-    numbers of torch, numpy and Python. A preconditioner that is stepped by hand is not known here.
+    A trial takes the first ``min(iterations, available)`` batches; the loss of the last one, before its update,
+    decides, and the smallest wins. NaN and Inf lose. Between trials and at the end everything is put back, bit for bit:
+    parameters, buffers, gradients, the optimizer's state (and that of a :class:`consistency_ops.Preconditioner` on it),
+    and the random numbers of torch, numpy and Python. A preconditioner that is stepped by hand is not known here.
 
     In the paper it is called at epochs 1, 11, 21, ..., later calls with ``largest`` = the first rate that was selected.
 
@@ -43,7 +43,7 @@ def select_learning_rate(
         optimizer: any optimizer over its parameters.
         loss_fn: computes the loss, a scalar, of one batch.
         batches: batches as ``loss_fn`` takes them, e.g. a ``DataLoader``; only the first ``iterations`` are read.
-        candidates: rates > 0. For adaptive methods (Adam, RMSprop, Adagrad) the paper takes a tenth of the default ones.
+        candidates: rates > 0. For adaptive methods (Adam, RMSprop, Adagrad) the paper takes a tenth of the default.
         iterations: length of a trial, >= 1.
         largest: candidates above it are skipped.
 

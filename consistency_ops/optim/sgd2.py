@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import reference
-from ..layers import layer_type
+from ..coverage import Layer
 from ..ops import MAX_CHUNK
 from ..preconditioner import Item, Preconditioner
 
@@ -19,8 +19,8 @@ from ..preconditioner import Item, Preconditioner
 class SGD2(Optimizer):
     r"""Stochastic gradient descent on second-order corrected gradients (arXiv 1708.00631).
 
-    Every step, each layer's gradient ``G``, its bias joined as one more unit, becomes ``G (X^T X / n + damping I)^-1`` with the
-    inputs ``X`` of the current step only. Then, with ``t`` = 1, 2, ... and the corrected gradient ``g``,
+    Every step, each layer's gradient ``G``, its bias joined as one more unit, becomes ``G (X^T X / n + damping I)^-1``
+    with the inputs ``X`` of the current step only. Then, with ``t`` = 1, 2, ... and the corrected gradient ``g``,
 
     .. math::
         m \leftarrow \mu m - (1 - \mu) g - \omega w \qquad w \leftarrow w + \eta m / (1 - \mu^t)
@@ -35,13 +35,13 @@ class SGD2(Optimizer):
         momentum: in [0, 1).
         weight_decay: >= 0; coupled and not scaled, see above.
         damping: >= 0, absolute.
-        max_size: layers with more units (bias included) are left to plain SGD, as are wide first layers in the paper.
+        max_size: layers with more units (bias included) are left to plain SGD, as wide first layers are in the paper.
         chunk: if given, these layers are divided at random into chunks of at most so many units, 1 to 256.
         bias: join the bias to its layer.
-        conv_reduction: ``"sum"`` leaves the gradient of a convolution summed over output positions, as released; ``"mean"``
-            divides it by their number, which is the scale of the normal equations.
-        max_rows: input rows of a layer that are used; the default samples every 50th pixel of the first layer of the paper's
-            CIFAR-10 network at batch size 500.
+        conv_reduction: ``"sum"`` leaves the gradient of a convolution summed over output positions, as released;
+            ``"mean"`` divides it by their number, which is the scale of the normal equations.
+        max_rows: input rows of a layer that are used; with the default every 50th pixel of the first layer of the
+            paper's CIFAR-10 network at batch size 500.
         seed: of the random division and the row sample.
 
     Layers of 257 to ``max_size`` units are solved by ``torch.linalg``, all others by the compiled kernels.
@@ -120,7 +120,7 @@ class SGD2(Optimizer):
 
 
 class _WholeLayers(Preconditioner):
-    """Inverts layers of up to ``max_size`` units undivided, and the larger ones in chunks of ``divide``, or not at all."""
+    """Inverts layers of up to ``max_size`` units undivided, larger ones in chunks of ``divide``, or not at all."""
 
     def __init__(
         self,
@@ -147,15 +147,12 @@ class _WholeLayers(Preconditioner):
         for handle in self._handles:
             handle.remove()
 
-    def _reason(self, name: str, module: nn.Module, *rest: Any) -> str | None:
-        reason = super()._reason(name, module, *rest)
-        if reason is None and self._divide is None:
-            kind = layer_type(module)
-            bias = self.bias and kind.bias is not None and module._parameters.get(kind.bias) is not None
-            units = kind.units(module) // kind.groups(module) + bias
-            if units > self._max_size:
-                return f"{units} units, more than max_size={self._max_size}"
-        return reason
+    def _find_layers(self, model: nn.Module) -> list[Layer]:
+        layers = super()._find_layers(model)
+        for layer in layers:
+            if layer.reason is None and self._divide is None and layer.units > self._max_size:
+                layer.reason = f"{layer.units} units, more than max_size={self._max_size}"
+        return layers
 
     def chunk_of(self, units: int) -> int:
         if units > self._max_size:

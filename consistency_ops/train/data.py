@@ -52,7 +52,7 @@ class Images:
 class Scaling:
     """Pixels minus the mean of the training set at each pixel, times one factor; the same for every method.
 
-    ``raw`` leaves the pixel units (METHOD: the experiments of arXiv 1708.00631); ``standard`` divides by the standard
+    ``raw`` leaves the pixel units (the experiments of arXiv 1708.00631); ``standard`` divides by the standard
     deviation over all pixels of the training set.
     """
 

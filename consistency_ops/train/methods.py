@@ -19,10 +19,10 @@ from consistency_ops.preconditioner import Preconditioner
 from .errors import UserError
 
 MOMENTUM = 0.9
-# Half-decades. Adaptive methods move every weight by about the rate, so their grid sits a factor of ten lower
-# (METHOD: the released code does the same). Every grid has the same length: no method gets more trials than another.
+# Half-decades. Adaptive methods move every weight by about the rate, so their grid sits one step lower.
+# The grids have the same length: no method gets more trials than another.
 GRADIENT_RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-ADAPTIVE_RATES = tuple(round(rate * 0.1, 6) for rate in GRADIENT_RATES)
+ADAPTIVE_RATES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 
 _SUFFIX = "+pre"
 _TORCH: dict[str, tuple[Callable[..., Optimizer], tuple[float, ...], str]] = {

@@ -2,11 +2,11 @@
 // and under its target pragma.  Calls no function of another header (see chunk_kernels.inl).
 #include "cpu/convert.inl"
 
-// S: element type; T: the type that is summed and divided in.  Chains of additions in T have at most 256 terms; the
+// S: element type; T: the type that is summed and divided in.  Chains of additions in T have at most 64 terms; the
 // sums of the chains are added in double.
 template <typename S, typename T>
 struct Normalise {
-  static constexpr int kLanes = 32, kChain = 256, kVectors = kLanes * sizeof(T) / CO_VECTOR_BYTES;
+  static constexpr int kLanes = 32, kChain = 64, kVectors = kLanes * sizeof(T) / CO_VECTOR_BYTES;
   typedef T V __attribute__((vector_size(CO_VECTOR_BYTES)));
 
   static double sum_of_squares(const void* x, int64_t n) {

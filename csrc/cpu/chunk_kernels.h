@@ -48,9 +48,10 @@ struct Run {
 // Moves between a strided matrix of one element type and the storage above; T is the compute type.
 template <typename T>
 struct GatherKernels {
-  // packed[run.packed + 16 k + i] = x[row_offset[k] + (run.unit + i) * unit_stride] for k < rows.
-  void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
-               int64_t count, T* packed);
+  // packed[run.packed + 16 k + i] = x[row_offset[k] + (run.unit + i) * unit_stride] for k < rows; `row_units`: of the
+  // layer.
+  void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
+               const Run* runs, int64_t count, T* packed);
   // tile[r * kTilePitch + run.column + i], for at most 16 rows of G.
   void (*load_tile)(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
                     int64_t count, T* tile);
@@ -63,8 +64,8 @@ struct GatherKernels {
 // rate. A packed block holds two rows in every 32-bit word, the even row in the lower half: rows / 2 rows of words.
 struct PairKernels {
   // As GatherKernels::pack; a last odd row is paired with zeros.
-  void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
-               int64_t count, uint32_t* packed);
+  void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
+               const Run* runs, int64_t count, uint32_t* packed);
   // As ChunkKernels::gram, `pairs` and `pitch` in words.
   void (*gram)(const uint32_t* p, int64_t pairs, int64_t pitch, int panels, bool accumulate, float* c);
 };

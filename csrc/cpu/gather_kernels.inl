@@ -2,6 +2,8 @@
 
 #include "cpu/convert.inl"
 
+constexpr int64_t kPrefetchBytes = 8 << 10;
+
 template <typename S, typename T>
 struct Gather {
   // Through registers: source and target may have one type, and the compiler must not fear that they overlap.
@@ -32,11 +34,18 @@ struct Gather {
     for (int i = 0; i < length; ++i) to[i] = narrow<S>(from[i]);
   }
 
-  static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
-                   int64_t count, T* packed) {
+  static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
+                   const Run* runs, int64_t count, T* packed) {
     const S* source = static_cast<const S*>(x);
     if (unit_stride == 1) {
+      // The runs of a row come in random order, which no hardware prefetcher follows; fetch the rows ahead as a whole.
+      const int64_t row_bytes = row_units * sizeof(S);
+      const int64_t ahead = 1 + kPrefetchBytes / (row_bytes + 1);
       for (int64_t k = 0; k < rows; ++k) {
+        if (k + ahead < rows) {
+          const char* next = reinterpret_cast<const char*>(source + row_offset[k + ahead]);
+          for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 3);
+        }
         const S* row = source + row_offset[k];
         T* to = packed + k * kPanel;
         for (const Run* run = runs; run != runs + count; ++run) copy_in(row + run->unit, to + run->packed, run->length);

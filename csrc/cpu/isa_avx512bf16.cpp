@@ -53,10 +53,16 @@ inline __attribute__((always_inline)) void interleave(const uint16_t* even, cons
   __builtin_memcpy(to, words, sizeof(words));
 }
 
-void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs, int64_t count,
-          uint32_t* packed) {
+void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
+          const Run* runs, int64_t count, uint32_t* packed) {
   const uint16_t* source = static_cast<const uint16_t*>(x);
+  const int64_t row_bytes = unit_stride == 1 ? row_units * 2 : 0;
+  const int64_t ahead = 2 + (8 << 10) / (row_bytes + 1) / 2 * 2;
   for (int64_t k = 0; k + 1 < rows; k += 2) {
+    for (int64_t next = k + ahead; next < k + ahead + 2 && next < rows; ++next) {
+      const char* row = reinterpret_cast<const char*>(source + row_offset[next]);
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
+    }
     const uint16_t* even = source + row_offset[k];
     const uint16_t* odd = source + row_offset[k + 1];
     uint32_t* to = packed + k / 2 * kPanel;

@@ -45,25 +45,38 @@ struct Table {
 
 namespace portable {
 
+// Loops that a compiler turns into vectors of whatever width it has.
 template <typename I>
 struct Wide {
   static uint32_t modulus(const void* x, void* y, I minus_inf) {
     I value[32];
+    uint8_t negative[32];
     __builtin_memcpy(value, x, sizeof(value));
-    uint32_t word = 0;
     for (int j = 0; j < 32; ++j) {
-      word |= static_cast<uint32_t>(value[j] > kLowest<I> && value[j] <= minus_inf) << j;
+      negative[j] = static_cast<uint8_t>((value[j] > kLowest<I>)&(value[j] <= minus_inf));
       value[j] = static_cast<I>(value[j] & ~kLowest<I>);
     }
     __builtin_memcpy(y, value, sizeof(value));
+    uint32_t word = 0;
+    for (int j = 0; j < 32; j += 8) {  // the product gathers eight bytes of 0 or 1 in the top byte
+      uint64_t bytes = 0;
+      for (int k = 0; k < 8; ++k) bytes |= uint64_t{negative[j + k]} << (8 * k);
+      word |= static_cast<uint32_t>(bytes * 0x0102040810204080u >> 56) << j;
+    }
     return word;
   }
   static void flip(const void* grad, uint32_t word, void* grad_x) {
     I value[32];
     __builtin_memcpy(value, grad, sizeof(value));
-    for (int j = 0; j < 32; ++j) value[j] = static_cast<I>(value[j] ^ (word >> j & 1 ? kLowest<I> : I{0}));
+    for (int j = 0; j < 32; j += 8) {
+      const I byte = static_cast<I>(word >> j & 0xFF);
+      for (int k = 0; k < 8; ++k) {
+        value[j + k] = static_cast<I>(value[j + k] ^ ((byte & kBit[k]) != 0 ? kLowest<I> : I{0}));
+      }
+    }
     __builtin_memcpy(grad_x, value, sizeof(value));
   }
+  static constexpr I kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
 };
 
 #include "cpu/modulus.inl"

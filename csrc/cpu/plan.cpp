@@ -83,7 +83,9 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     at.units = layer.units + (layer.has_bias ? 1 : 0);
     at.taps = 1;
     for (int64_t size : layer.g_tap_size) at.taps *= size;
-    at.outputs_per_task = std::max<int64_t>(1, kApplyRows / std::max<int64_t>(1, at.taps));
+    const int64_t row_bytes = std::max<int64_t>(1, layer.units) * element_size(layer.g_dtype);
+    const int64_t rows = std::clamp<int64_t>(kApplyBytes / row_bytes / kPanel * kPanel, kPanel, kApplyRows);
+    at.outputs_per_task = std::max<int64_t>(1, rows / std::max<int64_t>(1, at.taps));
     at.bias_chunk = -1;
     at.sample = {0, 1, 0};
     at.active = layer.units > 0;

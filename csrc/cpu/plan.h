@@ -17,8 +17,10 @@ constexpr int64_t kRowBlock = 128;
 constexpr int64_t kPackedPitch = kRowBlock + 1;
 // A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
 constexpr int64_t kPackedBytes = 512 << 10;
-// Rows of G an apply task corrects, unless one output has more taps.
+// An apply task corrects at most so many rows of G, and so many bytes of them: every cache line of G holds units of
+// several chunks, and should be in L2 when the later ones come.  One output with all its taps is the least.
 constexpr int64_t kApplyRows = 64;
+constexpr int64_t kApplyBytes = 512 << 10;
 
 struct ChunkPlan {
   int64_t size;         // units

@@ -221,7 +221,7 @@ class Launch {
           continue;
         }
       }
-      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs, block);
+      gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, layer.units, runs, num_runs, block);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
         kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
@@ -237,7 +237,7 @@ class Launch {
     const LayerPlan& plan = plan_.layers[task.layer];
     const int32_t first_panel = plan.chunks[task.begin].first_panel;
     uint32_t* packed = reinterpret_cast<uint32_t*>(s.packed);
-    pairs.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, runs, num_runs,
+    pairs.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, layer.units, runs, num_runs,
                packed - first_panel * kPackedPitch * kPanel);
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
@@ -312,6 +312,7 @@ class Launch {
         std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
     const int64_t first = task.begin * plan.taps, rows = (task.end - task.begin) * plan.taps;
 
+    prefetch_gradient(layer, task);
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
       if (states_[task.layer].info[c] != 0) continue;
       const ChunkPlan& chunk = plan.chunks[c];
@@ -343,6 +344,22 @@ class Launch {
         }
       }
       if (with_bias) average_bias(layer, plan, task, s);
+    }
+  }
+
+  // The units of a chunk are scattered over the rows, which no hardware prefetcher follows; the outputs as a whole are
+  // not.
+  static void prefetch_gradient(const PreconditionLayer& layer, const Task& task) {
+    int64_t extent = 1 + (layer.units - 1) * std::abs(layer.g_unit_stride), elements = layer.units;
+    for (int i = 0; i < kMaxTapDims; ++i) {
+      extent += (layer.g_tap_size[i] - 1) * std::abs(layer.g_tap_stride[i]);
+      elements *= layer.g_tap_size[i];
+    }
+    if (extent > 2 * elements || layer.g_unit_stride < 0) return;  // a sparse view
+    const int64_t element = element_size(layer.g_dtype);
+    for (int64_t o = task.begin; o < task.end; ++o) {
+      const char* output = static_cast<const char*>(layer.g) + o * layer.g_output_stride * element;
+      for (int64_t byte = 0; byte < extent * element; byte += 64) __builtin_prefetch(output + byte, 1, 2);
     }
   }
 

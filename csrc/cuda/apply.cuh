@@ -1,22 +1,23 @@
 // G[:, c] <- G[:, c] A_c^-1 for all rows of G, in place.
 //
-// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16 columns
-// with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three products),
-// 16-bit gradients are TF32 numbers already (two products).  A row of the stage whose result has an element that is not
-// finite in the gradient's own type is left as it was, in this chunk only.
+// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
+// columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
+// products), 16-bit gradients are TF32 numbers already (two products).  A row of the stage whose result has an element
+// that is not finite in the gradient's own type is left as it was, in this chunk only.
 #pragma once
 
 #include "cuda/chunk.cuh"
 
 namespace consistency_ops {
 
-constexpr int kApplyJobs = 2;  // of a warp: (64 / 32 rows) * (128 / 16 columns) / 8 warps, or (32 / 32) * (256 / 16) / 16
+constexpr int kApplyJobs =
+    2;  // of a warp: (64 / 32 rows) * (128 / 16 columns) / 8 warps, or (32 / 32) * (256 / 16) / 16
 
 // Calls f(row, unit, position in the stage) for every element of the stage.
 template <int kWarps, typename F>
 CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, int rows, F&& f) {
   StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1],
-                                                     layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride));
+                                                       layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride));
   const int steps = walk.steps(rows);
   CO_UNROLL_4
   for (int i = 0; i < steps; ++i) {
@@ -70,8 +71,8 @@ CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int hal
   }
 }
 
-// Every tap of an output holds a corrected copy of its bias gradient; their mean goes back.  Sums run over the stages in
-// the order of the rows, in one thread where an output has several taps.
+// Every tap of an output holds a corrected copy of its bias gradient; their mean goes back.  Sums run over the stages
+// in the order of the rows, in one thread where an output has several taps.
 struct BiasMean {
   float sum = 0.0f;
   int tap = 0;

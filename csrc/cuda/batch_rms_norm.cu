@@ -1,15 +1,15 @@
 // Mean squares of channels, the denominators made from them, and the division.
 //
-// Both passes over x are bound by memory: 16 bytes a lane and load where a map allows it, at least four loads in flight.  A
-// tensor in either memory format is [outer, a, b] with b contiguous: b is the pixels of a channel, or the channels of a pixel.
+// Both passes over x are bound by memory: 16 bytes a lane and load where a map allows it, at least four loads in
+// flight.  A tensor in either memory format is [outer, a, b] with b contiguous: b is the pixels of a channel, or the
+// channels of a pixel.
 //
-// The sums have two steps, so that they are the same on every run.  A CTA leaves one float a channel for a part of at most
-// 16,384 elements (channels first) or 256 pixels (channels last): no chain of float additions is longer than 64.  Then one CTA
-// adds the parts in their order in double, which is a fraction of a percent of the traffic.
-#include "consistency_ops/batch_rms_norm_cuda.h"
-
+// The sums have two steps, so that they are the same on every run.  A CTA leaves one float a channel for a part of at
+// most 16,384 elements (channels first) or 256 pixels (channels last): no chain of float additions is longer than 64.
+// Then one CTA adds the parts in their order in double, which is a fraction of a percent of the traffic.
 #include <cmath>
 
+#include "consistency_ops/batch_rms_norm_cuda.h"
 #include "cuda/convert.cuh"
 
 namespace consistency_ops {
@@ -21,7 +21,7 @@ constexpr int kPartElements = 16384;  // of one channel, channels first
 constexpr int kPartRows = 256;        // pixels, channels last
 constexpr int kVectors = 4;           // of the division, a thread
 constexpr int kFinishThreads = 1024;
-constexpr float kSmallest = 1e-6f;    // added to v under the maximum, METHOD 1.8
+constexpr float kSmallest = 1e-6f;  // added to v under the maximum, METHOD 1.8
 
 // [outer, a, b], b contiguous.
 struct Layout {
@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kThreads) channel_divide_kernel(CO_KERNEL_PARA
     row[u] = divide(index, vectors_b);
     b[u] = (index - row[u] * vectors_b) * Traits::kElements;
     const int64_t o = divide(row[u], x.a), a = row[u] - o * x.a;
-    v[u] = *reinterpret_cast<const Vector*>(static_cast<const Raw*>(params.x) + o * x.outer_stride + a * x.a_stride + b[u]);
+    v[u] = *reinterpret_cast<const Vector*>(static_cast<const Raw*>(params.x) + o * x.outer_stride + a * x.a_stride +
+                                            b[u]);
   }
   CO_UNROLL
   for (int u = 0; u < kVectors; ++u) {
@@ -213,8 +214,8 @@ __global__ void __launch_bounds__(kThreads) channel_divide_kernel(CO_KERNEL_PARA
 // Every row of b starts on 16 bytes and is a whole number of them.
 bool is_wide(const void* base, const Layout& layout, DType dtype) {
   const int64_t elements = 16 / element_size(dtype);
-  const bool strides = (layout.outer == 1 || layout.outer_stride % elements == 0) &&
-                       (layout.a == 1 || layout.a_stride % elements == 0);
+  const bool strides =
+      (layout.outer == 1 || layout.outer_stride % elements == 0) && (layout.a == 1 || layout.a_stride % elements == 0);
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides && layout.b % elements == 0;
 }
 
@@ -284,20 +285,22 @@ Status batch_rms_norm_denominator_cuda(const BatchRmsNormParams& params, void* w
 
 Status channel_divide_cuda(const ChannelDivideParams& params, void* stream) {
   const ChannelView &x = params.x_view, &y = params.y_view;
-  const DivideParams divide{params.x,     params.y, layout_of(x), layout_of(y), static_cast<const float*>(params.denominator),
-                            params.dtype};
+  const DivideParams divide{
+      params.x, params.y, layout_of(x), layout_of(y), static_cast<const float*>(params.denominator), params.dtype};
   if (!valid(x, params.dtype) || !valid(y, params.dtype) || x.outer != y.outer || x.channels != y.channels ||
       x.inner != y.inner || divide.x_layout.channels_last != divide.y_layout.channels_last) {
     return Status::kInvalidArgument;
   }
   const int64_t elements = x.outer * x.channels * x.inner;
   if (elements == 0) return Status::kOk;
-  const bool wide = is_wide(params.x, divide.x_layout, params.dtype) && is_wide(params.y, divide.y_layout, params.dtype);
+  const bool wide =
+      is_wide(params.x, divide.x_layout, params.dtype) && is_wide(params.y, divide.y_layout, params.dtype);
   return with_traits(params.dtype, wide, [&](auto traits) {
     using Traits = decltype(traits);
     const int64_t blocks = blocks_for(elements / Traits::kElements, kThreads * kVectors);
     if (blocks > INT32_MAX) return Status::kInvalidArgument;
-    return launch(channel_divide_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, divide);
+    return launch(channel_divide_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+                  divide);
   });
 }
 

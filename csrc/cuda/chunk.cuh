@@ -12,7 +12,7 @@ constexpr int32_t kBiasUnit = -1;  // its input is 1, its gradient lies in bias_
 constexpr int32_t kNoUnit = -2;    // padding of the chunk to whole tiles
 
 struct ChunkShared {
-  int64_t row_offset[kMaxStageRows];   // of the stage that is loaded, in elements
+  int64_t row_offset[kMaxStageRows];  // of the stage that is loaded, in elements
   int64_t bias_offset[kMaxApplyRows];
   int32_t unit[kMaxChunk];             // at every position of the chunk
   int32_t gram_block[kMaxGramBlocks];  // of 16 x 32 on or below the diagonal: first row + 65536 * first column
@@ -24,13 +24,13 @@ struct ChunkShared {
   RowSample rows;  // of X
   int32_t layer, chunk, stages;
   bool waits, publishes;  // for, and with, the counter of finished covariances
-  int32_t size;        // units of the chunk
-  int32_t x_stage;     // rows of X in a stage
+  int32_t size;           // units of the chunk
+  int32_t x_stage;        // rows of X in a stage
   int32_t failed_minor, failed_tries;
 };
 
-// One chunk, as every thread of its CTA sees it.  What can be read again from shared memory is, because registers that live
-// through the whole kernel would be spilled.
+// One chunk, as every thread of its CTA sees it.  What can be read again from shared memory is, because registers that
+// live through the whole kernel would be spilled.
 struct Chunk {
   ChunkShared& shared;
   float* tiles;  // tile (i, j), j <= i, of the symmetric or lower triangular matrix
@@ -61,8 +61,8 @@ CO_DEVICE int64_t strided_offset(uint32_t index, const int64_t (&size)[kDims], c
 }
 
 // How the lanes of a CTA cover a stage of rows x padded units: a warp takes 1 x 32 elements where units are the fast
-// dimension in memory, 8 x 4 where rows are (NCHW inputs, convolution weights), so that it touches whole sectors.  Step i
-// of a warp is block warp + i * kWarps, counted along the rows; there are at most 1024.
+// dimension in memory, 8 x 4 where rows are (NCHW inputs, convolution weights), so that it touches whole sectors.  Step
+// i of a warp is block warp + i * kWarps, counted along the rows; there are at most 1024.
 template <int kWarps>
 struct StageWalk {
   int columns, reciprocal;  // blocks along a row; ceil(2^16 / columns) divides numbers up to 1024 exactly

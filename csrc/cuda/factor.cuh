@@ -1,11 +1,12 @@
 // Cholesky factorisation and explicit inverse of one chunk, in place in the lower 32 x 32 tiles of shared memory.
 //
-// The factor is right-looking over tiles: one warp factors the diagonal tile with a row of it in every lane's registers (a
-// pivot costs one shuffle, one reciprocal root and one pass through shared memory; 32 pivots are the serial chain), a
-// thread a row solves the tiles below, and a warp a tile updates what is left.  Then L is inverted tile row by tile row and
-// A^-1 = L^-T L^-1 replaces it.  The inverse costs the same flops as two triangular solves and no accuracy that the
-// covariance has (the error of G A^-1 equals that of substitution), and turns the correction into one matrix product.
-// Everything here is float32 FMA: 2/3 of chunk^3 in all, a small part of the launch, and no pivot is lost to TF32.
+// The factor is right-looking over tiles: one warp factors the diagonal tile with a row of it in every lane's registers
+// (a pivot costs one shuffle, one reciprocal root and one pass through shared memory; 32 pivots are the serial chain),
+// a thread a row solves the tiles below, and a warp a tile updates what is left.  Then L is inverted tile row by tile
+// row and A^-1 = L^-T L^-1 replaces it.  The inverse costs the same flops as two triangular solves and no accuracy that
+// the covariance has (the error of G A^-1 equals that of substitution), and turns the correction into one matrix
+// product. Everything here is float32 FMA: 2/3 of chunk^3 in all, a small part of the launch, and no pivot is lost to
+// TF32.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -90,7 +91,8 @@ struct TileProduct {
   }
 };
 
-// All threads; what precedes the last step ends with a barrier.  tiles <- L; shared.failed_minor <- 0 or the order of the leading minor that is not positive definite.
+// All threads; what precedes the last step ends with a barrier.  tiles <- L; shared.failed_minor <- 0 or the order of
+// the leading minor that is not positive definite.
 template <int kWarps>
 CO_DEVICE void factor(const Chunk& chunk) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;

@@ -1,11 +1,11 @@
 // X^T X of the sampled rows of one chunk, into the lower tiles of shared memory.
 //
-// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a thread).
-// Products are TF32 tensor-core tiles with float sums.  float32 inputs are split in two TF32 numbers and take three
-// products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32 numbers
-// already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows: partial
-// sums are added in shared memory, in the order of the rows, which is more accurate than a float32 matrix product and the
-// same on every run.
+// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a
+// thread). Products are TF32 tensor-core tiles with float sums.  float32 inputs are split in two TF32 numbers and take
+// three products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32
+// numbers already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows:
+// partial sums are added in shared memory, in the order of the rows, which is more accurate than a float32 matrix
+// product and the same on every run.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -19,7 +19,7 @@ CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, 
   const Raw* x = static_cast<const Raw*>(layer.x);
   const uint32_t one = sizeof(Raw) == 4 ? 0x3f800000u : layer.x_dtype == DType::kBFloat16 ? 0x3f80u : 0x3c00u;
   StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
-                                                     layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
@@ -32,11 +32,12 @@ CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, 
 template <int kWarps, typename Raw, int kLoads>
 CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk) {
   StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
-                                                     layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
-    if (row < chunk.x_stage()) chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] = to_float<Raw>(layer.x_dtype, raw[i]);
+    if (row < chunk.x_stage())
+      chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] = to_float<Raw>(layer.x_dtype, raw[i]);
   }
 }
 
@@ -94,7 +95,8 @@ CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk)
 CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk, bool first) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = block & 0xffff, column = block >> 16;
-  float* tile = lower_tile(chunk.tiles, row / kTile, column / kTile) + (row % kTile + lane / 4) * kTilePitch + lane % 4 * 2;
+  float* tile =
+      lower_tile(chunk.tiles, row / kTile, column / kTile) + (row % kTile + lane / 4) * kTilePitch + lane % 4 * 2;
   CO_UNROLL
   for (int n = 0; n < 4; ++n) {
     CO_UNROLL
@@ -114,7 +116,8 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     const int thread = fresh_thread();
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
       const int64_t row = chunk.shared.rows.offset + (first + thread) * chunk.shared.rows.stride;
-      chunk.shared.row_offset[thread] = strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride);
+      chunk.shared.row_offset[thread] =
+          strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride);
     }
   };
 
@@ -139,7 +142,8 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (next % kPartialRows == 0 || next >= chunk.x_rows()) {
       CO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
-        if (warp + u * kWarps < gram_blocks(chunk)) add_partial(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
+        if (warp + u * kWarps < gram_blocks(chunk))
+          add_partial(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
       }
     }
     if (next >= chunk.x_rows()) break;

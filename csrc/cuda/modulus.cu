@@ -1,17 +1,16 @@
 // |x| and its backward, with one bit an element between them.
 //
-// Both are bound by memory: forward moves 2 + 1 / (8 size) times the tensor, backward the same.  So a lane takes 16 bytes at
-// a time and has four such loads in flight (64 KiB an SM; 4.3 TB/s at 800 ns of latency need 26), and the
-// bits of a warp leave as whole bytes side by side: 8 / V neighbouring lanes of V elements each fill a byte with shuffles.
-// Numbers are treated as integers, as on the CPU: |x| clears the top bit; x is negative, and neither -0 nor NaN, exactly when
-// its bits, read as a signed integer, lie in (lowest, bits of -Inf].
+// Both are bound by memory: forward moves 2 + 1 / (8 size) times the tensor, backward the same.  So a lane takes 16
+// bytes at a time and has four such loads in flight (64 KiB an SM; 4.3 TB/s at 800 ns of latency need 26), and the bits
+// of a warp leave as whole bytes side by side: 8 / V neighbouring lanes of V elements each fill a byte with shuffles.
+// Numbers are treated as integers, as on the CPU: |x| clears the top bit; x is negative, and neither -0 nor NaN,
+// exactly when its bits, read as a signed integer, lie in (lowest, bits of -Inf].
 //
 // Rows that do not start on 16 bytes, and the end of a row, are read element by element in the same layout of lanes.
-#include "consistency_ops/modulus_cuda.h"
-
 #include <algorithm>
 #include <type_traits>
 
+#include "consistency_ops/modulus_cuda.h"
 #include "cuda/port.cuh"
 
 namespace consistency_ops {
@@ -47,8 +46,12 @@ struct alignas(16) Vector {
   Word word[kWords];
 
   CO_DEVICE I get(int e) const { return static_cast<I>(word[e / kPerWord] >> (e % kPerWord * Traits::kBits)); }
-  CO_DEVICE void set(int e, I value) { word[e / kPerWord] |= static_cast<Word>(value) << (e % kPerWord * Traits::kBits); }
-  CO_DEVICE void flip(int e) { word[e / kPerWord] ^= static_cast<Word>(Traits::kTop) << (e % kPerWord * Traits::kBits); }
+  CO_DEVICE void set(int e, I value) {
+    word[e / kPerWord] |= static_cast<Word>(value) << (e % kPerWord * Traits::kBits);
+  }
+  CO_DEVICE void flip(int e) {
+    word[e / kPerWord] ^= static_cast<Word>(Traits::kTop) << (e % kPerWord * Traits::kBits);
+  }
   CO_DEVICE void clear_tops() {
     constexpr Word kTops = kPerWord == 2 ? Word{0x80008000u} : static_cast<Word>(Traits::kTop);
     CO_UNROLL
@@ -98,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, kCtas) modulus_kernel(CO_KERNEL_PARA
     const int64_t first = (int64_t{blockIdx.x} * kThreads * kVectors + threadIdx.x) * Traits::kElements;
     Vector<Traits> v[kVectors];
     CO_UNROLL
-    for (int u = 0; u < kVectors; ++u) v[u] = load<Traits>(x, first + u * kThreads * Traits::kElements, length, aligned);
+    for (int u = 0; u < kVectors; ++u)
+      v[u] = load<Traits>(x, first + u * kThreads * Traits::kElements, length, aligned);
     CO_UNROLL
     for (int u = 0; u < kVectors; ++u) {
       const int64_t at = first + u * kThreads * Traits::kElements;
@@ -123,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, kCtas) modulus_kernel(CO_KERNEL_PARA
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, kCtas) modulus_backward_kernel(CO_KERNEL_PARAM(ModulusBackwardParams, params)) {
+__global__ void __launch_bounds__(kThreads, kCtas)
+    modulus_backward_kernel(CO_KERNEL_PARAM(ModulusBackwardParams, params)) {
   using I = typename Traits::I;
   const int64_t length = params.row_length;
   for (int64_t r = blockIdx.y; r < params.rows; r += gridDim.y) {

@@ -1,9 +1,9 @@
 // The one header that a kernel file includes: CUDA under nvcc, the host runtime of tests/simt under any other compiler.
 //
-// Kernel source stays plain C++ so that its numbers, barriers and bounds can be tested on a machine without a GPU.  Hence
-// the rules: shared memory only through CO_SHARED and CO_DYNAMIC_SHARED, no <<<>>>, no inline PTX outside this file, every
-// thread reaches every __syncthreads, and a spin contains an atomic.  Every PTX instruction is one wrapper with two bodies
-// of the same meaning, the second for the host.
+// Kernel source stays plain C++ so that its numbers, barriers and bounds can be tested on a machine without a GPU.
+// Hence the rules: shared memory only through CO_SHARED and CO_DYNAMIC_SHARED, no <<<>>>, no inline PTX outside this
+// file, every thread reaches every __syncthreads, and a spin contains an atomic.  Every PTX instruction is one wrapper
+// with two bodies of the same meaning, the second for the host.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define CO_SHARED(T, name, dims) __shared__ T name dims
-#define CO_DYNAMIC_SHARED(T, name)                                        \
+#define CO_DYNAMIC_SHARED(T, name)                                         \
   extern __shared__ __align__(16) unsigned char co_dynamic_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(co_dynamic_shared_bytes)
 #define CO_DEVICE __device__ __forceinline__
@@ -33,7 +33,8 @@
 
 namespace consistency_ops {
 
-// The <<<>>> of this code base.  One parameter struct, passed by value; up to 32,764 bytes reach the device with the launch.
+// The <<<>>> of this code base.  One parameter struct, passed by value; up to 32,764 bytes reach the device with the
+// launch.
 template <typename Kernel, typename Params>
 Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* stream, const Params& params) {
 #if defined(__CUDACC__)
@@ -59,7 +60,8 @@ Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void
   return Status::kOk;
 }
 
-// threadIdx.x, read again at every call: values derived from one reading are kept through the whole kernel, and spilled.
+// threadIdx.x, read again at every call: values derived from one reading are kept through the whole kernel, and
+// spilled.
 CO_DEVICE int fresh_thread() {
 #if defined(__CUDA_ARCH__)
   int thread;
@@ -150,12 +152,13 @@ CO_DEVICE float to_tf32(float value) {
 #endif
 }
 
-// D[16 x 8] += A[16 x 8] B[8 x 8] on one warp; A and B are TF32, sums are float.  With g = lane / 4 and t = lane % 4 a lane
-// holds a = {A[g][t], A[g + 8][t], A[g][t + 4], A[g + 8][t + 4]}, b = {B[t][g], B[t + 4][g]},
-// d = {D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]} (PTX ISA, mma.m16n8k8).
+// D[16 x 8] += A[16 x 8] B[8 x 8] on one warp; A and B are TF32, sums are float.  With g = lane / 4 and t = lane % 4 a
+// lane holds a = {A[g][t], A[g + 8][t], A[g][t + 4], A[g + 8][t + 4]}, b = {B[t][g], B[t + 4][g]}, d = {D[g][2t],
+// D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]} (PTX ISA, mma.m16n8k8).
 CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
@@ -164,29 +167,30 @@ CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float 
     float* d;
     const float *a, *b;
   } mine{d, a, b};
-  simt::warp_operation(
-      0xffffffffu, &mine,
-      [](void* const lanes[32], uint32_t) {
-        float left[16][8], right[8][8];
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto* o = static_cast<const Operands*>(lanes[lane]);
-          const int g = lane / 4, t = lane % 4;
-          for (int i = 0; i < 4; ++i) {  // the hardware ignores the 13 lowest bits
-            left[g + i % 2 * 8][t + i / 2 * 4] = __uint_as_float(__float_as_uint(o->a[i]) & 0xffffe000u);
-          }
-          for (int i = 0; i < 2; ++i) right[t + i * 4][g] = __uint_as_float(__float_as_uint(o->b[i]) & 0xffffe000u);
-        }
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto* o = static_cast<const Operands*>(lanes[lane]);
-          for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            float sum = 0.0f;
-            for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
-            o->d[i] += sum;
-          }
-        }
-      },
-      {__builtin_FILE(), __builtin_LINE()});
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         float left[16][8], right[8][8];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           const int g = lane / 4, t = lane % 4;
+                           for (int i = 0; i < 4; ++i) {  // the hardware ignores the 13 lowest bits
+                             left[g + i % 2 * 8][t + i / 2 * 4] =
+                                 __uint_as_float(__float_as_uint(o->a[i]) & 0xffffe000u);
+                           }
+                           for (int i = 0; i < 2; ++i)
+                             right[t + i * 4][g] = __uint_as_float(__float_as_uint(o->b[i]) & 0xffffe000u);
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 4; ++i) {
+                             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                             float sum = 0.0f;
+                             for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
+                             o->d[i] += sum;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
 #endif
 }
 

@@ -2,24 +2,23 @@
 //
 // A CTA draws its chunk's units and rows from random.h, sums X^T X of its columns (gram.cuh), factors and inverts it in
 // shared memory (factor.cuh) and multiplies its columns of G by the inverse (apply.cuh).  Nothing is written but G, the
-// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The chain of one
-// chunk of 128 units is 128 dependent pivots, 41 KiB of shared memory and 128 registers a thread let two CTAs share an SM,
-// and all chunks of a network of up to 132 (264) chunks run at once on an H200.
+// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The chain of
+// one chunk of 128 units is 128 dependent pivots, 41 KiB of shared memory and 128 registers a thread let two CTAs share
+// an SM, and all chunks of a network of up to 132 (264) chunks run at once on an H200.
 //
-// Trace scaling needs the trace of a layer before any of its chunks can be factored.  Where a layer has several chunks its
-// covariances go to the workspace first, in tasks of their own, and the correcting tasks wait for them.  CTAs take tasks in
-// the order of a ticket counter and a task waits only for tickets smaller than its own, which running CTAs hold already: so
-// there is progress at any number of resident CTAs, without a cooperative launch.  The last CTA resets the counters, so a
-// replayed graph finds them as the first launch did.
+// Trace scaling needs the trace of a layer before any of its chunks can be factored.  Where a layer has several chunks
+// its covariances go to the workspace first, in tasks of their own, and the correcting tasks wait for them.  CTAs take
+// tasks in the order of a ticket counter and a task waits only for tickets smaller than its own, which running CTAs
+// hold already: so there is progress at any number of resident CTAs, without a cooperative launch.  The last CTA resets
+// the counters, so a replayed graph finds them as the first launch did.
 //
-// The price of V0, which the later rungs remove: one CTA reads all rows of a chunk and corrects all rows of G, so a layer
-// with few chunks and much data (4096 x 4096: 32 chunks) leaves most of the device idle.
-#include "consistency_ops/precondition_cuda.h"
-
+// The price of V0, which the later rungs remove: one CTA reads all rows of a chunk and corrects all rows of G, so a
+// layer with few chunks and much data (4096 x 4096: 32 chunks) leaves most of the device idle.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
+#include "consistency_ops/precondition_cuda.h"
 #include "cuda/apply.cuh"
 #include "cuda/chunk.cuh"
 #include "cuda/factor.cuh"
@@ -104,8 +103,8 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
   int64_t rows = rows_of_x(layer);
   if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
   shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
-  shared.division = make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step,
-                                  layer.layer);
+  shared.division =
+      make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
   shared.size = static_cast<int32_t>(chunk_begin(shared.division.units, shared.division.chunks, shared.chunk + 1) -
                                      chunk_begin(shared.division.units, shared.division.chunks, shared.chunk));
   shared.x_stage = stage_rows(padded_units(shared.size), params.arena_floats);
@@ -133,15 +132,16 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
   }
 }
 
-// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale is 0.
+// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale
+// is 0.
 CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
                             int threads) {
   CO_NO_UNROLL
   for (int e = static_cast<int>(threadIdx.x); e < options.chunk * options.chunk; e += threads) {
     const int row = e / options.chunk, column = e % options.chunk;
     const int i = max(row, column), j = min(row, column);
-    const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile, min(j, chunk.padded() - 1) / kTile)
-        [i % kTile * kTilePitch + j % kTile];
+    const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile,
+                                   min(j, chunk.padded() - 1) / kTile)[i % kTile * kTilePitch + j % kTile];
     const bool inside = i < chunk.size() && scale != 0.0f;
     matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
   }
@@ -155,9 +155,10 @@ CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chun
   __syncthreads();
 }
 
-// Mean of the finite diagonal elements of the layer, 0 if there is none: from `covariance`, or from this chunk's own tiles
-// where that is the whole layer.  The order of the sum depends on the layer's shape alone.
-CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance, int threads) {
+// Mean of the finite diagonal elements of the layer, 0 if there is none: from `covariance`, or from this chunk's own
+// tiles where that is the whole layer.  The order of the sum depends on the layer's shape alone.
+CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
+                            int threads) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const Division& division = chunk.shared.division;
   float sum = 0.0f;
@@ -175,8 +176,8 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
     CO_NO_UNROLL
     for (int64_t e = thread; e < division.chunks * options.chunk; e += threads) {
       const int c = static_cast<int>(e / options.chunk), u = static_cast<int>(e % options.chunk);
-      const int64_t size = chunk_begin(division.units, division.chunks, c + 1) -
-                           chunk_begin(division.units, division.chunks, c);
+      const int64_t size =
+          chunk_begin(division.units, division.chunks, c + 1) - chunk_begin(division.units, division.chunks, c);
       if (u < size) add(covariance[covariance_offset(options, c, u, u)]);
     }
   }
@@ -219,9 +220,9 @@ CO_DEVICE void load_covariance(const PreconditionParams& params, const Precondit
   }
 }
 
-// tiles <- L L^T = A scaled + damping I, with up to three dampings; shared.failed_minor is info.  A failed try destroys the covariance, so
-// the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  Without the factor stage
-// only the covariance is written.
+// tiles <- L L^T = A scaled + damping I, with up to three dampings; shared.failed_minor is info.  A failed try destroys
+// the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.
+// Without the factor stage only the covariance is written.
 template <typename Traits>
 CO_DEVICE void damped_factor(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
   for (;;) {
@@ -422,7 +423,8 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
 
 }  // namespace
 
-int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
+int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count,
+                                    const PreconditionOptions& options) {
   int64_t largest = 0;
   bool waits = false;
   for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
@@ -441,8 +443,8 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
   if (!valid(layers, count, options)) return Status::kInvalidArgument;
   if (workspace == nullptr && precondition_workspace_cuda(layers, count, options) > 0) return Status::kInvalidArgument;
   for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
-    const Status status = launch_layers(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options, device,
-                                        workspace, stream);
+    const Status status = launch_layers(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options,
+                                        device, workspace, stream);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;

@@ -1,14 +1,14 @@
 // Host-only decisions of the precondition launch, free of CUDA so that tests can ask for them anywhere.
 //
-// A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena that
-// holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile along rows
-// and along columns is free of bank conflicts alike:
+// A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena
+// that holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile
+// along rows and along columns is free of bank conflicts alike:
 //
-//   chunk   tiles   KiB of tiles   arena KiB (X, G stage)     sm_90 (227 KiB)   sm_80 (163)          sm_86, sm_89, sm_120 (99)
-//     32      1         4.1        20 (128, 64 rows)          several CTAs      several              several
-//    128     10        41          33 (32, 64 rows)           2, by registers   2                    1
-//    192     21        87          33 (16, 32 rows)           1                 1                    1, small stages
-//    256     36       149          33 (16, 32 rows)           1                 1, stages of 8 rows  does not fit
+//   chunk  tiles  KiB of tiles  arena KiB (X, G rows)  sm_90 (227 KiB)    sm_80 (163)        sm_86, sm_120 (99)
+//     32     1         4         20 (128, 64)           2, by registers    2                  2
+//    128    10        41         33 (32, 64)            2, by registers    2                  1
+//    192    21        87         33 (16, 32)            1                  1                  1, stages of 8 rows
+//    256    36       149         34 (16, 32)            1                  1, stages of 8     does not fit
 #pragma once
 
 #include "consistency_ops/precondition_cuda.h"
@@ -18,9 +18,9 @@ namespace consistency_ops {
 constexpr int kTile = 32;
 constexpr int kTilePitch = kTile + 1;
 constexpr int kTileFloats = kTile * kTilePitch;
-constexpr int kMaxStageRows = 128;  // of X
-constexpr int kMaxApplyRows = 64;   // of G
-constexpr int kStageElements = 4096;  // of X, in flight in the registers of a CTA
+constexpr int kMaxStageRows = 128;      // of X
+constexpr int kMaxApplyRows = 64;       // of G
+constexpr int kStageElements = 4096;    // of X, in flight in the registers of a CTA
 constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
 constexpr int kMaxLaunchLayers = 120;   // descriptors that fit the 32,764 bytes of kernel parameters
 
@@ -31,11 +31,11 @@ CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
 CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 4; }
 
 struct PreconditionPlan {
-  int32_t threads;        // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
-  int32_t tile_floats;    // of the largest chunk
+  int32_t threads;      // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
+  int32_t tile_floats;  // of the largest chunk
   int32_t arena_floats;
-  int32_t apply_rows;     // rows of G in a stage
-  int32_t shared_bytes;   // dynamic
+  int32_t apply_rows;    // rows of G in a stage
+  int32_t shared_bytes;  // dynamic
 };
 
 // Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.

@@ -1,5 +1,6 @@
-// What a kernel sees of CUDA when g++ compiles it: the built-in functions that csrc/cuda uses, on the runtime of runtime.h.
-// Included by csrc/cuda/port.cuh only.  A function that is missing here is a compile error, never a silent difference.
+// What a kernel sees of CUDA when g++ compiles it: the built-in functions that csrc/cuda uses, on the runtime of
+// runtime.h. Included by csrc/cuda/port.cuh only.  A function that is missing here is a compile error, never a silent
+// difference.
 #pragma once
 
 #include <cmath>
@@ -35,8 +36,9 @@ T& shared_array(Tag) {  // Tag is a lambda type: a key for every declaration
 
 template <typename F>
 void launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_shared, F&& body) {
-  launch(grid, block, cluster, dynamic_shared,
-         [](void* argument) { (*static_cast<std::remove_reference_t<F>*>(argument))(); }, &body);
+  launch(
+      grid, block, cluster, dynamic_shared,
+      [](void* argument) { (*static_cast<std::remove_reference_t<F>*>(argument))(); }, &body);
 }
 
 template <typename T>
@@ -81,7 +83,9 @@ T read_modify_write(T* address, F update) {
 
 inline void __syncthreads(SIMT_SITE) { simt::block_barrier({file, line}); }
 inline int __syncthreads_or(int value, SIMT_SITE) { return simt::block_barrier_or(value, {file, line}); }
-inline void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE) { simt::warp_operation(mask, nullptr, nullptr, {file, line}); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE) {
+  simt::warp_operation(mask, nullptr, nullptr, {file, line});
+}
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source, SIMT_SITE) {
@@ -96,18 +100,17 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_SITE) {
     int predicate;
     uint32_t result;
   } mine{predicate, 0};
-  simt::warp_operation(
-      mask, &mine,
-      [](void* const lanes[32], uint32_t all) {
-        uint32_t votes = 0;
-        for (int i = 0; i < 32; ++i) {
-          if ((all >> i & 1) && static_cast<Vote*>(lanes[i])->predicate) votes |= 1u << i;
-        }
-        for (int i = 0; i < 32; ++i) {
-          if (all >> i & 1) static_cast<Vote*>(lanes[i])->result = votes;
-        }
-      },
-      {file, line});
+  simt::warp_operation(mask, &mine,
+                       [](void* const lanes[32], uint32_t all) {
+                         uint32_t votes = 0;
+                         for (int i = 0; i < 32; ++i) {
+                           if ((all >> i & 1) && static_cast<Vote*>(lanes[i])->predicate) votes |= 1u << i;
+                         }
+                         for (int i = 0; i < 32; ++i) {
+                           if (all >> i & 1) static_cast<Vote*>(lanes[i])->result = votes;
+                         }
+                       },
+                       {file, line});
   return mine.result;
 }
 

@@ -1,5 +1,6 @@
-// The shared library that the simt tests load: the CUDA kernels on the host runtime, behind C functions that report errors
-// as text.  The structs of precondition.h and friends cross as they are; simt.py mirrors them and checks their sizes.
+// The shared library that the simt tests load: the CUDA kernels on the host runtime, behind C functions that report
+// errors as text.  The structs of precondition.h and friends cross as they are; simt.py mirrors them and checks their
+// sizes.
 #include <cstring>
 #include <string>
 
@@ -74,12 +75,12 @@ API const char* simt_modulus_backward(const ModulusBackwardParams* params) {
 
 API const char* simt_precondition(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options,
                                   int32_t shared_bytes, void* workspace) {
-  return guarded([&] {
-    return precondition_cuda(layers, count, *options, CudaDevice{shared_bytes}, workspace, nullptr);
-  });
+  return guarded(
+      [&] { return precondition_cuda(layers, count, *options, CudaDevice{shared_bytes}, workspace, nullptr); });
 }
 
-API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options) {
+API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t count,
+                                        const PreconditionOptions* options) {
   return precondition_workspace_cuda(layers, count, *options);
 }
 

@@ -6,6 +6,7 @@ numpy only.  Every array has exactly the bytes that the kernel may touch, so tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -143,7 +144,6 @@ class Problem:
         layer.damping_used = self.damping_used.ctypes.data
         return layer
 
-
     def keep_matrices(self, layer: simt.Layer, chunk: int) -> None:
         shape = (len(self.info), chunk, chunk)
         self.covariance, self.inverse = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
@@ -229,12 +229,14 @@ def _solve_layer(library, case, problem):
         covariance = covariance / tau
     result, info, used = grads.copy(), [], []
     edges = bounds(problem.all_units, case.chunk)
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         index = order[begin:end]
         block = covariance[np.ix_(index, index)]
         for tries in range(MAX_TRIES):
             damped = block + case.damping * 10.0**tries * np.eye(end - begin)
-            minor = 0 if np.isfinite(damped).all() and np.linalg.eigvalsh(damped)[0] > 0 else is_positive_definite(damped)
+            minor = (
+                0 if np.isfinite(damped).all() and np.linalg.eigvalsh(damped)[0] > 0 else is_positive_definite(damped)
+            )
             if minor == 0:
                 with np.errstate(invalid="ignore", over="ignore"):
                     corrected = grads[:, :, index] @ np.linalg.inv(damped)

@@ -1,7 +1,7 @@
 // The scheduler behind runtime.h.  Compile without -fsanitize=thread; define SIMT_TSAN where the kernels have it.
 //
-// ThreadSanitizer does not see the scheduler's own accesses, but it intercepts memcpy and memmove everywhere: what runs on
-// a fiber must not grow a vector that fibers share, hence the reserve() calls.
+// ThreadSanitizer does not see the scheduler's own accesses, but it intercepts memcpy and memmove everywhere: what runs
+// on a fiber must not grow a vector that fibers share, hence the reserve() calls.
 #include "simt/runtime.h"
 
 #include <sys/mman.h>
@@ -66,8 +66,8 @@ struct Fiber {
   void* asan_fake_stack = nullptr;
 };
 
-// ThreadSanitizer sees a barrier as a release on arrival and an acquire on leaving.  Two tags alternate, because with one
-// an early thread's arrival at the next barrier would order it before a late thread that still leaves this one.
+// ThreadSanitizer sees a barrier as a release on arrival and an acquire on leaving.  Two tags alternate, because with
+// one an early thread's arrival at the next barrier would order it before a late thread that still leaves this one.
 struct Barrier {
   std::vector<Fiber*> waiting;
   unsigned generation = 0;
@@ -279,7 +279,8 @@ std::unique_ptr<Cluster> start_cluster(unsigned id, dim3 grid, dim3 block, dim3 
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(cta.shared, S.arena);
     __asan_unpoison_memory_region(cta.shared, S.dynamic);
-    for (const auto& entry : S.statics) __asan_unpoison_memory_region(cta.shared + entry.second.first, entry.second.second);
+    for (const auto& entry : S.statics)
+      __asan_unpoison_memory_region(cta.shared + entry.second.first, entry.second.second);
 #endif
     cta.barrier.waiting.reserve(S.threads);
     cta.warps = std::vector<Warp>((S.threads + 31) / 32);
@@ -334,7 +335,8 @@ std::string where_all_stand(const std::vector<std::unique_ptr<Cluster>>& live) {
     for (const Cta& cta : cluster->ctas) {
       for (const Fiber& fiber : cta.fibers) {
         std::string place = fiber.state;
-        if (!fiber.done && fiber.site.line) place += std::string(" at ") + fiber.site.file + ":" + std::to_string(fiber.site.line);
+        if (!fiber.done && fiber.site.line)
+          place += std::string(" at ") + fiber.site.file + ":" + std::to_string(fiber.site.line);
         auto& entry = places[place];
         if (entry.first++ == 0) {
           entry.second = "block " + std::to_string(cta.index.x) + " thread " + std::to_string(fiber.rank);
@@ -344,7 +346,8 @@ std::string where_all_stand(const std::vector<std::unique_ptr<Cluster>>& live) {
   }
   std::string text;
   for (const auto& place : places) {
-    text += "\n  " + std::to_string(place.second.first) + " threads: " + place.first + " (e.g. " + place.second.second + ")";
+    text += "\n  " + std::to_string(place.second.first) + " threads: " + place.first + " (e.g. " + place.second.second +
+            ")";
   }
   return text;
 }
@@ -459,14 +462,15 @@ void cluster_barrier(Site site) {
 void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {
   Fiber* fiber = S.current;
   const unsigned lane = fiber->rank & 31;
-  if (!(mask >> lane & 1)) fail("%s:%d: lane %u is not in the mask %08x that it passes", site.file, site.line, lane, mask);
+  if (!(mask >> lane & 1))
+    fail("%s:%d: lane %u is not in the mask %08x that it passes", site.file, site.line, lane, mask);
   WarpGroup* group = nullptr;
   for (auto& candidate : fiber->cta->warps[fiber->rank / 32].groups) {
     if (candidate->mask == mask) {
       group = candidate.get();
     } else if (candidate->arrived & mask) {
-      fail("%s:%d: lane %u passes mask %08x while lanes of the overlapping mask %08x wait", site.file, site.line, lane, mask,
-           candidate->mask);
+      fail("%s:%d: lane %u passes mask %08x while lanes of the overlapping mask %08x wait", site.file, site.line, lane,
+           mask, candidate->mask);
     }
   }
   if (group == nullptr) {
@@ -508,7 +512,8 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
     found = S.statics.emplace(key, std::make_pair(offset, bytes)).first;
     S.stats.shared_bytes += bytes;
     if (S.stats.shared_bytes > S.options.shared_limit) {
-      fail("%zu bytes of shared memory are over the limit of %zu", size_t(S.stats.shared_bytes), size_t(S.options.shared_limit));
+      fail("%zu bytes of shared memory are over the limit of %zu", size_t(S.stats.shared_bytes),
+           size_t(S.options.shared_limit));
     }
   }
   char* address = S.current->cta->shared + found->second.first;
@@ -565,7 +570,8 @@ void launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic, void (*body)(vo
       finished.push_back(std::move(live[i]));
       live.erase(live.begin() + static_cast<std::ptrdiff_t>(i));
     }
-    while (live.size() < resident && next < clusters) live.push_back(start_cluster(order[next++], grid, block, cluster));
+    while (live.size() < resident && next < clusters)
+      live.push_back(start_cluster(order[next++], grid, block, cluster));
     if (live.empty() || !S.error.empty()) break;
     if (S.runnable.empty()) {
       S.error = "deadlock: no thread can run" + where_all_stand(live);

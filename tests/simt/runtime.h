@@ -1,13 +1,15 @@
 // Runs CUDA C++ kernels on the CPU: the scheduler's interface.
 //
-// Every CUDA thread is a fiber and all fibers share one OS thread, so a launch is a sequence of short runs: a thread runs
-// until its next barrier, warp operation, atomic or fence, then the scheduler draws the next runnable thread of any
-// resident CTA from a seeded generator.  A missing barrier therefore shows as wrong numbers under some seed, and the same
-// seed shows it again.  Shared memory starts as NaN bytes, separate arrays lie in poisoned gaps (AddressSanitizer), and
-// with SIMT_TSAN every CUDA thread is a ThreadSanitizer fiber whose only synchronisation is what the kernel asked for.
+// Every CUDA thread is a fiber and all fibers share one OS thread, so a launch is a sequence of short runs: a thread
+// runs until its next barrier, warp operation, atomic or fence, then the scheduler draws the next runnable thread of
+// any resident CTA from a seeded generator.  A missing barrier therefore shows as wrong numbers under some seed, and
+// the same seed shows it again.  Shared memory starts as NaN bytes, separate arrays lie in poisoned gaps
+// (AddressSanitizer), and with SIMT_TSAN every CUDA thread is a ThreadSanitizer fiber whose only synchronisation is
+// what the kernel asked for.
 //
 // runtime.cpp is always compiled without -fsanitize=thread; what the kernels see of CUDA is in cuda_host.h.
-// Not modelled: PTX bodies, the rounding of tensor cores, weak memory order beyond happens-before, code generation, speed.
+// Not modelled: PTX bodies, the rounding of tensor cores, weak memory order beyond happens-before, code generation,
+// speed.
 #pragma once
 
 #include <cstddef>
@@ -31,10 +33,11 @@ enum class Order : int32_t { kRandom = 0, kAscending = 1, kDescending = 2 };
 struct Options {
   uint64_t seed = 1;
   Order order = Order::kRandom;
-  uint32_t resident = 2;            // clusters in flight at once; 0: all of them
-  uint64_t shared_limit = 227 << 10;  // bytes a CTA, static + dynamic (sm_90 and sm_100: 227 KiB, sm_80: 163, sm_86: 99)
-  uint64_t stack = 128 << 10;       // bytes a CUDA thread
-  uint32_t timeout_s = 120;         // of one launch
+  uint32_t resident = 2;  // clusters in flight at once; 0: all of them
+  uint64_t shared_limit =
+      227 << 10;               // bytes a CTA, static + dynamic (sm_90 and sm_100: 227 KiB, sm_80: 163, sm_86: 99)
+  uint64_t stack = 128 << 10;  // bytes a CUDA thread
+  uint32_t timeout_s = 120;    // of one launch
 };
 
 struct Stats {  // of the last launch

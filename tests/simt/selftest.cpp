@@ -1,4 +1,5 @@
-// Small kernels, right and wrong ones, that show what the host runtime notices; and the host bodies of port.cuh's wrappers.
+// Small kernels, right and wrong ones, that show what the host runtime notices; and the host bodies of port.cuh's
+// wrappers.
 #include <cstring>
 #include <string>
 
@@ -67,7 +68,8 @@ void multiply(const float* a, const float* b, float* d) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
   const float left[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
   const float right[2] = {b[t * 8 + g], b[(t + 4) * 8 + g]};
-  float* const element[4] = {d + g * 8 + 2 * t, d + g * 8 + 2 * t + 1, d + (g + 8) * 8 + 2 * t, d + (g + 8) * 8 + 2 * t + 1};
+  float* const element[4] = {d + g * 8 + 2 * t, d + g * 8 + 2 * t + 1, d + (g + 8) * 8 + 2 * t,
+                             d + (g + 8) * 8 + 2 * t + 1};
   float sum[4];
   for (int i = 0; i < 4; ++i) sum[i] = *element[i];
   mma_m16n8k8_tf32(sum, left, right);

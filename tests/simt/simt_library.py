@@ -296,9 +296,7 @@ class Library:
     def batch_rms_norm_denominator(self, params: BatchRmsNorm) -> None:
         bytes_ = self._library.simt_batch_rms_norm_workspace(ctypes.byref(params))
         workspace = np.full(bytes_ // 4, np.nan, np.float32)
-        self._call(
-            "simt_batch_rms_norm_denominator", ctypes.byref(params), ctypes.c_void_p(workspace.ctypes.data)
-        )
+        self._call("simt_batch_rms_norm_denominator", ctypes.byref(params), ctypes.c_void_p(workspace.ctypes.data))
 
     def channel_divide(self, params: ChannelDivide) -> None:
         self._call("simt_channel_divide", ctypes.byref(params))

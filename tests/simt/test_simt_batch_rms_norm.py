@@ -34,7 +34,16 @@ def denominator(library, x, channels_last, dtype, running, count, momentum=0.3, 
     d = np.full(len(running), np.nan, np.float32)
     shape = view(x, channels_last) if x is not None else simt.ChannelView(0, len(running), 0, 0, 0, 1)
     params = simt.BatchRmsNorm(
-        address(x), shape, dtype, address(running), simt.FLOAT32, address(count), address(d), simt.FLOAT32, momentum, eps
+        address(x),
+        shape,
+        dtype,
+        address(running),
+        simt.FLOAT32,
+        address(count),
+        address(d),
+        simt.FLOAT32,
+        momentum,
+        eps,
     )
     library.batch_rms_norm_denominator(params)
     return d
@@ -65,7 +74,9 @@ def test_training_and_division(library, shape, dtype, channels_last):
         running, count = np.full(shape[1], 0.7, np.float32), np.array([4], np.int64)
         d = denominator(library, x, channels_last, dtype, running, count)
         y = np.zeros_like(x)
-        divide = simt.ChannelDivide(address(x), view(x, channels_last), address(y), view(y, channels_last), dtype, address(d))
+        divide = simt.ChannelDivide(
+            address(x), view(x, channels_last), address(y), view(y, channels_last), dtype, address(d)
+        )
         library.channel_divide(divide)
         results.append((running.tobytes(), d.tobytes(), y.tobytes()))
         assert count[0] == 5

@@ -1,7 +1,7 @@
 """Every barrier and fence of the correction kernels is needed, and the tests notice when one is gone.
 
-Each test deletes one of them in a copy of the sources.  The plain build, or else the ThreadSanitizer build, must fail.  A line
-that ends in ``// redundant: why`` is left out.
+Each test deletes one of them in a copy of the sources.  The plain build, or else the ThreadSanitizer build, must fail.
+A line that ends in ``// redundant: why`` is left out.
 """
 
 import re
@@ -47,9 +47,7 @@ def outcome(folder, kind, seeds):
     """Exit status and report of the cases, 0 if nothing was noticed."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
     command = [sys.executable, script, simt.build(kind, folder), str(seeds), *CASES]
-    done = subprocess.run(
-        command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=900
-    )
+    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=900)
     return done.returncode, (done.stdout + done.stderr)[-1000:]
 
 

@@ -1,7 +1,7 @@
 """The CUDA correction kernels, run on the CPU: right against float64 and the same bytes under every schedule.
 
-These tests say what the kernels compute, that their barriers suffice and that they stay in bounds.  They say nothing of PTX,
-of the rounding of tensor cores or of speed.
+These tests say what the kernels compute, that their barriers suffice and that they stay in bounds.  They say nothing of
+PTX, of the rounding of tensor cores or of speed.
 """
 
 import dataclasses
@@ -56,12 +56,28 @@ def test_sanitizers(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "selection"),
-    [("memory", "modulus", ""), ("memory", "batch_rms_norm", ""), ("races", "batch_rms_norm", "evaluation or unaligned")],
+    [
+        ("memory", "modulus", ""),
+        ("memory", "batch_rms_norm", ""),
+        ("races", "batch_rms_norm", "evaluation or unaligned"),
+    ],
 )
 def test_sanitizers_of_elementwise_kernels(kind, name, selection):
     simt.build(kind)  # here, because a preloaded sanitizer slows the compiler down
     file = simt.ROOT / "tests" / "simt" / f"test_simt_{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-k", selection, file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        selection,
+        file,
+    ]
     done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 

@@ -58,7 +58,10 @@ def test_cluster_barriers(library):
 @pytest.mark.parametrize(
     ("name", "report"),
     [
-        ("divergent barrier", r"divergent __syncthreads: thread \d+ .*selftest.cpp:\d+ while thread \d+ waits at .*:\d+"),
+        (
+            "divergent barrier",
+            r"divergent __syncthreads: thread \d+ .*selftest.cpp:\d+ while thread \d+ waits at .*:\d+",
+        ),
         ("early exit", r"deadlock: no thread can run\n(.|\n)*63 threads: __syncthreads at .*selftest.cpp:\d+"),
         ("wrong mask", r"shuffles from lane \d+, which is not in mask 0000ffff"),
         ("lane outside mask", r"lane \d+ is not in the mask 000000ff"),
@@ -110,7 +113,7 @@ def same(got, want):
 
 
 def test_every_16_bit_float(library):
-    for bits in range(0, 1 << 16):
+    for bits in range(1 << 16):
         half = float(np.uint16(bits).view(np.float16))
         brain = float(np.uint32(bits << 16).view(np.float32))
         assert same(library.convert("float16_to_float", bits), half), bits
@@ -124,7 +127,9 @@ def test_every_16_bit_float(library):
 def test_rounding_to_16_bits(library):
     rng = np.random.default_rng(0)
     values = (rng.standard_normal(20_000) * 10.0 ** rng.uniform(-9, 6, 20_000)).astype(np.float32)
-    halfway = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11, 65519.9, 65520, 2.0**-25, 3 * 2.0**-25, 1 + 2.0**-8], np.float32)
+    halfway = np.array(
+        [1 + 2.0**-11, 1 + 3 * 2.0**-11, 65519.9, 65520, 2.0**-25, 3 * 2.0**-25, 1 + 2.0**-8], np.float32
+    )
     values = np.concatenate([values, halfway, -halfway])
     half, brain = simt.encode(values, simt.FLOAT16), simt.encode(values, simt.BFLOAT16)
     for value, want_half, want_brain in zip(values, half, brain, strict=True):

@@ -1,0 +1,74 @@
+"""Modulus forward and backward against torch.abs, in the same run, interleaved.
+
+    python -m benchmarks.micro.bench_modulus [--threads 1 2] [--seconds 4] [--json FILE]
+
+A measurement is `torch.autograd.grad(f(x), x, grad)` with x and grad ready, repeated to about a millisecond; the ratio
+is of medians over rounds, to torch.abs.  `kept` is what autograd holds for backward.  Up to some ten thousand elements
+the Python of an autograd function decides, not the kernel: the stable ABI has no C++ autograd.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import consistency_ops as co
+from benchmarks.micro.timing import interleaved, medians, save
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+DTYPES = (torch.float32, torch.bfloat16)
+FUNCTIONS = {"modulus": co.modulus, "abs": torch.abs}
+
+
+def kept_bytes(function, x: torch.Tensor) -> int:
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        function(x)
+    return sum(sizes)
+
+
+def measure(size: int, dtype: torch.dtype, seconds: float) -> dict:
+    x, grad = torch.randn(size).to(dtype).requires_grad_(), torch.randn(size).to(dtype)
+    repeats = max(1, 1_000_000 // (size + 25_000))
+
+    def run(function):
+        for _ in range(repeats):
+            torch.autograd.grad(function(x), x, grad)
+
+    candidates = {name: lambda f=function: run(f) for name, function in FUNCTIONS.items()}
+    median = medians(interleaved(candidates, seconds=seconds, rounds=(11, 2001)))
+    return {
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **{f"{name}_us": median[name] / repeats * 1e6 for name in FUNCTIONS},
+        "ratio": median["modulus"] / median["abs"],
+        **{f"{name}_kept_bytes": kept_bytes(function, x) for name, function in FUNCTIONS.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed work for each row of the table")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/modulus.json")
+    arguments = parser.parse_args()
+
+    print("  elements  dtype     threads   modulus us       abs us  ratio       kept   abs kept")
+    results = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for dtype in DTYPES:
+            for size in SIZES:
+                row = measure(size, dtype, arguments.seconds)
+                results.append(row)
+                print(
+                    f"{size:>10}  {row['dtype']:<9} {threads:>7} {row['modulus_us']:>12.1f} {row['abs_us']:>12.1f} "
+                    f"{row['ratio']:>6.2f} {row['modulus_kept_bytes']:>10} {row['abs_kept_bytes']:>10}"
+                )
+    save("modulus", {"rows": results}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
