@@ -44,7 +44,7 @@ def build(kind: str, root: Path = ROOT) -> Path:
     flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += [f"-I{root / folder}" for folder in ("tests", "csrc", "csrc/include")]
     units = [("tests/simt/runtime.cpp", runtime_flags), ("tests/simt/library.cpp", kernel_flags)]
-    units += [("tests/simt/selftest.cpp", kernel_flags)]
+    units += [("tests/simt/selftest.cpp", kernel_flags), ("tests/simt/chunk_api.cpp", kernel_flags)]
     units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
     objects = []
     for source, extra in units:
@@ -255,6 +255,14 @@ class Library:
         """One kernel of selftest.cpp on float32 arrays."""
         addresses = [ctypes.c_void_p(None if a is None else a.ctypes.data) for a in (x, y, z, counter)]
         self._call("selftest", name.encode(), variant, *addresses)
+
+    def cholesky(self, n: int, a: np.ndarray, lda: int) -> tuple[int, int]:
+        """co_simt_cholesky_f32: (status, info); ``a`` is column-major."""
+        info = ctypes.c_int32(-99)
+        status = self._library.co_simt_cholesky_f32(
+            ctypes.c_int64(n), ctypes.c_void_p(a.ctypes.data), ctypes.c_int64(lda), ctypes.byref(info)
+        )
+        return status, info.value
 
     def convert(self, name: str, value: float) -> float:
         """One of the wrappers float16_to_float, bfloat16_to_float, float_to_float16, float_to_bfloat16, to_tf32."""

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, 
 
 SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence)\(\);")
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G", "infinity in X, trace")
-CASES += ("three launches", "two launches, trace", "96", "128")
+CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "96", "128")
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "precondition.cu")
 
 
