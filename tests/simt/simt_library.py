@@ -6,17 +6,19 @@ Imports neither torch nor consistency_ops, so that it also runs in a Python whos
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
-import shutil
+import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
+INCLUDES = ("tests", "csrc", "csrc/include")
+COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -28,34 +30,50 @@ BUILDS = {  # flags of the kernels, flags of the runtime
 
 
 def build(kind: str, root: Path = ROOT) -> Path:
-    """The shared library of one of ``BUILDS``; compiled when a source has changed since the last call."""
-    compiler = os.environ.get("CXX", "c++")
-    folders = [root / "csrc" / "cuda", root / "csrc" / "include" / "consistency_ops", root / "tests" / "simt"]
-    sources = sorted(p for f in folders for p in f.iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    """The shared library of one of ``BUILDS`` from the sources under ``root``; compiles only what has changed."""
     kernel_flags, runtime_flags = BUILDS[kind]
-    digest = hashlib.sha256(repr((compiler, BUILDS[kind])).encode())
-    for source in sources:
-        digest.update(source.name.encode() + source.read_bytes())
-    library = root / "build" / "simt" / f"{kind}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=library.parent))
-    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    flags += [f"-I{root / folder}" for folder in ("tests", "csrc", "csrc/include")]
-    units = [("tests/simt/runtime.cpp", runtime_flags), ("tests/simt/library.cpp", kernel_flags)]
-    units += [("tests/simt/selftest.cpp", kernel_flags), ("tests/simt/chunk_api.cpp", kernel_flags)]
+    units = [("tests/simt/runtime.cpp", runtime_flags)]
+    units += [(f"tests/simt/{name}.cpp", kernel_flags) for name in ("library", "selftest", "chunk_api")]
     units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
-    objects = []
-    for source, extra in units:
-        objects.append(work / (Path(source).name + ".o"))
-        run([compiler, *flags, *extra, "-c", root / source, "-o", objects[-1]])
-    run([compiler, "-shared", *kernel_flags, *objects, "-o", work / "library.so", "-pthread"])
-    for old in library.parent.glob(f"{kind}-*.so"):
-        old.unlink(missing_ok=True)
-    os.replace(work / "library.so", library)
-    shutil.rmtree(work)
+    folder = root / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects = [compile_object(root, source, flags) for source, flags in units]
+        library = folder / f"{kind}-{digest(*(o.name for o in objects))}.so"
+        if not library.exists():
+            for old in folder.glob(f"{kind}-*.so"):
+                old.unlink()
+            run([COMPILER, "-shared", *kernel_flags, *objects, "-o", library.with_suffix(".partial"), "-pthread"])
+            os.replace(library.with_suffix(".partial"), library)
     return library
+
+
+def compile_object(root: Path, source: str, flags: list[str]) -> Path:
+    """An object named after what went into it; a copy of the sources shares those of the checkout."""
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
+    name = f"{digest(COMPILER, *flags, *included(root, root / source, {}))}.o"
+    found = [base / "build" / "simt" / name for base in (ROOT, root)]
+    if not any(path.exists() for path in found):
+        includes = [f"-I{root / folder}" for folder in INCLUDES]
+        partial = found[1].with_suffix(".partial")
+        run([COMPILER, *flags, *includes, "-c", root / source, "-o", partial])
+        os.replace(partial, found[1])
+    return next(path for path in found if path.exists())
+
+
+def included(root: Path, path: Path, seen: dict[Path, str]) -> list[str]:
+    """The text of a source and of every header of ours that it includes."""
+    if path not in seen:
+        seen[path] = path.read_text()
+        for name in re.findall(r'^#include "(.+)"', seen[path], re.MULTILINE):
+            header = next(root / folder / name for folder in INCLUDES if (root / folder / name).exists())
+            included(root, header, seen)
+    return list(seen.values())
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def load() -> Library:
@@ -66,8 +84,7 @@ def load() -> Library:
 def sanitizer_environment(kind: str) -> dict[str, str]:
     """In which a Python that loads the library of ``kind`` must be started."""
     names = {"plain": (), "memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}[kind]
-    compiler = os.environ.get("CXX", "c++")
-    ask = [[compiler, f"-print-file-name={name}"] for name in names]
+    ask = [[COMPILER, f"-print-file-name={name}"] for name in names]
     found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
     return {
         **os.environ,

@@ -1,6 +1,6 @@
 """The factorisation of the CUDA kernels, run on the CPU, against LAPACK's yardstick (see test_lapack_ratios.py).
 
-    || A - L L^T || / (n eps || A ||)  <= 1
+|| A - L L^T || / (n eps || A ||)  <= 1
 """
 
 import shutil
