@@ -128,6 +128,18 @@ CO_DEVICE void add_release(uint32_t* counter, uint32_t value) {
 #endif
 }
 
+// Both at once, for a counter that several CTAs publish with and the last one reads after; returns the value before.
+CO_DEVICE uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before = 0;
+#if defined(__CUDA_ARCH__)
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+#elif !defined(__CUDACC__)
+  simt::atomic_point();
+  before = __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+#endif
+  return before;
+}
+
 CO_DEVICE uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value = 0;
 #if defined(__CUDA_ARCH__)

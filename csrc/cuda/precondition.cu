@@ -300,9 +300,7 @@ CO_DEVICE void end_task(const PreconditionParams& params, const ChunkShared& sha
   if (threadIdx.x != 0) return;
   Counters* counters = params.counters;
   if (shared.publishes) add_release(&counters->ready[shared.layer], 1);
-  __threadfence();
-  if (atomicAdd(&counters->finished, 1u) != gridDim.x - 1) return;
-  __threadfence();
+  if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return;
   for (int l = 0; l < params.count; ++l) counters->ready[l] = 0;
   counters->ticket = 0;
   atomicExch(&counters->finished, 0u);

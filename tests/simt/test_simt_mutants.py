@@ -73,14 +73,15 @@ PLANTED = [
     plant("gram.cuh", "row < rows ? chunk.shared.unit", "row <= rows ? chunk.shared.unit"),
     plant("gram.cuh", "if (kSplit) {", "if (false) {"),
     plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8]", "left[i % 2 * 4 * pitch + i / 2 * 8]"),
-    plant("factor.cuh", "if (lane == j) inverse_pivot[j]", "if (lane == 0) inverse_pivot[j]"),
+    plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
-    plant("apply.cuh", "tile >= block / 2;", "tile > block / 2;"),
+    plant("apply.cuh", "const bool lower = tile >= block / 2;", "const bool lower = true;"),
     plant("apply.cuh", "if (chunk.shared.not_finite[row] == 0) chunk", "chunk"),
     plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("precondition.cu", "params.options.stages & ~kStageCovariance", "params.options.stages"),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),
+    plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"),
     plant("port.cuh", "__atomic_load_n(counter, __ATOMIC_ACQUIRE)", "__atomic_load_n(counter, 0)"),
 ]
 
