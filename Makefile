@@ -73,5 +73,5 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
 		{ echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -qq -r requirements.txt
 	@touch $@

@@ -1,6 +1,7 @@
 """Second-order training at first-order cost: the system of arXiv 1708.00631 as fused kernels for PyTorch."""
 
-from consistency_ops import layers, nn, optim
+# _library comes first: it says in one sentence what is missing.
+from consistency_ops import _library, layers, nn, optim
 from consistency_ops._build import build_info, cmake_prefix_path, include_dir
 from consistency_ops.ops import (
     batch_rms_norm,

@@ -63,8 +63,10 @@ def batch_rms_norm(
         denominator = _evaluation(running_ms, num_batches, dtype, momentum, eps)
     if torch.compiler.is_compiling():
         return _plain_division(x, denominator)
-    if _transforming() or forward_ad._current_level >= 0 or (x.requires_grad and torch.is_grad_enabled()):
+    if _transforming() or forward_ad._current_level >= 0:
         return _Division.apply(x, denominator)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _apply_fast(x, denominator)
     with _below_autograd():
         return _divide(x, denominator)
 
@@ -126,7 +128,10 @@ class _Division(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Division.apply(grad, *ctx.saved_tensors), None
+        if torch.is_grad_enabled() or _transforming():
+            return _Division.apply(grad, *ctx.saved_tensors), None
+        with _below_autograd():
+            return _divide(grad, *ctx.saved_tensors), None
 
     @staticmethod
     def jvp(ctx, tangent, _):
@@ -141,6 +146,9 @@ class _Division(Function):
         x = x.unsqueeze(1).expand(-1, info.batch_size, *x.shape[1:]) if x_dim is None else x.movedim(x_dim, 1)
         y = _Division.apply(x.flatten(1, 2), denominator.movedim(d_dim, 0).flatten())
         return y.unflatten(1, x.shape[1:3]), 1
+
+
+_apply_fast = super(Function, _Division).apply  # without the Python wrapper that looks for transforms
 
 
 # What the compiler and torch.func need to know of the operators.

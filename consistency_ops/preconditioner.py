@@ -62,7 +62,8 @@ class Preconditioner:
             ``"absolute"`` is the paper's rule.
         chunk: largest number of units inverted together, 1 to 256.
         group: consecutive units that stay together in the random division; ``None``: as many as fill 32 bytes.
-        max_rows: input rows of a layer that are used in a step; a uniform sample of them where there are more.
+        max_rows: input rows of a layer that are used in a step, a uniform sample where there are more. A layer's
+            buffer takes ``max_rows`` x units x 4 bytes (8 in float64).
         decay: weight of the old value in a running average of the covariances, in [0, 1). 0: the current step's inputs
             only, and a new random division every time. Above 0 the division is fixed, the average bias-corrected, and
             a step with Inf or NaN in a layer's inputs or gradient does not enter it.

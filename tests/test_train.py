@@ -147,7 +147,11 @@ def test_preconditioning_needs_fewer_epochs(tmp_path):
 
 def test_interrupt_writes_what_was_done(tmp_path):
     options = ("train", "--epochs", "100000", "--lr", "0.01", "--out", "here")
-    process = subprocess.Popen(command(*options), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    # A job in the background of a shell ignores the signal, and so would its children.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(
+        command(*options), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, **heeds
+    )
     for line in process.stdout:
         if "epoch   2/" in line and "adam+pre" in line:
             break

@@ -4,7 +4,7 @@
 
 The high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs; Linux) over a call, less the
 resident set before it, after a call on a small layer has loaded code and started the threads.  The bound: the chunks of
-the largest layer, and for every thread one packed block of rows and two chunks of scratch; never the network.
+the largest layer, and for every thread one packed block of rows (512 KiB) and two chunks of scratch; never the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 import consistency_ops as co
 from benchmarks.micro.timing import save
-from benchmarks.micro.workloads import WORKLOADS, tensors
+from benchmarks.micro.workloads import WORKLOADS
 
 PANEL = 16  # chunks are padded to a multiple of this
 PACKED_BYTES = 512 << 10  # kPackedBytes of csrc/cpu/plan.h
@@ -38,7 +38,7 @@ def padded(units: int, chunk: int) -> list[int]:
 
 
 def bound(name: str, chunk: int, threads: int) -> int:
-    layers = [padded(layer.units, chunk) for layer in WORKLOADS[name]]
+    layers = [padded(layer.units, chunk) for layer in WORKLOADS[name].layers]
     largest_chunk = max(max(sizes) for sizes in layers)
     storage = max(max(sum(size**2 for size in sizes) for sizes in layers), 2 * threads * largest_chunk**2)
     a_thread = PACKED_BYTES + 4 * 128 * largest_chunk + 2 * 4 * largest_chunk**2
@@ -46,7 +46,7 @@ def bound(name: str, chunk: int, threads: int) -> int:
 
 
 def child(name: str, chunk: int, rows: int) -> None:
-    grads, inputs = tensors(WORKLOADS[name], rows)
+    grads, inputs = WORKLOADS[name].tensors(rows)
     for _ in range(2):
         co.foreach_precondition_([torch.randn(512, 512)], [torch.randn(512, 512)], chunk=32)
     ctypes.CDLL(None).malloc_trim(0)

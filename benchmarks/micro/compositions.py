@@ -1,8 +1,9 @@
 """The correction composed of torch operations: the baselines, as an expert would write them.
 
-They get for free what the kernel has to work out: the random division as index tensors, whole groups of eight
-consecutive units where the layer has a multiple of eight (one copy of 32 bytes each instead of eight of 4), no cyclic
-offset, chunks of at most two sizes.  They return new gradients instead of writing in place.  Everything is float32.
+They get for free what the kernel has to work out: the random division as index tensors, whole groups of consecutive
+units where they divide the layer (one copy of 32 bytes each instead of eight of 4), no cyclic offset, chunks of at most
+two sizes.  They return new gradients instead of writing in place.  They move what they are given in its own dtype and
+compute in float32, as accurately as the operator.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.micro.workloads import LayerShape
-
-GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Division:
         return (self.order[:, None] * self.group + torch.arange(self.group)).flatten()
 
 
-def divide(layer: LayerShape, chunk: int, generator: torch.Generator) -> Division:
+def divide(layer: LayerShape, chunk: int, group: int, generator: torch.Generator) -> Division:
     count = -(-layer.units // chunk)
     size, larger = divmod(layer.units, count)
     blocks = [(0, larger, size + 1), (larger * (size + 1), count - larger, size)]
     blocks = tuple(block for block in blocks if block[1] > 0)
     if count == 1:
         return Division(1, None, None, blocks)
-    group = GROUP if layer.units % GROUP == 0 else 1
+    group = group if layer.units % group == 0 else 1
     order = torch.randperm(layer.units // group, generator=generator)
     return Division(group, order, order.argsort(), blocks)
 
@@ -99,13 +98,14 @@ def flat(grad: Tensor) -> Tensor:
 
 def one_layer(grad: Tensor, rows: Tensor, division: Division, damping: float, finish) -> Tensor:
     """gather + bmm + cholesky + ``finish`` of one layer."""
-    x = gather(rows, division, division.order)
-    g = flat(gather(grad, division, division.order))
+    x = gather(rows, division, division.order).float()
+    g = flat(gather(grad, division, division.order).float())
     solutions = []
     for block in division.blocks:
         factor, _ = torch.linalg.cholesky_ex(damped(x, block, damping))
         solutions.append(finish(gradient_blocks(g, block), factor))
-    return gather(assemble(solutions, g).reshape(grad.shape), division, division.inverse)
+    corrected = assemble(solutions, g).reshape(grad.shape).to(grad.dtype)
+    return gather(corrected, division, division.inverse)
 
 
 def per_layer(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division], damping: float, finish):
@@ -120,8 +120,8 @@ def batched(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division]
     results: list = [None] * len(grads)
     for members in sets.values():
         blocks = divisions[members[0]].blocks
-        x = [gather(inputs[i], divisions[i], divisions[i].order) for i in members]
-        g = [flat(gather(grads[i], divisions[i], divisions[i].order)) for i in members]
+        x = [gather(inputs[i], divisions[i], divisions[i].order).float() for i in members]
+        g = [flat(gather(grads[i], divisions[i], divisions[i].order).float()) for i in members]
         solutions = []
         for block in blocks:
             stacked = torch.cat([blocks_of(rows, *block) for rows in x])
@@ -131,7 +131,7 @@ def batched(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division]
             solved = finish(torch.cat([gradient_blocks(grad, block) for grad in g]), factor)
             solutions.append(solved.unflatten(0, (len(members), block[1])))
         for n, i in enumerate(members):
-            corrected = assemble([s[n] for s in solutions], g[n]).reshape(grads[i].shape)
+            corrected = assemble([s[n] for s in solutions], g[n]).reshape(grads[i].shape).to(grads[i].dtype)
             results[i] = gather(corrected, divisions[i], divisions[i].inverse)
     return results
 

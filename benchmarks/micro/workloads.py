@@ -39,22 +39,45 @@ def _resnet50() -> list[LayerShape]:
     return layers
 
 
-WORKLOADS: dict[str, list[LayerShape]] = {
-    "mlp": [LayerShape(100, 784), LayerShape(100, 100), LayerShape(100, 100), LayerShape(10, 100)],
-    "wide-mlp": [LayerShape(512, 512)] * 3,
-    "resnet50": _resnet50(),
-    "vit-b16": [LayerShape(2304, 768), LayerShape(768, 768), LayerShape(3072, 768), LayerShape(768, 3072)] * 12,
-    "linear-4096": [LayerShape(4096, 4096)],
-    "llama-block": [LayerShape(4096, 4096)] * 4 + [LayerShape(11008, 4096)] * 2 + [LayerShape(4096, 11008)],
+_VIT_BLOCK = [LayerShape(2304, 768), LayerShape(768, 768), LayerShape(3072, 768), LayerShape(768, 3072)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Layers, and the dtypes in which training keeps their inputs and gradients."""
+
+    layers: list[LayerShape]
+    inputs: torch.dtype = torch.float32
+    grads: torch.dtype = torch.float32
+
+    @property
+    def group(self) -> int:
+        """Units in 32 bytes of gradient, the default of the operator."""
+        return 32 // self.grads.itemsize
+
+    def tensors(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Random gradients, and sampled inputs (rows, units), of which equal shapes do not share memory."""
+        generator = torch.Generator().manual_seed(0)
+        grads = [torch.randn(layer.weight, generator=generator).to(self.grads) for layer in self.layers]
+        return grads, [torch.randn(rows, layer.units, generator=generator).to(self.inputs) for layer in self.layers]
+
+
+# The Vision Transformer is 3 of its 12 blocks: all are alike, and 12 would only make the run four times as long.
+WORKLOADS: dict[str, Workload] = {
+    "mlp": Workload([LayerShape(100, 784), LayerShape(100, 100), LayerShape(100, 100), LayerShape(10, 100)]),
+    "wide-mlp": Workload([LayerShape(512, 512)] * 3),
+    "resnet50": Workload(_resnet50(), inputs=torch.bfloat16),
+    "resnet50-fp32": Workload(_resnet50()),
+    "vit-b16": Workload(_VIT_BLOCK * 3, inputs=torch.bfloat16),
+    "linear-4096": Workload([LayerShape(4096, 4096)], inputs=torch.bfloat16, grads=torch.bfloat16),
+    "linear-4096-fp32": Workload([LayerShape(4096, 4096)]),
+    "llama-block": Workload(
+        [LayerShape(4096, 4096)] * 4 + [LayerShape(11008, 4096)] * 2 + [LayerShape(4096, 11008)],
+        inputs=torch.bfloat16,
+        grads=torch.bfloat16,
+    ),
 }
-LARGE = ("resnet50", "vit-b16", "linear-4096", "llama-block")
-
-
-def tensors(layers: list[LayerShape], rows: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Random float32 gradients, and sampled inputs (rows, units), of which equal shapes do not share memory."""
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(layer.weight, generator=generator) for layer in layers]
-    return grads, [torch.randn(rows, layer.units, generator=generator) for layer in layers]
+LARGE = ("resnet50", "resnet50-fp32", "vit-b16", "linear-4096", "linear-4096-fp32", "llama-block")
 
 
 def useful_flops(layers: list[LayerShape], rows: int, chunk: int) -> int:

@@ -18,7 +18,8 @@ class BatchRMSNorm(nn.Module):
     ``eps`` > 0 is relative to the most active channel: 1e-2 inside a network, 1e-10 to normalise data.
 
     Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
-    the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.
+    the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.  Every training forward
+    counts as a batch, the recomputation of activation checkpointing too.
     """
 
     def __init__(

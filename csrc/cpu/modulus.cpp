@@ -6,8 +6,6 @@
 // for every format and does not depend on how the processor treats subnormals.
 #include "consistency_ops/modulus.h"
 
-#include <cstring>
-
 #include "cpu/chunk_kernels.h"
 #include "cpu/parallel.h"
 

@@ -69,6 +69,12 @@ int64_t storage_of(const LayerPlan& layer) {
   return elements;
 }
 
+int64_t panels_of(const LayerPlan& layer) { return layer.chunks.back().first_panel + layer.chunks.back().panels; }
+
+int64_t covariance_work(const LayerPlan& layer) {
+  return std::max<int64_t>(1, layer.sample.count) * panels_of(layer) * layer.chunks.front().panels;
+}
+
 }  // namespace
 
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads) {
@@ -105,66 +111,78 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_task * at.taps);
   }
 
-  // Layers share a wave, and its storage, as long as that is no larger than the largest layer needs alone, or than it
-  // takes to keep every thread busy.
-  const int64_t capacity = std::max(largest_layer, 2 * int64_t{threads} * plan.largest_matrix);
+  // Layers share a wave and its storage.  A wave has room for the largest layer, for what the largest packed blocks
+  // leave free of kPackedBytes a thread, and for enough chunks to keep every thread busy.
+  int64_t packed = 0;
+  for (const LayerPlan& layer : plan.layers) {
+    if (layer.active) packed = std::max(packed, panels_of(layer) * kPackedPitch * kPanel);
+  }
+  const int64_t room = std::max<int64_t>(0, kPackedBytes / element - packed);
+  const int64_t capacity = std::max(largest_layer + threads * room, 2 * int64_t{threads} * plan.largest_matrix);
   const int64_t panels_per_task = std::max<int64_t>(1, kPackedBytes / (kPackedPitch * kPanel * element));
-  int64_t first = 0;
-  while (first < count) {
-    const int64_t wave_ticket = static_cast<int64_t>(plan.tasks.size());
-    int64_t used = 0, end = first;
-    for (; end < count; ++end) {
-      if (!plan.layers[end].active) continue;
-      const int64_t needed = storage_of(plan.layers[end]);
+
+  auto add_covariance = [&](int64_t l, int64_t parts, int64_t wave_ticket) {
+    const LayerPlan& layer = plan.layers[l];
+    const int64_t chunks = static_cast<int64_t>(layer.chunks.size());
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t begin = chunks * p / parts, end = chunks * (p + 1) / parts;
+      const int64_t panels =
+          layer.chunks[end - 1].first_panel + layer.chunks[end - 1].panels - layer.chunks[begin].first_panel;
+      plan.packed_elements = std::max(plan.packed_elements, panels * kPanel * kPackedPitch);
+      plan.tasks.push_back({Phase::kCovariance, static_cast<int32_t>(l), begin, end, wave_ticket, 0});
+    }
+  };
+  auto add_factor = [&](int64_t l, int64_t parts, int64_t wave_ticket) {
+    for (size_t c = 0; c < plan.layers[l].chunks.size(); ++c) {
+      const auto chunk = static_cast<int64_t>(c);
+      plan.tasks.push_back(
+          {Phase::kFactor, static_cast<int32_t>(l), chunk, chunk + 1, wave_ticket, static_cast<int32_t>(parts)});
+    }
+  };
+  auto add_apply = [&](int64_t l, int64_t wave_ticket) {
+    const LayerPlan& layer = plan.layers[l];
+    for (int64_t o = 0; o < layers[l].outputs; o += layer.outputs_per_task) {
+      plan.tasks.push_back({Phase::kApply, static_cast<int32_t>(l), o,
+                            std::min(layers[l].outputs, o + layer.outputs_per_task), wave_ticket,
+                            static_cast<int32_t>(layer.chunks.size())});
+    }
+  };
+
+  int64_t next = 0;
+  while (next < count) {
+    std::vector<int64_t> wave, parts;
+    int64_t used = 0, work = 0;
+    for (; next < count; ++next) {
+      LayerPlan& layer = plan.layers[next];
+      if (!layer.active) continue;
+      const int64_t needed = storage_of(layer);
       if (used > 0 && used + needed > capacity) break;
-      for (ChunkPlan& chunk : plan.layers[end].chunks) {
+      for (ChunkPlan& chunk : layer.chunks) {
         chunk.storage = used;
         used += int64_t{chunk.panels} * chunk.panels * kPanel * kPanel;
       }
+      wave.push_back(next);
+      work += covariance_work(layer);
     }
     plan.storage_elements = std::max(plan.storage_elements, used);
 
-    std::vector<int32_t> previous(end - first, 0);
-    for (int64_t l = first; l < end; ++l) {
+    // A layer is split no finer than its share of the wave's work asks for: every part reads most of X.
+    for (int64_t l : wave) {
       const LayerPlan& layer = plan.layers[l];
-      if (!layer.active) continue;
-      const int64_t chunks = static_cast<int64_t>(layer.chunks.size());
-      const int64_t panels = layer.chunks.back().first_panel + layer.chunks.back().panels;
-      const int64_t parts =
-          std::min(chunks, std::max<int64_t>(threads, (panels + panels_per_task - 1) / panels_per_task));
-      for (int64_t p = 0; p < parts; ++p) {
-        const int64_t begin = chunks * p / parts, stop = chunks * (p + 1) / parts;
-        plan.tasks.push_back({Phase::kCovariance, static_cast<int32_t>(l), begin, stop, wave_ticket, 0});
-        const ChunkPlan& last = layer.chunks[stop - 1];
-        plan.packed_elements =
-            std::max(plan.packed_elements,
-                     (last.first_panel + last.panels - layer.chunks[begin].first_panel) * kPanel * kPackedPitch);
-      }
-      previous[l - first] = static_cast<int32_t>(parts);
+      const int64_t share = (covariance_work(layer) * threads + work - 1) / std::max<int64_t>(1, work);
+      const int64_t fitting = (panels_of(layer) + panels_per_task - 1) / panels_per_task;
+      parts.push_back(std::clamp<int64_t>(std::max(share, fitting), 1, static_cast<int64_t>(layer.chunks.size())));
     }
-    if (options.stages & (kStageFactor | kStageApply)) {
-      for (int64_t l = first; l < end; ++l) {
-        const LayerPlan& layer = plan.layers[l];
-        if (!layer.active) continue;
-        const int64_t chunks = static_cast<int64_t>(layer.chunks.size());
-        for (int64_t c = 0; c < chunks; ++c) {
-          plan.tasks.push_back({Phase::kFactor, static_cast<int32_t>(l), c, c + 1, wave_ticket, previous[l - first]});
-        }
-        previous[l - first] = static_cast<int32_t>(chunks);
+    // Threads that wait for the last covariance of one layer can already start on the next.
+    const auto ticket = static_cast<int64_t>(plan.tasks.size());
+    const size_t length = wave.size();
+    for (size_t stage = 0; stage < length + 2; ++stage) {
+      if (stage < length) add_covariance(wave[stage], parts[stage], ticket);
+      if (stage >= 1 && stage - 1 < length && (options.stages & (kStageFactor | kStageApply))) {
+        add_factor(wave[stage - 1], parts[stage - 1], ticket);
       }
+      if (stage >= 2 && (options.stages & kStageApply)) add_apply(wave[stage - 2], ticket);
     }
-    if (options.stages & kStageApply) {
-      for (int64_t l = first; l < end; ++l) {
-        const LayerPlan& layer = plan.layers[l];
-        if (!layer.active) continue;
-        for (int64_t o = 0; o < layers[l].outputs; o += layer.outputs_per_task) {
-          plan.tasks.push_back({Phase::kApply, static_cast<int32_t>(l), o,
-                                std::min(layers[l].outputs, o + layer.outputs_per_task), wave_ticket,
-                                previous[l - first]});
-        }
-      }
-    }
-    first = end;
   }
   return plan;
 }

@@ -83,8 +83,8 @@ inline int64_t num_chunks(const PreconditionLayer& layer, const PreconditionOpti
 Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                         const ThreadPool& pool);
 
-// Bytes that precondition_cpu allocates at its peak: the chunks of the largest layer (or of as many small layers as it
-// takes to occupy `threads`, one chunk each), plus one packed row block and one chunk of scratch a thread.
+// Bytes that precondition_cpu allocates at its peak: the chunks of the largest layer, plus, a thread, at most 512 KiB
+// for a packed row block (and the chunks of further layers where it is smaller) and the scratch of a few chunks.
 int64_t precondition_workspace_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                                    int32_t threads);
 
