@@ -2,9 +2,9 @@
 //
 // A CTA draws its chunk's units and rows from random.h, sums X^T X of its columns (gram.cuh), factors and inverts it in
 // shared memory (factor.cuh) and multiplies its columns of G by the inverse (apply.cuh).  Nothing is written but G, the
-// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The chain of
-// one chunk of 128 units is 128 dependent pivots, 41 KiB of shared memory and 128 registers a thread let two CTAs share
-// an SM, and all chunks of a network of up to 132 (264) chunks run at once on an H200.
+// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The factor is
+// bound by latency (128 dependent pivots for a chunk of 128), so many chunks must run side by side: 76 KiB of shared
+// memory and 128 registers a thread let two CTAs share an SM, 264 chunks at once on the 132 SMs of an H200.
 //
 // Trace scaling needs the trace of a layer before any of its chunks can be factored.  Where a layer has several chunks
 // its covariances go to the workspace first, in tasks of their own, and the correcting tasks wait for them.  CTAs take
