@@ -21,17 +21,18 @@ constexpr int kTilePitch = 256 + 16;
 
 template <typename T>
 struct ChunkKernels {
-  // C (+)= P^T P on the upper blocks.  p: `panels` panels of `pitch` rows, the first `rows` of which count.
-  void (*gram)(const T* p, int64_t rows, int64_t pitch, int panels, bool accumulate, T* c);
+  // C (+)= P^T P on the upper blocks, of a chunk of `size` units.  p: panels of `pitch` rows, the first `rows` of which
+  // count; the lanes beyond `size` are zero.
+  void (*gram)(const T* p, int64_t rows, int64_t pitch, int64_t size, bool accumulate, T* c);
   // U^T U = A in place on the upper blocks; lanes under the diagonal of the diagonal blocks are scratch.
   // inverse_diagonal gets 1 / U_kk.  Returns 0, or the order of the first leading minor that is not positive (or not
   // finite).
   int (*factor)(T* a, int panels, T* inverse_diagonal);
   // inverse = (U^T U)^-1, all blocks; w: scratch of the same size.
   void (*invert)(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse);
-  // out[16 x n] = g[16 x n] * inverse, rows kTilePitch apart.  Returns a mask of the rows with a result that is NaN or
-  // of larger magnitude than `largest`.
-  uint32_t (*apply)(const T* g, const T* inverse, int panels, T largest, T* out);
+  // out[16 x size] = g[16 x size] * inverse, rows kTilePitch apart, padded with zeros.  Returns a mask of the rows with
+  // a result that is NaN or of larger magnitude than `largest`.
+  uint32_t (*apply)(const T* g, const T* inverse, int64_t size, T largest, T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };

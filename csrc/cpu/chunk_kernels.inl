@@ -15,6 +15,9 @@ struct Kernels {
   // Rows of C held in registers at once: as many as leave room for a row of b and a broadcast.
   static constexpr int kRegisters = CO_VECTOR_BYTES == 64 ? 16 : 8;
   static constexpr int kRows = kRegisters / kVectors;
+  // A last panel with at most so many units is cheaper lane by lane than as a tile that is mostly padding: 129 units
+  // are chunks of 65 and 64.
+  static constexpr int kFewLanes = 4;
   static_assert(kVectors >= 1 && kRows >= 1 && kPanel % kRows == 0, "a tile is a whole number of register blocks");
 
   static V& vector(T* p, int v) { return *reinterpret_cast<V*>(p + v * kLanes); }
@@ -73,9 +76,47 @@ struct Kernels {
     tile<1, kPanel, kSubtract>(a, b, steps, start, c, kPanel);
   }
 
-  static void gram(const T* p, int64_t rows, int64_t pitch, int panels, bool accumulate, T* c) {
+  // Products of one lane of panel `last` with the panels before it, kPanels of them at once: column `lane` of their
+  // blocks.
+  template <int kPanels>
+  static void gram_lane(const T* p, int64_t rows, int64_t pitch, int last, int lane, int first, bool accumulate, T* c) {
+    V acc[kPanels][kVectors] = {};
+    const T* scalars = p + last * pitch * kPanel + lane;
+    for (int64_t k = 0; k < rows; ++k) {
+      const T scalar = scalars[k * kPanel];
+#pragma GCC unroll 16
+      for (int j = 0; j < kPanels; ++j) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) acc[j][v] += scalar * vector(p + ((first + j) * pitch + k) * kPanel, v);
+      }
+    }
+    T* column = c + (int64_t{kPanel} * (last + 1) * last + first * kPanel) * kPanel + lane;
+    for (int j = 0; j < kPanels; ++j) {
+      for (int e = 0; e < kPanel; ++e) {
+        T& to = column[(j * kPanel + e) * kPanel];
+        const T sum = acc[j][e / kLanes][e % kLanes];
+        to = accumulate ? to + sum : sum;
+      }
+    }
+  }
+
+  static void gram(const T* p, int64_t rows, int64_t pitch, int64_t size, bool accumulate, T* c) {
+    const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
+    const int tail = static_cast<int>(size - int64_t{kPanel} * (panels - 1));
     const int64_t height = int64_t{kPanel} * panels;
-    for (int i = 0; i < panels; ++i) {
+    const int last = panels - 1;
+    const bool by_lane = tail <= kFewLanes && last > 0;
+    if (by_lane) {
+      if (!accumulate) __builtin_memset(c + last * height * kPanel, 0, last * kPanel * kPanel * sizeof(T));
+      for (int lane = 0; lane < tail; ++lane) {
+        int first = 0;
+        for (; first + 4 <= last; first += 4) gram_lane<4>(p, rows, pitch, last, lane, first, accumulate, c);
+        for (; first < last; ++first) gram_lane<1>(p, rows, pitch, last, lane, first, accumulate, c);
+      }
+      panel_tile<false>(p + last * pitch * kPanel, p + last * pitch * kPanel, rows, accumulate ? kAdd : kZero,
+                        c + (last * height + last * kPanel) * kPanel);
+    }
+    for (int i = 0; i < panels - by_lane; ++i) {
       const T* right = p + i * pitch * kPanel;
       for (int j = 0; j <= i; ++j) {
         panel_tile<false>(p + j * pitch * kPanel, right, rows, accumulate ? kAdd : kZero,
@@ -196,10 +237,35 @@ struct Kernels {
     }
   }
 
-  static uint32_t apply(const T* g, const T* inverse, int panels, T largest, T* out) {
+  // Columns of the product that a panel with few units leaves: rows of g with rows of the symmetric inverse.
+  static void apply_column(const T* g, const T* inverse, int panels, int64_t column, T* out) {
     const int64_t height = int64_t{kPanel} * panels;
-    for (int j = 0; j < panels; ++j) {
-      tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, height, kZero, out + j * kPanel, kTilePitch);
+    for (int r = 0; r < kPanel; ++r) {
+      V sum{};
+      for (int j = 0; j < panels; ++j) {
+        for (int v = 0; v < kVectors; ++v) {
+          sum += vector(g + r * kTilePitch + j * kPanel, v) * vector(inverse + (j * height + column) * kPanel, v);
+        }
+      }
+      T total = 0;
+      for (int v = 0; v < kLanes; ++v) total += sum[v];
+      out[r * kTilePitch + column] = total;
+    }
+  }
+
+  static uint32_t apply(const T* g, const T* inverse, int64_t size, T largest, T* out) {
+    const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
+    const int tail = static_cast<int>(size - int64_t{kPanel} * (panels - 1));
+    const int64_t height = int64_t{kPanel} * panels;
+    const bool by_column = tail <= kFewLanes && panels > 1;
+    for (int j = 0; j < panels - by_column; ++j) {
+      tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, size, kZero, out + j * kPanel, kTilePitch);
+    }
+    if (by_column) {
+      for (int r = 0; r < kPanel; ++r) {
+        for (int v = 0; v < kVectors; ++v) vector(out + r * kTilePitch + height - kPanel, v) = V{};
+      }
+      for (int64_t column = height - kPanel; column < size; ++column) apply_column(g, inverse, panels, column, out);
     }
     uint32_t bad = 0;
     for (int r = 0; r < kPanel; ++r) {

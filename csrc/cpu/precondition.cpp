@@ -225,7 +225,7 @@ class Launch {
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
         kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
-                           chunk.panels, row > 0, storage_ + chunk.storage);
+                           chunk.size, row > 0, storage_ + chunk.storage);
       }
     }
   }
@@ -335,7 +335,7 @@ class Launch {
         if (with_bias) {
           bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, s.tile);
         }
-        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.panels, largest, s.product);
+        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.size, largest, s.product);
         g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
         if (with_bias) {
           for (int r = 0; r < here; ++r) {
