@@ -1,5 +1,5 @@
-// The factorisation of factor.cuh alone, behind the signature of co_cholesky_f32 (c_api.h), so that LAPACK's yardsticks can
-// be held against it.
+// The factorisation of factor.cuh alone, behind the signature of co_cholesky_f32 (c_api.h), so that LAPACK's yardsticks
+// can be held against it.
 #include <cstdio>
 
 #include "consistency_ops/c_api.h"

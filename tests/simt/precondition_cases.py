@@ -314,6 +314,7 @@ SMALL = {
     "NaN in X": Case([L(40, 4, spoil=("x", 33, math.nan))]),
     "infinity in X, trace": Case([L(40, 4, spoil=("x", 3, math.inf)), L(40, 3, layer=1)], trace=True),
     "NaN in G": Case([L(40, 4, spoil=("g", 2, math.nan))]),
+    "NaN in G, bias": Case([L(20, 4, bias=True, taps=(3,), spoil=("g", 2, math.nan))]),
     "overflow of float16": Case([L(24, 4, g_dtype=H, spoil=("g", 1, 60000.0))], damping=1e-3),
 }
 

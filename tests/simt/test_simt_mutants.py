@@ -15,7 +15,7 @@ import simt_library as simt
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
 SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence)\(\);")
-CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G", "infinity in X, trace")
+CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
 CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "96", "128")
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "precondition.cu")
 
