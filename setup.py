@@ -52,7 +52,7 @@ def torch_cpp_extension():
 
 def check_compiler() -> None:
     compiler = shlex.split(os.getenv("CXX", "c++"))
-    cure = "install g++ 10 or newer (Debian, Ubuntu: `apt-get install g++`) or set CXX to one."
+    cure = "install g++ 11 or newer (Debian, Ubuntu: `apt-get install g++`) or set CXX to one."
     if shutil.which(compiler[0]) is None:
         fail(f"no C++ compiler ({compiler[0]} is not on the PATH): {cure}")
     # The newest that the kernels ask of the compiler: C++17 and the AVX-512 bfloat16 instructions, on x86 only.

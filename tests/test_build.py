@@ -81,7 +81,7 @@ def test_compiler_that_does_not_work(checkout, tmp_path):
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    assert_one_sentence(build(checkout, CXX=str(broken)), f"{broken} does not compile", "g++ 10")
+    assert_one_sentence(build(checkout, CXX=str(broken)), f"{broken} does not compile", "g++ 11")
 
 
 def test_no_torch(checkout, tmp_path):

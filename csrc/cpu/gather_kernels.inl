@@ -20,18 +20,30 @@ struct Gather {
     __builtin_memcpy(to, values, sizeof(values));
   }
 
-  // One sector of float, whole panels, one sector of half precision, and the exact division are the common lengths.
+  // Eight units are the common length (one sector of float); others are two copies that may overlap.
   static inline __attribute__((always_inline)) void copy_in(const S* from, T* to, int length) {
-    if (length == 8) return copy_in<8>(from, to);
-    if (length == 16) return copy_in<16>(from, to);
-    if (length == 1) return copy_in<1>(from, to);
-    for (int i = 0; i < length; ++i) to[i] = widen(from[i]);
+    if (length >= 8) {
+      copy_in<8>(from, to);
+      if (length > 8) copy_in<8>(from + length - 8, to + length - 8);
+    } else if (length >= 4) {
+      copy_in<4>(from, to);
+      copy_in<4>(from + length - 4, to + length - 4);
+    } else {
+      for (int i = 0; i < length; i += 2) copy_in<1>(from + i, to + i);
+      if (length > 1) copy_in<1>(from + 1, to + 1);
+    }
   }
   static inline __attribute__((always_inline)) void copy_out(const T* from, S* to, int length) {
-    if (length == 8) return copy_out<8>(from, to);
-    if (length == 16) return copy_out<16>(from, to);
-    if (length == 1) return copy_out<1>(from, to);
-    for (int i = 0; i < length; ++i) to[i] = narrow<S>(from[i]);
+    if (length >= 8) {
+      copy_out<8>(from, to);
+      if (length > 8) copy_out<8>(from + length - 8, to + length - 8);
+    } else if (length >= 4) {
+      copy_out<4>(from, to);
+      copy_out<4>(from + length - 4, to + length - 4);
+    } else {
+      for (int i = 0; i < length; i += 2) copy_out<1>(from + i, to + i);
+      if (length > 1) copy_out<1>(from + 1, to + 1);
+    }
   }
 
   static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,

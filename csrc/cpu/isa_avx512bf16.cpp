@@ -67,10 +67,14 @@ void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_s
     const uint16_t* odd = source + row_offset[k + 1];
     uint32_t* to = packed + k / 2 * kPanel;
     for (const Run* run = runs; run != runs + count; ++run) {
-      if (unit_stride == 1 && run->length == 8) {
+      if (unit_stride == 1 && run->length >= 8) {  // others than 8 are two copies that overlap
+        const int back = run->length - 8;
         interleave<8>(even + run->unit, odd + run->unit, to + run->packed);
-      } else if (unit_stride == 1 && run->length == 16) {
-        interleave<16>(even + run->unit, odd + run->unit, to + run->packed);
+        if (back > 0) interleave<8>(even + run->unit + back, odd + run->unit + back, to + run->packed + back);
+      } else if (unit_stride == 1 && run->length >= 4) {
+        const int back = run->length - 4;
+        interleave<4>(even + run->unit, odd + run->unit, to + run->packed);
+        interleave<4>(even + run->unit + back, odd + run->unit + back, to + run->packed + back);
       } else {
         for (int i = 0; i < run->length; ++i) {
           const int64_t at = (run->unit + i) * unit_stride;
