@@ -1,0 +1,175 @@
+// G[:, c] <- G[:, c] A_c^-1 for all rows of G, in place.
+//
+// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
+// columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
+// products), 16-bit gradients are TF32 numbers already (two products).  A row of the stage whose result has an element
+// that is not finite in the gradient's own type is left as it was, in this chunk only.
+#pragma once
+
+#include "cuda/chunk.cuh"
+
+namespace consistency_ops {
+
+constexpr int kApplyJobs =
+    2;  // of a warp: (64 / 32 rows) * (128 / 16 columns) / 8 warps, or (32 / 32) * (256 / 16) / 16
+
+// Calls f(row, unit, position in the stage) for every element of the stage.
+template <int kWarps, typename F>
+CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, int rows, F&& f) {
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1],
+                                                       layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride));
+  const int steps = walk.steps(rows);
+  CO_UNROLL_4
+  for (int i = 0; i < steps; ++i) {
+    const int row = walk.row(i), position = walk.position(i);
+    if (row < rows) f(row, chunk.shared.unit[position], row * g_pitch(chunk.padded()) + position);
+  }
+}
+
+// sum += rows [32 half, 32 half + 32) of the stage times columns [16 block, 16 block + 16) of A^-1.
+template <bool kSplit>
+CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int half, int block, int rows) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int pitch = g_pitch(chunk.padded()), column = block % 2 * 16 + g;
+  const float* left = chunk.arena + (half * 32 + g) * pitch + t;
+  for (int tile = 0; tile < chunk.side(); ++tile) {
+    // Only lower tiles are stored: above the diagonal the transposed tile is read.
+    const bool lower = tile >= block / 2;
+    const float* inverse = lower ? lower_tile(chunk.tiles, tile, block / 2) : lower_tile(chunk.tiles, block / 2, tile);
+    const int k_stride = lower ? kTilePitch : 1, column_stride = lower ? 1 : kTilePitch;
+    CO_NO_UNROLL
+    for (int k = 0; k < kTile; k += 8) {
+      float b[2][2], b_low[2][2];
+      CO_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        CO_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const SplitFloat split(inverse[(k + t + i * 4) * k_stride + (column + n * 8) * column_stride]);
+          b[n][i] = split.high;
+          b_low[n][i] = split.low;
+        }
+      }
+      CO_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        float a[4], a_low[4];
+        CO_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = m * 16 + i % 2 * 8;
+          const float value = half * 32 + g + row < rows ? left[row * pitch + tile * kTile + k + i / 2 * 4] : 0.0f;
+          const SplitFloat split(value);
+          a[i] = kSplit ? split.high : value;
+          a_low[i] = split.low;
+        }
+        CO_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          if (kSplit) mma_m16n8k8_tf32(sum[m][n], a_low, b[n]);
+          mma_m16n8k8_tf32(sum[m][n], a, b_low[n]);
+          mma_m16n8k8_tf32(sum[m][n], a, b[n]);
+        }
+      }
+    }
+  }
+}
+
+// Every tap of an output holds a corrected copy of its bias gradient; their mean goes back.  Sums run over the stages
+// in the order of the rows, in one thread where an output has several taps.
+struct BiasMean {
+  float sum = 0.0f;
+  int tap = 0;
+
+  CO_DEVICE void add_stage(const PreconditionLayer& layer, const Chunk& chunk, int position, int rows, int taps) {
+    const int thread = fresh_thread();
+    const float* copies = chunk.arena + position;
+    const int pitch = g_pitch(chunk.padded());
+    if (taps == 1) {
+      if (thread < rows) {
+        store_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[thread], copies[thread * pitch]);
+      }
+    } else if (thread == 0) {
+      for (int row = 0; row < rows; ++row) {
+        sum += copies[row * pitch];
+        if (++tap < taps) continue;
+        store_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row], sum / static_cast<float>(taps));
+        sum = 0.0f;
+        tap = 0;
+      }
+    }
+  }
+};
+
+// All threads.  `Raw` is uint32_t for float32 gradients, uint16_t for 16-bit ones.
+template <int kWarps, typename Raw>
+CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int stage) {
+  constexpr bool kSplit = sizeof(Raw) == 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int pitch = g_pitch(chunk.padded());
+  const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
+  const int all_rows = static_cast<int>(layer.outputs) * taps;
+  Raw* const g = static_cast<Raw*>(layer.g);
+  int bias_position = -1;
+  for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
+    if (chunk.shared.unit[p] == kBiasUnit) bias_position = p;
+  }
+  BiasMean bias;
+
+  for (int first = 0; first < all_rows; first += stage) {
+    const int rows = min(stage, all_rows - first);
+    __syncthreads();  // the last stage has been written back
+    if (const int thread = fresh_thread(); thread < rows) {
+      const uint32_t row = static_cast<uint32_t>(first + thread), output = row / static_cast<uint32_t>(taps);
+      chunk.shared.row_offset[thread] =
+          output * layer.g_output_stride +
+          strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
+      chunk.shared.bias_offset[thread] = output * layer.bias_stride;
+      chunk.shared.not_finite[thread] = 0;
+    }
+    __syncthreads();
+    for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
+      float value = 0.0f;
+      if (unit >= 0) {
+        value = to_float<Raw>(layer.g_dtype, g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride]);
+      } else if (unit == kBiasUnit) {
+        value = load_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row]);
+      }
+      chunk.arena[at] = value;
+    });
+    __syncthreads();
+
+    const int blocks = chunk.padded() / 16, jobs = blocks * ((rows + 31) / 32);
+    float sum[kApplyJobs][2][2][4] = {};
+    const auto for_each_result = [&](auto&& f) {  // f(row, position in the stage, element)
+      CO_UNROLL
+      for (int j = 0; j < kApplyJobs; ++j) {
+        const int job = warp + j * kWarps;
+        if (job >= jobs) continue;
+        CO_UNROLL
+        for (int e = 0; e < 16; ++e) {
+          const int row = job / blocks * 32 + e / 8 * 16 + e / 2 % 2 * 8 + lane / 4;
+          const int position = job % blocks * 16 + e / 4 % 2 * 8 + lane % 4 * 2 + e % 2;
+          if (row < rows) f(row, row * pitch + position, sum[j][e / 8][e / 4 % 2][e % 4]);
+        }
+      }
+    };
+    CO_UNROLL
+    for (int j = 0; j < kApplyJobs; ++j) {
+      const int job = warp + j * kWarps;
+      if (job < jobs) multiply_block<kSplit>(sum[j], chunk, job / blocks, job % blocks, rows);
+    }
+    for_each_result([&](int row, int, float& value) {
+      value = to_float<Raw>(layer.g_dtype, from_float<Raw>(layer.g_dtype, value));
+      if (!is_finite(value)) atomicOr(&chunk.shared.not_finite[row], 1);
+    });
+    __syncthreads();  // the stage has been read, and the flags are complete
+    for_each_result([&](int row, int at, float value) {
+      if (chunk.shared.not_finite[row] == 0) chunk.arena[at] = value;
+    });
+    __syncthreads();
+    for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
+      if (unit < 0 || chunk.shared.not_finite[row] != 0) return;
+      g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride] = from_float<Raw>(layer.g_dtype, chunk.arena[at]);
+    });
+    if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
+  }
+}
+
+}  // namespace consistency_ops

@@ -1,0 +1,102 @@
+// What the CTA of one chunk keeps in shared memory, and how it walks over rows and units.
+#pragma once
+
+#include "consistency_ops/precondition.h"
+#include "cuda/convert.cuh"
+#include "cuda/precondition_plan.h"
+
+namespace consistency_ops {
+
+constexpr int kMaxGramBlocks = kMaxChunk / kTile * (kMaxChunk / kTile + 1);
+constexpr int32_t kBiasUnit = -1;  // its input is 1, its gradient lies in bias_grad
+constexpr int32_t kNoUnit = -2;    // padding of the chunk to whole tiles
+
+struct ChunkShared {
+  int64_t row_offset[kMaxStageRows];  // of the stage that is loaded, in elements
+  int64_t bias_offset[kMaxApplyRows];
+  int32_t unit[kMaxChunk];             // at every position of the chunk
+  int32_t gram_block[kMaxGramBlocks];  // of 16 x 32 on or below the diagonal: first row + 65536 * first column
+  float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
+  int32_t not_finite[kMaxApplyRows];   // rows of the stage whose result must not be written
+  float warp_sum[32];
+  int32_t warp_count[32];
+  Division division;
+  RowSample rows;  // of X
+  int32_t layer, chunk, stages;
+  bool waits, publishes;  // for, and with, the counter of finished covariances
+  int32_t size;           // units of the chunk
+  int32_t x_stage;        // rows of X in a stage
+  int32_t failed_minor, failed_tries;
+};
+
+// One chunk, as every thread of its CTA sees it.  What can be read again from shared memory is, because registers that
+// live through the whole kernel would be spilled.
+struct Chunk {
+  ChunkShared& shared;
+  float* tiles;  // tile (i, j), j <= i, of the symmetric or lower triangular matrix
+  float* arena;
+  CO_DEVICE int size() const { return shared.size; }
+  CO_DEVICE int padded() const { return padded_units(shared.size); }
+  CO_DEVICE int side() const { return padded() / kTile; }
+  CO_DEVICE int x_rows() const { return static_cast<int>(shared.rows.count); }
+  CO_DEVICE int x_stage() const { return shared.x_stage; }
+};
+
+CO_DEVICE float* lower_tile(float* tiles, int i, int j) { return tiles + (lower_tiles(i) + j) * kTileFloats; }
+
+// Element offset of index `index` of a space of sizes `size`, the last dimension fastest.  Indices have 32 bits (the
+// launcher sees to it), because a 64-bit division costs a call and its registers; offsets have 64.
+template <int kDims>
+CO_DEVICE int64_t strided_offset(uint32_t index, const int64_t (&size)[kDims], const int64_t (&stride)[kDims]) {
+  int64_t offset = 0;
+  CO_UNROLL
+  for (int i = kDims - 1; i > 0; --i) {
+    const uint32_t divisor = static_cast<uint32_t>(size[i]);
+    if (divisor == 1) continue;
+    const uint32_t quotient = index / divisor;
+    offset += static_cast<int64_t>(index - quotient * divisor) * stride[i];
+    index = quotient;
+  }
+  return offset + static_cast<int64_t>(index) * stride[0];
+}
+
+// How the lanes of a CTA cover a stage of rows x padded units: a warp takes 1 x 32 elements where units are the fast
+// dimension in memory, 8 x 4 where rows are (NCHW inputs, convolution weights), so that it touches whole sectors.  Step
+// i of a warp is block warp + i * kWarps, counted along the rows; there are at most 1024.
+template <int kWarps>
+struct StageWalk {
+  int columns, reciprocal;  // blocks along a row; ceil(2^16 / columns) divides numbers up to 1024 exactly
+  bool tall;
+
+  CO_DEVICE StageWalk(int padded, bool rows_are_fast)
+      : columns(rows_are_fast ? padded / 4 : padded / 32),
+        reciprocal(((1 << 16) + columns - 1) / columns),
+        tall(rows_are_fast) {}
+  CO_DEVICE int row(int step) const {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int block = ((warp + step * kWarps) * reciprocal) >> 16;
+    return tall ? block * 8 + lane % 8 : block;
+  }
+  CO_DEVICE int position(int step) const {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int index = warp + step * kWarps, column = index - ((index * reciprocal) >> 16) * columns;
+    return tall ? column * 4 + lane / 8 : column * 32 + lane;
+  }
+  CO_DEVICE int steps(int rows) const {  // of warp 0, for this many rows
+    return ((tall ? (rows + 7) / 8 : rows) * columns + kWarps - 1) / kWarps;
+  }
+};
+
+// True where consecutive rows are closer together in memory than consecutive units.
+CO_DEVICE bool rows_are_fast(int64_t row_stride, int64_t row_size, int64_t unit_stride) {
+  const int64_t row = row_stride < 0 ? -row_stride : row_stride, unit = unit_stride < 0 ? -unit_stride : unit_stride;
+  return row_size > 1 && row < unit;
+}
+
+// value = high + low to 2^-22 of value, both TF32.
+struct SplitFloat {
+  float high, low;
+  CO_DEVICE explicit SplitFloat(float value) : high(to_tf32(value)), low(to_tf32(value - high)) {}
+};
+
+}  // namespace consistency_ops

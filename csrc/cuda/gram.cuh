@@ -1,0 +1,154 @@
+// X^T X of the sampled rows of one chunk, into the lower tiles of shared memory.
+//
+// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a
+// thread). Products are TF32 tensor-core tiles with float sums.  float32 inputs are split in two TF32 numbers and take
+// three products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32
+// numbers already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows:
+// partial sums are added in shared memory, in the order of the rows, which is more accurate than a float32 matrix
+// product and the same on every run.
+#pragma once
+
+#include "cuda/chunk.cuh"
+
+namespace consistency_ops {
+
+constexpr int kPartialRows = 512;
+
+template <int kWarps, typename Raw, int kLoads>
+CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+  const Raw* x = static_cast<const Raw*>(layer.x);
+  const uint32_t one = sizeof(Raw) == 4 ? 0x3f800000u : layer.x_dtype == DType::kBFloat16 ? 0x3f80u : 0x3c00u;
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
+                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+  CO_UNROLL
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = walk.row(i);
+    const int32_t unit = row < rows ? chunk.shared.unit[walk.position(i)] : kNoUnit;
+    raw[i] = unit == kBiasUnit ? one : 0;
+    if (unit >= 0) raw[i] = x[chunk.shared.row_offset[row] + unit * layer.x_unit_stride];
+  }
+}
+
+template <int kWarps, typename Raw, int kLoads>
+CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk) {
+  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
+                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+  CO_UNROLL
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = walk.row(i);
+    if (row < chunk.x_stage())
+      chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] = to_float<Raw>(layer.x_dtype, raw[i]);
+  }
+}
+
+// Blocks of 16 x 32 on or below the diagonal, a tile row i from i (i + 1) on.
+CO_DEVICE int gram_blocks(const Chunk& chunk) { return chunk.side() * (chunk.side() + 1); }
+
+// In shared memory, because the coordinates of a warp's blocks would take registers that the sums need.
+CO_DEVICE void locate_gram_blocks(const Chunk& chunk) {
+  const int b = fresh_thread();
+  if (b >= gram_blocks(chunk)) return;
+  int i = 0;
+  while ((i + 1) * (i + 2) <= b) ++i;
+  const int within = b - i * (i + 1);
+  chunk.shared.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
+}
+
+template <bool kSplit>
+CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int pitch = x_pitch(chunk.padded());
+  const float* left = chunk.arena + t * pitch + (block & 0xffff) + g;
+  const float* right = chunk.arena + t * pitch + (block >> 16) + g;
+  CO_NO_UNROLL
+  for (int k = chunk.x_stage(); k > 0; k -= 8) {
+    float a[4], a_low[4];
+    CO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float value = left[i / 2 * 4 * pitch + i % 2 * 8];
+      const SplitFloat split(value);
+      a[i] = kSplit ? split.high : value;
+      a_low[i] = split.low;
+    }
+    CO_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      float b[2], b_low[2];
+      CO_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float value = right[i * 4 * pitch + n * 8];
+        const SplitFloat split(value);
+        b[i] = kSplit ? split.high : value;
+        b_low[i] = split.low;
+      }
+      if (kSplit) {
+        mma_m16n8k8_tf32(sum[n], a_low, b);
+        mma_m16n8k8_tf32(sum[n], a, b_low);
+      }
+      mma_m16n8k8_tf32(sum[n], a, b);
+    }
+    left += 8 * pitch;
+    right += 8 * pitch;
+  }
+}
+
+// tiles <- or += sum; sum <- 0.
+CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk, bool first) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = block & 0xffff, column = block >> 16;
+  float* tile =
+      lower_tile(chunk.tiles, row / kTile, column / kTile) + (row % kTile + lane / 4) * kTilePitch + lane % 4 * 2;
+  CO_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    CO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float* element = tile + i / 2 * 8 * kTilePitch + n * 8 + i % 2;
+      *element = first ? sum[n][i] : *element + sum[n][i];
+      sum[n][i] = 0.0f;
+    }
+  }
+}
+
+// All threads, at least one row; ends with a barrier.  `Raw` is uint32_t for float32 inputs, uint16_t for 16-bit ones.
+template <int kWarps, int kUnits, typename Raw>
+CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
+    const int thread = fresh_thread();
+    if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
+      const int64_t row = chunk.shared.rows.offset + (first + thread) * chunk.shared.rows.stride;
+      chunk.shared.row_offset[thread] =
+          strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride);
+    }
+  };
+
+  uint32_t raw[kStageElements / (kWarps * 32)];
+  float sum[kUnits][4][4] = {};
+  locate_gram_blocks(chunk);
+  // Turn t writes stage t - 1 to shared memory, has stage t fetched into registers, and multiplies stage t - 1.
+  CO_NO_UNROLL
+  for (int next = 0;; next += chunk.x_stage()) {
+    __syncthreads();  // stage t - 2 has been read, and the row offsets of stage t - 1
+    if (next > 0) stage_x<kWarps, Raw>(raw, layer, chunk);
+    locate(next);
+    __syncthreads();
+    if (next < chunk.x_rows()) fetch_x<kWarps, Raw>(raw, layer, chunk, min(chunk.x_stage(), chunk.x_rows() - next));
+    if (next == 0) continue;
+    CO_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      if (warp + u * kWarps < gram_blocks(chunk)) {
+        gram_block<sizeof(Raw) == 4>(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk);
+      }
+    }
+    if (next % kPartialRows == 0 || next >= chunk.x_rows()) {
+      CO_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        if (warp + u * kWarps < gram_blocks(chunk))
+          add_partial(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
+      }
+    }
+    if (next >= chunk.x_rows()) break;
+  }
+  __syncthreads();
+}
+
+}  // namespace consistency_ops

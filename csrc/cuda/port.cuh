@@ -1,0 +1,209 @@
+// The one header that a kernel file includes: CUDA under nvcc, the host runtime of tests/simt under any other compiler.
+//
+// Kernel source stays plain C++ so that its numbers, barriers and bounds can be tested on a machine without a GPU.
+// Hence the rules: shared memory only through CO_SHARED and CO_DYNAMIC_SHARED, no <<<>>>, no inline PTX outside this
+// file, every thread reaches every __syncthreads, and a spin contains an atomic.  Every PTX instruction is one wrapper
+// with two bodies of the same meaning, the second for the host.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define CO_SHARED(T, name, dims) __shared__ T name dims
+#define CO_DYNAMIC_SHARED(T, name)                                         \
+  extern __shared__ __align__(16) unsigned char co_dynamic_shared_bytes[]; \
+  T* name = reinterpret_cast<T*>(co_dynamic_shared_bytes)
+#define CO_DEVICE __device__ __forceinline__
+#define CO_KERNEL_PARAM(T, name) const __grid_constant__ T name
+#define CO_UNROLL _Pragma("unroll")
+#define CO_UNROLL_4 _Pragma("unroll 4")
+#define CO_NO_UNROLL _Pragma("unroll 1")
+#else
+#include "simt/cuda_host.h"
+#define CO_DEVICE inline
+#define CO_KERNEL_PARAM(T, name) const T& name
+#define CO_UNROLL
+#define CO_UNROLL_4
+#define CO_NO_UNROLL
+#endif
+
+#include "consistency_ops/types.h"
+
+namespace consistency_ops {
+
+// The <<<>>> of this code base.  One parameter struct, passed by value; up to 32,764 bytes reach the device with the
+// launch.
+template <typename Kernel, typename Params>
+Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* stream, const Params& params) {
+#if defined(__CUDACC__)
+  static_assert(sizeof(Params) <= 32764, "kernel parameters are limited to 32,764 bytes");
+  if (dynamic_shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                         static_cast<int>(dynamic_shared)) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return Status::kLaunchFailed;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  if (cudaLaunchKernelEx(&config, kernel, params) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return Status::kLaunchFailed;
+  }
+#else
+  (void)stream;
+  simt::launch(grid, block, dim3(), dynamic_shared, [&] { kernel(params); });
+#endif
+  return Status::kOk;
+}
+
+// threadIdx.x, read again at every call: values derived from one reading are kept through the whole kernel, and
+// spilled.
+CO_DEVICE int fresh_thread() {
+#if defined(__CUDA_ARCH__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
+// Bits of a 16-bit float <-> float; to 16 bits round to nearest, ties to even.
+CO_DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+
+CO_DEVICE uint16_t float_to_bfloat16(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+CO_DEVICE float float16_to_float(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#else
+  const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+  const float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;  // rebiases the exponent, subnormals included
+  return __uint_as_float(sign | __float_as_uint(scaled));
+#endif
+}
+
+CO_DEVICE uint16_t float_to_float16(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {                                               // subnormal: the sum rounds to 2^-24
+    const float sum = __uint_as_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (__float_as_uint(sum) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13));
+#endif
+}
+
+// Publishing between CTAs: what the adding thread has seen before `add_release` is visible to a thread whose
+// `load_acquire` sees the sum.
+CO_DEVICE void add_release(uint32_t* counter, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+#elif !defined(__CUDACC__)
+  simt::atomic_point();
+  __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
+#endif
+}
+
+// Both at once, for a counter that several CTAs publish with and the last one reads after; returns the value before.
+CO_DEVICE uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before = 0;
+#if defined(__CUDA_ARCH__)
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+#elif !defined(__CUDACC__)
+  simt::atomic_point();
+  before = __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+#endif
+  return before;
+}
+
+CO_DEVICE uint32_t load_acquire(const uint32_t* counter) {
+  uint32_t value = 0;
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+#elif !defined(__CUDACC__)
+  simt::atomic_point();
+  value = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#endif
+  return value;
+}
+
+// The nearest TF32 number (10 explicit bits of mantissa), ties away from zero, as a float.
+CO_DEVICE float to_tf32(float value) {
+#if defined(__CUDA_ARCH__)
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+#else
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return value;
+  return __uint_as_float((bits + 0x1000u) & 0xffffe000u);
+#endif
+}
+
+// D[16 x 8] += A[16 x 8] B[8 x 8] on one warp; A and B are TF32, sums are float.  With g = lane / 4 and t = lane % 4 a
+// lane holds a = {A[g][t], A[g + 8][t], A[g][t + 4], A[g + 8][t + 4]}, b = {B[t][g], B[t + 4][g]}, d = {D[g][2t],
+// D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]} (PTX ISA, mma.m16n8k8).
+CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#elif !defined(__CUDACC__)
+  struct Operands {
+    float* d;
+    const float *a, *b;
+  } mine{d, a, b};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         float left[16][8], right[8][8];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           const int g = lane / 4, t = lane % 4;
+                           for (int i = 0; i < 4; ++i) {  // the hardware ignores the 13 lowest bits
+                             left[g + i % 2 * 8][t + i / 2 * 4] =
+                                 __uint_as_float(__float_as_uint(o->a[i]) & 0xffffe000u);
+                           }
+                           for (int i = 0; i < 2; ++i)
+                             right[t + i * 4][g] = __uint_as_float(__float_as_uint(o->b[i]) & 0xffffe000u);
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 4; ++i) {
+                             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                             float sum = 0.0f;
+                             for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
+                             o->d[i] += sum;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+#endif
+}
+
+}  // namespace consistency_ops

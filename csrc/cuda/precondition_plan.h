@@ -1,0 +1,73 @@
+// Host-only decisions of the precondition launch, free of CUDA so that tests can ask for them anywhere.
+//
+// A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena
+// that holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile
+// along rows and along columns is free of bank conflicts alike:
+//
+//   chunk  tiles  KiB of tiles  arena KiB (X, G rows)  sm_90 (227 KiB)    sm_80 (163)        sm_86, sm_120 (99)
+//     32     1         4         20 (128, 64)           2, by registers    2                  2
+//    128    10        41         33 (32, 64)            2, by registers    2                  1
+//    192    21        87         33 (16, 32)            1                  1                  1, stages of 8 rows
+//    256    36       149         34 (16, 32)            1                  1, stages of 8     does not fit
+#pragma once
+
+#include "consistency_ops/precondition_cuda.h"
+
+namespace consistency_ops {
+
+constexpr int kTile = 32;
+constexpr int kTilePitch = kTile + 1;
+constexpr int kTileFloats = kTile * kTilePitch;
+constexpr int kMaxStageRows = 128;      // of X
+constexpr int kMaxApplyRows = 64;       // of G
+constexpr int kStageElements = 4096;    // of X, in flight in the registers of a CTA
+constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
+constexpr int kMaxLaunchLayers = 120;   // descriptors that fit the 32,764 bytes of kernel parameters
+
+CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1) / kTile * kTile; }
+CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
+// Pitches that keep the lanes of an mma fragment in 32 different banks: X is read down columns, G along rows.
+CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
+CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 4; }
+
+struct PreconditionPlan {
+  int32_t threads;      // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
+  int32_t tile_floats;  // of the largest chunk
+  int32_t arena_floats;
+  int32_t apply_rows;    // rows of G in a stage
+  int32_t shared_bytes;  // dynamic
+};
+
+// Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.
+CO_HOST_DEVICE inline int stage_rows(int padded, int arena_floats) {
+  int rows = kMaxStageRows;
+  while (rows > 8 && (rows * padded > kStageElements || rows * x_pitch(padded) > arena_floats)) rows /= 2;
+  return rows;
+}
+
+// For chunks of at most `units` units on a device with `shared_bytes` of shared memory a block.
+inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
+  PreconditionPlan plan{};
+  const int padded = padded_units(units), side = padded / kTile;
+  const int threads = side <= 4 ? 256 : 512;
+  const int tiles = lower_tiles(side) * kTileFloats;
+  const int room = (shared_bytes - kStaticShared) / 4 - tiles;
+  int wanted = 0;  // smaller chunks of the same launch may want more rows, never more floats
+  for (int p = kTile; p <= padded; p += kTile) {
+    const int rows = stage_rows(p, 1 << 30);
+    if (rows * x_pitch(p) > wanted) wanted = rows * x_pitch(p);
+  }
+  int apply_rows = side <= 4 ? 64 : 32;
+  if (apply_rows * g_pitch(padded) > wanted) wanted = apply_rows * g_pitch(padded);
+  const int arena = wanted < room ? wanted : room / 4 * 4;
+  while (apply_rows > 8 && apply_rows * g_pitch(padded) > arena) apply_rows /= 2;
+  if (8 * x_pitch(padded) > arena || apply_rows * g_pitch(padded) > arena) return plan;
+  plan.threads = threads;
+  plan.tile_floats = tiles;
+  plan.arena_floats = arena;
+  plan.apply_rows = apply_rows;
+  plan.shared_bytes = (tiles + arena) * 4;
+  return plan;
+}
+
+}  // namespace consistency_ops

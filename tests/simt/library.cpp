@@ -1,0 +1,97 @@
+// The shared library that the simt tests load: the CUDA kernels on the host runtime, behind C functions that report
+// errors as text.  The structs of precondition.h and friends cross as they are; simt.py mirrors them and checks their
+// sizes.
+#include <cstring>
+#include <string>
+
+#include "consistency_ops/batch_rms_norm_cuda.h"
+#include "consistency_ops/modulus_cuda.h"
+#include "consistency_ops/precondition_cuda.h"
+#include "consistency_ops/random.h"
+#include "cuda/precondition_plan.h"
+#include "simt/runtime.h"
+
+using namespace consistency_ops;
+
+namespace {
+
+thread_local std::string error;
+
+// Text of what went wrong, or null.
+template <typename F>
+const char* guarded(F&& run) {
+  try {
+    const Status status = run();
+    if (status == Status::kOk) return nullptr;
+    error = "status " + std::to_string(static_cast<int>(status));
+  } catch (const simt::Error& e) {
+    error = e.what();
+  }
+  return error.c_str();
+}
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+API void simt_configure(uint64_t seed, int32_t order, uint32_t resident, uint64_t shared_limit) {
+  simt::Options& options = simt::options();
+  options.seed = seed;
+  options.order = static_cast<simt::Order>(order);
+  options.resident = resident;
+  options.shared_limit = shared_limit;
+}
+
+API simt::Stats simt_stats() { return simt::stats(); }
+
+API int64_t simt_size_of(const char* name) {
+  if (std::strcmp(name, "PreconditionLayer") == 0) return sizeof(PreconditionLayer);
+  if (std::strcmp(name, "PreconditionOptions") == 0) return sizeof(PreconditionOptions);
+  if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
+  if (std::strcmp(name, "BatchRmsNormParams") == 0) return sizeof(BatchRmsNormParams);
+  if (std::strcmp(name, "ChannelDivideParams") == 0) return sizeof(ChannelDivideParams);
+  return -1;
+}
+
+API int64_t simt_batch_rms_norm_workspace(const BatchRmsNormParams* params) {
+  return batch_rms_norm_workspace_cuda(*params);
+}
+
+API const char* simt_batch_rms_norm_denominator(const BatchRmsNormParams* params, void* workspace) {
+  return guarded([&] { return batch_rms_norm_denominator_cuda(*params, workspace, nullptr); });
+}
+
+API const char* simt_channel_divide(const ChannelDivideParams* params) {
+  return guarded([&] { return channel_divide_cuda(*params, nullptr); });
+}
+
+API const char* simt_modulus(const ModulusParams* params) {
+  return guarded([&] { return modulus_cuda(*params, nullptr); });
+}
+
+API const char* simt_modulus_backward(const ModulusBackwardParams* params) {
+  return guarded([&] { return modulus_backward_cuda(*params, nullptr); });
+}
+
+API const char* simt_precondition(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options,
+                                  int32_t shared_bytes, void* workspace) {
+  return guarded(
+      [&] { return precondition_cuda(layers, count, *options, CudaDevice{shared_bytes}, workspace, nullptr); });
+}
+
+API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t count,
+                                        const PreconditionOptions* options) {
+  return precondition_workspace_cuda(layers, count, *options);
+}
+
+API PreconditionPlan simt_plan(int32_t units, int32_t shared_bytes) { return plan_precondition(units, shared_bytes); }
+
+API void simt_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step, uint32_t layer,
+                       int64_t* units_out) {
+  const Division division = make_division(units, chunk, group, seed, step, layer);
+  for (int64_t p = 0; p < units; ++p) units_out[p] = unit_at(division, p);
+}
+
+API RowSample simt_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer) {
+  return sample_rows(rows, max_rows, seed, step, layer);
+}

@@ -1,0 +1,32 @@
+"""Runs the precondition cases under several schedules, without torch or pytest, so that a sanitizer can be preloaded.
+
+    python run_cases.py LIBRARY SEEDS [NAME ...]        NAME of a case; default: all small ones
+
+Prints one line a case; exit status 1 at the first wrong result, a sanitizer's own at its report.
+"""
+
+import sys
+from pathlib import Path
+
+import precondition_cases as cases
+import simt_library as simt
+
+SCHEDULES = (dict(order=1, resident=2), dict(order=2, resident=1), dict(resident=0), dict(resident=3))
+
+
+def check_schedules(library: simt.Library, case: cases.Case, seeds: int) -> None:
+    """Ascending, descending and random orders, one to all CTAs in flight: always right, always the same bytes."""
+    first = None
+    for seed in range(seeds):
+        library.schedule(seed=seed, device=case.device, **SCHEDULES[seed % len(SCHEDULES)])
+        result = cases.written(cases.check(library, case))
+        first = first or result
+        assert result == first, f"the result depends on the schedule: {case}"
+
+
+if __name__ == "__main__":
+    library = simt.Library(Path(sys.argv[1]))
+    every = {**cases.SMALL, **cases.LARGE}
+    for name in sys.argv[3:] or cases.SMALL:
+        check_schedules(library, every[name], int(sys.argv[2]))
+        print(name, flush=True)

@@ -1,0 +1,357 @@
+"""Builds the CUDA kernels for the CPU and calls them: ctypes mirrors of the C++ structs, numpy arrays in and out.
+
+Imports neither torch nor consistency_ops, so that it also runs in a Python whose allocator is a sanitizer's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
+INCLUDES = ("tests", "csrc", "csrc/include")
+COMPILER = os.environ.get("CXX", "c++")
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+BUILDS = {  # flags of the kernels, flags of the runtime
+    "plain": (["-O2"], ["-O2"]),
+    "memory": (["-O1", *SANITIZE], ["-O1", *SANITIZE]),
+    "races": (["-O1", "-fsanitize=thread"], ["-O1", "-DSIMT_TSAN"]),
+}
+
+
+def build(kind: str, root: Path = ROOT) -> Path:
+    """The shared library of one of ``BUILDS`` from the sources under ``root``; compiles only what has changed."""
+    kernel_flags, runtime_flags = BUILDS[kind]
+    units = [("tests/simt/runtime.cpp", runtime_flags)]
+    units += [(f"tests/simt/{name}.cpp", kernel_flags) for name in ("library", "selftest", "chunk_api")]
+    units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
+    folder = root / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects = [compile_object(root, source, flags) for source, flags in units]
+        library = folder / f"{kind}-{digest(*(o.name for o in objects))}.so"
+        if not library.exists():
+            for old in folder.glob(f"{kind}-*.so"):
+                old.unlink()
+            run([COMPILER, "-shared", *kernel_flags, *objects, "-o", library.with_suffix(".partial"), "-pthread"])
+            os.replace(library.with_suffix(".partial"), library)
+    return library
+
+
+def compile_object(root: Path, source: str, flags: list[str]) -> Path:
+    """An object named after what went into it; a copy of the sources shares those of the checkout."""
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
+    name = f"{digest(COMPILER, *flags, *included(root, root / source, {}))}.o"
+    found = [base / "build" / "simt" / name for base in (ROOT, root)]
+    if not any(path.exists() for path in found):
+        includes = [f"-I{root / folder}" for folder in INCLUDES]
+        partial = found[1].with_suffix(".partial")
+        run([COMPILER, *flags, *includes, "-c", root / source, "-o", partial])
+        os.replace(partial, found[1])
+    return next(path for path in found if path.exists())
+
+
+def included(root: Path, path: Path, seen: dict[Path, str]) -> list[str]:
+    """The text of a source and of every header of ours that it includes."""
+    if path not in seen:
+        seen[path] = path.read_text()
+        for name in re.findall(r'^#include "(.+)"', seen[path], re.MULTILINE):
+            header = next(root / folder / name for folder in INCLUDES if (root / folder / name).exists())
+            included(root, header, seen)
+    return list(seen.values())
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def load() -> Library:
+    """The plain build, or the one that SIMT_BUILD names."""
+    return Library(build(os.environ.get("SIMT_BUILD", "plain")))
+
+
+def sanitizer_environment(kind: str) -> dict[str, str]:
+    """In which a Python that loads the library of ``kind`` must be started."""
+    names = {"plain": (), "memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}[kind]
+    ask = [[COMPILER, f"-print-file-name={name}"] for name in names]
+    found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
+    return {
+        **os.environ,
+        "SIMT_BUILD": kind,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def run(command: list) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+
+
+# Types
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3  # DType
+
+
+def encode(values: np.ndarray, dtype: int) -> np.ndarray:
+    """Float values in the storage of ``dtype``: float32, or the bits of a 16-bit float."""
+    values = np.asarray(values, np.float32)
+    if dtype == FLOAT32:
+        return values.copy()
+    if dtype == FLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def decode(stored: np.ndarray, dtype: int) -> np.ndarray:
+    if dtype == FLOAT32:
+        return stored
+    if dtype == FLOAT16:
+        return stored.view(np.float16).astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+class Layer(ctypes.Structure):
+    """PreconditionLayer."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_row_size", ctypes.c_int64 * 4),
+        ("x_row_stride", ctypes.c_int64 * 4),
+        ("x_unit_stride", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+        ("g", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("g_output_stride", ctypes.c_int64),
+        ("g_unit_stride", ctypes.c_int64),
+        ("g_tap_size", ctypes.c_int64 * 3),
+        ("g_tap_stride", ctypes.c_int64 * 3),
+        ("bias_grad", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int32),
+        ("g_dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("has_bias", ctypes.c_bool),
+        ("permutation", ctypes.c_void_p),
+        ("row_count", ctypes.c_void_p),
+        ("layer", ctypes.c_uint32),
+        ("group", ctypes.c_int32),
+        ("info", ctypes.c_void_p),
+        ("damping_used", ctypes.c_void_p),
+        ("covariance", ctypes.c_void_p),
+        ("inverse", ctypes.c_void_p),
+    )
+
+
+class Options(ctypes.Structure):
+    """PreconditionOptions."""
+
+    _fields_ = (
+        ("damping", ctypes.c_double),
+        ("trace_scaling", ctypes.c_bool),
+        ("float64", ctypes.c_bool),
+        ("chunk", ctypes.c_int32),
+        ("max_rows", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+        ("stages", ctypes.c_int32),
+    )
+
+
+class Plan(ctypes.Structure):
+    """PreconditionPlan."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "apply_rows", "shared_bytes")
+    )
+
+
+class RowSample(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("offset", "stride", "count"))
+
+
+class Modulus(ctypes.Structure):
+    """ModulusParams and ModulusBackwardParams: (x, y, signs) or (grad, signs, grad_x), then the same."""
+
+    _fields_ = (
+        ("pointers", ctypes.c_void_p * 3),
+        ("rows", ctypes.c_int64),
+        ("row_length", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class ChannelView(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("outer", "channels", "inner", "outer_stride", "channel_stride", "inner_stride")
+    )
+
+
+class BatchRmsNorm(ctypes.Structure):
+    """BatchRmsNormParams."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("view", ChannelView),
+        ("dtype", ctypes.c_int32),
+        ("running_ms", ctypes.c_void_p),
+        ("running_dtype", ctypes.c_int32),
+        ("num_batches", ctypes.c_void_p),
+        ("denominator", ctypes.c_void_p),
+        ("denominator_dtype", ctypes.c_int32),
+        ("momentum", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    )
+
+
+class ChannelDivide(ctypes.Structure):
+    """ChannelDivideParams."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_view", ChannelView),
+        ("y", ctypes.c_void_p),
+        ("y_view", ChannelView),
+        ("dtype", ctypes.c_int32),
+        ("denominator", ctypes.c_void_p),
+    )
+
+
+class Stats(ctypes.Structure):
+    """simt::Stats."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("switches", "ctas", "block_barriers", "warp_operations", "atomics", "shared_bytes")
+    )
+
+
+class Library:
+    """The kernels.  Every call raises RuntimeError with the runtime's report."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        launchers = ("precondition", "modulus", "modulus_backward", "batch_rms_norm_denominator", "channel_divide")
+        for name in ("selftest", *(f"simt_{launcher}" for launcher in launchers)):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
+        self._library.simt_size_of.restype = ctypes.c_int64
+        self._library.simt_precondition_workspace.restype = ctypes.c_int64
+        self._library.simt_plan.restype = Plan
+        self._library.simt_sample_rows.restype = RowSample
+        self._library.simt_stats.restype = Stats
+        mirrors = {
+            b"PreconditionLayer": Layer,
+            b"PreconditionOptions": Options,
+            b"ModulusParams": Modulus,
+            b"BatchRmsNormParams": BatchRmsNorm,
+            b"ChannelDivideParams": ChannelDivide,
+        }
+        for name, mirror in mirrors.items():
+            assert ctypes.sizeof(mirror) == self._library.simt_size_of(name), name
+
+    def selftest(self, name: str, variant: int = 1, x=None, y=None, z=None, counter=None) -> None:
+        """One kernel of selftest.cpp on float32 arrays."""
+        addresses = [ctypes.c_void_p(None if a is None else a.ctypes.data) for a in (x, y, z, counter)]
+        self._call("selftest", name.encode(), variant, *addresses)
+
+    def cholesky(self, n: int, a: np.ndarray, lda: int) -> tuple[int, int]:
+        """co_simt_cholesky_f32: (status, info); ``a`` is column-major."""
+        info = ctypes.c_int32(-99)
+        status = self._library.co_simt_cholesky_f32(
+            ctypes.c_int64(n), ctypes.c_void_p(a.ctypes.data), ctypes.c_int64(lda), ctypes.byref(info)
+        )
+        return status, info.value
+
+    def convert(self, name: str, value: float) -> float:
+        """One of the wrappers float16_to_float, bfloat16_to_float, float_to_float16, float_to_bfloat16, to_tf32."""
+        function = getattr(self._library, f"selftest_{name}")
+        from_bits, to_bits = name.endswith("16_to_float"), name.startswith("float_to")
+        function.argtypes = [ctypes.c_uint16 if from_bits else ctypes.c_float]
+        function.restype = ctypes.c_uint16 if to_bits else ctypes.c_float
+        return function(value)
+
+    def schedule(self, seed: int = 1, order: int = 0, resident: int = 2, device: str = "sm_90") -> None:
+        """How the next launches run: order 0 random, 1 ascending, 2 descending; CTAs in flight, 0: all."""
+        self._library.simt_configure(
+            ctypes.c_uint64(seed), order, ctypes.c_uint32(resident), ctypes.c_uint64(SHARED_BYTES[device])
+        )
+
+    def stats(self) -> Stats:
+        return self._library.simt_stats()
+
+    def _call(self, name: str, *arguments) -> None:
+        error = getattr(self._library, name)(*arguments)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def precondition(self, layers: list[Layer], options: Options, device: str, workspace: np.ndarray) -> None:
+        array = (Layer * len(layers))(*layers)
+        address = ctypes.c_void_p(workspace.ctypes.data if len(workspace) else None)
+        count = ctypes.c_int64(len(layers))
+        self._call("simt_precondition", array, count, ctypes.byref(options), SHARED_BYTES[device], address)
+
+    def modulus(self, x: int, y: int, signs: int | None, rows: int, row_length: int, dtype: int) -> None:
+        """On addresses, so that arrays may begin anywhere."""
+        params = Modulus((x, y, signs), rows, row_length, dtype)
+        self._call("simt_modulus", ctypes.byref(params))
+
+    def modulus_backward(self, grad: int, signs: int, grad_x: int, rows: int, row_length: int, dtype: int) -> None:
+        params = Modulus((grad, signs, grad_x), rows, row_length, dtype)
+        self._call("simt_modulus_backward", ctypes.byref(params))
+
+    def batch_rms_norm_denominator(self, params: BatchRmsNorm) -> None:
+        bytes_ = self._library.simt_batch_rms_norm_workspace(ctypes.byref(params))
+        workspace = np.full(bytes_ // 4, np.nan, np.float32)
+        self._call("simt_batch_rms_norm_denominator", ctypes.byref(params), ctypes.c_void_p(workspace.ctypes.data))
+
+    def channel_divide(self, params: ChannelDivide) -> None:
+        self._call("simt_channel_divide", ctypes.byref(params))
+
+    def workspace_bytes(self, layers: list[Layer], options: Options) -> int:
+        array = (Layer * len(layers))(*layers)
+        return self._library.simt_precondition_workspace(array, ctypes.c_int64(len(layers)), ctypes.byref(options))
+
+    def plan(self, units: int, device: str) -> Plan:
+        return self._library.simt_plan(units, SHARED_BYTES[device])
+
+    def division(self, units: int, chunk: int, group: int, seed: int, step: int, layer: int) -> np.ndarray:
+        order = np.empty(units, np.int64)
+        self._library.simt_division(
+            ctypes.c_int64(units),
+            ctypes.c_int64(chunk),
+            ctypes.c_int64(group),
+            ctypes.c_uint64(seed),
+            ctypes.c_uint64(step),
+            ctypes.c_uint32(layer),
+            ctypes.c_void_p(order.ctypes.data),
+        )
+        return order
+
+    def sample_rows(self, rows: int, max_rows: int, seed: int, step: int, layer: int) -> np.ndarray:
+        s = self._library.simt_sample_rows(
+            ctypes.c_int64(rows),
+            ctypes.c_int64(max_rows),
+            ctypes.c_uint64(seed),
+            ctypes.c_uint64(step),
+            ctypes.c_uint32(layer),
+        )
+        return s.offset + s.stride * np.arange(s.count)

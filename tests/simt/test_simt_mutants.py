@@ -1,0 +1,92 @@
+"""Every barrier and fence of the correction kernels is needed, and the tests notice when one is gone.
+
+Each test deletes one of them in a copy of the sources.  The plain build, or else the ThreadSanitizer build, must fail.
+A line that ends in ``// redundant: why`` is left out.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import simt_library as simt
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
+
+SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence)\(\);")
+CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
+CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "96", "128")
+FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "precondition.cu")
+
+
+def find(pattern):
+    """(file, line number) of every match outside comments."""
+    found = []
+    for name in FILES:
+        lines = (simt.ROOT / "csrc" / "cuda" / name).read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            if pattern.search(line) and not line.lstrip().startswith("//") and "// redundant: " not in line:
+                found.append((name, number))
+    return found
+
+
+def edit(folder, file, number, change):
+    """A copy of the sources in which one line is changed."""
+    for part in ("csrc/cuda", "csrc/include", "tests/simt"):
+        shutil.copytree(simt.ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "csrc" / "cuda" / file
+    lines = path.read_text().split("\n")
+    changed = change(lines[number - 1])
+    assert changed != lines[number - 1]
+    lines[number - 1] = changed
+    path.write_text("\n".join(lines))
+
+
+def outcome(folder, kind, seeds):
+    """Exit status and report of the cases, 0 if nothing was noticed."""
+    script = simt.ROOT / "tests" / "simt" / "run_cases.py"
+    command = [sys.executable, script, simt.build(kind, folder), str(seeds), *CASES]
+    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=900)
+    return done.returncode, (done.stdout + done.stderr)[-1000:]
+
+
+def noticed(folder):
+    return outcome(folder, "plain", 4)[0] != 0 or outcome(folder, "races", 2)[0] != 0
+
+
+@pytest.mark.parametrize(("file", "number"), find(SYNCHRONISATION))
+def test_deleted_synchronisation_is_noticed(tmp_path, file, number):
+    edit(tmp_path, file, number, lambda line: SYNCHRONISATION.sub(";", line))
+    assert noticed(tmp_path)
+
+
+def plant(file, original, mutant):
+    text = (simt.ROOT / "csrc" / "cuda" / file).read_text()
+    assert text.count(original) == 1, (file, original)
+    number = text[: text.index(original)].count("\n") + 1
+    return file, number, original, mutant
+
+
+PLANTED = [
+    plant("gram.cuh", "next <= kPartialRows)", "next < kPartialRows)"),
+    plant("gram.cuh", "row < rows ? chunk.shared.unit", "row <= rows ? chunk.shared.unit"),
+    plant("gram.cuh", "if (kSplit) {", "if (false) {"),
+    plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8]", "left[i % 2 * 4 * pitch + i / 2 * 8]"),
+    plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
+    plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
+    plant("apply.cuh", "const bool lower = tile >= block / 2;", "const bool lower = true;"),
+    plant("apply.cuh", "if (chunk.shared.not_finite[row] == 0) chunk", "chunk"),
+    plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
+    plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
+    plant("precondition.cu", "params.options.stages & ~kStageCovariance", "params.options.stages"),
+    plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),
+    plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"),
+    plant("port.cuh", "__atomic_load_n(counter, __ATOMIC_ACQUIRE)", "__atomic_load_n(counter, 0)"),
+]
+
+
+@pytest.mark.parametrize(("file", "number", "original", "mutant"), PLANTED)
+def test_planted_mistake_is_noticed(tmp_path, file, number, original, mutant):
+    edit(tmp_path, file, number, lambda line: line.replace(original, mutant))
+    assert noticed(tmp_path)

@@ -1,0 +1,158 @@
+"""Static gates on the compiled CUDA kernels, where nvcc is found; no GPU is needed.
+
+Registers, spills and shared memory as the assembler reports them, and the instructions that the design counts on.  They
+say that the compiler did what the source asks for; they do not say that a kernel runs.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("sm_80", "sm_90a", "sm_100")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Of one kernel on every architecture.  ``static_shared`` includes the 1 KiB that CUDA keeps on sm_90 and newer."""
+
+    registers: int
+    static_shared: int = 0
+    need: tuple[str, ...] = ()
+    # Bytes of stack, by architecture.  One number, stored and loaded once a stage of X, spilled by sm_100's allocator.
+    stack: tuple[tuple[str, int], ...] = ()
+
+
+KERNELS = {
+    ("precondition", r"precondition_kernel.*ILi256E"): Budget(
+        registers=128,  # two CTAs of 256 threads an SM
+        static_shared=6 << 10,  # kStaticShared of precondition_plan.h
+        need=("HMMA.1688.F32.TF32", "MUFU.RSQ", "FFMA", "LDS", "BAR.SYNC", "SHFL"),
+    ),
+    ("precondition", r"precondition_kernel.*ILi512E"): Budget(
+        registers=128,  # one CTA of 512 threads an SM
+        static_shared=6 << 10,
+        need=("HMMA.1688.F32.TF32", "MUFU.RSQ", "FFMA", "LDS", "BAR.SYNC", "SHFL"),
+        stack=(("sm_100", 8),),
+    ),
+    ("batch_rms_norm", r"squares_of_maps_kernel"): Budget(registers=64, static_shared=2 << 10, need=("FFMA", "SHFL")),
+    ("batch_rms_norm", r"squares_of_maps_kernel.*Lb1E"): Budget(
+        registers=64, static_shared=2 << 10, need=("LDG.E.128",)
+    ),
+    ("batch_rms_norm", r"squares_of_pixels_kernel"): Budget(registers=64, static_shared=10 << 10, need=("FFMA",)),
+    ("batch_rms_norm", r"squares_of_pixels_kernel.*Lb1E"): Budget(
+        registers=64, static_shared=10 << 10, need=("LDG.E.128",)
+    ),
+    ("batch_rms_norm", r"finish_kernel"): Budget(registers=64, static_shared=2 << 10, need=("DADD", "SHFL")),
+    ("batch_rms_norm", r"channel_divide_kernel"): Budget(registers=64, static_shared=1 << 10),
+    ("batch_rms_norm", r"channel_divide_kernel.*Lb1E"): Budget(
+        registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128")
+    ),
+    ("modulus", r"modulus_kernel"): Budget(
+        registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "STG.E.U8")
+    ),
+    ("modulus", r"modulus_backward_kernel"): Budget(
+        registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "LDG.E.U8")
+    ),
+}
+
+
+def tool(name: str) -> str | None:
+    """On the PATH, or in the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    wheels = Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}")
+    return shutil.which(name) or next((str(p) for p in wheels), None)
+
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(
+        tool("cuobjdump") is None or tool("nvdisasm") is None,
+        reason="needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm",
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=sorted({file for file, _ in KERNELS}))
+def compiled(request):
+    """(file, object for all architectures); compiled again when a source has changed."""
+    sources = sorted([*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/include/consistency_ops/*.h")])
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    target = ROOT / "build" / "sass" / f"{request.param}-{digest}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = ["nvcc", "-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC", "-c", "-o", partial]
+        command += [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include")]
+        command += [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHS]
+        done = subprocess.run([*command, ROOT / f"csrc/cuda/{request.param}.cu"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+        os.replace(partial, target)
+    return request.param, target
+
+
+def cuobjdump(*arguments) -> str:
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}{os.pathsep}{Path(tool('nvdisasm')).parent}"}
+    command = [tool("cuobjdump"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def resources(target) -> dict[tuple[str, str], dict[str, int]]:
+    """(arch, kernel) -> REG, STACK, SHARED, LOCAL."""
+    found, arch, kernel = {}, None, None
+    for line in cuobjdump("-res-usage", target).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found[arch, kernel] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def instructions(target) -> dict[tuple[str, str], list[str]]:
+    """(arch, kernel) -> opcodes in order."""
+    found, arch, kernel = {}, None, None
+    for line in cuobjdump("-sass", target).splitlines():
+        if match := re.match(r"\s*arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            kernel = match[1]
+            found[arch, kernel] = []
+        elif kernel and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line)):
+            found[arch, kernel].append(match[1])
+    return found
+
+
+def test_budgets(compiled):
+    file, target = compiled
+    used, code = resources(target), instructions(target)
+    for (of_file, pattern), budget in KERNELS.items():
+        if of_file != file:
+            continue
+        for arch in ARCHS:
+            kernels = [key for key in code if key[0] == arch and re.search(pattern, key[1])]
+            assert kernels, (arch, pattern)
+            for key in kernels:
+                use, opcodes = used[key], code[key]
+                stack = dict(budget.stack).get(arch, 0)
+                assert use["REG"] <= budget.registers, (key, use)
+                assert use["SHARED"] <= budget.static_shared, (key, use)
+                assert use["STACK"] <= stack, (key, use)
+                assert use["LOCAL"] == 0, (key, use)
+                spills = [op for op in opcodes if op.startswith(("LDL", "STL"))]
+                assert len(spills) <= stack // 4, (key, spills)
+                missing = [name for name in budget.need if not any(op.startswith(name) for op in opcodes)]
+                assert not missing, (key, missing)
+
+
+def test_every_file_has_a_budget():
+    files = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert files == {file for file, _ in KERNELS}
