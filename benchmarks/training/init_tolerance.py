@@ -58,8 +58,10 @@ RUNS = {  # name: (standard deviation, optimizer, RMS norm)
 
 def optimizer_of(name: str, model: nn.Module, std: float, seed: int) -> torch.optim.Optimizer:
     decay = 1e-3 if std >= 100 else 5e-4 if std >= 1 else 1e-4
-    # With max_size 1 every layer is "too large": plain SGD with the same momentum and decay.
-    return co.optim.SGD2(model, lr=1.0, weight_decay=decay, max_size=500 if name == "sgd2" else 1, seed=seed)
+    optimizer = co.optim.SGD2(model, lr=1.0, weight_decay=decay, seed=seed)
+    if name == "sgd":
+        optimizer.preconditioner.remove()  # the same momentum and decay, no correction
+    return optimizer
 
 
 def test_error(model: nn.Module, x: Tensor, y: Tensor) -> float:
