@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-all bench build wheel lint format clean
+.PHONY: help train test test-slow test-nightly test-all bench build wheel lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,10 +32,13 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 	python -m consistency_ops train $(ARGS)
 
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
-	python -m pytest -q -n $(MAX_JOBS) -m "not slow" $(ARGS)
+	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(LIBRARY)
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
+
+test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
+	python -m pytest -q -n $(MAX_JOBS) -m nightly $(ARGS)
 
 test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
 

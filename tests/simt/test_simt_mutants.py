@@ -12,7 +12,7 @@ import sys
 import pytest
 import simt_library as simt
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
 SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence)\(\);")
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
