@@ -1,6 +1,9 @@
 """Fixtures that every test file may use."""
 
+import os
 import random
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its waiting threads spin, and starve the tests that run beside
 
 import numpy as np
 import pytest
