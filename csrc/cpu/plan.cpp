@@ -103,6 +103,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));
     divide(layer, options, at);
+    at.runs.shrink_to_fit();
     plan.table_bytes += static_cast<int64_t>(at.runs.capacity() * sizeof(Run) + at.chunks.size() * sizeof(ChunkPlan));
     largest_layer = std::max(largest_layer, storage_of(at));
     for (const ChunkPlan& chunk : at.chunks) {
@@ -129,22 +130,20 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       const int64_t panels =
           layer.chunks[end - 1].first_panel + layer.chunks[end - 1].panels - layer.chunks[begin].first_panel;
       plan.packed_elements = std::max(plan.packed_elements, panels * kPanel * kPackedPitch);
-      plan.tasks.push_back({Phase::kCovariance, static_cast<int32_t>(l), begin, end, wave_ticket, 0});
+      plan.tasks.emplace_back(Phase::kCovariance, l, begin, end, wave_ticket, 0);
     }
   };
   auto add_factor = [&](int64_t l, int64_t parts, int64_t wave_ticket) {
     for (size_t c = 0; c < plan.layers[l].chunks.size(); ++c) {
       const auto chunk = static_cast<int64_t>(c);
-      plan.tasks.push_back(
-          {Phase::kFactor, static_cast<int32_t>(l), chunk, chunk + 1, wave_ticket, static_cast<int32_t>(parts)});
+      plan.tasks.emplace_back(Phase::kFactor, l, chunk, chunk + 1, wave_ticket, parts);
     }
   };
   auto add_apply = [&](int64_t l, int64_t wave_ticket) {
     const LayerPlan& layer = plan.layers[l];
     for (int64_t o = 0; o < layers[l].outputs; o += layer.outputs_per_task) {
-      plan.tasks.push_back({Phase::kApply, static_cast<int32_t>(l), o,
-                            std::min(layers[l].outputs, o + layer.outputs_per_task), wave_ticket,
-                            static_cast<int32_t>(layer.chunks.size())});
+      plan.tasks.emplace_back(Phase::kApply, l, o, std::min(layers[l].outputs, o + layer.outputs_per_task), wave_ticket,
+                              layer.chunks.size());
     }
   };
 

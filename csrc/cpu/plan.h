@@ -46,10 +46,18 @@ struct LayerPlan {
 enum class Phase : int8_t { kCovariance, kFactor, kApply };
 
 struct Task {
+  Task(Phase of_phase, int64_t of_layer, int64_t first, int64_t last, int64_t ticket, int64_t tasks)
+      : phase(of_phase),
+        layer(static_cast<int32_t>(of_layer)),
+        begin(static_cast<int32_t>(first)),
+        end(static_cast<int32_t>(last)),
+        wait_ticket(static_cast<int32_t>(ticket)),
+        wait_in_phase(static_cast<int32_t>(tasks)) {}
+
   Phase phase;
   int32_t layer;
-  int64_t begin, end;     // chunks, or outputs when applying
-  int64_t wait_ticket;    // all tasks before this ticket must have finished, and
+  int32_t begin, end;     // chunks, or outputs when applying
+  int32_t wait_ticket;    // all tasks before this ticket must have finished, and
   int32_t wait_in_phase;  // so many tasks of the layer's previous phase
 };
 

@@ -445,7 +445,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   if (options.stages == (kStageCovariance | kStageApply)) return false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
-    if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
+    if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0 || layer.outputs >= INT32_MAX) return false;
     if (layer.group < 1 || layer.group > options.chunk) return false;
     for (int64_t size : layer.x_row_size) {
       if (size < 0) return false;
