@@ -59,14 +59,14 @@ def check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> No
         raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
 
 
-def check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None) -> int:
-    """Shapes of one layer; returns the number of convolution groups."""
+def check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None) -> None:
+    """Types and shapes of one layer."""
     check_tensor(op, "grad", grad)
     check_tensor(op, "inputs", inputs)
     if not 2 <= grad.dim() <= 5:
         raise ValueError(f"{op}: grad must have 2 to 5 dimensions, got shape {tuple(grad.shape)}")
     if grad.dim() == 2:
-        fits, groups = inputs.dim() >= 1 and inputs.shape[-1] == grad.shape[1], 1
+        fits = inputs.dim() >= 1 and inputs.shape[-1] == grad.shape[1]
     else:
         fits = inputs.dim() in (2, grad.dim())
         units = inputs.shape[1] if fits else 0
@@ -84,7 +84,6 @@ def check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None)
             raise ValueError(
                 f"{op}: bias_grad must be ({grad.shape[0]},) for grad {tuple(grad.shape)}, got {tuple(bias_grad.shape)}"
             )
-    return groups
 
 
 def check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/strided.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -40,15 +42,6 @@ float widen(Float16 x) {
   std::memcpy(&bits, &finite, sizeof bits);
   if (magnitude >= 0x0F800000u) bits = magnitude | 0x7F800000u;
   return from_bits(bits | uint32_t{x.bits & 0x8000u} << 16);
-}
-
-int64_t offset_of(const CaptureProblem& p, int64_t row) {
-  int64_t offset = 0;
-  for (int i = kMaxCaptureDims - 1; i >= 0; --i) {
-    offset += row % p.row_size[i] * p.row_stride[i];
-    row /= p.row_size[i];
-  }
-  return offset;
 }
 
 struct Copy {
@@ -94,7 +87,10 @@ void run_task(void* argument, int64_t task) {
   int64_t offset[kTile];
   for (int64_t row = task * copy.task_rows; row < end; row += kTile) {
     const int64_t count = std::min(kTile, end - row);
-    for (int64_t r = 0; r < count; ++r) offset[r] = offset_of(p, copy.first + (row + r) * copy.stride);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t taken = copy.first + (row + r) * copy.stride;
+      offset[r] = cpu::offset_of(p.row_size, p.row_stride, kMaxCaptureDims, taken);
+    }
     copy_tile<From, To>(p, offset, count, to + row * p.units);
   }
 }

@@ -26,6 +26,7 @@
 #include <type_traits>
 
 #include "cpu/plan.h"
+#include "cpu/strided.h"
 
 namespace consistency_ops {
 
@@ -47,18 +48,6 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 Bytes allocate(int64_t bytes) {
   return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
-}
-
-// Offset of the index-th row.  Most problems have one row dimension, and divisions cost more than moving a short row.
-int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, int64_t index) {
-  int64_t offset = 0;
-  for (int i = dims - 1; i > 0; --i) {
-    if (index < size[i]) return offset + index * stride[i];
-    const int64_t outer = index / size[i];
-    offset += (index - outer * size[i]) * stride[i];
-    index = outer;
-  }
-  return offset + index * stride[0];
 }
 
 // The moment of one chunk as seen by the trace: the units whose second moment is finite.
