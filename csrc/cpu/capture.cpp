@@ -19,30 +19,7 @@ constexpr int64_t kTile = 64;               // rows of a tile: its offsets fit o
 constexpr int64_t kTaskBytes = 512 * 1024;  // below this, waking a thread costs more than it saves
 constexpr uint32_t kThinningPurpose = 16;   // random.h uses 0 to 2
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float widen(float x) { return x; }
-float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
-// Moving the exponent by a product with 2^112 also normalises the subnormals of half.
-float widen(Float16 x) {
-  const uint32_t magnitude = uint32_t{x.bits & 0x7FFFu} << 13;
-  const float finite = from_bits(magnitude) * 5.192296858534828e33f;
-  uint32_t bits;
-  std::memcpy(&bits, &finite, sizeof bits);
-  if (magnitude >= 0x0F800000u) bits = magnitude | 0x7F800000u;
-  return from_bits(bits | uint32_t{x.bits & 0x8000u} << 16);
-}
+#include "cpu/convert.inl"
 
 struct Copy {
   const CaptureProblem* problem;
