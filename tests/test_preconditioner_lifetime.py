@@ -1,0 +1,115 @@
+"""The model and the optimizer stay what they were, and nothing outlives its owner."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from training import (
+    assert_equal,
+    backward,
+    data,
+    hooks_of,
+    mlp,
+    train,
+)
+
+from consistency_ops.preconditioner import Preconditioner
+
+
+def test_model_gets_no_buffers_and_gradients_keep_their_place():
+    model = mlp()
+    keys = set(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Preconditioner(model, optimizer, decay=0.5)
+    backward(model, *data())
+    addresses = [p.grad.data_ptr() for p in model.parameters()]
+    optimizer.step()
+    assert set(model.state_dict()) == keys and not list(model.buffers())
+    assert [p.grad.data_ptr() for p in model.parameters()] == addresses
+
+
+def test_deepcopy_neither_copies_nor_feeds_the_preconditioner():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    average = copy.deepcopy(model)
+    backward(average, *data())
+    assert [int(layer.capture.count) for layer in pre.layers] == [0, 0, 0]
+    assert not any(isinstance(t, torch.Tensor) and t.numel() > 10_000 for t in gc.get_referents(*average.modules()))
+    backward(model, *data())
+    optimizer.step()
+    assert pre.stats()["layers"] == 3
+    with pytest.raises(TypeError, match="must be constructed anew for a copied model"):
+        copy.deepcopy(pre)
+
+
+def test_torch_save_of_the_whole_model():
+    model = mlp()
+    pre = Preconditioner(model)
+    plain = io.BytesIO()
+    torch.save(mlp(), plain)
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() < plain.tell() + 4096
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    x, y = data()
+    assert torch.equal(loaded(x), model(x))
+    backward(loaded, x, y)
+    assert [int(layer.capture.count) for layer in pre.layers] == [40, 40, 40]  # of model(x) alone
+
+
+def test_remove_leaves_no_trace():
+    model, twin = mlp(), mlp()
+    optimizer, plain = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, twin))
+    before = hooks_of(model, optimizer)
+    pre = Preconditioner(model, optimizer, decay=0.9)
+    train(model, optimizer, 2)
+    pre.remove()
+    assert hooks_of(model, optimizer) == before
+    twin.load_state_dict(model.state_dict())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in optimizer.state.values())
+    assert train(model, optimizer, 3) == train(twin, plain, 3)
+    assert_equal(model.parameters(), twin.parameters())
+
+
+def test_a_forgotten_preconditioner_takes_its_hooks_along():
+    model = mlp()
+    pre = Preconditioner(model)
+    before = hooks_of(model, torch.optim.SGD(model.parameters()))[0]
+    assert sum(before) > 0
+    del pre
+    gc.collect()
+    assert sum(hooks_of(model, torch.optim.SGD(model.parameters()))[0]) == 0
+
+
+def test_the_model_is_not_kept_alive():
+    model = mlp()
+    pre = Preconditioner(model)
+    backward(model, *data())
+    pre.step()
+    reference_to_model = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert reference_to_model() is None and "gone" in pre.summary()
+    pre.step()
+
+
+def test_no_memory_growth():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    Preconditioner(model, optimizer, decay=0.9, every=2)
+    train(model, optimizer, 4)
+
+    def tensors():
+        gc.collect()
+        return sum(type(o) in (torch.Tensor, nn.Parameter) for o in gc.get_objects())
+
+    before = tensors()
+    train(model, optimizer, 20)
+    assert tensors() <= before

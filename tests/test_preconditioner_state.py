@@ -1,0 +1,219 @@
+"""Averages and reused inverses; saving, resuming, loading what others saved."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as checkpoint_io
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from training import (
+    OPTIMIZERS,
+    assert_equal,
+    backward,
+    data,
+    gradients,
+    mlp,
+    train,
+)
+
+from consistency_ops.preconditioner import Preconditioner
+
+
+def test_every_reuses_the_inverse_and_captures_nothing_between():
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model, every=3, chunk=8)
+    changes = []
+    for step in range(7):
+        model.zero_grad()
+        backward(model, x * (1 + step), y)
+        captured = int(pre.layers[0].capture.count)
+        assert captured == (40 if step % 3 == 0 else 0)
+        grad = model[0].weight.grad.clone()
+        pre.step()
+        inverse = pre.state_dict()["layers"]["0"]["inverse"]
+        changes.append(inverse)
+        assert not torch.equal(grad, model[0].weight.grad)
+    assert torch.equal(changes[0], changes[2]) and torch.equal(changes[3], changes[5])
+    assert not torch.equal(changes[2], changes[3]) and not torch.equal(changes[5], changes[6])
+
+
+def test_every_first_step_equals_the_one_launch():
+    a, b = mlp().double(), mlp().double()
+    x, y = data()
+    for model, every in ((a, 1), (b, 2)):
+        pre = Preconditioner(model, every=every, chunk=8)
+        backward(model, x.double(), y)
+        pre.step()
+    for p, q in zip(gradients(a), gradients(b), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_decay_is_a_bias_corrected_average():
+    layer = nn.Linear(6, 4, bias=False).double()
+    pre = Preconditioner(layer, decay=0.7, damping=0.1, scaling="absolute", chunk=256)
+    average, weight = torch.zeros(6, 6).double(), 0.0
+    for _ in range(4):
+        x = torch.randn(20, 6).double()
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        grad = layer.weight.grad.clone()
+        pre.step()
+        average, weight = 0.7 * average + 0.3 * x.T @ x / 20, 0.7 * weight + 0.3
+        expected = grad @ torch.linalg.inv(average / weight + 0.1 * torch.eye(6).double())
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["input", "gradient", "no rows"])
+def test_bad_steps_do_not_enter_the_average(where):
+    layer = nn.Linear(6, 4)
+    pre = Preconditioner(layer, decay=0.5)
+
+    def step(bad):
+        layer.zero_grad()
+        layer.eval() if bad and where == "no rows" else layer.train()
+        layer(torch.randn(20, 6)).square().sum().backward()
+        if bad and where == "input":
+            pre.layers[0].capture.rows[2, 1] = math.inf
+        if bad and where == "gradient":
+            layer.weight.grad[1, 2] = math.nan
+        pre.step()
+        state = pre.state_dict()["layers"][""]
+        return state["covariance"].clone(), state["weight"].clone()
+
+    step(bad=True)
+    assert pre.state_dict()["layers"][""]["weight"] == 0
+    before = step(bad=False)
+    after = step(bad=True)
+    assert_equal(before, after)
+    assert layer.weight.grad.isfinite().sum() == (23 if where == "gradient" else 24)
+    assert not torch.equal(step(bad=False)[0], after[0])
+
+
+RESUME = [{}, dict(every=3), dict(decay=0.9), dict(decay=0.9, every=2), dict(max_rows=16)]
+
+
+@pytest.mark.parametrize("options", RESUME, ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_resume_is_bitwise(options, name):
+    def start(seed):
+        model = mlp(seed)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        Preconditioner(model, optimizer, chunk=8, seed=4, **options)
+        return model, optimizer
+
+    model, optimizer = start(0)
+    train(model, optimizer, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, 5, first=4)
+
+    resumed, other = start(9)
+    train(resumed, other, 2)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, 5, first=4)
+    assert_equal(model.parameters(), resumed.parameters())
+
+
+@pytest.mark.parametrize("options", RESUME, ids=str)
+def test_resume_without_an_optimizer(options):
+    def steps(model, pre, first, count):
+        for step in range(first, first + count):
+            model.zero_grad()
+            backward(model, *data(seed=step))
+            pre.step()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+
+    model = mlp()
+    pre = Preconditioner(model, chunk=8, **options)
+    steps(model, pre, 0, 4)
+    weights, state = copy.deepcopy(model.state_dict()), pickle.loads(pickle.dumps(pre.state_dict()))
+    steps(model, pre, 4, 3)
+    resumed = mlp(3)
+    again = Preconditioner(resumed, chunk=8, **options)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    steps(resumed, again, 4, 3)
+    assert_equal(model.parameters(), resumed.parameters())
+
+
+@pytest.mark.parametrize("options", RESUME, ids=str)
+@pytest.mark.parametrize("name", ["plain SGD", "Adam"])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_distributed_checkpoint_keeps_the_state(options, name, tmp_path):
+    def start(seed):
+        model = mlp(seed)
+        model.add_module("norm", nn.LayerNorm(5))
+        optimizer = OPTIMIZERS[name](model.parameters()) if name == "Adam" else torch.optim.SGD(model.parameters(), 0.1)
+        Preconditioner(model, optimizer, chunk=8, **options)
+        return model, optimizer
+
+    model, optimizer = start(0)
+    train(model, optimizer, 4)
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint_io.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+    train(model, optimizer, 3, first=4)
+
+    resumed, other = start(9)
+    weights, state = get_state_dict(resumed, other)
+    saved = {"model": weights, "optimizer": state}
+    checkpoint_io.load(saved, checkpoint_id=tmp_path)
+    set_state_dict(resumed, other, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    train(resumed, other, 3, first=4)
+    assert_equal(model.parameters(), resumed.parameters())
+
+
+def test_state_by_name_beside_an_optimizer():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    pre = Preconditioner(model, optimizer, decay=0.9)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(pre.state_dict())
+    train(model, optimizer, 2)
+    pre.load_state_dict(saved)
+    assert pre.steps == 2
+    assert torch.equal(saved["layers"]["0"]["covariance"], optimizer.state[model[0].weight]["consistency_covariance"])
+    fresh = mlp()
+    pre = Preconditioner(fresh, torch.optim.Adam(fresh.parameters()), decay=0.9)
+    with pytest.raises(RuntimeError, match="the optimizer must have its state first, got none"):
+        pre.load_state_dict(saved)
+
+
+def test_loading_foreign_state_is_refused():
+    pre = Preconditioner(mlp())
+    with pytest.raises(ValueError, match="state_dict version must be 1, got 7"):
+        pre.load_state_dict({"version": 7, "layers": {}})
+    with pytest.raises(ValueError, match=r"got \['other'\]"):
+        pre.load_state_dict({"version": 1, "step": 1, "layers": {"other": {}}})
+
+
+def test_state_stays_float32_beside_half_precision_weights():
+    model, (x, y) = mlp().bfloat16(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Preconditioner(model, optimizer, decay=0.9)
+    backward(model, x.bfloat16(), y)
+    optimizer.step()
+    before = optimizer.state[model[0].weight]["consistency_covariance"].clone()
+    optimizer.load_state_dict(optimizer.state_dict())
+    after = optimizer.state[model[0].weight]["consistency_covariance"]
+    assert after.dtype == torch.float32 and torch.equal(before, after)
+
+
+def test_loading_a_state_saved_without_a_preconditioner():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    pre = Preconditioner(model, optimizer, decay=0.9)
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(saved)
+    assert pre.steps == 0
+    train(model, optimizer, 2)
