@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
-from consistency_ops.nn import BatchRMSNorm, Modulus
+from consistency_ops.nn import BatchRMSNorm, Modulus, deep_mlp
+from consistency_ops.nn.activations import GAINS
+from consistency_ops.nn.builders import initialise
 
 MODELS = ("mlp", "deep-mlp", "convnet")
 ACTIVATIONS = ("relu", "modulus")
@@ -39,23 +40,16 @@ def build(
     standard deviation of all weights (the paper: 0.01), or ``"he"``: sqrt(2 / fan-in) for ReLU, sqrt(1 / fan-in) for
     the modulus, which keeps the mean square of its input. Biases start at 0. The same ``seed`` gives the same weights.
     """
+    if name != "convnet":
+        depth = 2 if name == "mlp" else 1 + DEEP_BLOCKS
+        options = dict(activation=activation, normalization=normalization, init=init, seed=seed)
+        return deep_mlp(math.prod(shape), classes, width=WIDTH, depth=depth, **options)
     act = {"relu": nn.ReLU, "modulus": Modulus}[activation]
 
     def norm(channels: int) -> list[nn.Module]:
         return [BatchRMSNorm(channels)] if normalization == "rms" else []
 
-    layers: list[nn.Module]
-    if name == "convnet":
-        layers = _convnet(shape, classes, act, norm)
-    else:
-        hidden = 2 if name == "mlp" else 1 + DEEP_BLOCKS
-        layers = [nn.Flatten(), nn.Linear(math.prod(shape), WIDTH), act()]
-        for _ in range(hidden - 1):
-            layers += [*norm(WIDTH), nn.Linear(WIDTH, WIDTH), act()]
-        layers += [*norm(WIDTH), nn.Linear(WIDTH, classes)]
-    model = nn.Sequential(*layers)
-    _initialise(model, init, 2.0 if activation == "relu" else 1.0, seed)
-    return model
+    return initialise(nn.Sequential(*_convnet(shape, classes, act, norm)), init, GAINS[activation], seed)
 
 
 def _convnet(shape: tuple[int, int, int], classes: int, act: type[nn.Module], norm) -> list[nn.Module]:
@@ -72,16 +66,6 @@ def _convnet(shape: tuple[int, int, int], classes: int, act: type[nn.Module], no
     layers += [*norm(channels), nn.Conv2d(channels, 64, (height, width)), act()]
     layers += [*norm(64), nn.Conv2d(64, classes, 1), nn.Flatten()]
     return layers
-
-
-@torch.no_grad()
-def _initialise(model: nn.Module, init: float | str, gain: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            std = math.sqrt(gain / layer.weight[0].numel()) if init == "he" else float(init)
-            layer.weight.normal_(0.0, std, generator=generator)
-            layer.bias.zero_()
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,0 +1,31 @@
+"""The activations that networks here are built with, by name, and how steep they are."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from consistency_ops.nn.modulus import Modulus
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "modulus": Modulus,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "softsign": nn.Softsign,
+    "sigmoid": nn.Sigmoid,
+    "identity": nn.Identity,
+}
+
+# Largest absolute derivative: the Lipschitz constant.
+SLOPES = {"modulus": 1.0, "relu": 1.0, "tanh": 1.0, "softsign": 1.0, "sigmoid": 0.25, "identity": 1.0}
+
+# Gain of the weights that keeps the mean square of a signal; ReLU loses half of it.
+GAINS = {name: math.sqrt(2.0) if name == "relu" else 1.0 for name in ACTIVATIONS}
+
+
+def make_activation(owner: str, name: str) -> nn.Module:
+    """A new module of this name; ``owner`` is named in the error."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{owner}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]()

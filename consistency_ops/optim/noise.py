@@ -1,0 +1,167 @@
+"""Noise in gradients and residuals: a residual that is perturbed cannot stay in the kernel of the adjoint.
+
+Section "noise injection" of arXiv 1708.00631, which found it promising but not always successful.  The paper gives no
+formula; the schedule is that of the work it cites (Neelakantan et al. 2015, arXiv 1511.06807).  Off unless constructed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+from torch.optim import Optimizer
+
+_STEP = "gradient_noise_step"
+
+
+class GradientNoise:
+    """Adds N(0, s_t^2) to every gradient before each step, s_t^2 = eta / (1 + t)^gamma, t = 0, 1, ...
+
+    One line after the optimizer::
+
+        optimizer = co.optim.SGD2(model, lr=1.0)
+        noise = co.optim.GradientNoise(optimizer, eta=0.01)
+
+    The noise comes before the correction of a :class:`consistency_ops.Preconditioner` on the same optimizer, whenever
+    that was attached, so that the correction shapes it; and after gradient clipping and unscaling.  It is a function of
+    ``seed``, t and the order of the parameters alone: the same on every rank, and no random state of torch is touched.
+    t is kept in ``optimizer.param_groups[0]``: checkpoints and ``select_learning_rate`` restore it.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; it keeps this object alive.
+        eta: variance at t = 0, >= 0; 0.01, 0.3 and 1 in the cited work.
+        gamma: >= 0.
+        seed: in [0, 2^32).
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer.
+        ValueError: an argument out of range.
+        RuntimeError: from the optimizer's step, when a gradient is sparse.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, gamma: float = 0.55, seed: int = 0) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"GradientNoise: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        for name, value in (("eta", eta), ("gamma", gamma)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"GradientNoise: {name} must be at least 0 and finite, got {value}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"GradientNoise: seed must be in [0, 2^32), got {seed}")
+        self.eta, self.gamma, self.seed = eta, gamma, seed
+        before = optimizer.register_step_pre_hook(self._before_step)
+        # Ahead of the hook of a preconditioner that is there already.
+        optimizer._optimizer_step_pre_hooks.move_to_end(before.id, last=False)
+        self._handles = [before, optimizer.register_step_post_hook(self._after_step)]
+
+    def std(self, step: int) -> float:
+        """s_t at t = ``step``."""
+        return math.sqrt(self.eta / (1 + step) ** self.gamma)
+
+    def remove(self) -> None:
+        """Add no more noise."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add(optimizer)
+            return None
+
+        def noisy() -> Any:
+            loss = closure()
+            self._add(optimizer)
+            return loss
+
+        return ((*args[:1], *args[2:]), {**kwargs, "closure": noisy})
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        group = optimizer.param_groups[0]
+        group[_STEP] = group.get(_STEP, 0) + 1
+
+    @torch.no_grad()
+    def _add(self, optimizer: Optimizer) -> None:
+        step = optimizer.param_groups[0].get(_STEP, 0)
+        generators: dict[torch.device, torch.Generator] = {}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"GradientNoise: gradients must be dense, got layout {grad.layout}")
+            if grad.device not in generators:
+                generators[grad.device] = torch.Generator(grad.device).manual_seed(self.seed << 31 | step)
+            noise = torch.empty_like(grad).normal_(0.0, 1.0, generator=generators[grad.device])
+            grad.add_(noise, alpha=self.std(step))
+
+
+class ResidualNoise:
+    """Adds noise to the residuals, the gradients at the outputs of layers: R <- R + scale rms(R) N(0, 1).
+
+    In backward, before the residual reaches the layer's weights and the layers below; forward is unchanged, and
+    evaluation too.  rms is over the whole tensor, so a residual of zeros stays zero.  The random numbers are torch's
+    own, as those of dropout are. ::
+
+        noise = co.optim.ResidualNoise(model, scale=1e-2, layers=["3", nn.Conv2d])
+
+    Args:
+        model: the network; forward hooks are put on the layers.
+        scale: >= 0, about 1e-2.
+        layers: module names, ``fnmatch`` patterns of names, or module types, whose output is one tensor.
+
+    Raises:
+        ValueError: ``scale`` out of range, or no layer that is meant.
+        TypeError: from forward, when a layer's output is not a tensor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scale: float = 1e-2,
+        layers: str | type | Iterable[str | type] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    ) -> None:
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"ResidualNoise: scale must be at least 0 and finite, got {scale}")
+        self.scale = scale
+        wanted = (layers,) if isinstance(layers, str | type) else tuple(layers)
+        meant = [module for name, module in model.named_modules() if _is_meant(name, module, wanted)]
+        if not meant:
+            raise ValueError(f"ResidualNoise: layers must name modules of the model, got {wanted}")
+        self._handles = [module.register_forward_hook(self._after_forward) for module in meant]
+
+    def remove(self) -> None:
+        """Add no more noise."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"ResidualNoise: outputs must be a Tensor, got {type(output).__name__}")
+        if not (module.training and output.requires_grad and torch.is_grad_enabled()):
+            return output
+        return _NoisyBackward.apply(output, self.scale)
+
+
+def _is_meant(name: str, module: nn.Module, wanted: tuple[str | type, ...]) -> bool:
+    return any(isinstance(module, w) if isinstance(w, type) else fnmatchcase(name, w) for w in wanted)
+
+
+class _NoisyBackward(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        rms = grad.float().square().mean().sqrt().to(grad.dtype)
+        return grad + ctx.scale * rms * torch.randn_like(grad), None
