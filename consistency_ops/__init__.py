@@ -1,7 +1,7 @@
 """Second-order training at first-order cost: the system of arXiv 1708.00631 as fused kernels for PyTorch."""
 
 # _library comes first: it says in one sentence what is missing.
-from consistency_ops import _library, layers, nn, optim
+from consistency_ops import _library, analysis, layers, nn, optim
 from consistency_ops._build import build_info, cmake_prefix_path, include_dir
 from consistency_ops.ops import (
     batch_rms_norm,
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Preconditioner",
+    "analysis",
     "batch_rms_norm",
     "build_info",
     "chunked_covariance",

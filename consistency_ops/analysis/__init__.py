@@ -1,0 +1,7 @@
+"""See what a network suffers from: recorders and certificates of the literature that the method comes from."""
+
+from .activation_statistics import activation_statistics
+from .gradient_energy import gradient_energy
+from .recorder import Recorder
+
+__all__ = ["Recorder", "activation_statistics", "gradient_energy"]

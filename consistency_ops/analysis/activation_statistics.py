@@ -1,0 +1,216 @@
+"""Glorot and Bengio's monitors: what activations and gradients look like, layer by layer, over time (AISTATS 2010)."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .recorder import Layers, Point, Recorder, signalling
+from .results import COLOURS, Result, figure, over_layers
+from .saturation import saturated
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BINS = 64  # between -RANGE and RANGE times the root mean square; two more for what lies outside
+RANGE = 4.0
+_SAMPLES = 16_384  # values of a layer that quantile and histogram use
+
+
+@dataclass(frozen=True)
+class Histogram(Result):
+    """Relative frequencies of values divided by their root mean square; the first and last bin are open."""
+
+    edges: list[float]  # inner edges in units of the root mean square, from -4 to 4
+    frequencies: list[list[float]]  # one list a point, len(edges) + 1 entries
+
+
+@dataclass(frozen=True)
+class LayerStatistics(Result):
+    """One layer; one entry a point; NaN where something was not recorded or has no meaning for this layer."""
+
+    name: str
+    kind: str
+    mean: list[float]
+    std: list[float]
+    rms: list[float]
+    percentile: list[float]  # 98th of the values
+    saturation: list[float]  # share of values at which the activation's slope is below 5 % of its largest
+    dead: list[float]  # share of units that were 0 for every sample of the point
+    gradient_mean: list[float]
+    gradient_std: list[float]
+    gradient_rms: list[float]
+    histogram: Histogram
+    gradient_histogram: Histogram
+
+
+@dataclass(frozen=True)
+class ActivationStatistics(Result):
+    """Layers in the order of their first call. ``jacobian``: mean singular value of d z_{i+1} / d z_i at each probe."""
+
+    steps: list[int]
+    layers: list[LayerStatistics]
+    jacobian: list[dict[str, float]] = field(default_factory=list)
+
+    def plot(self) -> Figure:
+        """Standard deviation of activations and of gradients, and the saturated share, against the layers."""
+        made, axes = figure(3, width=4.6)
+        names = [layer.name for layer in self.layers]
+        ends = {0: "first point", -1: "last point"} if len(self.steps) > 1 else {-1: "at this point"}
+        panels = (("std", "activations, standard deviation"), ("gradient_std", "gradients, standard deviation"))
+        for axis, (key, title) in zip(axes, panels, strict=False):
+            for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
+                axis.plot([getattr(layer, key)[i] for layer in self.layers], color=colour, marker=".", label=label)
+            axis.set_yscale("log")
+            axis.set_title(title, fontsize=10)
+        for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
+            axes[2].plot([layer.saturation[i] for layer in self.layers], color=colour, marker="o", ls="", label=label)
+        axes[2].set_ylim(-0.03, 1.03)
+        axes[2].set_title("saturated share", fontsize=10)
+        for axis in axes:
+            over_layers(axis, names)
+        axes[0].legend(fontsize=8, frameon=False)
+        return made
+
+
+def _moments(x: Tensor) -> Tensor:
+    """(sum, sum of squares), float64."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return torch.stack([x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)])
+
+
+def _sample(x: Tensor) -> Tensor:
+    """At most _SAMPLES values, evenly spread; float32 at least."""
+    flat = x.reshape(-1)[:: max(1, math.ceil(x.numel() / _SAMPLES))]
+    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+
+
+def _histogram(values: Tensor, edges: Tensor) -> Tensor:
+    """Counts of ``values / rms`` between ``edges``, without waiting for the device."""
+    rms = values.square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
+    bins = torch.bucketize(values / rms, edges.to(values), right=True)
+    counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=values.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+
+
+def _alive(output: Tensor) -> Tensor:
+    """Units that were not 0 for every sample; a unit is a channel of (N, C, H, W, ...), else the last dimension."""
+    units = 1 if output.dim() > 3 else output.dim() - 1
+    return (output != 0).movedim(units, -1).reshape(-1, output.shape[units]).any(0)
+
+
+def _mean_std_rms(pair: tuple[Tensor, int] | None) -> tuple[float, float, float]:
+    if pair is None:
+        return (math.nan,) * 3
+    mean, square = (pair[0] / pair[1]).tolist()
+    return mean, math.sqrt(max(0.0, square - mean * mean)), math.sqrt(square)
+
+
+def _dead(sums: dict[str, Tensor]) -> float:
+    alive = [value for name, value in sums.items() if name.startswith("alive")]
+    return 1 - float(torch.cat(alive).double().mean()) if alive else math.nan
+
+
+class ActivationRecorder(Recorder):
+    """Returned by :func:`activation_statistics`."""
+
+    what = "activation_statistics"
+
+    def __init__(self, model: nn.Module, layers: Layers, every: int, average: int) -> None:
+        super().__init__(model, layers, every, average, signalling)
+        self._model = weakref.ref(model)
+        self._edges = torch.linspace(-RANGE, RANGE, BINS + 1)
+        self._probes: list[dict[str, float]] = []
+
+    def clear(self) -> None:
+        super().clear()
+        self._probes.clear()
+
+    def probe(self, *inputs: Tensor, samples: int = 8) -> dict[str, float]:
+        """Mean singular value of d z_{i+1} / d z_i of every pair of recorded layers at ``inputs``; kept as a probe.
+
+        Glorot and Bengio's equation 17, near 0.8 in a healthy tanh network; see
+        :func:`~consistency_ops.analysis.propagation`, which computes it. Costs passes of the model; it is unchanged.
+        """
+        from .propagation import propagation
+
+        model = self._model()
+        if model is None:
+            raise RuntimeError("activation_statistics: probe: the model no longer exists")
+        self.paused = True
+        try:
+            found = propagation(model, *inputs, layers=self.names, to="next", samples=samples)
+        finally:
+            self.paused = False
+        self._probes.append({block.start: block.mean_singular_value for block in found.blocks})
+        return self._probes[-1]
+
+    def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
+        if not output.numel():
+            return
+        point.add(index, "moments", _moments(output), output.numel())
+        flat = _sample(output)
+        point.add(index, "percentile", flat.kthvalue(math.ceil(0.98 * len(flat))).values.double())
+        point.add(index, "histogram", _histogram(flat, self._edges))
+        blocked = saturated(module, x, output)
+        if blocked is not None:
+            point.add(index, "saturation", blocked.sum(dtype=torch.float64), output.numel())
+        if output.dim() > 1:
+            alive = _alive(output)
+            point.add(index, f"alive {len(alive)}", alive)  # a shared module may see several widths
+
+    def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
+        if gradient.numel():
+            point.add(index, "gradient_moments", _moments(gradient), gradient.numel())
+            point.add(index, "gradient_histogram", _histogram(_sample(gradient), self._edges))
+
+    def _layer(self, i: int) -> LayerStatistics:
+        columns: dict[str, list[float]] = {}
+        for prefix in ("", "gradient_"):
+            rows = [_mean_std_rms(pair) for pair in self._series(i, f"{prefix}moments")]
+            for name, column in zip(("mean", "std", "rms"), zip(*rows, strict=True), strict=True):
+                columns[prefix + name] = list(column)
+        for name in ("percentile", "saturation"):
+            columns[name] = [math.nan if pair is None else pair[0].item() / pair[1] for pair in self._series(i, name)]
+        columns["dead"] = [_dead(point.sums[i]) for point in self.points]
+        histograms = {
+            name: Histogram(
+                self._edges.tolist(),
+                [[] if pair is None else (pair[0] / pair[0].sum()).tolist() for pair in self._series(i, name)],
+            )
+            for name in ("histogram", "gradient_histogram")
+        }
+        return LayerStatistics(self.names[i], self.kinds[i], **columns, **histograms)
+
+    def result(self) -> ActivationStatistics:
+        layers = [self._layer(i) for i in self._seen()]
+        return ActivationStatistics([point.step for point in self.points], layers, list(self._probes))
+
+
+def activation_statistics(
+    model: nn.Module, *, layers: Layers = None, every: int = 1, average: int = 1
+) -> ActivationRecorder:
+    """Attach a recorder of mean, standard deviation, 98th percentile, saturation and histogram of every layer's output,
+    and of the gradient that arrives there (Glorot and Bengio, AISTATS 2010; METHOD section 6).
+
+    Nothing waits for the device until ``result()``. Quantile and histogram use at most 16 384 values of a layer, evenly
+    spread, and several passes pooled into a point average their quantiles; all else is exact.
+
+    Args:
+        model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default every module without
+            children, except for dropout, pooling and reshaping.
+
+    Example::
+
+        monitor = co.analysis.activation_statistics(model, every=100)
+        train(model)
+        monitor.probe(inputs)                 # mean singular values of the layers' Jacobians, when wanted
+        monitor.result().plot().savefig("activations.png")
+        monitor.detach()
+    """
+    return ActivationRecorder(model, layers, every, average)

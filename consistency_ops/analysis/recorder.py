@@ -1,0 +1,230 @@
+"""The recorder that all monitors share: hooks on the chosen layers of any model, attached by one line.
+
+A recorded forward pass, and the backward pass that belongs to it, make a *point*. Between recorded passes a hook is one
+Python call. Gradients are taken by hooks on the outputs, not by full backward hooks: those refuse in-place activations.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from consistency_ops.layers import layer_type
+
+Layers = Sequence[str | type[nn.Module]] | None
+
+# Modules without a signal of their own: they pass on, reshape, select or compare what others made.
+_QUIET = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.loss._Loss,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+
+
+def weighted(module: nn.Module) -> bool:
+    """Whether the module is linear in its input: Linear, Conv and what ``consistency_ops.layers`` registered."""
+    return layer_type(module) is not None
+
+
+def signalling(module: nn.Module) -> bool:
+    """Whether the module has no children and makes a signal worth watching."""
+    return not any(True for _ in module.children()) and not isinstance(module, _QUIET)
+
+
+def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The layers to measure: those that match a name pattern or a type of ``layers``, or those of the default rule."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
+    named = {name or "model": module for name, module in model.named_modules()}
+    if layers is None:
+        found = {name: module for name, module in named.items() if default(module)}
+        if not found:
+            raise ValueError(f"{what}: the model has no layer to measure by default; name some with layers=")
+        return found
+    if isinstance(layers, str | type):
+        layers = (layers,)
+    found = {}
+    for rule in layers:
+        by_type = isinstance(rule, type)
+        fits = {n: m for n, m in named.items() if (isinstance(m, rule) if by_type else fnmatchcase(n, rule))}
+        if not fits:
+            raise ValueError(f"{what}: layers: {rule!r} matches no module of the model")
+        found |= fits
+    return {name: module for name, module in named.items() if name in found}
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The floating tensor itself, or the first one in a tuple, list or dict of outputs; None if there is none."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return None
+    return next((t for v in value if (t := first_tensor(v)) is not None), None)
+
+
+class Point:
+    """What was recorded at one point, by layer and name: sums that stay on their device, and how much they sum."""
+
+    def __init__(self, step: int, layers: int) -> None:
+        self.step = step
+        self.forwards = 0
+        self.sums: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+        self.counts: list[dict[str, int]] = [{} for _ in range(layers)]
+
+    def add(self, layer: int, name: str, value: Tensor, count: int = 1) -> None:
+        sums, counts = self.sums[layer], self.counts[layer]
+        sums[name] = sums[name] + value if name in sums else value
+        counts[name] = counts.get(name, 0) + count
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a copied or unpickled model carries in place of a recorder's hook."""
+
+
+def _unpickle() -> Callable[..., None]:
+    return _nothing
+
+
+class _Hook:
+    """A hook that neither travels with a copy of the model nor keeps the recorder alive."""
+
+    def __init__(self, method: Callable[..., None], *args: Any) -> None:
+        self.method, self.args = weakref.WeakMethod(method), args
+
+    def __call__(self, *args: Any) -> None:
+        method = self.method()
+        if method is not None:
+            method(*self.args, *args)
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple:
+        return _unpickle, ()
+
+
+class Recorder:
+    """Base of the monitors. A subclass says what to keep of a layer's input and output, and of its output gradient.
+
+    Recorded are forward passes of ``model`` with gradients enabled, so a validation pass under ``torch.no_grad()`` does
+    not count, and neither do layers inside a reentrant activation checkpoint. ``paused = True`` stops recording for a
+    while. A layer that is called several times in a pass pools its calls. Keep the recorder: when it is collected,
+    or ``detach()`` is called, or its ``with`` block ends, the model is as before; the results stay.
+
+    Args:
+        model: any module; call it as a whole, uncompiled.
+        layers: name patterns (``"blocks.*.mlp"``) or module types; None: the monitor's default.
+        every: record every so many forward passes.
+        average: this many recorded passes are pooled into one point (for a mean over an epoch: its number of batches).
+    """
+
+    what = "recorder"
+
+    def __init__(
+        self, model: nn.Module, layers: Layers, every: int, average: int, default: Callable[[nn.Module], bool]
+    ) -> None:
+        for name, value in (("every", every), ("average", average)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{self.what}: {name} must be a whole number, at least 1, got {value!r}")
+        chosen = choose(self.what, model, layers, default)
+        self.names = list(chosen)
+        self.kinds = [type(module).__name__ for module in chosen.values()]
+        self.every, self.average = every, average
+        self.paused = False
+        self.forwards = 0
+        self.points: list[Point] = []
+        self._order: dict[int, None] = {}  # layers by their first call
+        self._recording = False
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self._begin), prepend=True)]
+        for index, module in enumerate(chosen.values()):
+            self._handles.append(module.register_forward_hook(_Hook(self._see, index), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_Hook(self._end), always_call=True))
+
+    def detach(self) -> None:
+        """Remove every hook; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._recording = False
+
+    def clear(self) -> None:
+        """Forget all points."""
+        self.points.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self._handles else "detached"
+        return f"{type(self).__name__}({len(self.names)} layers, {len(self.points)} points, {state})"
+
+    def _begin(self, *_: Any) -> None:
+        if self.paused or not torch.is_grad_enabled():
+            return
+        self._recording = self.forwards % self.every == 0
+        self.forwards += 1
+        if self._recording:
+            if not self.points or self.points[-1].forwards == self.average:
+                self.points.append(Point(self.forwards - 1, len(self.names)))
+            self.points[-1].forwards += 1
+
+    def _end(self, *_: Any) -> None:
+        self._recording = False
+
+    def _see(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        # A recomputation in backward (activation checkpointing) comes after the pass has ended, and does not count.
+        tensor = first_tensor(output)
+        if not self._recording or tensor is None or not torch.is_grad_enabled():
+            return
+        self._order[index] = None
+        point = self.points[-1]
+        with torch.no_grad():
+            self._forward(point, index, module, first_tensor((args, kwargs)), tensor.detach())
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self._take(point, index, gradient))
+
+    def _take(self, point: Point, index: int, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self._backward(point, index, gradient.detach())
+
+    def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
+        raise NotImplementedError
+
+    def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def _seen(self) -> list[int]:
+        """The layers that were called, in the order of their first call."""
+        if not self._order:
+            raise RuntimeError(
+                f"{self.what}: nothing was recorded; run the model, with gradients enabled, while the recorder is "
+                "attached"
+            )
+        return list(self._order)
+
+    def _series(self, layer: int, name: str) -> list[tuple[Tensor, int] | None]:
+        """(sum, count) at every point; None where nothing was recorded. Waits for the device."""
+        return [
+            (p.sums[layer][name].cpu(), p.counts[layer][name]) if name in p.sums[layer] else None for p in self.points
+        ]

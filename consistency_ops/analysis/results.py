@@ -1,0 +1,58 @@
+"""What the dataclasses of results share: plain Python out of them, and matplotlib only when a picture is wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
+
+def plain(value: Any) -> Any:
+    """Lists, dicts, numbers and strings only, as ``json.dumps(..., allow_nan=False)`` takes them; NaN and Inf: None."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Result:
+    """Base of the dataclasses that a monitor returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists and numbers; what is not finite becomes None."""
+        return plain(self)
+
+
+def figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A figure with one row of axes, without touching the user's matplotlib state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot() needs matplotlib; install it with: pip install matplotlib") from None
+    made = Figure(figsize=(width * columns, height), dpi=110, layout="constrained", facecolor="white")
+    axes = made.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(True, color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return made, list(axes)
+
+
+def over_layers(axis: Axes, names: list[str]) -> None:
+    """Layer names below, thinned out when there are many."""
+    step = -(-len(names) // 14)
+    axis.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
+    axis.set_xlim(-0.5, len(names) - 0.5)
