@@ -1,7 +1,8 @@
 """See what a network suffers from: recorders and certificates of the literature that the method comes from."""
 
 from .activation_statistics import activation_statistics
+from .conditioning import condition_number, conditioning
 from .gradient_energy import gradient_energy
 from .recorder import Recorder
 
-__all__ = ["Recorder", "activation_statistics", "gradient_energy"]
+__all__ = ["Recorder", "activation_statistics", "condition_number", "conditioning", "gradient_energy"]

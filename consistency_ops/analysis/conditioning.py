@@ -1,0 +1,255 @@
+"""Layer-wise conditioning: spectra of input and output-gradient second moments (Huang et al., ECCV 2020)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from consistency_ops.layers import layer_type
+
+from .recorder import Layers, Point, Recorder, weighted
+from .results import COLOURS, Result, figure, over_layers
+from .second_moment import SecondMoment, chunks_of, unit_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPECTRA = ("input", "normalised", "preconditioned", "both", "gradient")
+RMS_EPS = 1e-2  # the default of BatchRMSNorm
+
+
+def condition_number(spectrum: list[float], p: float = 1.0) -> float:
+    """lambda_1 / lambda_ceil(p d) of eigenvalues in descending order; inf where that one is 0 to float32 rounding."""
+    if not 0 < p <= 1:
+        raise ValueError(f"condition_number: p must be in (0, 1], got {p}")
+    if not spectrum or math.isnan(spectrum[0]):
+        return math.nan
+    low = spectrum[max(1, math.ceil(p * len(spectrum))) - 1]
+    return spectrum[0] / low if low > _floor(spectrum) else math.inf
+
+
+def _floor(spectrum: list[float]) -> float:
+    """Eigenvalues up to here are 0: rounding of float32 data (squared), and of the float64 eigenvalues."""
+    return max(1.5e-14, len(spectrum) * 2.3e-16) * spectrum[0]
+
+
+@dataclass(frozen=True)
+class LayerConditioning(Result):
+    """One layer. Each spectrum is a list of points, each point all eigenvalues, largest first; [] if not recorded.
+
+    ``input``: Sigma_x = E[x x^T], not centred. ``normalised``: of x after a batch RMS normalisation.
+    ``preconditioned``: Sigma_x in the coordinates of the correction. ``both``: normalised, then preconditioned.
+    ``gradient``: Sigma_g = E[g g^T] with g the output gradient of one sample.
+    """
+
+    name: str
+    kind: str
+    rows: list[int]  # used of each point
+    input: list[list[float]]
+    normalised: list[list[float]]
+    preconditioned: list[list[float]]
+    both: list[list[float]]
+    gradient: list[list[float]]
+
+    def spectrum(self, which: str = "input", point: int = -1) -> list[float]:
+        if which not in SPECTRA:
+            raise ValueError(f"conditioning: spectrum must be one of {', '.join(SPECTRA)}, got {which!r}")
+        return getattr(self, which)[point]
+
+    def lambda_max(self, which: str = "input", point: int = -1) -> float:
+        spectrum = self.spectrum(which, point)
+        return spectrum[0] if spectrum else math.nan
+
+    def kappa(self, which: str = "input", p: float = 1.0, point: int = -1) -> float:
+        """kappa_p: largest eigenvalue over the one at share ``p`` of the spectrum (p = 1: the condition number)."""
+        return condition_number(self.spectrum(which, point), p)
+
+    def rank(self, which: str = "input", point: int = -1) -> int:
+        """Eigenvalues that are not 0 to the rounding of float32 data."""
+        spectrum = self.spectrum(which, point)
+        return sum(value > _floor(spectrum) for value in spectrum)
+
+    def fisher_lambda_max(self, which: str = "input", point: int = -1) -> float:
+        """Of the layer's Fisher block Sigma_x x Sigma_g: the stable learning rate is below 2 / lambda_max."""
+        return self.lambda_max(which, point) * self.lambda_max("gradient", point)
+
+    def fisher_kappa(self, which: str = "input", p: float = 1.0, point: int = -1) -> float:
+        """kappa_p over all products of the two spectra (d_in * d_out of them)."""
+        a = torch.tensor(self.spectrum(which, point), dtype=torch.float64)
+        b = torch.tensor(self.spectrum("gradient", point), dtype=torch.float64)
+        products = torch.outer(a, b).flatten()
+        if not len(products) or products.isnan().any():
+            return math.nan
+        k = max(1, math.ceil(p * len(products)))
+        low = float(products.kthvalue(len(products) - k + 1).values)
+        top = float(products.max())
+        return top / low if low > 1.5e-14 * top else math.inf
+
+
+@dataclass(frozen=True)
+class Conditioning(Result):
+    """Layers in the order of their first call; ``damping``, ``scaling`` and ``chunk`` made ``preconditioned``."""
+
+    steps: list[int]
+    layers: list[LayerConditioning]
+    damping: float
+    scaling: str
+    chunk: int
+
+    def plot(self, p: float = 0.8, point: int = -1) -> Figure:
+        """kappa_p of the inputs with each remedy, largest eigenvalues, and the spectra of the worst layer."""
+        made, axes = figure(3, width=4.6)
+        names = [layer.name for layer in self.layers]
+        looks = zip(COLOURS, ("input", "normalised", "preconditioned", "both"), strict=False)
+        for colour, which in looks:
+            values = [layer.kappa(which, p, point) for layer in self.layers]
+            axes[0].plot([v if math.isfinite(v) else math.nan for v in values], color=colour, marker=".", label=which)
+        axes[0].set_title(f"$\\kappa_{{{100 * p:g}\\%}}$ of the layer inputs", fontsize=10)
+        for colour, which in zip(COLOURS, ("input", "gradient"), strict=False):
+            axes[1].plot([x.lambda_max(which, point) for x in self.layers], color=colour, marker=".", label=which)
+        axes[1].set_title(r"$\lambda_{\max}$", fontsize=10)
+        worst = max(self.layers, key=lambda x: min(x.kappa("input", p, point), 1e300))
+        for colour, which in zip(COLOURS, ("input", "normalised", "preconditioned", "both"), strict=False):
+            spectrum = worst.spectrum(which, point)
+            axes[2].plot([v if v > _floor(spectrum) else math.nan for v in spectrum], color=colour, label=which)
+        axes[2].set_title(f"eigenvalues of the inputs of {worst.name}", fontsize=10)
+        for axis in axes:
+            axis.set_yscale("log")
+            axis.legend(fontsize=8, frameon=False)
+        over_layers(axes[0], names)
+        over_layers(axes[1], names)
+        return made
+
+
+class ConditioningRecorder(Recorder):
+    """Returned by :func:`conditioning`."""
+
+    what = "conditioning"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        every: int,
+        average: int,
+        max_rows: int | None,
+        damping: float,
+        scaling: str,
+        chunk: int,
+        reduction: str,
+    ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"conditioning: max_rows must be at least 1, or None for all, got {max_rows}")
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"conditioning: damping must be finite and at least 0, got {damping}")
+        if scaling not in ("absolute", "trace"):
+            raise ValueError(f"conditioning: scaling must be 'absolute' or 'trace', got {scaling!r}")
+        if chunk < 1:
+            raise ValueError(f"conditioning: chunk must be at least 1, got {chunk}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"conditioning: reduction must be 'mean' or 'sum', got {reduction!r}")
+        super().__init__(model, layers, every, average, weighted)
+        self.max_rows, self.damping, self.scaling, self.chunk = max_rows, damping, scaling, chunk
+        self.reduction = reduction
+        self._open: dict[int, dict[tuple[int, str], SecondMoment]] = {}  # by the point's step
+        self._closed: dict[int, dict[tuple[int, str], list[float]]] = {}
+        self._groups: dict[int, int] = {}
+        self._unit_dims: dict[int, int] = {}
+
+    def clear(self) -> None:
+        super().clear()
+        self._open.clear()
+        self._closed.clear()
+
+    def _begin(self, *args: object) -> None:
+        super()._begin(*args)
+        if self._recording:
+            for point in self.points[:-1] if self._open else ():
+                self._close(point)
+
+    def _add(self, point: Point, index: int, name: str, rows: Tensor) -> None:
+        moments = self._open.setdefault(point.step, {})
+        moments.setdefault((index, name), SecondMoment()).add(rows)
+
+    def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
+        kind = layer_type(module)
+        self._unit_dims[index] = -1 if kind is None else kind.unit_dim
+        self._groups[index] = 1 if kind is None else kind.groups(module)
+        if x is not None and x.dim() and x.numel():
+            self._add(point, index, "input", unit_rows(x, self._unit_dims[index], self.max_rows)[0])
+
+    def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
+        if gradient.numel():
+            rows, count = unit_rows(gradient, self._unit_dims[index], self.max_rows)
+            self._add(point, index, "gradient", rows * count if self.reduction == "mean" else rows)
+
+    def _close(self, point: Point) -> None:
+        done = self._closed.setdefault(point.step, {})
+        for (index, name), moment in self._open.pop(point.step, {}).items():
+            done[index, name] = moment.spectrum().tolist()
+            if name == "input":
+                chunks = chunks_of(moment.units, self._groups[index], self.chunk)
+                square = moment.mean_square()
+                normalised = moment.scaled((square + RMS_EPS * (square.max() + 1e-6)).rsqrt())
+                done[index, "normalised"] = normalised.spectrum().tolist()
+                for key, before in (("preconditioned", moment), ("both", normalised)):
+                    after = before.preconditioned(self.damping, self.scaling, chunks)
+                    done[index, key] = after.spectrum().tolist()
+                point.counts[index]["rows"] = moment.count
+
+    def result(self) -> Conditioning:
+        seen = self._seen()
+        for point in self.points:
+            self._close(point)
+        layers = []
+        for i in seen:
+            spectra = {
+                which: [self._closed[point.step].get((i, which), []) for point in self.points] for which in SPECTRA
+            }
+            rows = [point.counts[i].get("rows", 0) for point in self.points]
+            layers.append(LayerConditioning(self.names[i], self.kinds[i], rows, **spectra))
+        return Conditioning([p.step for p in self.points], layers, self.damping, self.scaling, self.chunk)
+
+
+def conditioning(
+    model: nn.Module,
+    *,
+    layers: Layers = None,
+    every: int = 1,
+    average: int = 1,
+    max_rows: int | None = 10_000,
+    damping: float = 0.1,
+    scaling: str = "trace",
+    chunk: int = 128,
+    reduction: str = "mean",
+) -> ConditioningRecorder:
+    """Attach a recorder of the eigenvalues of Sigma_x and Sigma_g of every weight layer (Huang et al., ECCV 2020).
+
+    Their largest products bound the learning rate, their condition numbers the speed of convergence of that layer. The
+    spectra of the inputs are also given after batch RMS normalisation, after the correction of
+    ``consistency_ops.Preconditioner`` with ``damping``, ``scaling`` and ``chunk``, and after both: what each remedy
+    would do here. Convolutions: all pixels of all images are rows, the units are channels.
+
+    A recorded pass costs a float64 Gram matrix a layer, and its eigenvalues when the next recorded pass begins or
+    ``result()`` is called (this waits for the device); other passes cost one Python call a layer. Choose ``every``.
+
+    Args:
+        model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default all layers with
+            weights.
+        max_rows: rows (samples, tokens, pixels) used of a layer in one pass, evenly spread; None: all.
+        damping, scaling, chunk: of the correction, without its bias unit.
+        reduction: of the loss over rows: with ``"mean"`` output gradients are multiplied by the number of rows, which
+            restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).
+
+    Example::
+
+        with co.analysis.conditioning(model) as monitor:
+            loss_fn(model(x), y).backward()
+        for layer in monitor.result().layers:
+            print(layer.name, layer.kappa("input", 0.8), layer.kappa("preconditioned", 0.8))
+    """
+    return ConditioningRecorder(model, layers, every, average, max_rows, damping, scaling, chunk, reduction)

@@ -1,0 +1,107 @@
+"""Spectra of second moments: exact in float64, through the smaller of the two Gram matrices."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from consistency_ops.reference import chunk_bounds, division
+
+
+def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, int]:
+    """(rows, units) in float64, always a copy, every ``ceil(M / max_rows)``-th row; and M, the number of all rows."""
+    rows = x.movedim(unit_dim, -1)
+    rows = rows.reshape(-1, rows.shape[-1])
+    count = len(rows)
+    if max_rows is not None:
+        rows = rows[:: max(1, -(-count // max_rows))]
+    return rows.to(torch.float64, copy=True), count
+
+
+class SecondMoment:
+    """(1/n) X^T X of rows that come in parts; kept as the rows while they are fewer than the units."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.gram: Tensor | None = None  # of all rows, not divided
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        self.count += len(rows)
+        if self.rows is not None:
+            rows, self.rows = torch.cat([self.rows, rows]), None
+        if self.gram is None and len(rows) < rows.shape[1]:
+            self.rows = rows
+        else:
+            product = rows.T @ rows
+            self.gram = product if self.gram is None else self.gram + product
+
+    @property
+    def units(self) -> int:
+        return (self.rows if self.gram is None else self.gram).shape[1]
+
+    def mean_square(self) -> Tensor:
+        """Of every unit."""
+        total = self.rows.square().sum(0) if self.gram is None else self.gram.diagonal()
+        return total / max(1, self.count)
+
+    def scaled(self, factors: Tensor) -> SecondMoment:
+        """That of the units times ``factors``."""
+        other = SecondMoment()
+        other.count = self.count
+        if self.gram is None:
+            other.rows = self.rows * factors
+        else:
+            other.gram = self.gram * factors * factors[:, None]
+        return other
+
+    def preconditioned(self, damping: float, scaling: str, chunks: list[Tensor]) -> SecondMoment:
+        """That of the coordinates in which the correction of ``consistency_ops.precondition`` is plain descent.
+
+        With A_c the diagonal block of chunk c, and tau = 1 ("absolute") or trace / units ("trace"), the units are
+        mapped by the inverse Cholesky factor of A_c + damping tau I. One chunk: an eigenvalue l becomes
+        l / (l + damping tau).
+        """
+        tau = float(self.mean_square().mean()) if scaling == "trace" else 1.0
+        other = self.scaled(torch.ones(self.units, dtype=torch.float64, device=self._device))
+        for index in (chunk.to(self._device) for chunk in chunks):
+            if self.gram is None:
+                part = self.rows[:, index]
+                block = part.T @ part
+            else:
+                block = self.gram[index][:, index]
+            block = block / max(1, self.count)
+            block.diagonal().add_(damping * tau)
+            factor, info = torch.linalg.cholesky_ex(block)
+            if info:
+                continue  # as the correction: a chunk that cannot be factored is left alone
+            if other.gram is None:
+                other.rows[:, index] = torch.linalg.solve_triangular(factor, other.rows[:, index].T, upper=False).T
+            else:
+                other.gram[index] = torch.linalg.solve_triangular(factor, other.gram[index], upper=False)
+                columns = torch.linalg.solve_triangular(factor, other.gram[:, index].T, upper=False)
+                other.gram[:, index] = columns.T
+        return other
+
+    @property
+    def _device(self) -> torch.device:
+        return (self.rows if self.gram is None else self.gram).device
+
+    def spectrum(self) -> Tensor:
+        """All ``units`` eigenvalues on the CPU, largest first; NaN if the rows were not finite."""
+        matrix = self.rows @ self.rows.T if self.gram is None else self.gram
+        units = self.units
+        if not matrix.isfinite().all():
+            return torch.full((units,), torch.nan, dtype=torch.float64)
+        values = torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0).clamp(min=0).cpu() / max(1, self.count)
+        return torch.cat([values, values.new_zeros(units - len(values))])
+
+
+def chunks_of(units: int, groups: int, chunk: int, seed: int = 0) -> list[Tensor]:
+    """The units of every chunk, as ``consistency_ops.precondition`` divides them (groups of 8 units, step 0)."""
+    per_group = units // groups
+    order = division(per_group, chunk, min(8, chunk), seed)
+    pieces = [order[a:b] for a, b in itertools.pairwise(chunk_bounds(per_group, chunk))]
+    return [piece + g * per_group for g in range(groups) for piece in pieces]
