@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from . import ops  # noqa: F401  (loading registers the operators)
+from .distributed import is_dtensor, local_input
 from .layers import LayerType
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -99,6 +100,7 @@ class Capture:
         self.rows: Tensor | None = None
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
+        self.same_rows: frozenset[str] | None = None  # eager only: see distributed.local_input; None: no call yet
         self.in_forward = False  # eager only: a call outside of any backward pass was captured in this step
         self._weight: weakref.ref[Tensor] | None = None  # whose place and dtype the buffer has
         self._place: tuple[torch.device, torch.dtype] | None = None
@@ -139,6 +141,10 @@ class Capture:
         if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
+        if is_dtensor(x):
+            x, self.same_rows = local_input(x, self.unit_dim)
+        elif self.same_rows is None and not torch.compiler.is_compiling():
+            self.same_rows = frozenset()
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
         if not torch.compiler.is_compiling():
@@ -148,7 +154,7 @@ class Capture:
                 self.in_forward = True
             elif self.in_forward:
                 return  # a checkpointed block is being recomputed
-            if self.rows is None or self.rows.device != x.device or x.dtype is torch.float64:
+            if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
                 self.follow(module, weight)
         if self._takes(x):
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .distributed import local
+
 
 @dataclass(frozen=True)
 class LayerType:
@@ -32,7 +34,7 @@ class LayerType:
 
     def units(self, module: nn.Module) -> int:
         """Length of an input row, without the bias."""
-        return self.view(module._parameters[self.weight]).shape[1] * self.groups(module)
+        return local(self.view(module._parameters[self.weight])).shape[1] * self.groups(module)
 
 
 _TYPES: dict[type[nn.Module], LayerType] = {}

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from torch.optim import LBFGS, Optimizer
 from . import ops, report
 from .capture import Capture, States
 from .coverage import Layer, find_layers
+from .distributed import Ranks
 from .state import StateStore
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _VERSION = 1  # of state_dict
 
@@ -71,11 +75,16 @@ class Preconditioner:
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
+        process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
+            number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
+            ``fully_shard`` and ``DTensor`` parameters are recognised.
 
     Raises:
         ValueError: an argument out of range, or no layer to correct.
         TypeError: ``model`` or ``optimizer`` has the wrong type.
     """
+
+    pools = True  # whether ranks can pool the covariances
 
     def __init__(
         self,
@@ -92,6 +101,7 @@ class Preconditioner:
         bias: bool = True,
         skip: str | type | Iterable[str | type] = (),
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Preconditioner: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -122,6 +132,7 @@ class Preconditioner:
 
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
+        self._ranks = Ranks(self, process_group)
         self._attach()
         self._refuse_a_second_one()
         if not any(layer.capture for layer in self.layers):
@@ -219,10 +230,12 @@ class Preconditioner:
     def _correct(self) -> None:
         if self._optimizer is not None and _count_parameters(self._optimizer) != self._parameter_count:
             self._attach()
-        batches: dict[torch.device, list[Item]] = {}
         for layer in self.layers:
             layer.info = None
-            if layer.capture is not None and (item := self._item(layer)) is not None:
+        shared = self._ranks.correct()
+        batches: dict[torch.device, list[Item]] = {}
+        for layer in self.layers:
+            if layer.index not in shared and layer.capture is not None and (item := self._item(layer)) is not None:
                 batches.setdefault(item.grad.device, []).append(item)
         if not (self._checked or self._states.paused):
             self._checked = _check_capture([item for batch in batches.values() for item in batch])

@@ -77,6 +77,8 @@ def _status(pre: Preconditioner, layer: Layer) -> str:
         return "not in the optimizer" + _LEFT
     if not weight.requires_grad:
         return "frozen"
+    if (reason := pre._ranks.reason(layer)) is not None:
+        return reason + _LEFT
     if _was_corrected(pre, layer):
         bad = int((layer.info != 0).sum())
         return "ok" if bad == 0 else f"{bad} of {len(layer.info)} chunks failed" + _LEFT

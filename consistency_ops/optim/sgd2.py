@@ -122,6 +122,8 @@ class SGD2(Optimizer):
 class _WholeLayers(Preconditioner):
     """Inverts layers of up to ``max_size`` units undivided, larger ones in chunks of ``divide``, or not at all."""
 
+    pools = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -1,0 +1,388 @@
+"""Several ranks that train one model: their covariances are pooled, their gradients corrected where they lie.
+
+Right multiplication is row-local: a rank that holds some output rows of a gradient needs the covariance of the layer's
+inputs and nothing else. So the ranks that see different data pool their covariances, weighted by row counts, in one
+all-reduce of one flat buffer, and then every rank corrects what it has:
+
+* ``DistributedDataParallel``: every rank has the whole gradient, averaged already; pooled over the wrapper's group.
+* ``fully_shard`` (FSDP2, also hybrid): every rank has some output rows; pooled over the mesh of the parameter.
+* column-parallel (``ColwiseParallel``): some output rows, and all ranks see the same input. Nothing is sent.
+* row-parallel (``RowwiseParallel``): some input columns, which are divided into chunks of their own, with their own
+  mean diagonal (``scaling="trace"``). Nothing is sent. The bias is replicated and keeps its gradient.
+* meshes of several dimensions: each dimension as above.
+
+Which mesh dimensions share their rows is read from the input that a layer sees: a ``DTensor`` that is replicated, or
+sharded over its units, needs no pooling over that dimension; every other dimension of the parameter's mesh is pooled.
+Pooling over ranks that saw the same rows is harmless, so an input that nobody could look at (compiled models) costs
+time and not correctness.
+
+All ranks draw the same division from (seed, step, layer), and every rank of a group factors the same bits, so
+parameters stay bitwise equal on ranks of one kind of processor. What cannot be supported keeps its gradient, and
+``summary()`` says why.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from . import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .coverage import Layer
+    from .preconditioner import Item, Preconditioner
+
+_USED, _STRIDE = 0, 2  # columns of CaptureState in csrc/include/consistency_ops/capture.h
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
+    return type(tensor) is not Tensor and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without autograd."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[str]]:
+    """Rows that this rank has of a DTensor, and the process groups in which no other rank has others.
+
+    In those groups every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to
+    be taken, whose parts are no rows.
+    """
+    if any(p.is_partial() for p in x.placements):
+        return None, frozenset()
+    if torch.compiler.is_compiling():
+        return local(x), frozenset()
+    unit_dim %= x.dim()
+    pairs = zip(_group_names(x), x.placements, strict=True)
+    return local(x), frozenset(name for name, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
+
+
+def _group_names(tensor: Tensor) -> list[str]:
+    mesh = tensor.device_mesh
+    return [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one layer."""
+
+    groups: tuple[str, ...] = ()  # names of the process groups over which covariances are pooled, in this order
+    joins_bias: bool = False
+    reason: str | None = None  # why the layer is left alone
+
+
+class Packing:
+    """Lower triangles of chunks in flat buffers, one for every size of chunk that occurs."""
+
+    def __init__(self, units: Sequence[int], lengths: list[int], chunk: int, device: torch.device) -> None:
+        self._chunk = chunk
+        self._lengths = lengths
+        self._triangles: list[tuple[list[int], Tensor, Tensor]] = []  # layers, positions, mirrored positions
+        sizes = [-(-u // -(-u // chunk)) for u in units]  # largest chunk of a layer
+        for size in sorted(set(sizes)):
+            row, column = torch.tril_indices(size, size, device=device)
+            layers = [i for i, s in enumerate(sizes) if s == size]
+            self._triangles.append((layers, row * chunk + column, column * chunk + row))
+
+    def pack(self, matrices: list[Tensor]) -> list[Tensor]:
+        """``matrices``: symmetric, (chunks, chunk, chunk) for each layer."""
+        return [
+            torch.cat([matrices[i] for i in layers]).flatten(1)[:, triangle].flatten()
+            for layers, triangle, _ in self._triangles
+        ]
+
+    def unpack(self, buffers: list[Tensor], like: Tensor) -> list[Tensor]:
+        matrices: dict[int, Tensor] = {}
+        for (layers, triangle, mirror), buffer in zip(self._triangles, buffers, strict=True):
+            lengths = [self._lengths[i] for i in layers]
+            full = like.new_zeros(sum(lengths), self._chunk, self._chunk)
+            full.flatten(1)[:, triangle] = full.flatten(1)[:, mirror] = buffer.view(len(full), -1)
+            matrices.update(zip(layers, full.split(lengths), strict=True))
+        return [matrices[i] for i in range(len(matrices))]
+
+
+class Ranks:
+    """The layers of a :class:`~consistency_ops.Preconditioner` that several ranks hold, or hold shards of.
+
+    Args:
+        pre: whose layers they are.
+        group: the ranks that average the gradients of plain parameters; ``None``: those of the
+            ``DistributedDataParallel`` around the model, if there is one.
+    """
+
+    def __init__(self, pre: Preconditioner, group: ProcessGroup | None) -> None:
+        self._pre: Preconditioner = weakref.proxy(pre)
+        self._group = group
+        self._searched = False
+        self._wrappers: list[weakref.ref[nn.Module]] = []  # DistributedDataParallel
+        self._outer: dict[int, str] = {}  # their process group, by id of the parameter
+        self._flattened: set[int] = set()  # ids of modules in a FullyShardedDataParallel
+        self._groups: dict[str, ProcessGroup] = {}
+        self._plans: dict[int, Plan] = {}  # of this step, by index of the layer
+        self._packings: dict[tuple, Packing] = {}
+        self._verified: dict[tuple, int] = {}
+        self._last_step = -2
+
+    def reason(self, layer: Layer) -> str | None:
+        """Why a layer is left alone, for reports."""
+        plan = self._plans.get(layer.index)
+        return None if plan is None else plan.reason
+
+    @torch.no_grad()
+    def correct(self) -> set[int]:
+        """Correct the layers that ranks share; returns their indices. The same on all ranks, in the same order."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return set()
+        self._search()
+        self._plans = {}
+        buckets: dict[tuple, list[Layer]] = {}
+        for layer in self._pre.layers:
+            if layer.capture is not None and (plan := self._plan(layer)) is not None:
+                self._plans[layer.index] = plan
+                if plan.reason is None:
+                    weight = layer.weight
+                    key = plan.groups, weight.device, weight.dtype == torch.float64
+                    buckets.setdefault(key, []).append(layer)
+        for (groups, *_), layers in buckets.items():
+            self._correct_bucket(groups, layers)
+        self._last_step = self._pre.steps
+        return set(self._plans)
+
+    # Who shares what
+
+    def _search(self) -> None:
+        """Find the wrappers, in the first step: a trainer may have put them there after the preconditioner was made."""
+        if self._searched:
+            return
+        self._searched = True
+        layers = [layer for layer in self._pre.layers if layer.capture is not None]
+        ours = {id(layer.weight) for layer in layers}
+        for wrapper in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
+            if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+                ignored = wrapper.parameters_to_ignore
+                held = {id(p) for name, p in wrapper.module.named_parameters() if name not in ignored}
+                if held & ours:
+                    self._wrappers.append(weakref.ref(wrapper))
+                    self._outer.update(dict.fromkeys(held, self._name(wrapper.process_group)))
+            elif type(wrapper).__name__ == "FullyShardedDataParallel":
+                self._flattened.update(id(module) for module in wrapper.modules())
+        alone = [layer.name for layer in layers if self._plan(layer) is None]
+        if alone and dist.get_world_size() > 1:
+            warnings.warn(
+                f"Preconditioner: there are {dist.get_world_size()} ranks, but layers such as {alone[0]!r} are neither "
+                "in a DistributedDataParallel nor sharded, so each rank corrects them with its own inputs. If ranks "
+                "average gradients in another way, pass their process_group.",
+                stacklevel=2,
+            )
+
+    def _name(self, group: ProcessGroup) -> str:
+        self._groups[group.group_name] = group
+        return group.group_name
+
+    def _plan(self, layer: Layer) -> Plan | None:
+        """None: the layer is this rank's own affair."""
+        weight = layer.weight
+        if weight is None or is_lazy(weight) or not self._pre.owns(weight) or not weight.requires_grad:
+            return None
+        if id(layer.module()) in self._flattened:
+            return Plan(reason="sharded by FullyShardedDataParallel (FSDP1); fully_shard is supported")
+        outer = self._outer.get(id(weight))
+        if outer is None and self._group is not None:
+            outer = self._name(self._group)
+        if not is_dtensor(weight):
+            if outer is None:
+                return None
+            plan = Plan((outer,), self._bias_of(layer) is not None)
+        else:
+            plan = self._plan_sharded(layer, weight, () if outer is None else (outer,))
+        if plan.reason is None and not self._pre.pools:
+            return replace(plan, reason=f"{type(self._pre._optimizer).__name__} does not pool over ranks")
+        return plan
+
+    def _plan_sharded(self, layer: Layer, weight: Tensor, outer: tuple[str, ...]) -> Plan:
+        view, mesh, same_rows = layer.kind.view(weight), weight.device_mesh, layer.capture.same_rows
+        sharded, replicated, columns = [], [], False
+        for dim, (name, placement) in enumerate(zip(_group_names(weight), view.placements, strict=True)):
+            if mesh.size(dim) == 1:
+                continue
+            shard = getattr(placement, "dim", None)
+            if placement.is_partial() or (shard is not None and shard > 1):
+                return Plan(reason=f"weight is placed as {placement}")
+            if shard is not None and layer.kind.groups(layer.module()) > 1:
+                return Plan(reason="groups of a convolution are sharded")
+            if shard == 1:
+                if same_rows is not None and name not in same_rows:
+                    return Plan(reason="weight is sharded over its units, the input is not")
+                columns = True
+            elif same_rows is None or name not in same_rows:
+                self._name(mesh.get_group(dim))
+                (replicated if shard is None else sharded).append(name)
+        # Replicas must end with the same bits, so their dimensions are reduced last.
+        bias = None if columns else self._bias_of(layer)
+        joins = bias is not None and is_dtensor(bias) and tuple(bias.placements) == tuple(weight.placements)
+        return Plan((*sharded, *replicated, *outer), joins and layer.kind.matrix is None)
+
+    def _bias_of(self, layer: Layer) -> Tensor | None:
+        bias = layer.module()._parameters.get(layer.kind.bias) if layer.joins_bias else None
+        return bias if bias is not None and bias.requires_grad and self._pre.owns(bias) else None
+
+    # One all-reduce, and the correction
+
+    def _correct_bucket(self, groups: tuple[str, ...], layers: list[Layer]) -> None:
+        """The layers of one device that are pooled over the same groups."""
+        pre = self._pre
+        for wrapper in self._wrappers:
+            if wrapper() is not None and wrapper()._join_config.enable:
+                raise RuntimeError(
+                    "Preconditioner: all ranks must make the same number of steps, got "
+                    "DistributedDataParallel.join(); a rank that has finished cannot pool its inputs"
+                )
+        items = [self._item(layer) for layer in layers]
+        if pre.steps % pre.every == 0:
+            self._verify(groups, items)
+            self._refresh(groups, items)
+        # A layer without a gradient still took part: all ranks must send the same buffer.
+        pre._apply([item for item in items if item.layer.weight.grad is not None and item.grad.numel() > 0])
+        if pre.every == 1 and pre.decay == 0:
+            for item in items:
+                item.layer.pending.clear()
+
+    def _item(self, layer: Layer) -> Item:
+        """What this rank has of a layer; where there is no gradient, its place is taken by weight and zeros."""
+        from .preconditioner import Item
+
+        weight, kind = layer.weight, layer.kind
+        layer.capture.follow(layer.module(), weight)
+        bias = self._bias_of(layer) if self._plans[layer.index].joins_bias else None
+        self._settle(weight)
+        grad = local(kind.view(weight.detach() if weight.grad is None else weight.grad))
+        bias_grad = None
+        if bias is not None:
+            self._settle(bias)
+            bias_grad = local(torch.zeros_like(bias) if bias.grad is None else bias.grad)
+        return Item(layer, weight, grad, bias_grad)
+
+    @staticmethod
+    def _settle(parameter: Tensor) -> None:
+        """Place the gradient as the parameter: a sum that is still to be taken is taken, as the optimizer would."""
+        grad = parameter.grad
+        if is_dtensor(grad) and grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
+
+    def _refresh(self, groups: tuple[str, ...], items: list[Item]) -> None:
+        """Pooled covariances, and inverses of them."""
+        pre = self._pre
+        captures = [item.layer.capture for item in items]
+        covariances = ops.foreach_covariance(
+            [capture.rows for capture in captures],
+            grads=[item.grad for item in items],
+            bias=[item.bias_grad is not None for item in items],
+            chunk=pre.chunk,
+            group=pre.group,
+            max_rows=pre.max_rows,
+            seed=pre.seed,
+            step=pre._division_step(),
+            layers=[item.layer.index for item in items],
+            row_counts=[capture.count for capture in captures],
+        )
+        # A row stands for as many as were passed over when the buffer was full.
+        states = torch.stack([capture.state[capture.index] for capture in captures])
+        rows = (states[:, _USED] * states[:, _STRIDE]).to(covariances[0].dtype)
+        broken = rows.new_zeros(len(items))
+        if pre.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of the average on all
+            broken = torch.stack([_is_broken(item) for item in items]).to(rows.dtype)
+        covariances, rows, broken = self._pool(groups, items, covariances, rows, broken)
+        if pre.decay > 0:
+            counts = torch.where(broken > 0, 0, rows)
+            pairs = zip(items, counts.split(1), covariances, strict=True)
+            covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
+        inverses, info, used = ops.foreach_inverse(
+            covariances,
+            units=[item.units for item in items],
+            damping=pre._damping(),
+            scaling=pre.scaling,
+            chunk=pre.chunk,
+        )
+        pre._note(items, info, used)
+        for item, inverse in zip(items, inverses, strict=True):
+            item.layer.pending.update(inverse=inverse, info=item.layer.info)
+
+    def _pool(
+        self, groups: tuple[str, ...], items: list[Item], covariances: list[Tensor], rows: Tensor, broken: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Averages over all ranks of the groups, weighted by rows; NaN where no rank has any.
+
+        One flat buffer: the lower triangles of all chunks times the rows behind them, the rows, the broken gradients.
+        """
+        packing = self._packing(items, [len(covariance) for covariance in covariances], rows.device)
+        packed = packing.pack([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
+        flat = torch.cat([*packed, rows, broken])
+        for name in groups:
+            dist.all_reduce(flat, group=self._groups[name])
+        *packed, rows, broken = flat.split([*map(len, packed), len(items), len(items)])
+        sums = packing.unpack(packed, covariances[0])
+        return [total / n for total, n in zip(sums, rows, strict=True)], rows, broken
+
+    def _packing(self, items: list[Item], lengths: list[int], device: torch.device) -> Packing:
+        units = tuple(item.units for item in items)
+        key = units, tuple(lengths), device
+        if key not in self._packings:
+            self._packings[key] = Packing(units, lengths, self._pre.chunk, device)
+        return self._packings[key]
+
+    # All ranks must agree
+
+    def _verify(self, groups: tuple[str, ...], items: list[Item]) -> None:
+        """Compare seed, step, options and layers with the other ranks whenever something about them is new."""
+        pre = self._pre
+        options = (pre.scaling, pre.chunk, pre.group, pre.decay, pre.every, pre.bias)
+        layers = [(i.layer.name, i.layer.index, i.units, str(i.grad.dtype), pre._num_chunks(i)) for i in items]
+        key = groups, items[0].grad.device, items[0].weight.dtype
+        digest = _digest((pre.seed, options, layers))
+        if self._verified.get(key) == digest and pre.steps == self._last_step + 1:
+            return
+        fields = {"seed": pre.seed, "step": pre.steps, "options": _digest(options), "layers": _digest(layers)}
+        mine = torch.tensor(list(fields.values()), dtype=torch.int64, device=items[0].grad.device)
+        for name in groups:
+            group = self._groups[name]
+            gathered = [torch.empty_like(mine) for _ in range(group.size())]
+            dist.all_gather(gathered, mine, group=group)
+            for rank, theirs in enumerate(torch.stack(gathered).tolist()):
+                for (field, value), other in zip(fields.items(), theirs, strict=True):
+                    if value != other:
+                        raise RuntimeError(_disagreement(field, dist.get_global_rank(group, rank), value, other))
+        self._verified[key] = digest
+
+
+def _is_broken(item: Item) -> Tensor:
+    gradients = [grad for grad in (item.grad, item.bias_grad) if grad is not None]
+    return ~torch.stack([grad.isfinite().all() for grad in gradients]).all()
+
+
+def _digest(value: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
+
+
+def _disagreement(field: str, rank: int, mine: int, theirs: int) -> str:
+    what = f"rank {dist.get_rank()} has {mine}, rank {rank} has {theirs}"
+    if field in ("options", "layers"):
+        what = f"those of rank {dist.get_rank()} and rank {rank} differ"
+    return f"Preconditioner: {field} must be the same on all ranks, but {what}"

@@ -1,0 +1,253 @@
+"""What the ranks of tests/test_distributed.py do. Run by tests/ranks.py on four gloo ranks."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import torch
+import torch.distributed as dist
+from ranks import same_bits
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from consistency_ops import Preconditioner
+
+STEPS = 4
+SHARES = (16, 4, 12, 8)  # rows of each rank, of a batch of 40
+OPTIONS = {"default": {}, "decay": {"decay": 0.5}, "every": {"every": 2}, "absolute": {"scaling": "absolute"}}
+
+
+def mlp(dtype=torch.float64, widths=(12, 20, 16, 5), seed=0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def batch(step: int, dtype=torch.float64, units=12, classes=5):
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(sum(SHARES), units, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(classes, (sum(SHARES),), generator=generator)
+
+
+def share(step: int, rank: int, dtype=torch.float64):
+    x, y = batch(step, dtype)
+    begin = sum(SHARES[:rank])
+    return x[begin : begin + SHARES[rank]], y[begin : begin + SHARES[rank]]
+
+
+def sgd(model, name="sgd"):
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(parameters, 0.01) if name == "adamw" else torch.optim.SGD(parameters, 0.2, momentum=0.9)
+
+
+def train(model, optimizer, shares, first=0, steps=STEPS, dtype=torch.float64) -> None:
+    """``shares``: ranks whose data this process takes; the loss is the mean of their means, as in data parallelism."""
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        x = torch.cat([share(step, r, dtype)[0] for r in shares])
+        losses = F.cross_entropy(model(x), torch.cat([share(step, r)[1] for r in shares]), reduction="none")
+        torch.stack([part.mean() for part in losses.split([SHARES[r] for r in shares])]).mean().backward()
+        optimizer.step()
+
+
+def single(options: dict, dtype=torch.float64, steps=STEPS, name="sgd") -> list[torch.Tensor]:
+    """One process with the data of all ranks."""
+    model = mlp(dtype)
+    optimizer = sgd(model, name)
+    Preconditioner(model, optimizer, chunk=8, **options)
+    train(model, optimizer, range(len(SHARES)), steps=steps, dtype=dtype)
+    return [p.detach() for p in model.parameters()]
+
+
+def result(model, **more) -> dict:
+    parameters = [p.detach() for p in model.parameters()]
+    return {"parameters": parameters, "same": same_bits(parameters), **more}
+
+
+def _ddp(options: dict, dtype=torch.float64, name="sgd", wrap_late=False, **ddp) -> dict:
+    model = mlp(dtype)
+    wrapped = None if wrap_late else DDP(model, **ddp)
+    optimizer = sgd(model, name)
+    pre = Preconditioner(model if wrap_late else wrapped, optimizer, chunk=8, **options)
+    wrapped = wrapped or DDP(model, **ddp)
+    train(wrapped, optimizer, [dist.get_rank()], dtype=dtype)
+    return result(model, rows=pre.stats()["rows"], summary=pre.summary())
+
+
+def ddp_default():
+    return _ddp({})
+
+
+def ddp_decay():
+    return _ddp(OPTIONS["decay"])
+
+
+def ddp_every():
+    return _ddp(OPTIONS["every"])
+
+
+def ddp_absolute():
+    return _ddp(OPTIONS["absolute"])
+
+
+def ddp_static_graph():
+    return _ddp({}, static_graph=True)
+
+
+def ddp_wrapped_late():
+    return _ddp({}, wrap_late=True, gradient_as_bucket_view=True)
+
+
+def ddp_float32():
+    return _ddp({}, torch.float32, "adamw")
+
+
+def ddp_accumulation():
+    """Two micro-batches, the first under no_sync."""
+    model = mlp()
+    wrapped, optimizer = DDP(model), sgd(model)
+    Preconditioner(wrapped, optimizer, chunk=8)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = share(step, dist.get_rank())
+        half = len(x) // 2
+        with wrapped.no_sync():
+            (F.cross_entropy(wrapped(x[:half]), y[:half]) / 2).backward()
+        (F.cross_entropy(wrapped(x[half:]), y[half:]) / 2).backward()
+        optimizer.step()
+    return result(model)
+
+
+class Branches(nn.Module):
+    """``side`` runs where it is wanted."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.side, self.head = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.never = nn.Linear(3, 3)
+
+    def forward(self, x, side):
+        h = F.relu(self.body(x))
+        return self.head(h + self.side(h) if side else h)
+
+
+def branches() -> Branches:
+    torch.manual_seed(0)
+    return Branches().double()
+
+
+def ddp_missing_layer():
+    """A layer that runs on rank 1 only, and one that never runs."""
+    model = branches()
+    wrapped, optimizer = DDP(model, find_unused_parameters=True), sgd(model)
+    pre = Preconditioner(wrapped, optimizer, chunk=8)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = share(step, dist.get_rank())
+        F.cross_entropy(wrapped(x, dist.get_rank() == 1), y).backward()
+        optimizer.step()
+    return result(model, summary=pre.summary())
+
+
+def single_missing_layer() -> list[torch.Tensor]:
+    model = branches()
+    optimizer = sgd(model)
+    Preconditioner(model, optimizer, chunk=8)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        shares = [share(step, rank) for rank in range(4)]
+        others = [0, 2, 3]
+        x = torch.cat([shares[r][0] for r in others])
+        h = F.relu(model.body(torch.cat([x, shares[1][0]])))
+        with_side = h[len(x) :]
+        logits = model.head(torch.cat([h[: len(x)], with_side + model.side(with_side)]))
+        parts = logits.split([SHARES[r] for r in (*others, 1)])
+        targets = [shares[r][1] for r in (*others, 1)]
+        torch.stack([F.cross_entropy(p, t) for p, t in zip(parts, targets, strict=True)]).mean().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def averaged_by_hand(group=...):
+    """No wrapper: gradients are averaged in the script, and the group is given."""
+    model = mlp()
+    optimizer = sgd(model)
+    Preconditioner(model, optimizer, chunk=8, process_group=dist.group.WORLD if group is ... else group)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = share(step, dist.get_rank())
+        F.cross_entropy(model(x), y).backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+        optimizer.step()
+    return result(model)
+
+
+def broken_gradient():
+    """Decay: Inf in the inputs of one rank, in one step, keeps that step out of the average on all."""
+    model = mlp()
+    wrapped, optimizer = DDP(model), torch.optim.SGD(model.parameters(), 0.2)
+    pre = Preconditioner(wrapped, optimizer, chunk=8, decay=0.5)
+    weights = []
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = share(step, dist.get_rank())
+        if step == 1 and dist.get_rank() == 2:
+            x = x.clone()
+            x[0, 3] = float("inf")
+        F.cross_entropy(wrapped(x), y).backward()
+        for p in model.parameters():
+            p.grad.nan_to_num_(0, 0, 0)
+        optimizer.step()
+        weights.append(float(optimizer.state[model[0].weight]["consistency_weight"]))
+    return result(model, weights=weights, failed=pre.stats()["failed_chunks"])
+
+
+def _error(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _step(seed=0, widths=(12, 20, 16, 5), steps=0, **options) -> str:
+    model = mlp(widths=widths)
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, process_group=dist.group.WORLD, seed=seed, **options)
+    pre.steps = steps
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    return _error(optimizer.step)
+
+
+def disagreements():
+    rank = dist.get_rank()
+    return {
+        "seed": _step(seed=7 * (rank == 2)),
+        "model": _step(widths=(12, 21 if rank == 3 else 20, 5)),
+        "options": _step(decay=0.5 * (rank == 1)),
+        "step": _step(steps=5 * (rank == 0)),
+    }
+
+
+def unwrapped():
+    """Neither wrapper nor group: said once, and corrected with own inputs, which differ."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = averaged_by_hand(None)
+    return {**found, "messages": [str(w.message) for w in caught if "Preconditioner" in str(w.message)]}
+
+
+def join():
+    model = mlp()
+    wrapped, optimizer = DDP(model), sgd(model)
+    Preconditioner(wrapped, optimizer, chunk=8)
+    x, y = share(0, dist.get_rank())
+    with wrapped.join():
+        F.cross_entropy(wrapped(x), y).backward()
+        return _error(optimizer.step)

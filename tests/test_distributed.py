@@ -1,0 +1,108 @@
+"""Several ranks equal one process that has all their data, and each other bit for bit (gloo, four processes)."""
+
+import re
+
+import distributed_scenarios as scenarios
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+
+SCENARIOS = [
+    *("ddp_default", "ddp_decay", "ddp_every", "ddp_absolute", "ddp_static_graph", "ddp_wrapped_late", "ddp_float32"),
+    *("ddp_accumulation", "ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped"),
+    "join",
+]
+# Sums of 40 float64 rows in another order: eps = 2e-16, times a condition number of at most 16 / damping = 160, in each
+# of four steps.
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run("distributed_scenarios", SCENARIOS, 4, tmp_path_factory.mktemp("ranks"))
+
+
+def difference(got, want):
+    """Largest difference of any entry, over the largest entry of its tensor."""
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+
+
+def of(results, name):
+    for rank, result in enumerate(results[name]):
+        assert not isinstance(result, str), f"rank {rank}: {result}"
+    return results[name]
+
+
+@pytest.mark.parametrize("name", ["default", "decay", "every", "absolute"])
+def test_ddp_with_uneven_batches_equals_one_process(results, name):
+    want = scenarios.single(scenarios.OPTIONS[name])
+    for result in of(results, f"ddp_{name}"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+
+
+@pytest.mark.parametrize("name", ["ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation", "averaged_by_hand"])
+def test_every_way_to_average_gradients(results, name):
+    want = scenarios.single({})
+    for result in of(results, name):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+
+
+def test_uneven_rows_are_captured(results):
+    rows = [result["rows"]["module.0"] for result in of(results, "ddp_default")]
+    assert rows == list(scenarios.SHARES)
+
+
+def test_ddp_in_float32(results):
+    """AdamW divides by the size of the gradient, so small differences of small entries grow: eps 1.2e-7 times 160
+    times four steps, times ten for that."""
+    want = scenarios.single({}, torch.float32, name="adamw")
+    for result in of(results, "ddp_float32"):
+        assert difference(result["parameters"], want) < 1e-3
+        assert result["same"]
+
+
+def test_a_layer_that_ran_on_one_rank_only(results):
+    want = scenarios.single_missing_layer()
+    for result in of(results, "ddp_missing_layer"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+        assert "never  Linear" in result["summary"]
+        assert "no input seen yet; gradient left as it is" in result["summary"]
+
+
+def test_inf_on_one_rank_keeps_the_step_out_of_the_average_on_all(results):
+    for result in of(results, "broken_gradient"):
+        assert result["weights"] == [0.5, 0.5, 0.75]
+        assert result["same"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("seed", r"seed must be the same on all ranks, but rank \d has \d, rank \d has \d"),
+        ("model", r"layers must be the same on all ranks, but those of rank \d and rank \d differ"),
+        ("options", r"options must be the same on all ranks, but those of rank \d and rank \d differ"),
+        ("step", r"step must be the same on all ranks, but rank \d has \d, rank \d has \d"),
+    ],
+)
+def test_ranks_that_disagree_are_refused(results, what, message):
+    for rank, errors in enumerate(of(results, "disagreements")):
+        assert re.match(f"RuntimeError: Preconditioner: {message}", errors[what])
+        assert f"rank {rank}" in errors[what]
+
+
+def test_ranks_without_a_wrapper_are_noticed(results):
+    for result in of(results, "unwrapped"):
+        assert not result["same"]  # so pooling is what makes the others equal
+        (message,) = result["messages"]
+        assert "there are 4 ranks, but layers such as '0' are neither in a DistributedDataParallel" in message
+
+
+def test_join_is_refused(results):
+    for message in results["join"]:
+        assert "all ranks must make the same number of steps, got DistributedDataParallel.join()" in message
