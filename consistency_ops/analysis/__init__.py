@@ -3,6 +3,7 @@
 from .activation_statistics import activation_statistics
 from .conditioning import condition_number, conditioning
 from .gradient_energy import gradient_energy
+from .propagation import propagation
 from .recorder import Recorder
 
-__all__ = ["Recorder", "activation_statistics", "condition_number", "conditioning", "gradient_energy"]
+__all__ = ["Recorder", "activation_statistics", "condition_number", "conditioning", "gradient_energy", "propagation"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .recorder import Layers, Point, Recorder, signalling
 from .results import COLOURS, Result, figure, over_layers
-from .saturation import saturated
+from .saturation import is_activation, saturated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,21 +132,20 @@ class ActivationRecorder(Recorder):
         self._probes.clear()
 
     def probe(self, *inputs: Tensor, samples: int = 8) -> dict[str, float]:
-        """Mean singular value of d z_{i+1} / d z_i of every pair of recorded layers at ``inputs``; kept as a probe.
+        """Mean singular value of d z_{i+1} / d z_i at ``inputs``, by the name of layer i; kept as a probe.
 
-        Glorot and Bengio's equation 17, near 0.8 in a healthy tanh network; see
-        :func:`~consistency_ops.analysis.propagation`, which computes it. Costs passes of the model; it is unchanged.
+        The z are the outputs of the recorded activations (of all recorded layers if there are none); z_0 is the input.
+        Glorot and Bengio's equation 17, near 0.8 in a healthy tanh network. Costs passes of the model, as told by
+        :func:`~consistency_ops.analysis.propagation`; the model is unchanged.
         """
         from .propagation import propagation
 
         model = self._model()
         if model is None:
             raise RuntimeError("activation_statistics: probe: the model no longer exists")
-        self.paused = True
-        try:
-            found = propagation(model, *inputs, layers=self.names, to="next", samples=samples)
-        finally:
-            self.paused = False
+        modules = dict(model.named_modules())
+        names = [name for name in self.names if name in modules and is_activation(modules[name])] or self.names
+        found = propagation(model, *inputs, layers=names, to="next", samples=samples)
         self._probes.append({block.start: block.mean_singular_value for block in found.blocks})
         return self._probes[-1]
 

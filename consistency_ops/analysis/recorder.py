@@ -7,7 +7,8 @@ Python call. Gradients are taken by hooks on the outputs, not by full backward h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,6 +77,19 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((t for v in value if (t := first_tensor(v)) is not None), None)
 
 
+_measuring: list[None] = []  # not empty: a measurement runs the model, which no recorder should see
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Passes of models inside are seen by no recorder."""
+    _measuring.append(None)
+    try:
+        yield
+    finally:
+        _measuring.pop()
+
+
 class Point:
     """What was recorded at one point, by layer and name: sums that stay on their device, and how much they sum."""
 
@@ -121,9 +135,10 @@ class Recorder:
     """Base of the monitors. A subclass says what to keep of a layer's input and output, and of its output gradient.
 
     Recorded are forward passes of ``model`` with gradients enabled, so a validation pass under ``torch.no_grad()`` does
-    not count, and neither do layers inside a reentrant activation checkpoint. ``paused = True`` stops recording for a
-    while. A layer that is called several times in a pass pools its calls. Keep the recorder: when it is collected,
-    or ``detach()`` is called, or its ``with`` block ends, the model is as before; the results stay.
+    not count, and neither do layers inside a reentrant activation checkpoint, nor the passes of
+    :func:`~consistency_ops.analysis.propagation`. A layer that is called several times in a pass pools its calls. Keep
+    the recorder: when it is collected, or ``detach()`` is called, or its ``with`` block ends, the model is as before;
+    the results stay.
 
     Args:
         model: any module; call it as a whole, uncompiled.
@@ -144,7 +159,6 @@ class Recorder:
         self.names = list(chosen)
         self.kinds = [type(module).__name__ for module in chosen.values()]
         self.every, self.average = every, average
-        self.paused = False
         self.forwards = 0
         self.points: list[Point] = []
         self._order: dict[int, None] = {}  # layers by their first call
@@ -180,7 +194,7 @@ class Recorder:
         return f"{type(self).__name__}({len(self.names)} layers, {len(self.points)} points, {state})"
 
     def _begin(self, *_: Any) -> None:
-        if self.paused or not torch.is_grad_enabled():
+        if _measuring or not torch.is_grad_enabled():
             return
         self._recording = self.forwards % self.every == 0
         self.forwards += 1

@@ -56,3 +56,7 @@ def saturated(module: nn.Module, x: Tensor | None, output: Tensor) -> Tensor | N
         if type(module) is kind and x is not None and not getattr(module, "inplace", False):
             return slope(x).abs() < SLOPE * largest
     return None
+
+
+def is_activation(module: nn.Module) -> bool:
+    return type(module) in _BY_OUTPUT or type(module) in _BY_INPUT

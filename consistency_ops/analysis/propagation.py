@@ -1,0 +1,254 @@
+"""Residual propagation: singular values of block Jacobians, and how much of the residual their adjoints pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from consistency_ops.nn import BatchRMSNorm
+
+from .jacobian import Block
+from .recorder import Layers, choose, first_tensor, unrecorded, weighted
+from .results import COLOURS, Result, figure, over_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class BlockPropagation(Result):
+    """J = d (output of ``end``) / d (output of ``start``), means over the samples; NaN where it was not computed.
+
+    ``method`` "exact": from all of J. "lanczos": ``sigma_max`` converges from below; mean, rank and image fraction are
+    estimates by Gauss quadrature of the spectral measure, with the coarser ``tau`` that so many steps can resolve.
+    """
+
+    start: str
+    end: str
+    inputs: int  # d_start, of one sample
+    outputs: int  # d_end
+    method: str
+    tau: float  # singular values up to tau sigma_max count as 0
+    sigma_max: float
+    sigma_min: float  # of the min(d_start, d_end) singular values
+    mean_singular_value: float
+    rank: float  # singular values above tau sigma_max
+    nullity: float  # d_end - rank: dimension of the kernel of the adjoint
+    image_fraction: float  # |U U^T r|^2 / |r|^2, U the left singular vectors that rank counts, r the residual at end
+    decay: float  # |J^T r| / (sigma_max |r|)
+    gain: float  # |J^T r| / |r|
+    singular_values: list[list[float]]  # of every sample, largest first; [] for "lanczos"
+
+
+@dataclass(frozen=True)
+class Propagation(Result):
+    """Blocks from input to output."""
+
+    blocks: list[BlockPropagation]
+    samples: int
+    residual: str  # "loss" or "random"
+
+    def plot(self) -> Figure:
+        """Largest and mean singular value, and image fraction and decay, of every block."""
+        made, axes = figure(2, width=5.6)
+        names = [block.start for block in self.blocks]
+        for colour, key in zip(COLOURS, ("sigma_max", "mean_singular_value", "gain"), strict=False):
+            label = {"gain": "|JᵀR| / |R|"}.get(key, key.replace("_", " "))
+            axes[0].plot([getattr(b, key) for b in self.blocks], color=colour, marker=".", label=label)
+        axes[0].set_yscale("log")
+        for colour, key in zip(COLOURS[3:], ("image_fraction", "decay"), strict=False):
+            label = key.replace("_", " ")
+            axes[1].plot([getattr(b, key) for b in self.blocks], color=colour, marker="o", label=label)
+        axes[1].set_ylim(-0.03, 1.03)
+        titles = "Jacobian of the block that starts at", "residual that comes through"
+        for axis, title in zip(axes, titles, strict=True):
+            over_layers(axis, names)
+            axis.set_title(title, fontsize=10)
+            axis.legend(fontsize=8, frameon=False)
+        return made
+
+
+@contextmanager
+def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
+    """Evaluation mode; if the model was training, batch normalisations hold the statistics of ``run()``'s batch.
+
+    Modes and buffers are as before afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    norms = [
+        (module, module.momentum, 0.0 if isinstance(module, BatchRMSNorm) else 1.0)
+        for module in model.modules()
+        if module.training and (isinstance(module, BatchRMSNorm) or getattr(module, "track_running_stats", False))
+    ]
+    model.eval()
+    try:
+        if norms:
+            for module, _, newest in norms:  # only the batch that comes counts
+                module.momentum = newest
+                module.train()
+            with torch.no_grad():
+                run()
+            for module, _, _ in norms:
+                module.eval()
+        yield
+    finally:
+        for module, momentum, _ in norms:
+            module.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+class _Tape:
+    """One forward pass that keeps the graph: inputs and outputs of the chosen layers, in the order of their calls."""
+
+    def __init__(self, model: nn.Module, chosen: dict[str, nn.Module], inputs: tuple[Any, ...]) -> None:
+        self.names: list[str] = []
+        self.tensors: list[Tensor] = []
+        inputs = tuple(_leaf(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        first = first_tensor(inputs)
+        if first is not None:
+            self._keep("input", first)
+        calls: dict[str, int] = {}
+
+        def see(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+                tensor = first_tensor(output)
+                if tensor is None:
+                    return None
+                if not tensor.requires_grad and tensor is output:
+                    output = tensor = _leaf(tensor)  # behind frozen parameters and token numbers the graph starts here
+                calls[name] = calls.get(name, 0) + 1
+                self._keep(name if calls[name] == 1 else f"{name} (call {calls[name]})", tensor)
+                # A copy goes on: an activation in place would change what is kept.
+                return tensor.clone() if tensor is output else None
+
+            return hook
+
+        handles = [module.register_forward_hook(see(name)) for name, module in chosen.items()]
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+                output = model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.output = output
+        end = first_tensor(output)
+        if end is None:
+            raise TypeError(f"propagation: the model must return a floating-point tensor, got {type(output).__name__}")
+        self.end = end
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.names.append(name)
+        self.tensors.append(tensor)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def _pairs(tape: _Tape, to: str) -> Iterator[tuple[int, str, Tensor]]:
+    """(index of the start, name and tensor of the end): the first later layer that depends on the start."""
+    ends = [*zip(tape.names, tape.tensors, strict=True), ("output", tape.end)]
+    for i, start in enumerate(tape.tensors):
+        for name, end in ends[i + 1 :] if to == "next" else ends[-1:]:
+            if not end.requires_grad or not start.requires_grad:
+                continue
+            (found,) = torch.autograd.grad(end.sum(), start, retain_graph=True, allow_unused=True)
+            if found is not None:
+                yield i, name, end
+                break
+
+
+def propagation(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    layers: Layers = None,
+    to: str = "next",
+    samples: int = 8,
+    tau: float = 1e-3,
+    exact: int = 512,
+    steps: int = 24,
+    seed: int = 0,
+) -> Propagation:
+    """Measure how residuals travel back through ``model`` at ``inputs`` (arXiv 1708.00631, the operator view of
+    vanishing gradients; METHOD 1.9).
+
+    For J = d y_end / d y_start of one sample: its singular values; the share of the residual r = d loss / d y_end that
+    lies in the image of J (only that share is passed on to shallower layers); and |J^T r| / (|J| |r|). A model in
+    training mode is measured with dropout off and with its batch normalisations frozen at the statistics of
+    ``inputs``; one in evaluation mode as it is. The model is left as it was.
+
+    Args:
+        model, inputs: called as ``model(*inputs)``; dimension 0 of tensors is the batch, and samples must not
+            influence each other.
+        loss: maps the model's output, for all of ``inputs``, to the scalar whose gradient is the residual; None: a
+            standard normal residual.
+        layers: name patterns or types; None: all layers with weights. The input is a start, too.
+        to: ``"next"``: to the next of these layers (in the order of the calls) that depends on the start, or to the
+            output; ``"output"``: always to the model's output.
+        samples: only so many samples are measured, the first ones.
+        tau: singular values up to ``tau`` times the largest count as 0 (in Lanczos blocks at least 4 / ``steps``).
+        exact: J is computed whole if its smaller dimension is at most this (that many backward passes); else Lanczos.
+        steps: of the Lanczos process on J J^T; each costs two backward passes.
+        seed: of the random vectors.
+
+    Raises:
+        TypeError, ValueError: arguments; an output without the batch in dimension 0.
+    """
+    chosen = choose("propagation", model, layers, weighted)
+    if to not in ("next", "output"):
+        raise ValueError(f"propagation: to must be 'next' or 'output', got {to!r}")
+    if not inputs:
+        raise TypeError("propagation: inputs are missing; call propagation(model, x, ...)")
+    if samples < 1 or steps < 1 or exact < 0 or not 0 < tau < 1:
+        raise ValueError(
+            f"propagation: samples and steps must be at least 1, exact at least 0 and tau in (0, 1), got "
+            f"{samples}, {steps}, {exact}, {tau}"
+        )
+    batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    count = min(samples, batch)
+    few = tuple(x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x for x in inputs)
+    with unrecorded(), torch.enable_grad(), frozen(model, lambda: model(*inputs)):
+        residuals = None if loss is None else _residuals(_Tape(model, chosen, inputs), loss, count)
+        tape = _Tape(model, chosen, few)
+        residual_noise, probe_noise = (torch.Generator().manual_seed(seed + k) for k in (0, 1))
+        blocks = []
+        for i, name, end in _pairs(tape, to):
+            start = tape.tensors[i]
+            for role, tensor in ((tape.names[i], start), (name, end)):
+                if tensor.dim() < 1 or len(tensor) != count:
+                    raise ValueError(
+                        f"propagation: dimension 0 must be the batch of {count}, but {role} has shape "
+                        f"{tuple(tensor.shape)}"
+                    )
+            residual = torch.randn(end.shape, generator=residual_noise) if residuals is None else residuals[name]
+            block = Block(start, end, residual, tau, probe_noise)
+            small = min(start[0].numel(), end[0].numel())
+            method = "exact" if small <= exact else "lanczos"
+            values = block.exact() if method == "exact" else block.lanczos(steps)
+            sizes = start[0].numel(), end[0].numel()
+            blocks.append(BlockPropagation(tape.names[i], name, *sizes, method, **values))
+    return Propagation(blocks, count, "random" if loss is None else "loss")
+
+
+def _residuals(tape: _Tape, loss: Callable[[Any], Tensor], count: int) -> dict[str, Tensor]:
+    value = loss(tape.output)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise TypeError("propagation: loss must return a tensor with one element")
+    names, tensors = [*tape.names, "output"], [*tape.tensors, tape.end]
+    gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+    return {
+        name: torch.zeros_like(t[:count]) if g is None else g[:count]
+        for name, t, g in zip(names, tensors, gradients, strict=True)
+    }
