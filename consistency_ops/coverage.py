@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter, is_lazy
 
 from .capture import Capture
+from .distributed import FLATTENED
 from .layers import LayerType, layer_type
 
 
@@ -86,6 +87,8 @@ def _reason(
         return f"{kind.weight} is not a parameter of the module"
     if len(owners[id(weight)]) > 1:
         return "tied with " + ", ".join(owner for owner in owners[id(weight)] if owner != name)
+    if not is_lazy(weight) and weight.dim() < 2:
+        return FLATTENED
     if not weight.is_floating_point():
         return f"unsupported dtype {weight.dtype}"
     return None

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .coverage import Layer
     from .preconditioner import Item, Preconditioner
 
+FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 _USED, _STRIDE = 0, 2  # columns of CaptureState in csrc/include/consistency_ops/capture.h
 
 
@@ -134,7 +135,6 @@ class Ranks:
         self._searched = False
         self._wrappers: list[weakref.ref[nn.Module]] = []  # DistributedDataParallel
         self._outer: dict[int, str] = {}  # their process group, by id of the parameter
-        self._flattened: set[int] = set()  # ids of modules in a FullyShardedDataParallel
         self._groups: dict[str, ProcessGroup] = {}
         self._plans: dict[int, Plan] = {}  # of this step, by index of the layer
         self._packings: dict[tuple, Packing] = {}
@@ -175,15 +175,13 @@ class Ranks:
         self._searched = True
         layers = [layer for layer in self._pre.layers if layer.capture is not None]
         ours = {id(layer.weight) for layer in layers}
-        for wrapper in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
-            if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        for wrapper in gc.get_objects():
+            if issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
                 ignored = wrapper.parameters_to_ignore
                 held = {id(p) for name, p in wrapper.module.named_parameters() if name not in ignored}
                 if held & ours:
                     self._wrappers.append(weakref.ref(wrapper))
                     self._outer.update(dict.fromkeys(held, self._name(wrapper.process_group)))
-            elif type(wrapper).__name__ == "FullyShardedDataParallel":
-                self._flattened.update(id(module) for module in wrapper.modules())
         alone = [layer.name for layer in layers if self._plan(layer) is None]
         if alone and dist.get_world_size() > 1:
             warnings.warn(
@@ -202,8 +200,8 @@ class Ranks:
         weight = layer.weight
         if weight is None or is_lazy(weight) or not self._pre.owns(weight) or not weight.requires_grad:
             return None
-        if id(layer.module()) in self._flattened:
-            return Plan(reason="sharded by FullyShardedDataParallel (FSDP1); fully_shard is supported")
+        if weight.dim() < 2:
+            return Plan(reason=FLATTENED)
         outer = self._outer.get(id(weight))
         if outer is None and self._group is not None:
             outer = self._name(self._group)

@@ -58,7 +58,7 @@ def _row(pre: Preconditioner, layer: Layer) -> tuple[str, str, str, str, str]:
     module = layer.module()
     weight = layer.weight
     division = "-"
-    if layer.reason is None and weight is not None and not is_lazy(weight):
+    if (layer.reason or pre._ranks.reason(layer)) is None and weight is not None and not is_lazy(weight):
         groups, units = layer.kind.groups(module), layer.units
         chunks = -(-units // pre.chunk_of(units))
         division = f"{f'{groups} x ' if groups > 1 else ''}{units} -> {chunks} of {-(-units // chunks)}"

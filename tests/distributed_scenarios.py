@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from ranks import same_bits
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from consistency_ops import Preconditioner
+from consistency_ops import Preconditioner, layers
 
 STEPS = 4
 SHARES = (16, 4, 12, 8)  # rows of each rank, of a batch of 40
@@ -64,7 +67,7 @@ def single(options: dict, dtype=torch.float64, steps=STEPS, name="sgd") -> list[
 
 
 def result(model, **more) -> dict:
-    parameters = [p.detach() for p in model.parameters()]
+    parameters = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
     return {"parameters": parameters, "same": same_bits(parameters), **more}
 
 
@@ -251,3 +254,139 @@ def join():
     with wrapped.join():
         F.cross_entropy(wrapped(x), y).backward()
         return _error(optimizer.step)
+
+
+# FSDP2: the last layer has 5 outputs, so the ranks hold 2, 2, 1 and 0 of its rows
+
+
+def _sharded(model, mesh=None, **options):
+    mesh = mesh or init_device_mesh("cpu", (4,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def _fsdp(options: dict, mesh=None) -> dict:
+    model = _sharded(mlp(), mesh)
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8, **options)
+    train(model, optimizer, [dist.get_rank()])
+    return result(model, rows=pre.stats()["rows"], summary=pre.summary(), local=len(model[4].weight.to_local()))
+
+
+def fsdp_default():
+    return _fsdp({})
+
+
+def fsdp_decay():
+    return _fsdp(OPTIONS["decay"])
+
+
+def fsdp_every():
+    return _fsdp(OPTIONS["every"])
+
+
+def fsdp_hybrid():
+    return _fsdp({}, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def fsdp_accumulation():
+    """Two micro-batches; the first is not reduced, or reduced and added."""
+    found = {}
+    for sync in (False, True):
+        model = _sharded(mlp())
+        optimizer = sgd(model)
+        Preconditioner(model, optimizer, chunk=8)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x, y = share(step, dist.get_rank())
+            half = len(x) // 2
+            model.set_requires_gradient_sync(sync)
+            (F.cross_entropy(model(x[:half]), y[:half]) / 2).backward()
+            model.set_requires_gradient_sync(True)
+            (F.cross_entropy(model(x[half:]), y[half:]) / 2).backward()
+            optimizer.step()
+        found[sync] = result(model)
+    return found
+
+
+def _conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 6, 2, groups=2), nn.Flatten(), nn.Linear(54, 5)
+    ).double()
+
+
+def _conv_step(model, optimizer, steps=2, ranks=(0, 1, 2, 3)):
+    for step in range(steps):
+        optimizer.zero_grad()
+        parts = [share(step, rank) for rank in ranks]
+        images = [x.repeat(1, 9)[:, :108].view(-1, 3, 6, 6) for x, _ in parts]
+        losses = F.cross_entropy(model(torch.cat(images)), torch.cat([y for _, y in parts]), reduction="none")
+        torch.stack([part.mean() for part in losses.split([len(y) for _, y in parts])]).mean().backward()
+        optimizer.step()
+
+
+def fsdp_convolutions():
+    """The grouped convolution is left alone: rows of several groups lie on one rank."""
+    model = fully_shard(_conv_net(), mesh=init_device_mesh("cpu", (4,)))
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    _conv_step(model, optimizer, ranks=(dist.get_rank(),))
+    return result(model, summary=pre.summary())
+
+
+def single_convolutions() -> list[torch.Tensor]:
+    model = _conv_net()
+    optimizer = sgd(model)
+    Preconditioner(model, optimizer, chunk=8, skip=("2",))
+    _conv_step(model, optimizer)
+    return [p.detach() for p in model.parameters()]
+
+
+def fsdp_mixed_precision():
+    """bfloat16 compute, float32 parameters: the same as DDP under autocast would be hard to say, so only sane."""
+    model = mlp(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = _sharded(model, mp_policy=policy)
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    train(model, optimizer, [dist.get_rank()], dtype=torch.float32)
+    return result(model, rows=pre.stats()["rows"], failed=pre.stats()["failed_chunks"])
+
+
+class Transposed(nn.Module):
+    """Weight (in, out), as Conv1D of Hugging Face: the shards of FSDP2 are units."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 5, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def fsdp_transposed():
+    layers.register(Transposed, bias=None, matrix=lambda weight: weight.T)
+    model = fully_shard(nn.Sequential(Transposed(), nn.Linear(5, 5).double()), mesh=init_device_mesh("cpu", (4,)))
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    train(model, optimizer, [dist.get_rank()], steps=2)
+    return result(model, summary=pre.summary())
+
+
+def flattened():
+    """As FullyShardedDataParallel leaves weights, which needs an accelerator: before and after the constructor."""
+    found = []
+    for early in (True, False):
+        model = mlp()
+        flat = nn.Parameter(model[0].weight.detach().flatten()[:60])
+        if early:
+            model[0].weight = flat
+        pre = Preconditioner(model, process_group=dist.group.WORLD)
+        model[0].weight = flat
+        flat.grad = torch.ones_like(flat)
+        pre.step()
+        found.append((pre.summary(), bool((flat.grad == 1).all())))
+    return found

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_absolute", "ddp_static_graph", "ddp_wrapped_late", "ddp_float32"),
     *("ddp_accumulation", "ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped"),
-    "join",
+    *("join", "fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_accumulation", "fsdp_convolutions"),
+    *("fsdp_mixed_precision", "fsdp_transposed", "flattened"),
 ]
 # Sums of 40 float64 rows in another order: eps = 2e-16, times a condition number of at most 16 / damping = 160, in each
 # of four steps.
@@ -106,3 +107,48 @@ def test_ranks_without_a_wrapper_are_noticed(results):
 def test_join_is_refused(results):
     for message in results["join"]:
         assert "all ranks must make the same number of steps, got DistributedDataParallel.join()" in message
+
+
+@pytest.mark.parametrize("name", ["default", "decay", "every", "hybrid"])
+def test_fully_shard_equals_one_process(results, name):
+    want = scenarios.single(scenarios.OPTIONS.get(name, {}))
+    for rank, result in enumerate(of(results, f"fsdp_{name}")):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+        assert result["rows"]["0"] == scenarios.SHARES[rank]
+        if name != "hybrid":
+            assert result["local"] == (2, 2, 1, 0)[rank]
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_fully_shard_with_micro_batches(results, sync):
+    want = scenarios.single({})
+    for result in of(results, "fsdp_accumulation"):
+        assert difference(result[sync]["parameters"], want) < TOLERANCE
+        assert result[sync]["same"]
+
+
+def test_fully_shard_with_convolutions(results):
+    want = scenarios.single_convolutions()
+    for result in of(results, "fsdp_convolutions"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert "groups of a convolution are sharded; gradient left as it is" in result["summary"]
+
+
+def test_fully_shard_in_mixed_precision(results):
+    """bfloat16 has 8 bits: eps 4e-3, of inputs, weights and outputs, in four steps."""
+    want = scenarios.single({}, torch.float32)
+    for rank, result in enumerate(of(results, "fsdp_mixed_precision")):
+        assert difference(result["parameters"], want) < 0.1
+        assert result["same"]
+        assert result["rows"]["0"] == scenarios.SHARES[rank]
+        assert result["failed"] == 0
+
+
+def test_what_cannot_be_supported_is_reported(results):
+    for result in of(results, "fsdp_transposed"):
+        assert "weight is sharded over its units, the input is not; gradient left as it is" in result["summary"]
+    for both in of(results, "flattened"):
+        for summary, unchanged in both:
+            assert "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)" in summary
+            assert unchanged
