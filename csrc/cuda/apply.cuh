@@ -1,9 +1,10 @@
-// G[:, c] <- G[:, c] A_c^-1 for all rows of G, in place.
+// G[:, c] <- G[:, c] A_c^-1 for this CTA's share of the rows of G, in place.
 //
 // Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
 // columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
-// products), 16-bit gradients are TF32 numbers already (two products).  A row of the stage whose result has an element
-// that is not finite in the gradient's own type is left as it was, in this chunk only.
+// products), 16-bit gradients are TF32 numbers already (two products); with `tf32` both are rounded (one product).  A
+// row of the stage whose result has an element that is not finite in the gradient's own type is left as it was, in this
+// chunk only.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -26,8 +27,38 @@ CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, in
   }
 }
 
+constexpr int kPrefetchRows = 256;  // 128 KiB of float32 a CTA, 34 MB in all: what L2 holds beside the rest
+
+// Asks L2 for the first rows of this CTA's share of G, a sector at a time, a row a warp.
+template <int kWarps>
+CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk) {
+  constexpr uintptr_t kSector = 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t taps = static_cast<uint32_t>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
+  const int rows = static_cast<int>(min(int64_t{kPrefetchRows}, chunk.shared.outputs * taps));
+  const int64_t bytes = element_size(layer.g_dtype);
+  CO_NO_UNROLL
+  for (int r = warp; r < rows; r += kWarps) {
+    const uint32_t output = static_cast<uint32_t>(r) / taps;
+    const int64_t offset =
+        (chunk.shared.first_output + output) * layer.g_output_stride +
+        strided_offset(static_cast<uint32_t>(r) - output * taps, layer.g_tap_size, layer.g_tap_stride);
+    const uintptr_t row = reinterpret_cast<uintptr_t>(layer.g) + static_cast<uintptr_t>(offset * bytes);
+    const auto sector = [&](int32_t unit) {
+      return (row + static_cast<uintptr_t>(unit * layer.g_unit_stride * bytes)) / kSector;
+    };
+    CO_NO_UNROLL
+    for (int p = lane; p < chunk.size(); p += 32) {
+      const int32_t unit = chunk.shared.unit[p], before = p > 0 ? chunk.shared.unit[p - 1] : kNoUnit;
+      if (unit >= 0 && (before < 0 || sector(unit) != sector(before))) {
+        prefetch_l2(static_cast<const char*>(layer.g) + offset * bytes + unit * layer.g_unit_stride * bytes);
+      }
+    }
+  }
+}
+
 // sum += rows [32 half, 32 half + 32) of the stage times columns [16 block, 16 block + 16) of A^-1.
-template <bool kSplit>
+template <int kProducts>
 CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int half, int block, int rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int pitch = g_pitch(chunk.padded()), column = block % 2 * 16 + g;
@@ -57,13 +88,13 @@ CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int hal
           const int row = m * 16 + i % 2 * 8;
           const float value = half * 32 + g + row < rows ? left[row * pitch + tile * kTile + k + i / 2 * 4] : 0.0f;
           const SplitFloat split(value);
-          a[i] = kSplit ? split.high : value;
+          a[i] = kProducts == 2 ? value : split.high;  // two: 16-bit gradients
           a_low[i] = split.low;
         }
         CO_UNROLL
         for (int n = 0; n < 2; ++n) {
-          if (kSplit) mma_m16n8k8_tf32(sum[m][n], a_low, b[n]);
-          mma_m16n8k8_tf32(sum[m][n], a, b_low[n]);
+          if (kProducts > 2) mma_m16n8k8_tf32(sum[m][n], a_low, b[n]);
+          if (kProducts > 1) mma_m16n8k8_tf32(sum[m][n], a, b_low[n]);
           mma_m16n8k8_tf32(sum[m][n], a, b[n]);
         }
       }
@@ -100,11 +131,11 @@ struct BiasMean {
 // All threads.  `Raw` is uint32_t for float32 gradients, uint16_t for 16-bit ones.
 template <int kWarps, typename Raw>
 CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int stage) {
-  constexpr bool kSplit = sizeof(Raw) == 4;
+  constexpr int kProducts = sizeof(Raw) == 4 ? 3 : 2;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int pitch = g_pitch(chunk.padded());
   const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
-  const int all_rows = static_cast<int>(layer.outputs) * taps;
+  const int last_row = static_cast<int>(chunk.shared.first_output + chunk.shared.outputs) * taps;
   Raw* const g = static_cast<Raw*>(layer.g);
   int bias_position = -1;
   for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
@@ -112,8 +143,8 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
   }
   BiasMean bias;
 
-  for (int first = 0; first < all_rows; first += stage) {
-    const int rows = min(stage, all_rows - first);
+  for (int first = static_cast<int>(chunk.shared.first_output) * taps; first < last_row; first += stage) {
+    const int rows = min(stage, last_row - first);
     __syncthreads();  // the last stage has been written back
     if (const int thread = fresh_thread(); thread < rows) {
       const uint32_t row = static_cast<uint32_t>(first + thread), output = row / static_cast<uint32_t>(taps);
@@ -153,7 +184,12 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     CO_UNROLL
     for (int j = 0; j < kApplyJobs; ++j) {
       const int job = warp + j * kWarps;
-      if (job < jobs) multiply_block<kSplit>(sum[j], chunk, job / blocks, job % blocks, rows);
+      if (job >= jobs) continue;
+      if (chunk.shared.tf32) {
+        multiply_block<1>(sum[j], chunk, job / blocks, job % blocks, rows);
+      } else {
+        multiply_block<kProducts>(sum[j], chunk, job / blocks, job % blocks, rows);
+      }
     }
     for_each_result([&](int row, int, float& value) {
       value = to_float<Raw>(layer.g_dtype, from_float<Raw>(layer.g_dtype, value));

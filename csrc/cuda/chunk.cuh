@@ -21,11 +21,20 @@ struct ChunkShared {
   float warp_sum[32];
   int32_t warp_count[32];
   Division division;
-  RowSample rows;  // of X
-  int32_t layer, chunk, stages;
-  bool waits, publishes;  // for, and with, the counter of finished covariances
+  RowSample rows;                 // of X, the share of this CTA
+  int64_t all_rows;               // of all shares
+  int64_t first_output, outputs;  // of G, the share of this CTA
+  float* sum_records;             // of the layer, in the workspace: [chunks, sums, record]
+  float* inverse_record;          // of the chunk: the inverse, then failed_minor
+  int32_t role, layer, chunk, stages;
+  int32_t ticket, part;   // of the launch; of the tasks of the same role and chunk
+  int32_t rank, cluster;  // of this CTA among the CTAs of its cluster
+  int32_t sums, slabs;    // LayerShares
+  int32_t record;         // floats
+  uint32_t awaited;       // value of the counter that the task waits for
   int32_t size;           // units of the chunk
   int32_t x_stage;        // rows of X in a stage
+  bool tf32;              // CudaTuning
   int32_t failed_minor, failed_tries;
 };
 
@@ -38,11 +47,17 @@ struct Chunk {
   CO_DEVICE int size() const { return shared.size; }
   CO_DEVICE int padded() const { return padded_units(shared.size); }
   CO_DEVICE int side() const { return padded() / kTile; }
+  CO_DEVICE int tile_floats() const { return lower_tiles(side()) * kTileFloats; }
   CO_DEVICE int x_rows() const { return static_cast<int>(shared.rows.count); }
   CO_DEVICE int x_stage() const { return shared.x_stage; }
 };
 
 CO_DEVICE float* lower_tile(float* tiles, int i, int j) { return tiles + (lower_tiles(i) + j) * kTileFloats; }
+
+CO_DEVICE void add(Float4& sum, const Float4& term) {
+  CO_UNROLL
+  for (int i = 0; i < 4; ++i) sum.v[i] += term.v[i];
+}
 
 // Element offset of index `index` of a space of sizes `size`, the last dimension fastest.  Indices have 32 bits (the
 // launcher sees to it), because a 64-bit division costs a call and its registers; offsets have 64.

@@ -5,7 +5,7 @@
 // three products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32
 // numbers already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows:
 // partial sums are added in shared memory, in the order of the rows, which is more accurate than a float32 matrix
-// product and the same on every run.
+// product and the same on every run.  With `tf32` float32 inputs are rounded to TF32 and take one product too.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -36,8 +36,11 @@ CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& l
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
-    if (row < chunk.x_stage())
-      chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] = to_float<Raw>(layer.x_dtype, raw[i]);
+    if (row < chunk.x_stage()) {
+      const float value = to_float<Raw>(layer.x_dtype, raw[i]);
+      chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] =
+          sizeof(Raw) == 4 && chunk.shared.tf32 ? to_tf32(value) : value;
+    }
   }
 }
 
@@ -108,7 +111,8 @@ CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk
   }
 }
 
-// All threads, at least one row; ends with a barrier.  `Raw` is uint32_t for float32 inputs, uint16_t for 16-bit ones.
+// All threads; ends with a barrier.  tiles <- the sum over this CTA's share of the rows, zero if there is none.  `Raw`
+// is uint32_t for float32 inputs, uint16_t for 16-bit ones.
 template <int kWarps, int kUnits, typename Raw>
 CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -131,12 +135,18 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (next > 0) stage_x<kWarps, Raw>(raw, layer, chunk);
     locate(next);
     __syncthreads();
-    if (next < chunk.x_rows()) fetch_x<kWarps, Raw>(raw, layer, chunk, min(chunk.x_stage(), chunk.x_rows() - next));
+    if (next == 0 || next < chunk.x_rows())
+      fetch_x<kWarps, Raw>(raw, layer, chunk, min(chunk.x_stage(), chunk.x_rows() - next));
     if (next == 0) continue;
     CO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       if (warp + u * kWarps < gram_blocks(chunk)) {
-        gram_block<sizeof(Raw) == 4>(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk);
+        const int32_t block = chunk.shared.gram_block[warp + u * kWarps];
+        if (sizeof(Raw) == 4 && !chunk.shared.tf32) {
+          gram_block<true>(sum[u], block, chunk);
+        } else {
+          gram_block<false>(sum[u], block, chunk);
+        }
       }
     }
     if (next % kPartialRows == 0 || next >= chunk.x_rows()) {
@@ -149,6 +159,24 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (next >= chunk.x_rows()) break;
   }
   __syncthreads();
+}
+
+// All threads of a cluster; ends with a barrier.  tiles <- the sum over its CTAs, in the order of their ranks.  A CTA
+// adds its share of the elements and writes the sums to all, so between the barriers one thread alone touches an
+// element, in any of the shared memories.
+CO_DEVICE void sum_over_cluster(const Chunk& chunk, int threads) {
+  Float4* const tiles = reinterpret_cast<Float4*>(chunk.tiles);
+  const int ranks = chunk.shared.cluster;
+  cluster_barrier();  // all have their partial sums
+  CO_NO_UNROLL
+  for (int e = chunk.shared.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4; e += ranks * threads) {
+    Float4 sum = load_cluster(tiles + e, 0);
+    CO_UNROLL_4
+    for (int rank = 1; rank < ranks; ++rank) add(sum, load_cluster(tiles + e, rank));
+    CO_UNROLL_4
+    for (int rank = 0; rank < ranks; ++rank) store_cluster(tiles + e, rank, sum);
+  }
+  cluster_barrier();  // the sums have arrived, and nobody touches the tiles of another CTA any more
 }
 
 }  // namespace consistency_ops

@@ -3,7 +3,8 @@
 // Kernel source stays plain C++ so that its numbers, barriers and bounds can be tested on a machine without a GPU.
 // Hence the rules: shared memory only through CO_SHARED and CO_DYNAMIC_SHARED, no <<<>>>, no inline PTX outside this
 // file, every thread reaches every __syncthreads, and a spin contains an atomic.  Every PTX instruction is one wrapper
-// with two bodies of the same meaning, the second for the host.
+// with two bodies of the same meaning, the second for the host.  What sm_80 lacks (clusters) compiles to nothing there;
+// the launcher does not ask for it.
 #pragma once
 
 #include <cstddef>
@@ -34,9 +35,10 @@
 namespace consistency_ops {
 
 // The <<<>>> of this code base.  One parameter struct, passed by value; up to 32,764 bytes reach the device with the
-// launch.
+// launch.  `cluster` consecutive CTAs of grid.x form a cluster.
 template <typename Kernel, typename Params>
-Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* stream, const Params& params) {
+Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* stream, const Params& params,
+              int cluster = 1) {
 #if defined(__CUDACC__)
   static_assert(sizeof(Params) <= 32764, "kernel parameters are limited to 32,764 bytes");
   if (dynamic_shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -49,13 +51,19 @@ Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void
   config.blockDim = block;
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = static_cast<unsigned>(cluster);
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  config.attrs = &shape;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   if (cudaLaunchKernelEx(&config, kernel, params) != cudaSuccess) {
     (void)cudaGetLastError();
     return Status::kLaunchFailed;
   }
 #else
   (void)stream;
-  simt::launch(grid, block, dim3(), dynamic_shared, [&] { kernel(params); });
+  simt::launch(grid, block, dim3(static_cast<unsigned>(cluster)), dynamic_shared, [&] { kernel(params); });
 #endif
   return Status::kOk;
 }
@@ -69,6 +77,79 @@ CO_DEVICE int fresh_thread() {
   return thread;
 #else
   return static_cast<int>(threadIdx.x);
+#endif
+}
+
+struct alignas(16) Float4 {
+  float v[4];
+};
+
+// All threads of a cluster meet; what they wrote to any of its shared memories is visible afterwards.
+#if defined(__CUDACC__)
+CO_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __syncwarp();  // .aligned wants whole warps
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+#else
+inline void cluster_barrier(SIMT_SITE) { simt::cluster_barrier({file, line}); }
+#endif
+
+// What lies at `address`, an address of this CTA's shared memory, in the shared memory of CTA `rank` of the cluster.
+CO_DEVICE Float4 load_cluster(const Float4* address, int rank) {
+  Float4 value{};
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
+      : "=f"(value.v[0]), "=f"(value.v[1]), "=f"(value.v[2]), "=f"(value.v[3])
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address))), "r"(rank)
+      : "memory");
+#endif
+#elif !defined(__CUDACC__)
+  value = *static_cast<const Float4*>(simt::map_shared_rank(const_cast<Float4*>(address), rank));
+#endif
+  return value;
+}
+
+CO_DEVICE int load_cluster(const int* address, int rank) {
+  int value = 0;
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %1, %2;\n ld.shared::cluster.u32 %0, [remote]; }"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address))), "r"(rank)
+               : "memory");
+#endif
+#elif !defined(__CUDACC__)
+  value = *static_cast<const int*>(simt::map_shared_rank(const_cast<int*>(address), rank));
+#endif
+  return value;
+}
+
+CO_DEVICE void store_cluster(Float4* address, int rank, const Float4& value) {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5}; }" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(address))),
+      "r"(rank), "f"(value.v[0]), "f"(value.v[1]), "f"(value.v[2]), "f"(value.v[3])
+      : "memory");
+#endif
+#elif !defined(__CUDACC__)
+  *static_cast<Float4*>(simt::map_shared_rank(address, rank)) = value;
+#endif
+}
+
+// Asks for the line of L2 that holds `address`, which must be readable.
+CO_DEVICE void prefetch_l2(const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#elif !defined(__CUDACC__)
+  (void)*static_cast<const volatile unsigned char*>(address);
 #endif
 }
 

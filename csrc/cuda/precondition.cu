@@ -1,19 +1,30 @@
-// The correction of every layer in one launch, rung V0: one CTA for every (layer, chunk).
+// The correction of every layer in one launch.
 //
-// A CTA draws its chunk's units and rows from random.h, sums X^T X of its columns (gram.cuh), factors and inverts it in
-// shared memory (factor.cuh) and multiplies its columns of G by the inverse (apply.cuh).  Nothing is written but G, the
-// bias gradient, info and damping_used; there is no scratch memory, no flag and no order between CTAs.  The factor is
-// bound by latency (128 dependent pivots for a chunk of 128), so many chunks must run side by side: 76 KiB of shared
-// memory and 128 registers a thread let two CTAs share an SM, 264 chunks at once on the 132 SMs of an H200.
+// A chunk of units passes four steps: its share of X becomes X^T X (gram.cuh), which is factored and inverted in shared
+// memory (factor.cuh) and multiplied from the right on its columns of G (apply.cuh).  The factor is bound by latency: a
+// chunk of 128 has 128 dependent pivots, some 10 us with the inverse, whatever the device.  So chunks run side by side,
+// and 76 KiB of shared memory and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an
+// H200.  Everything else is bound by memory: the floor of a launch is the time to read X once and to read and write G.
 //
-// Trace scaling needs the trace of a layer before any of its chunks can be factored.  Where a layer has several chunks
-// its covariances go to the workspace first, in tasks of their own, and the correcting tasks wait for them.  CTAs take
-// tasks in the order of a ticket counter and a task waits only for tickets smaller than its own, which running CTAs
-// hold already: so there is progress at any number of resident CTAs, without a cooperative launch.  The last CTA resets
-// the counters, so a replayed graph finds them as the first launch did.
+// Three rungs, one kernel; they differ in how many CTAs work on a chunk and how these meet (precondition_plan.h
+// chooses).  All times here are estimates: nothing has been measured on a GPU.
 //
-// The price of V0, which the later rungs remove: one CTA reads all rows of a chunk and corrects all rows of G, so a
-// layer with few chunks and much data (4096 x 4096: 32 chunks) leaves most of the device idle.
+//   V0  One CTA a chunk reads all rows of X and corrects all rows of G.  Nothing is written but G, info and damping;
+//       no scratch, no order between CTAs.  A 4096 x 4096 layer has 32 chunks: 32 of 264 places taken, some 200 us
+//       where memory needs 23.
+//   V1  A cluster of up to 8 CTAs a chunk.  Each sums its share of the rows; the partial covariances, 41 KiB for a
+//   chunk
+//       of 128, are added in the order of the ranks through distributed shared memory (1 to 2 us, against 3 to 4
+//       through L2).  Then every CTA factors the same matrix (a broadcast would wait as long as the factor takes) and
+//       corrects its share of G.  No scratch, no spin.  For launches whose chunks do not fill the device.
+//   V2  Tickets (tasks.cuh).  Shares of X, one factor a chunk, and shares of G are tasks of their own that meet in the
+//       workspace: the device stays full whatever the shapes, and one factor a chunk costs 504 chunks some 20 us of a
+//       full device where eight would cost 150.  A CTA that waits for an inverse asks L2 for its rows of G meanwhile.
+//
+// What all rungs pay: the random cyclic offset of random.h counts units, so groups of one sector straddle two, and a
+// CTA touches up to twice the bytes of its own columns.  Neighbouring chunks run at the same time on the same rows
+// (V2), so the other half is usually an L2 hit and DRAM sees every sector once; L2 traffic is what doubles.  For
+// group = 1 an L2 sector carries one element that is wanted, and 3.6 to 10 times the bytes pass L2.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -23,38 +34,15 @@
 #include "cuda/chunk.cuh"
 #include "cuda/factor.cuh"
 #include "cuda/gram.cuh"
+#include "cuda/matrices.cuh"
 #include "cuda/precondition_plan.h"
+#include "cuda/tasks.cuh"
 
 namespace consistency_ops {
 namespace {
 
 constexpr int kMaxTries = 3;
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of X and of G: row indices have 32 bits, with room for the last stage
-
-CO_HOST_DEVICE int64_t rows_of_x(const PreconditionLayer& layer) {
-  return layer.x_row_size[0] * layer.x_row_size[1] * layer.x_row_size[2] * layer.x_row_size[3];
-}
-
-CO_HOST_DEVICE int64_t rows_of_g(const PreconditionLayer& layer) {
-  return layer.outputs * layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2];
-}
-
-struct Counters {
-  uint32_t ticket, finished;
-  uint32_t ready[kMaxLaunchLayers];  // chunks of the layer whose covariance is in the workspace
-};
-static_assert(sizeof(Counters) <= kCudaCounterBytes, "the workspace begins with the counters");
-
-struct PreconditionParams {
-  PreconditionLayer layers[kMaxLaunchLayers];
-  int32_t first_task[kMaxLaunchLayers + 1];  // running number of chunks: those before this layer
-  int32_t first_wait[kMaxLaunchLayers + 1];  // the same, of layers that wait for their trace
-  PreconditionOptions options;
-  Counters* counters;  // null where no layer waits
-  int32_t count;
-  int32_t tile_floats, arena_floats, apply_rows;
-};
-static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
 
 template <int kThreads_, int kGramBlocks_, int kCtas_>
 struct PreconditionTraits {
@@ -66,178 +54,47 @@ struct PreconditionTraits {
 using UpTo128 = PreconditionTraits<256, 3, 2>;  // 20 blocks for 8 warps
 using UpTo256 = PreconditionTraits<512, 5, 1>;  // 72 blocks for 16 warps
 
-// The layer l with first[l] <= task < first[l + 1].
-CO_DEVICE int find_layer(const int32_t (&first)[kMaxLaunchLayers + 1], int count, int task) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first[middle] <= task) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// One thread: what this CTA has to do, and what it needs of random.h.
-CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared) {
-  const int ticket = params.counters != nullptr ? static_cast<int>(atomicAdd(&params.counters->ticket, 1u))
-                                                : static_cast<int>(blockIdx.x);
-  const int first = params.first_wait[params.count];  // ticket of the first correcting task
-  shared.publishes = ticket < first;
-  if (shared.publishes) {
-    shared.layer = find_layer(params.first_wait, params.count, ticket);
-    shared.chunk = ticket - params.first_wait[shared.layer];
-    shared.stages = kStageCovariance;
-    shared.waits = false;
-  } else {
-    shared.layer = find_layer(params.first_task, params.count, ticket - first);
-    shared.chunk = ticket - first - params.first_task[shared.layer];
-    shared.waits = params.first_wait[shared.layer + 1] != params.first_wait[shared.layer];
-    shared.stages = shared.waits ? params.options.stages & ~kStageCovariance : params.options.stages;
-  }
-  shared.failed_tries = 0;
-  const PreconditionLayer& layer = params.layers[shared.layer];
-  const PreconditionOptions& options = params.options;
-  int64_t rows = rows_of_x(layer);
-  if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
-  shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
-  shared.division =
-      make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
-  shared.size = static_cast<int32_t>(chunk_begin(shared.division.units, shared.division.chunks, shared.chunk + 1) -
-                                     chunk_begin(shared.division.units, shared.division.chunks, shared.chunk));
-  shared.x_stage = stage_rows(padded_units(shared.size), params.arena_floats);
-}
-
-CO_DEVICE int64_t covariance_offset(const PreconditionOptions& options, int chunk, int row, int column) {
-  return (static_cast<int64_t>(chunk) * options.chunk + row) * options.chunk + column;
-}
-
-// Calls f(row, column, address) for the lower tiles, whose diagonal ones are complete.
-template <typename F>
-CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
-  int i = 0, j = 0;
-  CO_NO_UNROLL
-  for (int tile = 0; tile < lower_tiles(chunk.side()); ++tile) {
-    CO_NO_UNROLL
-    for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += threads) {
-      f(i * kTile + e / kTile, j * kTile + e % kTile,
-        chunk.tiles + tile * kTileFloats + e / kTile * kTilePitch + e % kTile);
-    }
-    if (++j > i) {
-      ++i;
-      j = 0;
-    }
-  }
-}
-
-// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale
-// is 0.
-CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
-                            int threads) {
-  CO_NO_UNROLL
-  for (int e = static_cast<int>(threadIdx.x); e < options.chunk * options.chunk; e += threads) {
-    const int row = e / options.chunk, column = e % options.chunk;
-    const int i = max(row, column), j = min(row, column);
-    const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile,
-                                   min(j, chunk.padded() - 1) / kTile)[i % kTile * kTilePitch + j % kTile];
-    const bool inside = i < chunk.size() && scale != 0.0f;
-    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
-  }
-}
-
-CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chunk, const float* matrices, int threads) {
-  for_each_element(chunk, threads, [&](int row, int column, float* element) {
-    const bool inside = row < chunk.size() && column < chunk.size();
-    *element = inside ? matrices[covariance_offset(options, chunk.shared.chunk, row, column)] : 0.0f;
-  });
-  __syncthreads();
-}
-
-// Mean of the finite diagonal elements of the layer, 0 if there is none: from `covariance`, or from this chunk's own
-// tiles where that is the whole layer.  The order of the sum depends on the layer's shape alone.
-CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
-                            int threads) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const Division& division = chunk.shared.division;
-  float sum = 0.0f;
-  int32_t count = 0;
-  const auto add = [&](float value) {
-    if (!is_finite(value)) return;
-    sum += value;
-    ++count;
-  };
-  if (covariance == nullptr) {
-    for (int u = thread; u < chunk.size(); u += threads) {
-      add(lower_tile(chunk.tiles, u / kTile, u / kTile)[u % kTile * (kTilePitch + 1)]);
-    }
-  } else {
-    CO_NO_UNROLL
-    for (int64_t e = thread; e < division.chunks * options.chunk; e += threads) {
-      const int c = static_cast<int>(e / options.chunk), u = static_cast<int>(e % options.chunk);
-      const int64_t size =
-          chunk_begin(division.units, division.chunks, c + 1) - chunk_begin(division.units, division.chunks, c);
-      if (u < size) add(covariance[covariance_offset(options, c, u, u)]);
-    }
-  }
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    count += __shfl_xor_sync(0xffffffffu, count, lanes);
-  }
-  if (lane == 0) {
-    chunk.shared.warp_sum[warp] = sum;
-    chunk.shared.warp_count[warp] = count;
-  }
-  __syncthreads();
-  sum = 0.0f;
-  count = 0;
-  CO_NO_UNROLL
-  for (int w = 0; w < threads / 32; ++w) {
-    sum += chunk.shared.warp_sum[w];
-    count += chunk.shared.warp_count[w];
-  }
-  return count > 0 ? sum / static_cast<float>(count) : 0.0f;
-}
-
-// tiles <- tiles * scale + damping I, and the identity past the chunk's own units.
-CO_DEVICE void damp(const Chunk& chunk, float scale, float damping, int threads) {
-  for_each_element(chunk, threads, [&](int row, int column, float* element) {
-    const float one = row == column ? 1.0f : 0.0f;
-    *element = row < chunk.size() && column < chunk.size() ? fma(*element, scale, one * damping) : one;
-  });
-}
-
-// tiles <- the covariance summed from X and not yet divided by the rows, or a given one.
+// tiles <- the covariance, not yet divided by the rows, of this task's rows or of all; or a given one.
 template <typename Traits>
 CO_DEVICE void load_covariance(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
   if (!(chunk.shared.stages & kStageCovariance)) {
     load_matrix(params.options, chunk, static_cast<const float*>(layer.covariance), Traits::kThreads);
-  } else if (layer.x_dtype == DType::kFloat32) {
+    return;
+  }
+  if (chunk.shared.role == kFinishTask && chunk.shared.sums > 0) {
+    const int64_t first = static_cast<int64_t>(chunk.shared.chunk) * chunk.shared.sums * chunk.shared.record;
+    load_tiles(chunk, chunk.shared.sum_records + first, chunk.shared.sums, Traits::kThreads);
+    return;
+  }
+  if (layer.x_dtype == DType::kFloat32) {
     gram<Traits::kWarps, Traits::kGramBlocks, uint32_t>(layer, chunk);
   } else {
     gram<Traits::kWarps, Traits::kGramBlocks, uint16_t>(layer, chunk);
   }
+  if (chunk.shared.cluster > 1) sum_over_cluster(chunk, Traits::kThreads);
 }
 
 // tiles <- L L^T = A scaled + damping I, with up to three dampings; shared.failed_minor is info.  A failed try destroys
-// the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.
-// Without the factor stage only the covariance is written.
+// the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  The
+// CTAs of a cluster hold the same numbers and fail alike.  Without the factor stage only the covariance is written.
 template <typename Traits>
 CO_DEVICE void damped_factor(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
   for (;;) {
     load_covariance<Traits>(params, layer, chunk);
+    if (chunk.shared.role == kSumTask) {
+      const int64_t at = static_cast<int64_t>(chunk.shared.chunk) * chunk.shared.sums + chunk.shared.part;
+      store_tiles(chunk, chunk.shared.sum_records + at * chunk.shared.record, Traits::kThreads);
+      return;
+    }
     const bool summed = chunk.shared.stages & kStageCovariance;
-    float scale = summed ? 1.0f / static_cast<float>(chunk.shared.rows.count) : 1.0f;
+    float scale = summed ? 1.0f / static_cast<float>(chunk.shared.all_rows) : 1.0f;
     if (summed && layer.covariance != nullptr) {
       store_matrix(params.options, chunk, static_cast<float*>(layer.covariance), scale, Traits::kThreads);
     }
     if (!(chunk.shared.stages & kStageFactor)) return;
     if (params.options.trace_scaling) {
-      // Of several chunks the trace is that of the matrices in memory, which are divided by the rows already.
-      const bool whole = chunk.shared.division.chunks == 1;
-      const float* all = whole ? nullptr : static_cast<const float*>(layer.covariance);
-      const float trace = layer_trace(params.options, chunk, all, Traits::kThreads) * (whole ? scale : 1.0f);
+      const float* given = summed ? nullptr : static_cast<const float*>(layer.covariance);
+      const float trace = layer_trace(params.options, chunk, given, Traits::kThreads) * scale;
       if (trace > 0.0f) scale /= trace;
     }
     __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
@@ -246,7 +103,7 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
     damp(chunk, scale, damping, Traits::kThreads);
     factor<Traits::kWarps>(chunk);
     if (chunk.shared.failed_minor == 0 || chunk.shared.failed_tries == kMaxTries - 1) {
-      if (threadIdx.x == 0) {
+      if (threadIdx.x == 0 && chunk.shared.rank == 0) {
         if (layer.info != nullptr) layer.info[chunk.shared.chunk] = chunk.shared.failed_minor;
         if (layer.damping_used != nullptr) layer.damping_used[chunk.shared.chunk] = damping;
       }
@@ -257,21 +114,34 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
   }
 }
 
+// tiles <- A^-1 where it is needed, from this CTA, from another one or from the caller.
 template <typename Traits>
-CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
-  const PreconditionOptions& options = params.options;
-  const PreconditionLayer& layer = params.layers[chunk.shared.layer];
-  if (chunk.shared.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
-  if (chunk.shared.stages & kStageFactor) {
+CO_DEVICE void load_inverse(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+  int32_t* status = reinterpret_cast<int32_t*>(chunk.shared.inverse_record + chunk.shared.record);
+  if (chunk.shared.role == kSlabTask && chunk.shared.awaited != 0) {
+    if (threadIdx.x == 0) chunk.shared.failed_minor = *status;
+    load_tiles(chunk, chunk.shared.inverse_record, 1, Traits::kThreads);
+  } else if (!(chunk.shared.stages & kStageFactor)) {
+    if (threadIdx.x == 0) chunk.shared.failed_minor = layer.info[chunk.shared.chunk];
+    load_matrix(params.options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
+  } else {
     if (chunk.shared.failed_minor == 0) invert<Traits::kWarps>(chunk);
     if (layer.inverse != nullptr) {  // zeros where it failed
       const float scale = chunk.shared.failed_minor == 0 ? 1.0f : 0.0f;
-      store_matrix(options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
+      store_matrix(params.options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
     }
-  } else if (chunk.shared.stages & kStageApply) {
-    if (threadIdx.x == 0) chunk.shared.failed_minor = layer.info[chunk.shared.chunk];
-    load_matrix(options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
+    if (chunk.shared.slabs > 0) {
+      if (threadIdx.x == 0) *status = chunk.shared.failed_minor;
+      store_tiles(chunk, chunk.shared.inverse_record, Traits::kThreads);
+    }
   }
+}
+
+template <typename Traits>
+CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
+  const PreconditionLayer& layer = params.layers[chunk.shared.layer];
+  if (chunk.shared.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
+  if (chunk.shared.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, layer, chunk);
   if (!(chunk.shared.stages & kStageApply) || chunk.shared.failed_minor != 0) return;
   if (layer.g_dtype == DType::kFloat32) {
     apply<Traits::kWarps, uint32_t>(layer, chunk, params.apply_rows);
@@ -281,8 +151,8 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
 }
 
 // Nothing was seen, or there is nothing to correct: everything stays as it is.
-CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLayer& layer, const RowSample& rows) {
-  return layer.units == 0 || ((options.stages & kStageCovariance) && rows.count == 0) ||
+CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLayer& layer, int64_t rows) {
+  return layer.units == 0 || ((options.stages & kStageCovariance) && rows == 0) ||
          ((options.stages & kStageApply) && rows_of_g(layer) == 0);
 }
 
@@ -294,42 +164,29 @@ CO_DEVICE int32_t unit_of(const PreconditionLayer& layer, const Chunk& chunk, in
   return unit == layer.units ? kBiasUnit : static_cast<int32_t>(unit);
 }
 
-// Publishes a covariance that others wait for; the last CTA of the launch leaves the counters as it found them.
-CO_DEVICE void end_task(const PreconditionParams& params, const ChunkShared& shared) {
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  Counters* counters = params.counters;
-  if (shared.publishes) add_release(&counters->ready[shared.layer], 1);
-  if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return;
-  for (int l = 0; l < params.count; ++l) counters->ready[l] = 0;
-  counters->ticket = 0;
-  atomicExch(&counters->finished, 0u);
-}
-
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     precondition_kernel(CO_KERNEL_PARAM(PreconditionParams, params)) {
   CO_DYNAMIC_SHARED(float, dynamic);
   CO_SHARED(ChunkShared, shared_array, [1]);
   ChunkShared& shared = shared_array[0];
-  if (threadIdx.x == 0) begin_task(params, shared);
-  __syncthreads();
+  take_task(params, shared);
   const PreconditionLayer& layer = params.layers[shared.layer];
   const Chunk chunk{shared, dynamic, dynamic + params.tile_floats};
   if (const int thread = fresh_thread(); thread < chunk.padded()) shared.unit[thread] = unit_of(layer, chunk, thread);
-  if (shared.waits && threadIdx.x == 0) {
-    const uint32_t* ready = &params.counters->ready[shared.layer];
-    while (load_acquire(ready) < static_cast<uint32_t>(shared.division.chunks)) __nanosleep(64);
+  if (shared.awaited != 0 && (shared.stages & kStageApply)) {
+    __syncthreads();  // the units
+    prefetch_g<Traits::kWarps>(layer, chunk);
   }
-  __syncthreads();
+  wait_for_others(params, shared);
 
-  if (!is_empty(params.options, layer, shared.rows)) {
+  if (!is_empty(params.options, layer, shared.all_rows)) {
     run_task<Traits>(params, chunk);
-  } else if (threadIdx.x == 0 && (shared.stages & kStageFactor)) {
+  } else if (threadIdx.x == 0 && shared.rank == 0 && (shared.stages & kStageFactor)) {
     if (layer.info != nullptr) layer.info[shared.chunk] = 0;
     if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = static_cast<float>(params.options.damping);
   }
-  if (params.counters != nullptr) end_task(params, shared);
+  end_task(params, shared);
 }
 
 // The layer's trace is needed before any of its chunks can be factored, and all chunks are summed in this launch.
@@ -338,18 +195,13 @@ bool waits_for_trace(const PreconditionLayer& layer, const PreconditionOptions& 
   return options.trace_scaling && (options.stages & both) == both && num_chunks(layer, options) > 1;
 }
 
-int64_t all_units(const PreconditionLayer& layer) { return layer.units + (layer.has_bias ? 1 : 0); }
-
-int64_t scratch_bytes(const PreconditionLayer& layer, const PreconditionOptions& options) {
-  if (!waits_for_trace(layer, options) || layer.covariance != nullptr) return 0;
-  return num_chunks(layer, options) * options.chunk * options.chunk * static_cast<int64_t>(sizeof(float));
-}
-
-bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options) {
+bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+           const CudaTuning& tuning) {
   if (count < 0 || (count > 0 && layers == nullptr) || options.float64) return false;
   if (options.chunk < 1 || options.chunk > kMaxChunk || options.max_rows < 1 || !(options.damping >= 0)) return false;
   if (options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
+  if (tuning.ctas < 0 || tuning.ctas > (tuning.rung == PreconditionRung::kV1 ? kMaxCluster : kMaxShares)) return false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
@@ -367,47 +219,89 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   return true;
 }
 
+// How the tasks of one launch are cut, and where they meet.
+struct Launch {
+  LaunchShape shape;
+  LayerShares shares[kMaxLaunchLayers];
+  uint32_t records[kMaxLaunchLayers];  // as in PreconditionParams
+  int64_t bytes;                       // of the workspace
+};
+
+LayerWork work_of(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  LayerWork work{num_chunks(layer, options), 0, 0, waits_for_trace(layer, options)};
+  if (options.stages & kStageCovariance) work.x_rows = std::min(rows_of_x(layer), options.max_rows);
+  if (options.stages & kStageApply) work.g_rows = rows_of_g(layer);
+  return work;
+}
+
+// False if the workspace would be larger than 64 GiB.
+bool cut(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, const CudaTuning& tuning,
+         bool clusters, Launch& launch) {
+  int64_t chunks = 0, longest = 0;
+  for (int64_t l = 0; l < count; ++l) {
+    const LayerWork work = work_of(layers[l], options);
+    chunks += work.chunks;
+    if (work.chunks > 0) longest = std::max({longest, work.x_rows, work.g_rows});
+  }
+  launch.shape = choose_rung(chunks, longest, clusters, tuning);
+  launch.bytes = 0;
+  bool meet = false;
+  for (int64_t l = 0; l < count; ++l) {
+    const LayerWork work = work_of(layers[l], options);
+    const LayerShares shares = launch.shares[l] = share_layer(work, launch.shape, tuning);
+    launch.records[l] = 0;
+    if (work.chunks == 0 || (shares.sums == 0 && shares.slabs == 0)) continue;
+    meet = true;
+    const int64_t at = kCudaCounterBytes + launch.bytes, record = record_floats(all_units(layers[l]), work.chunks);
+    if (at / 16 > UINT32_MAX) return false;
+    launch.records[l] = static_cast<uint32_t>(at / 16);
+    const int64_t floats = shares.sums * record + (shares.slabs > 0 ? record + kStatusFloats : 0);
+    launch.bytes += work.chunks * floats * static_cast<int64_t>(sizeof(float));
+  }
+  if (meet) launch.bytes += kCudaCounterBytes;
+  return true;
+}
+
 // Large layers first, because the last CTAs to start decide when the launch ends; layers that wait go last.
 void launch_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int64_t* order) {
   std::iota(order, order + count, int64_t{0});
-  const auto work = [&](int64_t l) {
-    const PreconditionLayer& layer = layers[l];
-    return std::min(rows_of_x(layer), options.max_rows) + rows_of_g(layer);
-  };
   std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
-    const bool wait_a = waits_for_trace(layers[a], options), wait_b = waits_for_trace(layers[b], options);
-    return wait_a != wait_b ? wait_b : work(a) > work(b);
+    const LayerWork work_a = work_of(layers[a], options), work_b = work_of(layers[b], options);
+    if (work_a.waits_for_trace != work_b.waits_for_trace) return work_b.waits_for_trace;
+    return work_a.x_rows + work_a.g_rows > work_b.x_rows + work_b.g_rows;
   });
 }
 
 Status launch_layers(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                     const CudaDevice& device, void* workspace, void* stream) {
+                     const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
   static thread_local PreconditionParams params;  // 32 KB: not on the caller's stack
+  static thread_local Launch cuts;
   int64_t order[kMaxLaunchLayers];
   launch_order(layers, count, options, order);
-  params.options = options;
-  params.count = static_cast<int32_t>(count);
-  params.counters = nullptr;
-  params.first_task[0] = params.first_wait[0] = 0;
-  char* scratch = static_cast<char*>(workspace) + kCudaCounterBytes;
-  int64_t tasks = 0, waiting = 0, units = 1;
-  for (int64_t l = 0; l < count; ++l) {
-    PreconditionLayer& layer = params.layers[l] = layers[order[l]];
-    const int64_t chunks = num_chunks(layer, options);
-    if (chunks > 0) units = std::max(units, (all_units(layer) + chunks - 1) / chunks);
-    tasks += chunks;
-    if (waits_for_trace(layer, options)) {
-      waiting += chunks;
-      params.counters = static_cast<Counters*>(workspace);
-      if (const int64_t bytes = scratch_bytes(layer, options)) {
-        layer.covariance = scratch;
-        scratch += bytes;
-      }
-    }
-    if (tasks + waiting > (int64_t{1} << 31) - 1) return Status::kInvalidArgument;
-    params.first_task[l + 1] = static_cast<int32_t>(tasks);
-    params.first_wait[l + 1] = static_cast<int32_t>(waiting);
+  for (int64_t l = 0; l < count; ++l) params.layers[l] = layers[order[l]];
+  if (!cut(params.layers, count, options, tuning, device.compute_capability >= 90, cuts)) {
+    return Status::kInvalidArgument;
   }
+  params.options = options;
+  params.workspace = cuts.bytes > 0 ? static_cast<char*>(workspace) : nullptr;
+  params.count = static_cast<int32_t>(count);
+  params.cluster = cuts.shape.cluster;
+  params.tf32 = tuning.tf32;
+  std::copy(cuts.shares, cuts.shares + count, params.shares);
+  std::copy(cuts.records, cuts.records + count, params.records);
+  int64_t tasks = 0, units = 1;
+  for (int64_t round = 0; round < count + 2; ++round) {
+    params.first_task[round] = static_cast<int32_t>(tasks);
+    for (int role = kSumTask; role <= kSlabTask; ++role) {
+      const int64_t l = round - role;
+      if (l < 0 || l >= count) continue;
+      const int64_t chunks = num_chunks(params.layers[l], options);
+      if (chunks > 0) units = std::max(units, (all_units(params.layers[l]) + chunks - 1) / chunks);
+      tasks += chunks * tasks_per_chunk(params.shares[l], options.stages, role);
+      if (tasks * params.cluster > INT32_MAX) return Status::kInvalidArgument;
+    }
+  }
+  params.first_task[count + 2] = static_cast<int32_t>(tasks);
   if (tasks == 0) return Status::kOk;
   const PreconditionPlan plan = plan_precondition(static_cast<int>(units), device.shared_bytes);
   if (plan.threads == 0) return Status::kInvalidArgument;
@@ -415,34 +309,34 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
   params.arena_floats = plan.arena_floats;
   params.apply_rows = plan.apply_rows;
   auto* kernel = plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
-  return launch(kernel, dim3(static_cast<unsigned>(tasks + waiting)), dim3(static_cast<unsigned>(plan.threads)),
-                static_cast<size_t>(plan.shared_bytes), stream, params);
+  return launch(kernel, dim3(static_cast<unsigned>(tasks * params.cluster)), dim3(static_cast<unsigned>(plan.threads)),
+                static_cast<size_t>(plan.shared_bytes), stream, params, params.cluster);
 }
 
 }  // namespace
 
-int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count,
-                                    const PreconditionOptions& options) {
+int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                                    const CudaTuning& tuning) {
+  static thread_local Launch cuts;
   int64_t largest = 0;
-  bool waits = false;
   for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
-    int64_t bytes = 0;
-    for (int64_t l = first; l < std::min(count, first + kMaxLaunchLayers); ++l) {
-      bytes += scratch_bytes(layers[l], options);
-      waits = waits || waits_for_trace(layers[l], options);
+    for (const bool clusters : {false, true}) {
+      cut(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options, tuning, clusters, cuts);
+      largest = std::max(largest, cuts.bytes);
     }
-    largest = std::max(largest, bytes);
   }
-  return waits ? kCudaCounterBytes + largest : 0;
+  return largest;
 }
 
 Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                         const CudaDevice& device, void* workspace, void* stream) {
-  if (!valid(layers, count, options)) return Status::kInvalidArgument;
-  if (workspace == nullptr && precondition_workspace_cuda(layers, count, options) > 0) return Status::kInvalidArgument;
+                         const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+  if (!valid(layers, count, options, tuning)) return Status::kInvalidArgument;
+  if (workspace == nullptr && precondition_workspace_cuda(layers, count, options, tuning) > 0) {
+    return Status::kInvalidArgument;
+  }
   for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
     const Status status = launch_layers(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options,
-                                        device, workspace, stream);
+                                        device, workspace, stream, tuning);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;

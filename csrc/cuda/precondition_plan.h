@@ -1,4 +1,5 @@
-// Host-only decisions of the precondition launch, free of CUDA so that tests can ask for them anywhere.
+// Host-only decisions of the precondition launch, free of CUDA so that tests can ask for them anywhere: the shared
+// memory of a CTA, and how many CTAs work on a chunk.
 //
 // A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena
 // that holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile
@@ -68,6 +69,74 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
   plan.apply_rows = apply_rows;
   plan.shared_bytes = (tiles + arena) * 4;
   return plan;
+}
+
+// How many CTAs work on a chunk.  All bounds are constants and not the size of the device, because the shares of the
+// rows decide how a covariance is rounded: 264 CTAs are two on each of the 132 SMs of an H200.  Estimates, none of them
+// measured (workloads of the README):
+//
+//   chunks  rows  rung                      why
+//     10     128  V0                        fewer than 128 rows a CTA are not worth the exchange of a cluster
+//     12    1024  V1, clusters of 8         96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 15 us
+//     32    4096  V1, clusters of 8         256 CTAs
+//    181    4096  V2, 3 shares a chunk      the chunks fill the device, but its last wave would be half empty
+//    504    4096  V2, 2 shares a chunk
+constexpr int kTargetCtas = 264;
+constexpr int kMaxCluster = 8;     // what every device with clusters can launch
+constexpr int kClusterRows = 128;  // of X or G, at least, for a CTA of a cluster
+constexpr int kLongRows = 1024;    // of X or G, at most, for a CTA of V0 and V1
+constexpr int kTaskRows = 4096;    // at most, for a task of V2
+constexpr int kSumRows = 512;      // of X, at least, for a task of V2
+constexpr int kSlabRows = 128;     // of G, at least, for a task of V2
+constexpr int kMaxShares = 1024;   // of a chunk
+
+struct LayerWork {
+  int64_t chunks, x_rows, g_rows;  // rows that the launch sums and corrects; 0 without that stage
+  bool waits_for_trace;
+};
+
+struct LaunchShape {
+  PreconditionRung rung;
+  int32_t cluster;  // CTAs of a task
+  int64_t ways;     // V2: tasks that a chunk should be cut into
+};
+
+// Tasks a chunk, beside the one that factors.
+struct LayerShares {
+  int16_t sums;   // sum a covariance, each over its share of the rows; 0: the factoring task does it
+  int16_t slabs;  // correct, each its share of the outputs; 0: the factoring task does it
+};
+
+inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, bool clusters, const CudaTuning& tuning) {
+  int32_t cluster = 1;
+  while (clusters && cluster < kMaxCluster && chunks * cluster * 2 <= kTargetCtas &&
+         longest_rows >= cluster * 2 * kClusterRows) {
+    cluster *= 2;
+  }
+  PreconditionRung rung = tuning.rung;
+  if (rung == PreconditionRung::kAutomatic) {
+    rung = longest_rows > int64_t{cluster} * kLongRows ? PreconditionRung::kV2 : PreconditionRung::kV1;
+  }
+  if (rung == PreconditionRung::kV1 && tuning.ctas > 0) cluster = clusters ? tuning.ctas : 1;
+  if (rung != PreconditionRung::kV1) cluster = 1;
+  if (rung == PreconditionRung::kV1 && cluster == 1) rung = PreconditionRung::kV0;
+  const int64_t ways = tuning.ctas > 0 ? tuning.ctas : (2 * kTargetCtas + chunks - 1) / (chunks > 0 ? chunks : 1);
+  return {rung, cluster, ways};
+}
+
+inline LayerShares share_layer(const LayerWork& work, const LaunchShape& shape, const CudaTuning& tuning) {
+  LayerShares shares{static_cast<int16_t>(work.waits_for_trace), 0};
+  if (shape.rung != PreconditionRung::kV2) return shares;
+  const auto cut = [&](int64_t rows, int64_t least) {
+    const int64_t most = (rows + least - 1) / least, fewest = (rows + kTaskRows - 1) / kTaskRows;
+    int64_t parts = shape.ways > fewest ? shape.ways : fewest;
+    if (parts > most && tuning.ctas == 0) parts = most;
+    return static_cast<int>(parts < kMaxShares ? parts : kMaxShares);
+  };
+  const int sums = cut(work.x_rows, kSumRows), slabs = cut(work.g_rows, kSlabRows);
+  if (work.x_rows > 0 && sums > 1) shares.sums = static_cast<int16_t>(sums);
+  if (work.g_rows > 0 && slabs > 1) shares.slabs = static_cast<int16_t>(slabs);
+  return shares;
 }
 
 }  // namespace consistency_ops

@@ -115,7 +115,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_SITE) {
 }
 
 inline void __threadfence() { simt::fence(); }
-inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __nanosleep(unsigned) { simt::sleep(); }
 
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {

@@ -47,6 +47,9 @@ API simt::Stats simt_stats() { return simt::stats(); }
 API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "PreconditionLayer") == 0) return sizeof(PreconditionLayer);
   if (std::strcmp(name, "PreconditionOptions") == 0) return sizeof(PreconditionOptions);
+  if (std::strcmp(name, "CudaDevice") == 0) return sizeof(CudaDevice);
+  if (std::strcmp(name, "CudaTuning") == 0) return sizeof(CudaTuning);
+  if (std::strcmp(name, "LayerWork") == 0) return sizeof(LayerWork);
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
   if (std::strcmp(name, "BatchRmsNormParams") == 0) return sizeof(BatchRmsNormParams);
   if (std::strcmp(name, "ChannelDivideParams") == 0) return sizeof(ChannelDivideParams);
@@ -74,14 +77,21 @@ API const char* simt_modulus_backward(const ModulusBackwardParams* params) {
 }
 
 API const char* simt_precondition(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options,
-                                  int32_t shared_bytes, void* workspace) {
-  return guarded(
-      [&] { return precondition_cuda(layers, count, *options, CudaDevice{shared_bytes}, workspace, nullptr); });
+                                  const CudaDevice* device, void* workspace, const CudaTuning* tuning) {
+  return guarded([&] { return precondition_cuda(layers, count, *options, *device, workspace, nullptr, *tuning); });
 }
 
 API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t count,
-                                        const PreconditionOptions* options) {
-  return precondition_workspace_cuda(layers, count, *options);
+                                        const PreconditionOptions* options, const CudaTuning* tuning) {
+  return precondition_workspace_cuda(layers, count, *options, *tuning);
+}
+
+API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int32_t clusters, const CudaTuning* tuning) {
+  return choose_rung(chunks, longest_rows, clusters != 0, *tuning);
+}
+
+API LayerShares simt_share_layer(const LayerWork* work, const LaunchShape* shape, const CudaTuning* tuning) {
+  return share_layer(*work, *shape, *tuning);
 }
 
 API PreconditionPlan simt_plan(int32_t units, int32_t shared_bytes) { return plan_precondition(units, shared_bytes); }

@@ -13,6 +13,7 @@ import numpy as np
 import simt_library as simt
 
 MAX_TRIES = 3
+COUNTER_BYTES = 1024
 EPS = {simt.FLOAT32: 2.0**-23, simt.BFLOAT16: 2.0**-7, simt.FLOAT16: 2.0**-10}
 
 
@@ -53,6 +54,9 @@ class Case:
     step: int = 0
     device: str = "sm_90"
     stages: tuple[int, ...] = (7,)  # the launches; with more than one the matrices between them are kept
+    rung: int = simt.AUTOMATIC
+    ctas: int = 0
+    tf32: bool = False
 
 
 class Problem:
@@ -179,6 +183,7 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     """Corrects fresh copies of the case's arrays in one launch."""
     problems = problems_of(case)
     options = options_of(case)
+    tuning = simt.Tuning(case.rung, case.ctas, case.tf32)
     layers = [p.describe(num_chunks(p.all_units, case.chunk)) for p in problems]
     if len(case.stages) > 1:
         for problem, layer in zip(problems, layers, strict=True):
@@ -186,10 +191,10 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     for stages in case.stages:
         options.stages = stages
         if workspace is None:
-            workspace = np.full(library.workspace_bytes(layers, options), 0xFF, np.uint8)
-            workspace[:512] = 0
-        library.precondition(layers, options, case.device, workspace)
-        assert not workspace[:512].any(), "a launch leaves the counters zero"
+            workspace = np.full(library.workspace_bytes(layers, options, tuning), 0xFF, np.uint8)
+            workspace[:COUNTER_BYTES] = 0
+        library.precondition(layers, options, case.device, workspace, tuning)
+        assert not workspace[:COUNTER_BYTES].any(), "a launch leaves the counters zero"
     return problems
 
 
@@ -329,3 +334,15 @@ LARGE = {
     "256 on sm_80": Case([L(256, 17, rows=40)], chunk=256, device="sm_80"),
     "192 on sm_86": Case([L(192, 17, rows=40, taps=(3,))], chunk=192, device="sm_86"),
 }
+
+RUNGS = {  # of the ladder, with several CTAs a chunk although the cases are small
+    "V0": dict(rung=simt.V0),
+    "V1": dict(rung=simt.V1, ctas=4),
+    "V2": dict(rung=simt.V2, ctas=3),
+}
+
+
+def named(name: str) -> Case:
+    """A case of SMALL or LARGE; "trace@V2" is one on a rung, "trace" leaves the choice to the launcher."""
+    case, _, rung = name.partition("@")
+    return dataclasses.replace({**SMALL, **LARGE}[case], **RUNGS.get(rung, {}))

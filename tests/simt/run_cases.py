@@ -1,6 +1,6 @@
 """Runs the precondition cases under several schedules, without torch or pytest, so that a sanitizer can be preloaded.
 
-    python run_cases.py LIBRARY SEEDS [NAME ...]        NAME of a case; default: all small ones
+    python run_cases.py LIBRARY SEEDS [NAME ...]        NAME of a case (cases.named); default: all small ones
 
 Prints one line a case; exit status 1 at the first wrong result, a sanitizer's own at its report.
 """
@@ -26,7 +26,6 @@ def check_schedules(library: simt.Library, case: cases.Case, seeds: int) -> None
 
 if __name__ == "__main__":
     library = simt.Library(Path(sys.argv[1]))
-    every = {**cases.SMALL, **cases.LARGE}
     for name in sys.argv[3:] or cases.SMALL:
-        check_schedules(library, every[name], int(sys.argv[2]))
+        check_schedules(library, cases.named(name), int(sys.argv[2]))
         print(name, flush=True)

@@ -60,6 +60,7 @@ struct Fiber {
   unsigned rank = 0;
   uint3 index{};
   bool done = false;
+  bool sleeps = false;  // in __nanosleep
   const char* state = "has not started";
   Site site;
   void* tsan = nullptr;
@@ -312,19 +313,25 @@ void stop_cluster(Cluster& cluster) {
   }
 }
 
+// A thread that sleeps runs when no other can, or sometimes: else a spin would starve the thread that it waits for.
 Fiber* draw() {
   size_t chosen = 0;
   if (S.options.order == Order::kRandom) {
-    chosen = next_random() % S.runnable.size();
+    for (int tries = 0; tries < 8; ++tries) {
+      chosen = next_random() % S.runnable.size();
+      if (!S.runnable[chosen]->sleeps) break;
+    }
   } else {
     const bool ascending = S.options.order == Order::kAscending;
     for (size_t i = 1; i < S.runnable.size(); ++i) {
-      if ((S.runnable[i]->rank < S.runnable[chosen]->rank) == ascending) chosen = i;
+      const Fiber *one = S.runnable[i], *other = S.runnable[chosen];
+      if (one->sleeps != other->sleeps ? other->sleeps : (one->rank < other->rank) == ascending) chosen = i;
     }
   }
   std::swap(S.runnable[chosen], S.runnable.back());
   Fiber* fiber = S.runnable.back();
   S.runnable.pop_back();
+  fiber->sleeps = false;
   return fiber;
 }
 
@@ -432,6 +439,11 @@ void fail(const char* format, ...) {
 void yield() {
   S.runnable.push_back(S.current);
   switch_to(*S.current, S.main);
+}
+
+void sleep() {
+  S.current->sleeps = true;
+  yield();
 }
 
 void atomic_point() {

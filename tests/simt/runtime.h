@@ -68,6 +68,7 @@ unsigned cluster_rank();  // of its block in the cluster
 unsigned cluster_size();
 uint64_t random_bits();
 void yield();
+void sleep();  // as yield(), but others come first
 void atomic_point();
 void fence();
 void block_barrier(Site site);

@@ -20,6 +20,7 @@ KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
 INCLUDES = ("tests", "csrc", "csrc/include")
 COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+AUTOMATIC, V0, V1, V2 = range(4)  # PreconditionRung
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {  # flags of the kernels, flags of the runtime
@@ -175,6 +176,35 @@ class Options(ctypes.Structure):
     )
 
 
+class Device(ctypes.Structure):
+    """CudaDevice."""
+
+    _fields_ = (("shared_bytes", ctypes.c_int32), ("compute_capability", ctypes.c_int32))
+
+
+class Tuning(ctypes.Structure):
+    """CudaTuning."""
+
+    _fields_ = (("rung", ctypes.c_int32), ("ctas", ctypes.c_int32), ("tf32", ctypes.c_bool))
+
+
+class LayerWork(ctypes.Structure):
+    _fields_ = (
+        ("chunks", ctypes.c_int64),
+        ("x_rows", ctypes.c_int64),
+        ("g_rows", ctypes.c_int64),
+        ("waits_for_trace", ctypes.c_bool),
+    )
+
+
+class LaunchShape(ctypes.Structure):
+    _fields_ = (("rung", ctypes.c_int32), ("cluster", ctypes.c_int32), ("ways", ctypes.c_int64))
+
+
+class LayerShares(ctypes.Structure):
+    _fields_ = (("sums", ctypes.c_int16), ("slabs", ctypes.c_int16))
+
+
 class Plan(ctypes.Structure):
     """PreconditionPlan."""
 
@@ -256,11 +286,16 @@ class Library:
         self._library.simt_size_of.restype = ctypes.c_int64
         self._library.simt_precondition_workspace.restype = ctypes.c_int64
         self._library.simt_plan.restype = Plan
+        self._library.simt_choose_rung.restype = LaunchShape
+        self._library.simt_share_layer.restype = LayerShares
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
         mirrors = {
             b"PreconditionLayer": Layer,
             b"PreconditionOptions": Options,
+            b"CudaDevice": Device,
+            b"CudaTuning": Tuning,
+            b"LayerWork": LayerWork,
             b"ModulusParams": Modulus,
             b"BatchRmsNormParams": BatchRmsNorm,
             b"ChannelDivideParams": ChannelDivide,
@@ -303,11 +338,16 @@ class Library:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def precondition(self, layers: list[Layer], options: Options, device: str, workspace: np.ndarray) -> None:
+    def precondition(
+        self, layers: list[Layer], options: Options, device: str, workspace: np.ndarray, tuning: Tuning | None = None
+    ) -> None:
         array = (Layer * len(layers))(*layers)
         address = ctypes.c_void_p(workspace.ctypes.data if len(workspace) else None)
+        on, how = Device(SHARED_BYTES[device], int(device[3:])), tuning or Tuning()
         count = ctypes.c_int64(len(layers))
-        self._call("simt_precondition", array, count, ctypes.byref(options), SHARED_BYTES[device], address)
+        self._call(
+            "simt_precondition", array, count, ctypes.byref(options), ctypes.byref(on), address, ctypes.byref(how)
+        )
 
     def modulus(self, x: int, y: int, signs: int | None, rows: int, row_length: int, dtype: int) -> None:
         """On addresses, so that arrays may begin anywhere."""
@@ -326,9 +366,26 @@ class Library:
     def channel_divide(self, params: ChannelDivide) -> None:
         self._call("simt_channel_divide", ctypes.byref(params))
 
-    def workspace_bytes(self, layers: list[Layer], options: Options) -> int:
-        array = (Layer * len(layers))(*layers)
-        return self._library.simt_precondition_workspace(array, ctypes.c_int64(len(layers)), ctypes.byref(options))
+    def workspace_bytes(self, layers: list[Layer], options: Options, tuning: Tuning | None = None) -> int:
+        array, count = (Layer * len(layers))(*layers), ctypes.c_int64(len(layers))
+        how = tuning or Tuning()
+        return self._library.simt_precondition_workspace(array, count, ctypes.byref(options), ctypes.byref(how))
+
+    def shares(
+        self, layers: list[tuple[int, int, int]], clusters: bool, trace: bool = False, tuning: Tuning | None = None
+    ) -> tuple[int, int, list[tuple[int, int]]]:
+        """(rung, cluster, (sums, slabs) a layer) of layers with (chunks, rows of X, rows of G)."""
+        how = tuning or Tuning()
+        chunks, longest = sum(layer[0] for layer in layers), max(max(layer[1:]) for layer in layers)
+        shape = self._library.simt_choose_rung(
+            ctypes.c_int64(chunks), ctypes.c_int64(longest), int(clusters), ctypes.byref(how)
+        )
+        shares = []
+        for layer in layers:
+            work = LayerWork(*layer, trace)
+            share = self._library.simt_share_layer(ctypes.byref(work), ctypes.byref(shape), ctypes.byref(how))
+            shares.append((share.sums, share.slabs))
+        return shape.rung, shape.cluster, shares
 
     def plan(self, units: int, device: str) -> Plan:
         return self._library.simt_plan(units, SHARED_BYTES[device])

@@ -14,10 +14,11 @@ import simt_library as simt
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
-SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence)\(\);")
+SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence|cluster_barrier)\(\);")
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
 CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "96", "128")
-FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "precondition.cu")
+CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2")
+FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "tasks.cuh", "precondition.cu")
 
 
 def find(pattern):
@@ -79,7 +80,15 @@ PLANTED = [
     plant("apply.cuh", "if (chunk.shared.not_finite[row] == 0) chunk", "chunk"),
     plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
-    plant("precondition.cu", "params.options.stages & ~kStageCovariance", "params.options.stages"),
+    plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),
+    plant("gram.cuh", "store_cluster(tiles + e, rank, sum)", "store_cluster(tiles + e, 0, sum)"),
+    plant("matrices.cuh", "for (int r = 1; r < count; ++r)", "for (int r = 2; r < count; ++r)"),
+    plant("matrices.cuh", "for (int s = 1; s < chunk.shared.sums; ++s)", "for (int s = 1; s < 1; ++s)"),
+    plant("tasks.cuh", "shared.awaited = ctas;", "shared.awaited = ctas - 1;"),
+    plant("tasks.cuh", "ctas * static_cast<uint32_t>(shared.sums)", "ctas"),
+    plant("tasks.cuh", "if (shared.slabs > 0) shared.stages &= ~kStageApply;", ""),
+    plant("tasks.cuh", "count = min(n, first + size) - first;", "count = size;"),
+    plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.shared.failed_minor;", ""),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"),
     plant("port.cuh", "__atomic_load_n(counter, __ATOMIC_ACQUIRE)", "__atomic_load_n(counter, 0)"),

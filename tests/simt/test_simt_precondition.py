@@ -37,10 +37,112 @@ def test_large(library, name):
     run_cases.check_schedules(library, cases.LARGE[name], seeds=2)
 
 
+@pytest.mark.parametrize("rung", ["V1", "V2"])
+@pytest.mark.parametrize("name", [*cases.SMALL, "96", "128 bfloat16", "256 on sm_80"])
+def test_rungs(library, name, rung):
+    """Several CTAs a chunk, although the launcher would not take so many for so little."""
+    run_cases.check_schedules(library, cases.named(f"{name}@{rung}"), seeds=2 if name in cases.LARGE else 4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*cases.SMALL, *cases.LARGE])
-def test_forty_schedules(library, name):
-    run_cases.check_schedules(library, {**cases.SMALL, **cases.LARGE}[name], seeds=40)
+@pytest.mark.parametrize("rung", ["", "@V1", "@V2"])
+@pytest.mark.parametrize("name", [*cases.SMALL, "96", "128", "256"])
+def test_forty_schedules(library, name, rung):
+    run_cases.check_schedules(library, cases.named(name + rung), seeds=40)
+
+
+def launched(library, name, **change):
+    """CTAs of a case's launch."""
+    case = dataclasses.replace(cases.named(name), **change)
+    library.schedule(device=case.device)
+    cases.run(library, case)
+    return library.stats().ctas
+
+
+def test_rungs_launch_what_they_say(library):
+    case = "several layers"  # 3 + 1 + 2 chunks
+    assert launched(library, case) == 6, "nothing is worth more than one CTA here"
+    assert launched(library, case + "@V0") == 6
+    assert launched(library, case + "@V1") == 6 * 4
+    assert launched(library, case + "@V1", device="sm_80") == 6, "no clusters"
+    assert launched(library, case + "@V2") == 6 * (3 + 1 + 3)
+    assert launched(library, "trace@V0") == 3 + 2 + (3 + 1 + 2), "sums of the layers with several chunks"
+    assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
+
+
+def test_rungs_agree(library):
+    """The share of the rows that a CTA sums decides the rounding, nothing more."""
+    case = cases.Case(
+        [cases.LayerCase(70, 9, rows=200, bias=True, taps=(3,)), cases.LayerCase(33, 5, rows=90, layer=1)]
+    )
+    library.schedule()
+    first, *others = [cases.run(library, dataclasses.replace(case, **rung)) for rung in cases.RUNGS.values()]
+    for other in others:
+        for got, want in zip(other, first, strict=True):
+            assert 0 < cases.relative_error(got.grads(), want.grads()) < 1e-5
+            assert cases.relative_error(got.bias, want.bias) < 1e-5 if got.bias is not None else True
+
+
+@pytest.mark.parametrize("rung", cases.RUNGS)
+def test_one_pass_of_tf32(library, rung):
+    """Right to the ten bits of TF32 and no more: the option takes effect, and only where it was asked for."""
+    case = cases.Case([cases.LayerCase(40, 9, rows=90)], tf32=True, **cases.RUNGS[rung])
+    library.schedule()
+    (problem,) = cases.run(library, case)
+    ((want, *_),) = cases.solve(library, case)
+    error = cases.relative_error(problem.grads(), want)
+    assert 2e-5 < error < 2e-3
+
+
+# Chunks, rows of X and of G of the layers: the workloads of benchmarks/, (i) MLP, (ii) 3 x 512, (iii) like ResNet-50,
+# (iv) ViT-B/16, (v) 4096 x 4096, (vi) a Llama-7B block.
+WORKLOADS = {
+    "i": [(7, 128, 100), (1, 128, 100), (1, 128, 100), (1, 128, 10)],
+    "ii": [(4, 1024, 512)] * 3,
+    "iii": [(4, 4096, 1024)] * 40 + [(2, 4096, 4608)] * 10,
+    "iv": [(6, 4096, 2304), (6, 4096, 768), (6, 4096, 3072), (24, 4096, 768)] * 12,
+    "v": [(32, 4096, 4096)],
+    "vi": [(32, 4096, 12288), (32, 4096, 4096), (32, 4096, 22016), (86, 4096, 4096)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "clusters", "rung", "cluster"),
+    [
+        ("i", True, simt.V0, 1),
+        ("ii", True, simt.V1, 8),
+        ("ii", False, simt.V0, 1),
+        ("iii", True, simt.V2, 1),
+        ("iv", True, simt.V2, 1),
+        ("v", True, simt.V1, 8),
+        ("v", False, simt.V2, 1),
+        ("vi", True, simt.V2, 1),
+    ],
+)
+def test_choice_of_the_rung(library, name, clusters, rung, cluster):
+    got_rung, got_cluster, shares = library.shares(WORKLOADS[name], clusters)
+    assert (got_rung, got_cluster) == (rung, cluster)
+    chunks = sum(layer[0] for layer in WORKLOADS[name])
+    assert rung == simt.V2 or chunks * cluster <= 264
+    for (_, x_rows, g_rows), (sums, slabs) in zip(WORKLOADS[name], shares, strict=True):
+        if rung != simt.V2:
+            assert (sums, slabs) == (0, 0)
+            assert max(x_rows, g_rows) <= 1024 * cluster
+            continue
+        assert sums <= 1 or x_rows / sums >= 256, "at least half of the least share"
+        assert x_rows / max(sums, 1) <= 4096
+        assert g_rows / max(slabs, 1) <= 4096
+    assert library.shares(WORKLOADS[name], clusters, trace=True)[2][0][0] >= 1, "a trace needs sums of their own"
+
+
+def test_tasks_of_a_large_launch(library):
+    """Enough tasks for the device, and no more than twice."""
+    for name in ("iii", "iv", "vi"):
+        layers = WORKLOADS[name]
+        shares = library.shares(layers, True)[2]
+        for kind in (0, 1):
+            tasks = sum(layer[0] * max(share[kind], 1) for layer, share in zip(layers, shares, strict=True))
+            assert 400 <= tasks <= 1600, (name, kind, tasks)
 
 
 @pytest.mark.slow
@@ -48,7 +150,8 @@ def test_forty_schedules(library, name):
 def test_sanitizers(kind):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
-    command = [sys.executable, script, simt.build(kind), "2", *cases.SMALL, "96", "128", "256 on sm_80"]
+    rungs = [f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("V1", "V2")]
+    command = [sys.executable, script, simt.build(kind), "2", *cases.SMALL, "96", "128", "256 on sm_80", *rungs]
     done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
@@ -211,6 +314,13 @@ def test_refused(library, change):
         library.precondition([layer], options, case.device, np.zeros(0, np.uint8))
     assert np.array_equal(problem.g, before)
     assert problem.info[0] == -9
+
+
+@pytest.mark.parametrize("tuning", [(simt.V1, 9), (simt.V2, 1025), (simt.V0, -1)])
+def test_refused_tuning(library, tuning):
+    case = dataclasses.replace(cases.SMALL["one chunk"], rung=tuning[0], ctas=tuning[1])
+    with pytest.raises(RuntimeError, match="status 1"):
+        cases.run(library, case)
 
 
 def test_refused_without_workspace_or_room(library):

@@ -7,7 +7,24 @@ namespace consistency_ops {
 
 // What the launcher must know of a device.
 struct CudaDevice {
-  int32_t shared_bytes;  // cudaDevAttrMaxSharedMemoryPerBlockOptin
+  int32_t shared_bytes;             // cudaDevAttrMaxSharedMemoryPerBlockOptin
+  int32_t compute_capability = 80;  // 10 * major + minor; 90 and more have clusters
+};
+
+// The ladder: how many CTAs work on a chunk, and how they meet.
+enum class PreconditionRung : int32_t {
+  kAutomatic = 0,
+  kV0 = 1,  // one CTA
+  kV1 = 2,  // a cluster of CTAs that share the rows of X and of G; V0 on devices without clusters
+  kV2 = 3,  // tasks for shares of X, for the inverse and for shares of G, which meet in the workspace
+};
+
+// What a benchmark or a caller with other needs may choose.  The defaults are float32-accurate and, on one
+// architecture, the same bit for bit whatever the size of the device.
+struct CudaTuning {
+  PreconditionRung rung = PreconditionRung::kAutomatic;
+  int32_t ctas = 0;   // of a chunk: the cluster of V1 (1 .. 8), the shares of V2 (1 .. 1024); 0: automatic
+  bool tf32 = false;  // one TF32 pass for every product: torch's float32 matmul precision "high"
 };
 
 // Queues the correction on `stream` (a cudaStream_t) and returns at once: no synchronisation, no allocation, no copy.
@@ -20,12 +37,13 @@ struct CudaDevice {
 // again by the next launch on the same stream and by replays of a CUDA graph.  Launches that may overlap need separate
 // workspaces.
 Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                         const CudaDevice& device, void* workspace, void* stream);
+                         const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning = {});
 
-constexpr int64_t kCudaCounterBytes = 512;
+constexpr int64_t kCudaCounterBytes = 1024;
 
-// Non-zero only for trace scaling of layers with several chunks in the fused call: their chunks meet in the workspace,
-// where every one of them finds the trace of the layer.
-int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options);
+// Enough for every device.  Non-zero where CTAs meet in device memory: on V2, and for trace scaling of layers with
+// several chunks in the fused call.
+int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                                    const CudaTuning& tuning = {});
 
 }  // namespace consistency_ops

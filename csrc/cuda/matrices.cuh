@@ -1,0 +1,141 @@
+// The covariance or inverse of a chunk between shared and device memory, its trace and its damping.
+//
+// What a caller sees (PreconditionLayer's covariance and inverse) is [chunks, chunk, chunk] row-major.  What CTAs of
+// one launch tell each other through the workspace is the tiles as they lie in shared memory, 16 bytes a thread.
+#pragma once
+
+#include "cuda/chunk.cuh"
+
+namespace consistency_ops {
+
+CO_DEVICE int64_t covariance_offset(const PreconditionOptions& options, int chunk, int row, int column) {
+  return (static_cast<int64_t>(chunk) * options.chunk + row) * options.chunk + column;
+}
+
+// Calls f(row, column, address) for the lower tiles, whose diagonal ones are complete.
+template <typename F>
+CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
+  int i = 0, j = 0;
+  CO_NO_UNROLL
+  for (int tile = 0; tile < lower_tiles(chunk.side()); ++tile) {
+    CO_NO_UNROLL
+    for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += threads) {
+      f(i * kTile + e / kTile, j * kTile + e % kTile,
+        chunk.tiles + tile * kTileFloats + e / kTile * kTilePitch + e % kTile);
+    }
+    if (++j > i) {
+      ++i;
+      j = 0;
+    }
+  }
+}
+
+// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale
+// is 0.  The CTAs of a cluster hold the same tiles and write a share each.
+CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
+                            int threads) {
+  CO_NO_UNROLL
+  for (int e = chunk.shared.rank * threads + fresh_thread(); e < options.chunk * options.chunk;
+       e += chunk.shared.cluster * threads) {
+    const int row = e / options.chunk, column = e % options.chunk;
+    const int i = max(row, column), j = min(row, column);
+    const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile,
+                                   min(j, chunk.padded() - 1) / kTile)[i % kTile * kTilePitch + j % kTile];
+    const bool inside = i < chunk.size() && scale != 0.0f;
+    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
+  }
+}
+
+CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chunk, const float* matrices, int threads) {
+  for_each_element(chunk, threads, [&](int row, int column, float* element) {
+    const bool inside = row < chunk.size() && column < chunk.size();
+    *element = inside ? matrices[covariance_offset(options, chunk.shared.chunk, row, column)] : 0.0f;
+  });
+  __syncthreads();
+}
+
+// tiles -> workspace.  The CTAs of a cluster write a share each.
+CO_DEVICE void store_tiles(const Chunk& chunk, float* record, int threads) {
+  CO_NO_UNROLL
+  for (int e = chunk.shared.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4;
+       e += chunk.shared.cluster * threads) {
+    reinterpret_cast<Float4*>(record)[e] = reinterpret_cast<const Float4*>(chunk.tiles)[e];
+  }
+}
+
+// tiles <- the sum of `count` records, in their order.  All threads; ends with a barrier.
+CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, int threads) {
+  const int stride = chunk.shared.record / 4;
+  CO_NO_UNROLL
+  for (int e = fresh_thread(); e < chunk.tile_floats() / 4; e += threads) {
+    const Float4* from = reinterpret_cast<const Float4*>(records) + e;
+    Float4 sum = *from;
+    CO_UNROLL_4
+    for (int r = 1; r < count; ++r) add(sum, from[static_cast<int64_t>(r) * stride]);
+    reinterpret_cast<Float4*>(chunk.tiles)[e] = sum;
+  }
+  __syncthreads();
+}
+
+// Mean of the finite diagonal elements of the layer, 0 if there is none: from this chunk's own tiles where that is the
+// whole layer, else from the sums in the workspace, else from `covariance`.  The order of the sum depends on the
+// layer's shape and shares alone.
+CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
+                            int threads) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const Division& division = chunk.shared.division;
+  float sum = 0.0f;
+  int32_t count = 0;
+  const auto add_finite = [&](float value) {
+    if (!is_finite(value)) return;
+    sum += value;
+    ++count;
+  };
+  CO_NO_UNROLL
+  for (int64_t e = thread; e < division.chunks * options.chunk; e += threads) {
+    const int c = static_cast<int>(e / options.chunk), u = static_cast<int>(e % options.chunk);
+    const int64_t size =
+        chunk_begin(division.units, division.chunks, c + 1) - chunk_begin(division.units, division.chunks, c);
+    if (u >= size) continue;
+    const int in_tiles = lower_tiles(u / kTile + 1) * kTileFloats - kTileFloats + u % kTile * (kTilePitch + 1);
+    if (division.chunks == 1) {
+      add_finite(chunk.tiles[in_tiles]);
+    } else if (chunk.shared.sums > 0) {
+      const float* record =
+          chunk.shared.sum_records + static_cast<int64_t>(c) * chunk.shared.sums * chunk.shared.record;
+      float value = record[in_tiles];
+      for (int s = 1; s < chunk.shared.sums; ++s)
+        value += record[static_cast<int64_t>(s) * chunk.shared.record + in_tiles];
+      add_finite(value);
+    } else {
+      add_finite(covariance[covariance_offset(options, c, u, u)]);
+    }
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    count += __shfl_xor_sync(0xffffffffu, count, lanes);
+  }
+  if (lane == 0) {
+    chunk.shared.warp_sum[warp] = sum;
+    chunk.shared.warp_count[warp] = count;
+  }
+  __syncthreads();
+  sum = 0.0f;
+  count = 0;
+  CO_NO_UNROLL
+  for (int w = 0; w < threads / 32; ++w) {
+    sum += chunk.shared.warp_sum[w];
+    count += chunk.shared.warp_count[w];
+  }
+  return count > 0 ? sum / static_cast<float>(count) : 0.0f;
+}
+
+// tiles <- tiles * scale + damping I, and the identity past the chunk's own units.
+CO_DEVICE void damp(const Chunk& chunk, float scale, float damping, int threads) {
+  for_each_element(chunk, threads, [&](int row, int column, float* element) {
+    const float one = row == column ? 1.0f : 0.0f;
+    *element = row < chunk.size() && column < chunk.size() ? fma(*element, scale, one * damping) : one;
+  });
+}
+
+}  // namespace consistency_ops
