@@ -18,18 +18,37 @@ from .distributed import is_dtensor, local_input
 from .layers import LayerType
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-USED, LAST, STEP, PAUSED, STATE_SIZE = 0, 6, 7, 8, 9
+USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 9
 
 _capture_rows = torch.ops.consistency_ops.capture_rows_.default
 _capture_mark = torch.ops.consistency_ops.capture_mark_.default
 
-# The two operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
-_autograd = torch.library.Library("consistency_ops", "IMPL")
-for _name in ("capture_rows_", "capture_mark_"):
-    _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+# A compiled graph cannot tell while it is traced whether it will run in a backward pass: this one asks when it runs.
+_library = torch.library.Library("consistency_ops", "FRAGMENT")
+_library.define(
+    "capture_traced_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed) "
+    "-> ()"
+)
+
+
+def _capture_traced(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
+    _capture_rows(rows, state, x, index, unit_dim, seed, torch._C._current_graph_task_id() != -1)
+
+
+_library.impl("capture_traced_rows_", _capture_traced, "CompositeExplicitAutograd")
+_capture_traced_rows = torch.ops.consistency_ops.capture_traced_rows_.default
+
+# The operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
+for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("consistency_ops::capture_rows_")
+def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int, in_backward: bool = False) -> None:
+    return None
+
+
+@torch.library.register_fake("consistency_ops::capture_traced_rows_")
 def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
     return None
 
@@ -48,29 +67,37 @@ def _unpickle() -> object:
 
 
 class States:
-    """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device."""
+    """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.step = 0
         self.paused = False
+        self.new_weights = False  # a layer has another weight than before: it may be tied
+        # Inputs of this step by id: who captured it in which of its calls, and the version it had.
+        self.inputs: dict[int, tuple[weakref.ref[Tensor], int, Capture, int]] = {}
         self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}  # with the views that reset needs
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self._tensors:
             state = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
-            views = state[:, :LAST], state[:, USED], state[:, LAST], state[:, STEP], state[:, PAUSED]
-            self._tensors[device] = state, *views
+            views = state[:, : FORWARD + 1], state[:, STEP], state[:, PAUSED]
+            self._tensors[device] = state, torch.zeros_like(state), *views
             self.reset(self.step, self.paused, finished=False)
         return self._tensors[device][0]
+
+    def last_step(self, device: torch.device, index: int) -> list[int]:
+        """The state of a layer at the end of the last step that captured; waits for the device."""
+        return self._tensors[device][1][index].tolist()
 
     def reset(self, step: int, paused: bool, finished: bool) -> None:
         """Forget all rows and begin ``step``; ``finished``: the rows forgotten are those of a finished step."""
         pauses = paused != self.paused
         self.step, self.paused = step, paused
-        for _, pattern, used, last, steps, pausing in self._tensors.values():
+        self.inputs.clear()
+        for state, last, pattern, steps, pausing in self._tensors.values():
             if finished:
-                last.copy_(used)
+                last.copy_(state)
             pattern.zero_()
             steps.fill_(step)
             if pauses or not finished:
@@ -85,6 +112,9 @@ class Capture:
     recomputation in the backward pass of what was already captured (non-reentrant). Nothing is captured in evaluation
     mode, without gradients, for a frozen weight, under ``torch.func`` transforms, or from sparse inputs and tensor
     subclasses.
+
+    Layers that are called one after the other with one tensor (query, key and value projections) share its rows: the
+    first captures them, and ``source`` of the others is the first. In eager mode only.
     """
 
     def __init__(
@@ -101,7 +131,11 @@ class Capture:
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
         self.same_rows: frozenset[str] | None = None  # eager only: see distributed.local_input; None: no call yet
-        self.in_forward = False  # eager only: a call outside of any backward pass was captured in this step
+        self.calls = 0  # eager, in this step
+        self.source: Capture | None = None  # whose rows are those of this layer, too
+        self.last_source = index  # index of the layer that captured the rows of the last finished step
+        self._alone = False  # shared rows once, and then saw other inputs than the layer that captured them
+        self._lost = False  # rows of this step are missing for that reason
         self._weight: weakref.ref[Tensor] | None = None  # whose place and dtype the buffer has
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
@@ -114,11 +148,14 @@ class Capture:
     def follow(self, module: nn.Module, weight: Tensor) -> None:
         """Fit buffer and mark hook to this weight, which may have been moved, cast, replaced or unfrozen."""
         place = weight.device, weight.dtype
-        if self._weight is None or self._weight() is not weight or self._place != place:
+        if self._weight is None or self._weight() is not weight:
+            self.states.new_weights = True
             self._fit(module, weight)
-            self._weight, self._place = weakref.ref(weight), place
-        if self._mark_handle is None and weight.requires_grad:
-            self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
+        elif self._place != place or (self.rows is None and weight.requires_grad):
+            self._fit(module, weight)
+        else:
+            return
+        self._weight, self._place = weakref.ref(weight), place
 
     def _fit(self, module: nn.Module, weight: Tensor) -> None:
         key = torch._C._dispatch_key_for_device(weight.device.type)
@@ -127,6 +164,10 @@ class Capture:
         if self._mark_handle is not None:
             self._mark_handle.remove()
             self._mark_handle = None
+        if not weight.requires_grad:  # a frozen layer needs no buffer
+            self.rows = self.state = self.count = None
+            return
+        self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
         # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         units, rows = self.kind.units(module), self.rows
@@ -140,24 +181,30 @@ class Capture:
         weight = module._parameters.get(self.weight_name)
         if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
             return
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = self._input(args, kwargs)
         if is_dtensor(x):
             x, self.same_rows = local_input(x, self.unit_dim)
         elif self.same_rows is None and not torch.compiler.is_compiling():
             self.same_rows = frozenset()
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
             return
-        if not torch.compiler.is_compiling():
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                return
-            if torch._C._current_graph_task_id() == -1:
-                self.in_forward = True
-            elif self.in_forward:
-                return  # a checkpointed block is being recomputed
-            if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
-                self.follow(module, weight)
-        if self._takes(x):
-            _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+        if torch.compiler.is_compiling():
+            if self._takes(x):
+                _capture_traced_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
+            self.follow(module, weight)
+        if self._takes(x) and not self._shares(x):
+            in_backward = torch._C._current_graph_task_id() != -1
+            _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
+
+    def _input(self, args: tuple, kwargs: dict) -> object:
+        kind = self.kind
+        if len(args) > kind.position:
+            return args[kind.position]
+        return next(iter(kwargs.values()), None) if kind.keyword is None else kwargs.get(kind.keyword)
 
     def _takes(self, x: Tensor) -> bool:
         """Where this is false, the layer itself will say what is wrong with its input."""
@@ -166,6 +213,40 @@ class Capture:
             return False
         return x.shape[self.unit_dim] == rows.shape[1] and (x.dtype is not torch.float64 or rows.dtype is x.dtype)
 
+    def _shares(self, x: Tensor) -> bool:
+        """Whether another layer has captured this tensor, and nothing in this step that this layer did not see."""
+        self.calls += 1
+        inputs = self.states.inputs
+        seen = inputs.get(id(x))
+        if seen is not None and seen[0]() is x and seen[1] == x._version and not self._alone:
+            source, call = seen[2:]
+            fits = source.unit_dim == self.unit_dim and source.rows.dtype == self.rows.dtype and source is not self
+            if fits and source.calls == call == self.calls and (call == 1 or self.source is source):
+                self.source = source
+                return True
+        if self.source is not None:
+            self._part(self.source)
+        if len(inputs) > 2 * self.states.layers:  # many calls in one step: most of their tensors are gone
+            inputs.clear()
+        inputs[id(x)] = weakref.ref(x), x._version, self, self.calls
+        return False
+
+    def _part(self, source: Capture) -> None:
+        """Go on with a copy of the rows that were shared so far; none if the source has since captured others."""
+        self._alone, self.source = True, None
+        if source.calls == self.calls - 1:
+            self.rows.copy_(source.rows)
+            self.state[self.index].copy_(source.state[source.index])
+        else:
+            self._lost = True
+
+    @property
+    def lost(self) -> bool:
+        """Whether rows of this step are not at hand, because another layer went on capturing after this one shared."""
+        if self.source is not None and self.source.calls != self.calls:
+            self._alone = self._lost = True
+        return self._lost
+
     def _mark(self, weight: Tensor) -> None:
         if (grad := weight.grad) is None:
             return  # another hook has taken it
@@ -173,8 +254,10 @@ class Capture:
         self._grad = weakref.ref(grad)
         _capture_mark(self.rows, self.state, self.index, restart)
 
-    def begin_step(self) -> None:
-        self.in_forward = False
+    def begin_step(self, finished: bool = False) -> None:
+        if finished:
+            self.last_source = self.index if self.source is None else self.source.index
+        self.calls, self.source, self._lost = 0, None, False
         self._grad = None
 
     def remove(self) -> None:

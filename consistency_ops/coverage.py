@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from .capture import Capture
 from .distributed import FLATTENED
-from .layers import LayerType, layer_type
+from .layers import LayerType, layer_types
 
 
 @dataclass(eq=False)
@@ -27,11 +27,18 @@ class Layer:
     index: int  # among all layers; third argument of the random division
     reason: str | None  # why it is never corrected, or None
     joins_bias: bool = False
+    tied: str = ""  # modules that own the same weight
     capture: Capture | None = None
     info: Tensor | None = None  # of the last step, one entry a chunk; None: nothing was launched
     damping: Tensor | None = None  # used by the last inversion
     unfit_gradient: bool = False
+    lost_rows: bool = False  # in the last step: see Capture.lost
     pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
+
+    @property
+    def module_name(self) -> str:
+        part = "" if self.kind is None else self.kind.part
+        return self.name.removesuffix(part).removesuffix(".") if part else self.name
 
     @property
     def units(self) -> int:
@@ -46,37 +53,56 @@ class Layer:
 
 
 def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
-    """All modules of ``model`` that own a parameter of two or more dimensions, in the order of ``named_modules``."""
+    """All modules of ``model`` that own a parameter of two or more dimensions, in the order of ``named_modules``.
+
+    A module with several weights is several layers.
+    """
     modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
-    owners: dict[int, list[str]] = {}
-    for name, module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+    owners = _owners(modules)
+    uncalled = {id(m.out_proj) for _, m in modules if isinstance(m, nn.MultiheadAttention)}
     for pattern in skip:
         if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name, _ in modules):
             warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=4)
     layers: list[Layer] = []
     for name, module in modules:
-        kind = layer_type(module)
+        kinds = layer_types(module)
         own = [p for p in module._parameters.values() if p is not None]
-        if kind is None and not any(is_lazy(p) or p.dim() > 1 for p in own):
+        if not kinds and not any(is_lazy(p) or p.dim() > 1 for p in own):
             continue
-        layer = Layer(name, weakref.ref(module), kind, len(layers), _reason(name, module, kind, skip, owners))
-        if layer.reason is None and kind.bias is not None:
-            own_bias = module._parameters.get(kind.bias)
-            layer.joins_bias = bias and own_bias is not None and len(owners[id(own_bias)]) == 1
-        layers.append(layer)
+        for kind in kinds or (None,):
+            reason = _reason(name, module, kind, skip)
+            if reason is None and id(module) in uncalled:
+                reason = "MultiheadAttention takes its weight and never calls it"
+            part = "" if kind is None else kind.part
+            layer = Layer(".".join(filter(None, (name, part))), weakref.ref(module), kind, len(layers), reason)
+            if reason is None and kind.bias is not None:
+                own_bias = module._parameters.get(kind.bias)
+                layer.joins_bias = bias and own_bias is not None and len(owners[id(own_bias)]) == 1
+            layers.append(layer)
     return layers
 
 
-def _reason(
-    name: str,
-    module: nn.Module,
-    kind: LayerType | None,
-    skip: tuple[str | type, ...],
-    owners: Mapping[int, list[str]],
-) -> str | None:
+def find_ties(layers: list[Layer]) -> None:
+    """Note which weights belong to several modules."""
+    modules = {id(module): (layer.module_name, module) for layer in layers if (module := layer.module()) is not None}
+    owners = _owners(modules.values())
+    for layer in layers:
+        if layer.reason is None and (weight := layer.weight) is not None:
+            names = owners[id(weight)]
+            layer.tied = ", ".join(name for name in names if name != layer.module_name) if len(names) > 1 else ""
+
+
+def _owners(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
+    """Names of the modules that own a parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _reason(name: str, module: nn.Module, kind: LayerType | None, skip: tuple[str | type, ...]) -> str | None:
     """Why this layer is never corrected, or None."""
     if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in skip):
         return "skipped"
@@ -85,8 +111,6 @@ def _reason(
     weight = module._parameters.get(kind.weight)
     if weight is None:
         return f"{kind.weight} is not a parameter of the module"
-    if len(owners[id(weight)]) > 1:
-        return "tied with " + ", ".join(owner for owner in owners[id(weight)] if owner != name)
     if not is_lazy(weight) and weight.dim() < 2:
         return FLATTENED
     if not weight.is_floating_point():

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .preconditioner import Item, Preconditioner
 
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
-_USED, _STRIDE = 0, 2  # columns of CaptureState in csrc/include/consistency_ops/capture.h
+_STRIDE = 2  # column of CaptureState in csrc/include/consistency_ops/capture.h
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -198,7 +198,7 @@ class Ranks:
     def _plan(self, layer: Layer) -> Plan | None:
         """None: the layer is this rank's own affair."""
         weight = layer.weight
-        if weight is None or is_lazy(weight) or not self._pre.owns(weight) or not weight.requires_grad:
+        if weight is None or is_lazy(weight) or not self._pre.owns(weight) or not weight.requires_grad or layer.tied:
             return None
         if weight.dim() < 2:
             return Plan(reason=FLATTENED)
@@ -216,7 +216,11 @@ class Ranks:
         return plan
 
     def _plan_sharded(self, layer: Layer, weight: Tensor, outer: tuple[str, ...]) -> Plan:
-        view, mesh, same_rows = layer.kind.view(weight), weight.device_mesh, layer.capture.same_rows
+        if getattr(layer.kind, "packed", False):
+            return Plan(reason="query, key and value share one sharded weight")
+        if layer.kind.copies(layer.module()):
+            return Plan(reason="groups of a convolution are sharded")
+        view, mesh, same_rows = layer.kind.view(layer.module(), weight), weight.device_mesh, layer.capture.same_rows
         sharded, replicated, columns = [], [], False
         for dim, (name, placement) in enumerate(zip(_group_names(weight), view.placements, strict=True)):
             if mesh.size(dim) == 1:
@@ -236,7 +240,8 @@ class Ranks:
         # Replicas must end with the same bits, so their dimensions are reduced last.
         bias = None if columns else self._bias_of(layer)
         joins = bias is not None and is_dtensor(bias) and tuple(bias.placements) == tuple(weight.placements)
-        return Plan((*sharded, *replicated, *outer), joins and layer.kind.matrix is None)
+        joins = joins and layer.kind.matrix is None and not layer.kind.part
+        return Plan((*sharded, *replicated, *outer), joins)
 
     def _bias_of(self, layer: Layer) -> Tensor | None:
         bias = layer.module()._parameters.get(layer.kind.bias) if layer.joins_bias else None
@@ -258,7 +263,10 @@ class Ranks:
             self._verify(groups, items)
             self._refresh(groups, items)
         # A layer without a gradient still took part: all ranks must send the same buffer.
-        pre._apply([item for item in items if item.layer.weight.grad is not None and item.grad.numel() > 0])
+        corrected = [item for item in items if item.layer.weight.grad is not None and item.grad.numel() > 0]
+        pre._apply(corrected)
+        for item in corrected:
+            item.write_back()
         if pre.every == 1 and pre.decay == 0:
             for item in items:
                 item.layer.pending.clear()
@@ -271,12 +279,16 @@ class Ranks:
         layer.capture.follow(layer.module(), weight)
         bias = self._bias_of(layer) if self._plans[layer.index].joins_bias else None
         self._settle(weight)
-        grad = local(kind.view(weight.detach() if weight.grad is None else weight.grad))
+        grad = local(kind.view(layer.module(), weight.detach() if weight.grad is None else weight.grad))
         bias_grad = None
         if bias is not None:
             self._settle(bias)
-            bias_grad = local(torch.zeros_like(bias) if bias.grad is None else bias.grad)
-        return Item(layer, weight, grad, bias_grad)
+            bias_grad = local(kind.bias_view(torch.zeros_like(bias) if bias.grad is None else bias.grad))
+        capture = layer.capture
+        layer.lost_rows = capture.lost
+        source = capture.source or capture
+        count = torch.zeros_like(source.count) if layer.lost_rows else source.count
+        return Item(layer, weight, grad, bias_grad, source.rows, count)
 
     @staticmethod
     def _settle(parameter: Tensor) -> None:
@@ -288,9 +300,9 @@ class Ranks:
     def _refresh(self, groups: tuple[str, ...], items: list[Item]) -> None:
         """Pooled covariances, and inverses of them."""
         pre = self._pre
-        captures = [item.layer.capture for item in items]
+        captures = [item.layer.capture.source or item.layer.capture for item in items]
         covariances = ops.foreach_covariance(
-            [capture.rows for capture in captures],
+            [item.rows for item in items],
             grads=[item.grad for item in items],
             bias=[item.bias_grad is not None for item in items],
             chunk=pre.chunk,
@@ -299,11 +311,11 @@ class Ranks:
             seed=pre.seed,
             step=pre._division_step(),
             layers=[item.layer.index for item in items],
-            row_counts=[capture.count for capture in captures],
+            row_counts=[item.count for item in items],
         )
         # A row stands for as many as were passed over when the buffer was full.
         states = torch.stack([capture.state[capture.index] for capture in captures])
-        rows = (states[:, _USED] * states[:, _STRIDE]).to(covariances[0].dtype)
+        rows = (torch.cat([item.count for item in items]) * states[:, _STRIDE]).to(covariances[0].dtype)
         broken = rows.new_zeros(len(items))
         if pre.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of the average on all
             broken = torch.stack([_is_broken(item) for item in items]).to(rows.dtype)

@@ -1,9 +1,9 @@
 """How a layer type maps to input rows and a gradient matrix; a registry for users' own layer types.
 
 The correction needs two things of a layer: the rows of its input, one vector of units a row, and its weight gradient
-with those units in dimension 1.  A linear layer has (..., in) and (out, in). For a convolution the units are the input
-channels and every pixel of every image is a row; padding, stride and dilation do not enter (arXiv 1708.00631,
-convolutions; only the correlation between feature maps is used).
+with those units in dimension 1.  A linear layer has (..., in) and (out, in). For a convolution, transposed or not, the
+units are the input channels and every pixel of every image is a row; padding, stride and dilation do not enter (arXiv
+1708.00631, convolutions; only the correlation between feature maps is used).
 """
 
 from __future__ import annotations
@@ -18,23 +18,66 @@ from .distributed import local
 
 @dataclass(frozen=True)
 class LayerType:
-    """What :func:`register` stores for a module type."""
+    """One weight of a module type, the input that it multiplies, and how both are laid out."""
 
     unit_dim: int
     weight: str
     bias: str | None
-    matrix: Callable[[Tensor], Tensor] | None
+    matrix: Callable[[Tensor], Tensor] | None = None
+    position: int = 0  # of the input among the arguments of forward
+    keyword: str | None = None  # its name, if that is not the first keyword argument
+    part: str = ""  # which weight it is, where a module has several
 
-    def view(self, weight: Tensor) -> Tensor:
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight, or its gradient, as (out, in) or (out, in / groups, *kernel)."""
         return weight if self.matrix is None else self.matrix(weight)
+
+    def bias_view(self, bias: Tensor) -> Tensor:
+        """The bias, or its gradient, as (out,)."""
+        return bias
+
+    def copies(self, module: nn.Module) -> bool:
+        """Whether :meth:`view` is a copy, which :meth:`write_back` must return to its place."""
+        return False
 
     def groups(self, module: nn.Module) -> int:
         return getattr(module, "groups", 1)
 
     def units(self, module: nn.Module) -> int:
         """Length of an input row, without the bias."""
-        return local(self.view(module._parameters[self.weight])).shape[1] * self.groups(module)
+        return local(self.view(module, module._parameters[self.weight])).shape[1] * self.groups(module)
+
+
+class TransposedConvolution(LayerType):
+    """The weight is (in, out / groups, *kernel): a group's outputs lie inside its inputs."""
+
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        if module.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def copies(self, module: nn.Module) -> bool:
+        return 1 < module.groups < module.in_channels
+
+    def write_back(self, module: nn.Module, matrix: Tensor, grad: Tensor) -> None:
+        groups = (module.groups, -1)
+        grad.unflatten(0, groups).transpose(1, 2).copy_(matrix.unflatten(0, groups))
+
+    def units(self, module: nn.Module) -> int:
+        return local(module._parameters[self.weight]).shape[0]
+
+
+@dataclass(frozen=True)
+class InProjection(LayerType):
+    """Query, key or value weight of ``nn.MultiheadAttention``: a third of one matrix, or a matrix of its own."""
+
+    packed: bool = True
+
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (3, -1))[self.position] if self.packed else weight
+
+    def bias_view(self, bias: Tensor) -> Tensor:
+        return bias.unflatten(0, (3, -1))[self.position]
 
 
 _TYPES: dict[type[nn.Module], LayerType] = {}
@@ -73,12 +116,51 @@ def register(
     _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix)
 
 
+# Types of packages that need not be installed, by module and name.
+_BY_NAME = {
+    f"{module}.Conv1D": LayerType(-1, "weight", "bias", lambda weight: weight.T)  # a linear layer: (in, out)
+    for module in ("transformers.pytorch_utils", "transformers.modeling_utils")
+}
+
+
+def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
+    """What is registered for a module, or for its nearest base class; empty if nothing is."""
+    for base in type(module).__mro__:
+        if base in _TYPES:
+            return (_TYPES[base],)
+        if base is nn.MultiheadAttention:
+            return _in_projections(module)
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in _BY_NAME:
+            return (_BY_NAME[name],)
+    return ()
+
+
 def layer_type(module: nn.Module) -> LayerType | None:
-    """The registered type of a module, of the nearest base class if several are; None if there is none."""
-    return next((_TYPES[base] for base in type(module).__mro__ if base in _TYPES), None)
+    """What is registered for a module with one weight; None if nothing is."""
+    kinds = layer_types(module)
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _in_projections(module: nn.MultiheadAttention) -> tuple[LayerType, ...]:
+    packed = module._parameters.get("in_proj_weight") is not None
+    return tuple(
+        InProjection(
+            unit_dim=-1,
+            weight="in_proj_weight" if packed else f"{name[0]}_proj_weight",
+            bias="in_proj_bias",
+            position=i,
+            keyword=name,
+            part=f"in_proj.{name}",
+            packed=packed,
+        )
+        for i, name in enumerate(("query", "key", "value"))
+    )
 
 
 register(nn.Linear)
 register(nn.Conv1d, unit_dim=-2)
 register(nn.Conv2d, unit_dim=-3)
 register(nn.Conv3d, unit_dim=-4)
+for _dims, _type in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 2):
+    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias")

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
 from .capture import Capture, States
-from .coverage import Layer, find_layers
+from .coverage import Layer, find_layers, find_ties
 from .distributed import Ranks
 from .state import StateStore
 
@@ -34,10 +34,19 @@ class Item:
     weight: Parameter
     grad: Tensor  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
     bias_grad: Tensor | None  # (out,)
+    rows: Tensor  # (max_rows, in); the first `count` count
+    count: Tensor
+    parts: list[Item] = field(default_factory=list)  # layers with the same rows, whose gradients `grad` joins
 
     @property
     def units(self) -> int:
         return self.grad.shape[1] + (self.bias_grad is not None)
+
+    def write_back(self) -> None:
+        """Where ``grad`` is a copy, not a view."""
+        module = self.layer.module()
+        if self.layer.kind.copies(module):
+            self.layer.kind.write_back(module, self.grad, self.weight.grad)
 
 
 class Preconditioner:
@@ -158,10 +167,12 @@ class Preconditioner:
         if self._optimizer is not None:
             self._parameter_count = _count_parameters(self._optimizer)
             self._parameters = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        find_ties(self.layers)
         for layer in self.layers:
             module, weight = layer.module(), layer.weight
-            if layer.reason is None and layer.capture is None and weight is not None and self.owns(weight):
+            if layer.capture is None and weight is not None and self._may_correct(layer) and self.owns(weight):
                 layer.capture = Capture(module, layer.kind, self._states, layer.index, self.max_rows, self.seed)
+        self._states.new_weights = False
 
     def _refuse_a_second_one(self) -> None:
         """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
@@ -176,6 +187,9 @@ class Preconditioner:
                     "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
                     f"remove() first), got one for {layer.name!r}"
                 )
+
+    def _may_correct(self, layer: Layer) -> bool:
+        return layer.reason is None and not layer.tied
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter."""
@@ -228,42 +242,58 @@ class Preconditioner:
 
     @torch.no_grad()
     def _correct(self) -> None:
-        if self._optimizer is not None and _count_parameters(self._optimizer) != self._parameter_count:
+        grown = self._optimizer is not None and _count_parameters(self._optimizer) != self._parameter_count
+        if grown or self.steps == 0:
             self._attach()
         for layer in self.layers:
             layer.info = None
-        shared = self._ranks.correct()
-        batches: dict[torch.device, list[Item]] = {}
-        for layer in self.layers:
-            if layer.index not in shared and layer.capture is not None and (item := self._item(layer)) is not None:
-                batches.setdefault(item.grad.device, []).append(item)
+        pooled = self._ranks.correct()
+        batches = self._batches(pooled)
+        if self._states.new_weights:  # seen while the batches were made
+            self._attach()
+            batches = self._batches(pooled)
         if not (self._checked or self._states.paused):
             self._checked = _check_capture([item for batch in batches.values() for item in batch])
         for batch in batches.values():
             self._correct_batch(batch)
+            for item in batch:
+                item.write_back()
+        finished = not self._states.paused
         for layer in self.layers:
             if layer.capture is not None:
-                layer.capture.begin_step()
-        self._states.reset(self.steps + 1, paused=(self.steps + 1) % self.every != 0, finished=not self._states.paused)
+                layer.capture.begin_step(finished)
+        self._states.reset(self.steps + 1, paused=(self.steps + 1) % self.every != 0, finished=finished)
+
+    def _batches(self, pooled: set[int]) -> dict[torch.device, list[Item]]:
+        batches: dict[torch.device, list[Item]] = {}
+        for layer in self.layers:
+            if layer.index not in pooled and layer.capture is not None and (item := self._item(layer)) is not None:
+                batches.setdefault(item.grad.device, []).append(item)
+        return batches
 
     def _item(self, layer: Layer) -> Item | None:
         if (module := layer.module()) is None:
             return None
         parameters, kind = module._parameters, layer.kind
         weight = parameters.get(kind.weight)
-        if weight is None or not self.owns(weight) or is_lazy(weight):
+        if weight is None or layer.tied or not self.owns(weight) or is_lazy(weight):
             return None
-        layer.capture.follow(module, weight)
+        capture = layer.capture
+        capture.follow(module, weight)
         grad = weight.grad
         layer.unfit_gradient = grad is not None and not _is_plain(grad)
-        if grad is None or layer.unfit_gradient or not weight.requires_grad:
+        layer.lost_rows = capture.lost
+        if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
             return None
+        source = capture.source or capture
         bias_grad = None
         if layer.joins_bias and (bias := parameters.get(kind.bias)) is not None and self.owns(bias):
             bias_grad = bias.grad
             if bias_grad is not None and not _is_plain(bias_grad):
                 bias_grad = None
-        return Item(layer, weight, kind.view(grad), bias_grad)
+            if bias_grad is not None:
+                bias_grad = kind.bias_view(bias_grad)
+        return Item(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
 
     def _correct_batch(self, batch: list[Item]) -> None:
         """Correct the gradients of layers that are on one device."""
@@ -275,9 +305,11 @@ class Preconditioner:
         self._apply(batch)
 
     def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
+        if any(item.layer.capture.source is not None for item in batch):
+            batch = _join(batch)
         info, used = ops.foreach_precondition_(
             [item.grad for item in batch],
-            [item.layer.capture.rows for item in batch],
+            [item.rows for item in batch],
             bias_grads=[item.bias_grad for item in batch],
             damping=self._damping(),
             scaling=self.scaling,
@@ -287,16 +319,19 @@ class Preconditioner:
             seed=self.seed,
             step=self.steps,
             layers=[item.layer.index for item in batch],
-            row_counts=[item.layer.capture.count for item in batch],
+            row_counts=[item.count for item in batch],
             return_damping=True,
         )
         self._note(batch, info, used)
+        for item in batch:
+            if item.parts:
+                _part(item)
 
     def _refresh(self, batch: list[Item]) -> None:
         """New covariances and inverses."""
-        counts = [item.layer.capture.count for item in batch]
+        counts = [item.count for item in batch]
         covariances = ops.foreach_covariance(
-            [item.layer.capture.rows for item in batch],
+            [item.rows for item in batch],
             grads=[item.grad for item in batch],
             bias=[item.bias_grad is not None for item in batch],
             chunk=self.chunk,
@@ -374,7 +409,8 @@ class Preconditioner:
     def _note(self, batch: list[Item], info: Tensor, used: Tensor) -> None:
         sizes = [self._num_chunks(item) for item in batch]
         for item, i, u in zip(batch, info.split(sizes), used.split(sizes), strict=True):
-            item.layer.info, item.layer.damping = i, u
+            for part in item.parts or (item,):
+                part.layer.info, part.layer.damping = i, u
 
     def _finish_step(self) -> None:
         self.steps += 1
@@ -472,6 +508,33 @@ def _detach(layers: list[Layer], handles: list) -> None:
     for layer in layers:
         if layer.capture is not None:
             layer.capture.remove()
+
+
+def _join(batch: list[Item]) -> list[Item]:
+    """Layers with the same rows become one, with their gradients one above the other: one covariance, one inverse."""
+    joined: dict[tuple, list[Item]] = {}
+    for item in batch:
+        grad, bias = item.grad, item.bias_grad
+        whole = grad.shape[1] == item.rows.shape[1]  # else the outputs are divided into convolution groups
+        key = id(item.rows) if whole else id(item), grad.shape[1:], grad.dtype, None if bias is None else bias.dtype
+        joined.setdefault(key, []).append(item)
+    result = []
+    for first, *others in joined.values():
+        if not others:
+            result.append(first)
+            continue
+        parts = [first, *others]
+        bias = None if first.bias_grad is None else torch.cat([item.bias_grad for item in parts])
+        grad = torch.cat([item.grad for item in parts])
+        result.append(Item(first.layer, first.weight, grad, bias, first.rows, first.count, parts))
+    return result
+
+
+def _part(item: Item) -> None:
+    sizes = [len(part.grad) for part in item.parts]
+    torch._foreach_copy_([part.grad for part in item.parts], item.grad.split(sizes))
+    if item.bias_grad is not None:
+        torch._foreach_copy_([part.bias_grad for part in item.parts], item.bias_grad.split(sizes))
 
 
 def _check_capture(batch: list[Item]) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from .capture import LAST
+from .capture import USED
 
 if TYPE_CHECKING:
     from .coverage import Layer
@@ -46,7 +46,8 @@ def summary(pre: Preconditioner) -> str:
 
 def _rows(layer: Layer) -> int:
     """Captured in the last step that captured; waits for the device."""
-    return 0 if layer.capture.state is None else int(layer.capture.state[layer.index, LAST])
+    capture = layer.capture
+    return 0 if capture.rows is None else capture.states.last_step(capture.rows.device, capture.last_source)[USED]
 
 
 def _was_corrected(pre: Preconditioner, layer: Layer) -> bool:
@@ -58,7 +59,8 @@ def _row(pre: Preconditioner, layer: Layer) -> tuple[str, str, str, str, str]:
     module = layer.module()
     weight = layer.weight
     division = "-"
-    if (layer.reason or pre._ranks.reason(layer)) is None and weight is not None and not is_lazy(weight):
+    left = layer.reason or layer.tied or pre._ranks.reason(layer)
+    if not left and weight is not None and not is_lazy(weight):
         groups, units = layer.kind.groups(module), layer.units
         chunks = -(-units // pre.chunk_of(units))
         division = f"{f'{groups} x ' if groups > 1 else ''}{units} -> {chunks} of {-(-units // chunks)}"
@@ -70,6 +72,8 @@ def _row(pre: Preconditioner, layer: Layer) -> tuple[str, str, str, str, str]:
 def _status(pre: Preconditioner, layer: Layer) -> str:
     if layer.reason is not None:
         return layer.reason + _LEFT
+    if layer.tied:
+        return f"tied with {layer.tied}" + _LEFT
     weight = layer.weight
     if weight is None:
         return "gone" if layer.module() is None else f"{layer.kind.weight} is no parameter any more" + _LEFT
@@ -86,6 +90,8 @@ def _status(pre: Preconditioner, layer: Layer) -> str:
         return "waiting for the first step"
     if layer.unfit_gradient:
         return "gradient is sparse or a tensor subclass" + _LEFT
+    if layer.lost_rows:
+        return "called less often than the layer whose input it shared" + _LEFT
     if not layer.module().training:
         return "in evaluation mode" + _LEFT
     if pre.every > 1 and _rows(layer) > 0:

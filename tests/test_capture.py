@@ -111,3 +111,12 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_recomputation_counts_only_where_the_forward_pass_did_not():
+    rows, state = torch.zeros(8, 2), torch.zeros(2, STATE_SIZE, dtype=torch.int64)
+    x = torch.randn(3, 2)
+    for index, calls in enumerate([(False, True, False, True), (True, True)]):
+        for in_backward in calls:
+            capture(rows, state, x, index, -1, 0, in_backward)
+    assert state[:, USED].tolist() == [6, 6]

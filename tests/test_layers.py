@@ -5,35 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from training import DAMPING, dense
 
 from consistency_ops import layers
 from consistency_ops.capture import STATE_SIZE
 from consistency_ops.preconditioner import Preconditioner
-
-DAMPING = 0.3
-
-
-def dense(gradient, bias, rows, groups=1, scaling="absolute", joint=True):
-    """(gradient, bias) corrected without chunks; ``gradient`` is (out, in / groups, taps), ``rows`` (n, in)."""
-    gradient, rows = gradient.double(), rows.double()
-    out, bias_out = torch.empty_like(gradient), None if bias is None else bias.double().clone()
-    for g in range(groups):
-        o = slice(g * len(gradient) // groups, (g + 1) * len(gradient) // groups)
-        x = rows[:, g * gradient.shape[1] : (g + 1) * gradient.shape[1]]
-        matrix = gradient[o].transpose(1, 2).flatten(0, 1)  # every tap and output is a row
-        taps = gradient.shape[2]
-        if bias is not None and joint:
-            x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-            matrix = torch.cat([matrix, bias[o].double().repeat_interleave(taps)[:, None]], 1)
-        a = x.T @ x / len(x)
-        if scaling == "trace":
-            a = a / (a.trace() / len(a))
-        solved = torch.linalg.solve(a + DAMPING * torch.eye(len(a), dtype=a.dtype), matrix.T).T
-        if bias is not None and joint:
-            bias_out[o] = solved[:, -1].view(-1, taps).mean(1)
-            solved = solved[:, :-1]
-        out[o] = solved.view(-1, taps, gradient.shape[1]).transpose(1, 2)
-    return out, bias_out
 
 
 def check(layer, x, rows, scaling="absolute", joint=True, view=lambda w: w):
@@ -98,6 +74,44 @@ def test_convolution(kind, options, scaling):
     layer = kind(4, 8, **options)
     x = torch.randn(3, 4, *[9, 8, 7][: layer.weight.dim() - 2])
     check(layer, x, x.movedim(1, -1).flatten(0, -2), scaling)
+
+
+def gradient_taps(weight, groups):
+    """(out, in / groups, taps) of a transposed convolution's weight, (in, out / groups, *kernel)."""
+    parts = [w.transpose(0, 1).flatten(2) for w in weight.chunk(groups)]
+    return torch.cat(parts)
+
+
+TRANSPOSED = [
+    (nn.ConvTranspose1d, dict(kernel_size=3)),
+    (nn.ConvTranspose1d, dict(kernel_size=4, stride=2, padding=1, output_padding=1, dilation=2, groups=2)),
+    (nn.ConvTranspose2d, dict(kernel_size=3, stride=2, bias=False)),
+    (nn.ConvTranspose2d, dict(kernel_size=(3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=2)),
+    (nn.ConvTranspose2d, dict(kernel_size=3, groups=4)),
+    (nn.ConvTranspose3d, dict(kernel_size=(1, 2, 3), stride=2)),
+    (nn.ConvTranspose3d, dict(kernel_size=2, groups=2, bias=False)),
+]
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+@pytest.mark.parametrize(("kind", "options"), TRANSPOSED, ids=str)
+def test_transposed_convolution(kind, options, scaling):
+    layer = kind(4, 8, **options)
+    x = torch.randn(3, 4, *[5, 6, 4][: layer.weight.dim() - 2])
+    check(layer, x, x.movedim(1, -1).flatten(0, -2), scaling, view=lambda w: gradient_taps(w, layer.groups))
+
+
+@pytest.mark.parametrize("options", [dict(every=2), dict(decay=0.5)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolution_with_a_stored_inverse(options, groups):
+    layer, twin = nn.ConvTranspose2d(4, 6, 3, groups=groups), nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    for module, settings in ((layer, options), (twin, {})):
+        pre = Preconditioner(module, seed=3, **settings)
+        module(x).square().sum().backward()
+        pre.step()
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "one image"])
@@ -176,6 +190,19 @@ def test_users_layer_type_is_covered_once_registered():
         check(TransposedLinear(7, 5), x, x, view=lambda w: w.T)
     finally:
         del layers._TYPES[TransposedLinear]
+
+
+def test_conv1d_of_transformers_is_known_by_name():
+    """Without the package: a class of that module and name."""
+    kind = type("Conv1D", (TransposedLinear,), {"__module__": "transformers.pytorch_utils"})
+    x = torch.randn(20, 7)
+    check(kind(7, 5), x, x, view=lambda w: w.T)
+
+
+def test_conv1d_of_transformers_itself():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    x = torch.randn(4, 5, 7)
+    check(conv1d(5, 7), x, x.flatten(0, 1), view=lambda w: w.T)
 
 
 def test_subclass_is_covered_as_its_base():

@@ -6,17 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import assert_equal, backward, data, gradients, mlp, train
+from training import assert_equal, backward, corrected_layers, data, gradients, mlp, train
 
 from consistency_ops.preconditioner import Preconditioner
-
-
-def corrected_layers(model, pre):
-    """Names of parameters whose gradient was changed by a step."""
-    backward(model, *data())
-    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    pre.step()
-    return {name for name, p in model.named_parameters() if name in before and not torch.equal(before[name], p.grad)}
 
 
 @pytest.mark.parametrize(
@@ -39,39 +31,6 @@ def test_skip(skip, left):
 def test_skip_pattern_without_a_match_warns():
     with pytest.warns(UserWarning, match="'haed' matches no module"):
         Preconditioner(mlp(), skip="haed")
-
-
-def test_tied_weights_keep_their_gradient():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.body, self.head = nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x):
-            return self.head(self.body(self.embedding(x.argmax(1) % 5)))
-
-    model = Tied()
-    pre = Preconditioner(model)
-    assert corrected_layers(model, pre) == {"body.weight", "body.bias"}
-    summary = pre.summary()
-    assert "tied with embedding; gradient left as it is" in summary and "unsupported type" in summary
-
-
-def test_attention_projection_whose_hook_never_fires_keeps_its_gradient():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 5)
-
-        def forward(self, x):
-            x = x[:, None]
-            return self.head(self.attention(x, x, x, need_weights=False)[0][:, 0])
-
-    model = Attention()
-    pre = Preconditioner(model)
-    assert corrected_layers(model, pre) == {"head.weight", "head.bias"}
-    assert "no input seen yet; gradient left as it is" in pre.summary()
 
 
 def test_frozen_unused_and_parametrized_layers():

@@ -106,15 +106,6 @@ def test_rows_under_autocast_are_those_of_the_input():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_module_called_twice_pools_its_rows():
-    shared = nn.Linear(6, 6)
-    pre = Preconditioner(shared)
-    x = torch.randn(10, 6)
-    shared(shared(x)).sum().backward()
-    pre.step()
-    assert pre.stats()["rows"] == {"": 20}
-
-
 def test_extra_gradient_of_the_same_forward_does_not_lose_rows():
     """A gradient penalty differentiates once before the backward pass."""
     model, (x, y) = mlp(), data()

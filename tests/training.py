@@ -7,6 +7,31 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+DAMPING = 0.3
+
+
+def dense(gradient, bias, rows, groups=1, scaling="absolute", joint=True):
+    """(gradient, bias) corrected without chunks; ``gradient`` is (out, in / groups, taps), ``rows`` (n, in)."""
+    gradient, rows = gradient.double(), rows.double()
+    out, bias_out = torch.empty_like(gradient), None if bias is None else bias.double().clone()
+    for g in range(groups):
+        o = slice(g * len(gradient) // groups, (g + 1) * len(gradient) // groups)
+        x = rows[:, g * gradient.shape[1] : (g + 1) * gradient.shape[1]]
+        matrix = gradient[o].transpose(1, 2).flatten(0, 1)  # every tap and output is a row
+        taps = gradient.shape[2]
+        if bias is not None and joint:
+            x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+            matrix = torch.cat([matrix, bias[o].double().repeat_interleave(taps)[:, None]], 1)
+        a = x.T @ x / len(x)
+        if scaling == "trace":
+            a = a / (a.trace() / len(a))
+        solved = torch.linalg.solve(a + DAMPING * torch.eye(len(a), dtype=a.dtype), matrix.T).T
+        if bias is not None and joint:
+            bias_out[o] = solved[:, -1].view(-1, taps).mean(1)
+            solved = solved[:, :-1]
+        out[o] = solved.view(-1, taps, gradient.shape[1]).transpose(1, 2)
+    return out, bias_out
+
 
 def mlp(seed=0, widths=(12, 20, 16, 5)):
     torch.manual_seed(seed)
@@ -47,6 +72,14 @@ def gradients(model):
 def assert_equal(a, b):
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
+
+
+def corrected_layers(model, pre):
+    """Names of parameters whose gradient was changed by a step."""
+    backward(model, *data())
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    pre.step()
+    return {name for name, p in model.named_parameters() if name in before and not torch.equal(before[name], p.grad)}
 
 
 def scaled_step(model, optimizer, scaler, x, y, poison=False):

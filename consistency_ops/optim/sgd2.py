@@ -140,7 +140,7 @@ class _WholeLayers(Preconditioner):
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
         if conv_mean:
             for layer in self.layers:
-                if layer.capture is not None and layer.kind.view(layer.weight).dim() > 2:
+                if layer.capture is not None and layer.weight.dim() > 2:
                     self._positions[layer.index] = hook = _OutputPositions(layer.weight.dim() - 2)
                     self._handles.append(layer.module().register_forward_hook(hook))
 
@@ -178,7 +178,7 @@ class _WholeLayers(Preconditioner):
                     self._solve(item)
 
     def _solve(self, item: Item) -> None:
-        rows = item.layer.capture.rows[: int(item.layer.capture.count)]
+        rows = item.rows[: int(item.count)]
         bias = item.bias_grad
         grad, bias_grad, info, used = reference.precondition(
             item.grad.to(rows.dtype),

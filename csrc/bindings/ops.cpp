@@ -37,6 +37,8 @@ STABLE_TORCH_LIBRARY(consistency_ops, m) {
   m.def("batch_rms_norm_divide(Tensor x, Tensor denominator) -> Tensor");
 
   // state: int64 [layers, 9], one CaptureState (capture.h) a layer.
-  m.def("capture_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed) -> ()");
+  m.def(
+      "capture_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed, "
+      "bool in_backward=False) -> ()");
   m.def("capture_mark_(Tensor(a!) rows, Tensor(b!) state, SymInt index, bool restart) -> ()");
 }

@@ -157,6 +157,8 @@ Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
   int64_t rows = 1;
   for (int i = 0; i < kMaxCaptureDims; ++i) rows *= p.row_size[i];
   if (s.paused != 0 || rows == 0 || p.units == 0) return Status::kOk;
+  if (p.in_backward && s.forward != 0) return Status::kOk;
+  if (!p.in_backward) s.forward = 1;
 
   if (s.stride == 0) {
     const RowSample sample = sample_rows(rows, p.capacity, p.seed, static_cast<uint64_t>(s.step), p.layer);

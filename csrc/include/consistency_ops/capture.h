@@ -4,6 +4,9 @@
 // sample_rows does; later calls continue the pattern.  When the buffer would overflow, every second captured row is
 // dropped (even or odd ones, at random) and the stride doubles, so every row of the stream is kept with the same
 // probability 1 / stride.  As long as everything fits, stride is 1 and several calls leave what one large call leaves.
+//
+// A call inside a backward pass is the recomputation of a checkpointed block.  It counts only where the forward pass
+// was not seen (reentrant checkpointing runs it without gradients).
 #pragma once
 
 #include "consistency_ops/random.h"
@@ -21,7 +24,7 @@ struct CaptureState {
   int64_t next;     // index in the stream of the next row to take
   int64_t mark;     // rows that were in the buffer at the last backward pass
   int64_t thinned;  // how often every second row was dropped
-  int64_t last;     // `used` of the last finished step, for reports
+  int64_t forward;  // 1: a call outside of any backward pass has been seen
   int64_t step;     // third word of the random offset
   int64_t paused;   // 1: captures nothing
 };
@@ -43,6 +46,7 @@ struct CaptureProblem {
   CaptureState* state;
   uint64_t seed;
   uint32_t layer;
+  bool in_backward;  // the call comes from a backward pass
 };
 
 // CPU.  Invalid: capacity < 1, or a rows_dtype that x cannot be widened to.
