@@ -94,9 +94,9 @@ def capture():
         optimizer.zero_grad()
         model(torch.randn(2, 3, 5, 5)).square().mean().backward()
         optimizer.step()
+    linear = pre.layers[1].capture
+    torch.ops.consistency_ops.capture_traced_rows_(linear.rows, linear.state, torch.randn(8, 36), 1, -1, 0)
     pre.remove()
-    capture = pre.layers[1].capture
-    torch.ops.consistency_ops.capture_traced_rows_(capture.rows, capture.state, torch.randn(8, 36), 1, -1, 0)
 
 
 @pytest.fixture(scope="module")
