@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-BENCH ?= modulus memory step precondition
+BENCH ?= modulus memory step precondition peers
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(wildcard csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
@@ -42,8 +42,10 @@ test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted 
 
 test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
 
-bench: $(LIBRARY) ## speed and memory against torch's own compositions; BENCH="step memory" for some of it
-	@set -e; for name in $(BENCH); do python -m benchmarks.micro.bench_$$name $(ARGS); done
+bench: $(LIBRARY) ## speed and memory against torch, steps against other optimizers; BENCH="step peers" for some of it
+	@set -e; for name in $(BENCH); do \
+		if [ $$name = peers ]; then python -m benchmarks.peers --quick; \
+		else python -m benchmarks.micro.bench_$$name $(ARGS); fi; done
 
 build: $(VENV)/.installed ## compile the extension in place, only what changed
 	@flock .build.lock python setup.py -q build_ext --inplace

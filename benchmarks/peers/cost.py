@@ -1,0 +1,121 @@
+"""What a step costs with each optimizer: CPU time as a ratio to SGD in one interleaved run, and the memory it keeps.
+
+    python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--seconds 20] [--json FILE]
+
+A step is zero_grad, forward, backward and update on random data.  Memory: bytes of all live tensors after three steps
+that are neither parameters, gradients nor data, over the bytes of the parameters; work space inside a call is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.peers.optimizers import PEERS
+from benchmarks.peers.tasks import Block, named, resnet
+
+STEP_RATE = 1e-4  # small: the arithmetic counts, and nothing must diverge
+
+
+class Sequence(nn.Module):
+    """Blocks of a transformer on random token vectors, classes from the mean token."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.block, self.head = Block(width, heads, causal), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(1))
+
+
+# name: (model, shape of a batch); "large": batches that people use, for the first-order optimizers only
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "deep MLP, batch 500": (lambda: named("deep-mlp", (1, 28, 28))(0), (500, 1, 28, 28)),
+    "ResNet-8, batch 128": (resnet, (128, 3, 32, 32)),
+    "ViT-B block, 4 x 197 tokens": (lambda: Sequence(768, 12, False), (4, 197, 768)),
+    "GPT-2 small block, 2 x 512 tokens": (lambda: Sequence(768, 12, True), (2, 512, 768)),
+    "large: convnet B, batch 128": (lambda: named("convnet", (3, 32, 32))(0), (128, 3, 32, 32)),
+    "large: ResNet-8, batch 512": (resnet, (512, 3, 32, 32)),
+    "large: GPT-2 small block, 8 x 1024 tokens": (lambda: Sequence(768, 12, True), (8, 1024, 768)),
+}
+LARGE = ("sgd", "adamw", "muon", "sgd+pre", "adamw+pre", "muon+pre")
+
+
+def setting(peer: str) -> dict[str, float]:
+    return {**PEERS[peer].trials[0], "lr": STEP_RATE}
+
+
+def step_of(model: nn.Module, peer: str, x: Tensor, y: Tensor) -> Callable[[], float]:
+    step = PEERS[peer].build(model, "cross_entropy", **setting(peer))
+    run = lambda: step(x, y, functional.cross_entropy)  # noqa: E731
+    return run
+
+
+def live_bytes() -> int:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's deprecated classes answer isinstance with a warning
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def kept(build: Callable[[], nn.Module], peer: str, x: Tensor, y: Tensor) -> float:
+    """Bytes that the optimizer keeps between steps, over the bytes of the parameters."""
+    before = live_bytes()
+    model = build()
+    parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
+    run = step_of(model, peer, x, y)
+    for _ in range(3):
+        run()
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+    return (live_bytes() - before - parameters - buffers - gradients) / parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each model")
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/peers/cost.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    peers = [name for name in dict.fromkeys(["sgd", *arguments.optimizers]) if PEERS[name].version]
+    rows, failures = [], {}
+    for name in arguments.models:
+        build, shape = MODELS[name]
+        torch.manual_seed(0)
+        x, y = torch.randn(shape), torch.randint(10, shape[:1])
+        steps, memory = {}, {}
+        for peer in peers:
+            if name.startswith("large") and peer not in LARGE:
+                continue
+            try:
+                memory[peer] = kept(build, peer, x, y)
+                steps[peer] = step_of(build(), peer, x, y)
+            except Exception as error:  # a peer's own failure; the others go on
+                failures[f"{name}, {peer}"] = f"{type(error).__name__}: {str(error)[:120]}"
+                print(f"{name}, {peer}: {failures[f'{name}, {peer}']}", flush=True)
+        times = interleaved(steps, seconds=arguments.seconds, rounds=(arguments.rounds, 200), clock=time.process_time)
+        median = medians(times)
+        for peer, seconds in median.items():
+            row = {"model": name, "optimizer": peer, "ms": 1e3 * seconds, "ratio": seconds / median["sgd"]}
+            rows.append(row | {"memory": memory[peer], "rounds": len(times[peer])})
+            print(
+                f"{name:<40} {peer:<12} {1e3 * seconds:9.1f} ms  x{row['ratio']:.2f}  +{memory[peer]:.1f}", flush=True
+            )
+        save("peers/cost", {"rows": rows, "failures": failures}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""How each optimizer is built, and its trials: the same number for all, judged on held-out training examples.
+
+A builder returns a step, ``step(x, y, loss) -> float``: zero, forward, backward, update.  Peers are imported when they
+are asked for, so those that are missing are listed and skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+
+import consistency_ops as co
+from benchmarks.peers.references import Foof, Isaac
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Loss], float]
+MOMENTUM = 0.9
+EVERY, WARM_UP = 10, 20  # steps between two inverses of K-FAC; steps at the start with a new one each
+NEW = 0.05  # weight of the newest factors in K-FAC's average
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``trials``: settings that are tried, each passed to ``build(model, loss_type, **setting)``."""
+
+    text: str
+    package: str  # distribution that must be installed; torch's own: "torch"
+    order: int  # 1: gradients only, 2: with curvature, 3: this package's
+    trials: list[dict[str, float]]
+    build: Callable[..., Step]
+
+    @property
+    def version(self) -> str | None:
+        """None: not installed."""
+        name = "torch" if self.package == "reference" else self.package
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+
+def stepper(model: nn.Module, *actions: Callable[[], object]) -> Step:
+    """The ordinary step: ``actions`` follow the backward pass."""
+
+    def step(x: Tensor, y: Tensor, loss: Loss) -> float:
+        model.zero_grad(set_to_none=False)  # heavyball and the flat views of Muon keep addresses
+        value = loss(model(x), y)
+        value.backward()
+        for action in actions:
+            action()
+        return float(value.detach())
+
+    return step
+
+
+def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+
+
+def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=lr)
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+class FlatMuon:
+    """torch.optim.Muon on every weight matrix, convolutions through flat views; AdamW at the same rate on the rest.
+
+    ``match_rms_adamw`` is torch's own rule that makes one rate fit both.  Embeddings count as the rest, as its
+    authors advise.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in tables]
+        rest = [p for p in model.parameters() if p.dim() < 2 or id(p) in tables]
+        self.views = [(p, nn.Parameter(p.detach().flatten(1)) if p.dim() > 2 else p) for p in matrices]
+        flat = [view for _, view in self.views]
+        self.parts = [torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=lr))
+
+    def step(self) -> None:
+        for parameter, view in self.views:
+            if view is not parameter:
+                view.grad = parameter.grad.flatten(1)
+        for part in self.parts:
+            part.step()
+
+    @property
+    def state(self) -> dict:
+        return {key: value for part in self.parts for key, value in part.state.items()}
+
+
+BASES = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": FlatMuon}
+
+
+def plain(base: str) -> Callable[..., Step]:
+    def build(model: nn.Module, loss_type: str, lr: float) -> Step:
+        optimizer = BASES[base](model, lr)
+        step = stepper(model, optimizer.step)
+        step.keep = [optimizer]
+        return step
+
+    return build
+
+
+def corrected(base: str, **options: object) -> Callable[..., Step]:
+    """The correction in front of ``base``; all its settings at their defaults but for ``options``."""
+
+    def build(model: nn.Module, loss_type: str, lr: float, **more: object) -> Step:
+        optimizer = BASES[base](model, lr)
+        preconditioner = co.Preconditioner(model, **options, **more)
+        step = stepper(model, preconditioner.step, optimizer.step)
+        step.keep = [optimizer, preconditioner]
+        return step
+
+    return build
+
+
+def reference(kind: type) -> Callable[..., Step]:
+    def build(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
+        correction, optimizer = kind(model, damping), sgd(model, lr)
+        step = stepper(model, correction.step, optimizer.step)
+        step.keep = [optimizer, correction]
+        return step
+
+    return build
+
+
+def heavyball(name: str, **options: object) -> Callable[..., Step]:
+    """Without torch.compile, which would take minutes a run here."""
+
+    def build(model: nn.Module, loss_type: str, lr: float) -> Step:
+        import heavyball as package
+
+        package.utils.compile_mode = None
+        optimizer = getattr(package, name)(model.parameters(), lr=lr, weight_decay=0.0, **options)
+        step = stepper(model, optimizer.step)
+        step.keep = [optimizer]
+        return step
+
+    return build
+
+
+def shampoo(model: nn.Module, loss_type: str, lr: float) -> Step:
+    from pytorch_optimizer import ScalableShampoo
+
+    optimizer = ScalableShampoo(
+        model.parameters(), lr=lr, start_preconditioning_step=5, preconditioning_compute_steps=10
+    )
+    step = stepper(model, optimizer.step)
+    step.keep = [optimizer]
+    return step
+
+
+def kfac(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
+    """Averaged factors, one Monte Carlo sample of the Fisher matrix a step; inverses every 10, at first every step."""
+    from asdl import KfacGradientMaker, PreconditioningConfig
+
+    if not torch.cuda.is_available():  # it marks ranges for NVIDIA's profiler, which raises in a CPU build of torch
+        torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
+    optimizer = sgd(model, lr)
+
+    def flat_model(x: Tensor) -> Tensor:
+        return model(x).flatten(0, -2)  # K-FAC's rows: examples, or the positions of a text
+
+    def start(rows: int) -> KfacGradientMaker:
+        config = PreconditioningConfig(
+            damping=damping,
+            ema_decay=NEW,
+            preconditioner_upd_interval=EVERY,
+            preconditioner_warmup_steps=WARM_UP,
+            curvature_upd_interval=1,
+            data_size=rows,
+            ignore_modules=[nn.Embedding],  # not supported
+        )
+        return KfacGradientMaker(model, config, fisher_type="fisher_mc", loss_type=loss_type)
+
+    def step(x: Tensor, y: Tensor, loss: Loss) -> float:
+        rows = y.numel() if loss_type == "cross_entropy" else len(y)
+
+        def summed(output: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
+            return loss(output, y) * rows  # asdfghjkl divides by the rows
+
+        first = not step.keep[1:]
+        if first:
+            step.keep.append(start(rows))
+        maker = step.keep[1]
+        maker.scale = 1 / NEW if first else 1.0  # the average starts from its first value, not from 0
+        optimizer.zero_grad()
+        output = maker.setup_model_call(flat_model, x)
+        maker.setup_logits_repr(output)
+        maker.setup_loss_call(summed, output, y)
+        _, value = maker.forward_and_backward()
+        optimizer.step()
+        return float(value.detach())
+
+    step.keep = [optimizer]
+    return step
+
+
+def singd(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
+    from singd.optim.optimizer import SINGD
+
+    optimizer = SINGD(model, lr=lr, damping=damping, T=10, warn_unsupported=False)
+    step = stepper(model, optimizer.step)
+    step.keep = [optimizer]
+    return step
+
+
+def rates(*values: float) -> list[dict[str, float]]:
+    return [{"lr": value} for value in values]
+
+
+GRADIENT = rates(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+ADAPTIVE = rates(0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003)
+# Two settings: six rates at the first damping, then the best of them at the two others.
+DAMPED = [{**setting, "damping": 0.1} for setting in GRADIENT[1:-1]]
+DAMPINGS = (1.0, 0.01)
+
+PEERS = {
+    "sgd": Peer("torch SGD, momentum 0.9", "torch", 1, GRADIENT, plain("sgd")),
+    "adam": Peer("torch Adam", "torch", 1, ADAPTIVE, plain("adam")),
+    "adamw": Peer("torch AdamW", "torch", 1, ADAPTIVE, plain("adamw")),
+    "muon": Peer("torch Muon, AdamW for the rest", "torch", 1, ADAPTIVE, plain("muon")),
+    "sgd+pre": Peer("SGD, preconditioned", "torch", 3, GRADIENT, corrected("sgd")),
+    "adamw+pre": Peer("AdamW, preconditioned", "torch", 3, ADAPTIVE, corrected("adamw")),
+    "muon+pre": Peer("Muon, preconditioned", "torch", 3, ADAPTIVE, corrected("muon")),
+    "soap": Peer("heavyball SOAP, every 10", "heavyball", 2, ADAPTIVE, heavyball("SOAP", precondition_frequency=10)),
+    "shampoo": Peer(
+        "pytorch_optimizer ScalableShampoo, SGD graft, inverses every 10", "pytorch-optimizer", 2, GRADIENT, shampoo
+    ),
+    "kl-shampoo": Peer(
+        "heavyball KLShampoo, every 10", "heavyball", 2, ADAPTIVE, heavyball("KLShampoo", precondition_frequency=10)
+    ),
+    "psgd": Peer("heavyball PSGDKron", "heavyball", 2, ADAPTIVE, heavyball("PSGDKron")),
+    "kfac": Peer("asdfghjkl K-FAC, inverses every 10", "asdfghjkl", 2, DAMPED, kfac),
+    "singd": Peer("SINGD, dense: inverse-free K-FAC, every 10", "singd", 2, DAMPED, singd),
+    "foof": Peer("FOOF, our reference, inverses every 10", "reference", 2, DAMPED, reference(Foof)),
+    "isaac": Peer("ISAAC, our reference", "reference", 2, DAMPED, reference(Isaac)),
+}
+MISSING = {
+    "kfac-pytorch": "not in the package index",
+    "emerging-optimizers": "needs Python 3.12, this is 3.11",
+}

@@ -1,0 +1,197 @@
+"""Tables and plots of the peers, made from the JSON lines."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from benchmarks.peers.optimizers import PEERS
+from benchmarks.peers.tasks import TASKS
+
+STYLES = {1: "--", 2: ":", 3: "-"}  # by Peer.order
+
+
+def final_runs(runs: list[dict], peer: str) -> list[dict]:
+    """The final runs of an optimizer, a failed one included; of the longest length only."""
+    found = [run for run in runs if run["optimizer"] == peer and run["phase"] == "final"]
+    return [run for run in found if run["steps"] == max(r["steps"] for r in found)]
+
+
+def reach(run: dict, target: float) -> tuple[int, float] | None:
+    """(steps, CPU seconds) of the first point of the curve at or below the target."""
+    return next(
+        ((step, seconds) for step, seconds, _, metric in run["curve"] if metric is not None and metric <= target), None
+    )
+
+
+def at_edge(runs: list[dict], peer: str) -> bool:
+    """Whether the chosen rate is the first or last of those that did not fail in the trials."""
+    chosen = final_runs(runs, peer)[0]["setting"]["lr"]
+    rates = sorted({setting["lr"] for setting in PEERS[peer].trials})
+    return chosen in (rates[0], rates[-1])
+
+
+def summary(runs: list[dict], task: str, peer: str) -> dict | None:
+    """One row: setting, metric at the end of each seed, mean steps and seconds to every target, ms a step."""
+    found = final_runs(runs, peer)
+    if not found:
+        return None
+    ends = [run["curve"][-1][3] for run in found if not run["failure"]]
+    targets = []
+    for target in TASKS[task].targets:
+        points = [point for run in found if (point := reach(run, target))]
+        complete = len(points) == len(found)
+        steps = statistics.mean(p[0] for p in points) if complete else None
+        seconds = statistics.mean(p[1] for p in points) if complete else None
+        targets.append({"target": target, "reached": len(points), "steps": steps, "seconds": seconds})
+    return {
+        "setting": found[0]["setting"],
+        "seeds": len(found),
+        "failed": len(found) - len(ends),
+        "end": statistics.mean(ends) if ends else None,
+        "spread": (min(ends), max(ends)) if ends else None,
+        "targets": targets,
+        "ms_per_step": statistics.median(run["ms_per_step"] for run in found),
+        "edge": at_edge(runs, peer),
+    }
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant ones, never an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:.{max(0, digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits)}f}"
+
+
+def finals(runs: list[dict], task: str) -> str:
+    """A markdown table of one task, best metric first."""
+    rows = {peer: row for peer in PEERS if (row := summary(runs, task, peer))}
+    order = sorted(rows, key=lambda peer: (rows[peer]["end"] is None, rows[peer]["end"]))
+    heads = [f"steps (CPU s) to {target:g}" for target in TASKS[task].targets]
+    lines = [
+        "| " + " | ".join(["optimizer", "rate", f"{TASKS[task].metric} at the end", *heads, "ms a step"]) + " |",
+        "| " + " | ".join(["---"] * (4 + len(heads))) + " |",
+    ]
+    for peer in order:
+        row = rows[peer]
+        rate = f"{row['setting']['lr']:g}" + (" *" if row["edge"] else "")
+        if "damping" in row["setting"]:
+            rate += f", damping {row['setting']['damping']:g}"
+        end = "failed" if row["end"] is None else f"{number(row['end'])} ± {number(_half(row['spread']))}"
+        if row["failed"] and row["end"] is not None:
+            end += f", {row['failed']} of {row['seeds']} failed"
+        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
+        cells = [name, rate, end, *(_reached(t, row["seeds"]) for t in row["targets"]), number(row["ms_per_step"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _half(spread: tuple[float, float]) -> float:
+    return (spread[1] - spread[0]) / 2
+
+
+def _reached(target: dict, seeds: int) -> str:
+    if target["steps"] is None:
+        return f"{target['reached']} of {seeds} seeds" if target["reached"] else "-"
+    return f"{target['steps']:.0f} ({target['seconds']:.1f})"
+
+
+def plot(runs: list[dict], task: str, path: Path) -> None:
+    """The metric against steps and against CPU seconds, mean of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    shown = [peer for peer in PEERS if any(not run["failure"] for run in final_runs(runs, peer))]
+    lowest = []
+    for i, peer in enumerate(shown):
+        curves = [run["curve"] for run in final_runs(runs, peer) if not run["failure"]]
+        steps = [point[0] for point in curves[0]]
+        mean = [statistics.mean(curve[k][3] for curve in curves) for k in range(len(steps))]
+        seconds = [statistics.mean(curve[k][1] for curve in curves) for k in range(len(steps))]
+        kind = PEERS[peer].order
+        options = dict(color=f"C{i % 10}", linestyle=STYLES[kind], linewidth=2.2 if kind == 3 else 1.3, label=peer)
+        axes[0].plot(steps, mean, **options)
+        axes[1].plot(seconds[1:], mean[1:], **options)
+        lowest.append(min(mean))
+    for axis, label in zip(axes, ("steps", "CPU seconds of one thread"), strict=True):
+        for target in TASKS[task].targets:
+            axis.axhline(target, color="grey", linewidth=0.6)
+        axis.set(xlabel=label, yscale="log")
+        axis.grid(alpha=0.25, which="both")
+    start = final_runs(runs, shown[0])[0]["curve"][0][3]
+    axes[0].set(ylabel=TASKS[task].metric, ylim=(0.9 * min(lowest), min(start, 12 * min(lowest))))
+    axes[1].set_xscale("log")
+    axes[0].legend(fontsize="x-small", ncol=2)
+    figure.suptitle(f"{task}: mean of {len(final_runs(runs, shown[0]))} seeds, each optimizer at its best trial")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def overview(runs: dict[str, list[dict]]) -> str:
+    """Steps (CPU seconds) to the harder target of every task; the metric at the end where it is not reached."""
+    tasks = [task for task in TASKS if runs.get(task)]
+    heads = [f"{task}, {TASKS[task].metric} {TASKS[task].targets[-1]:g}" for task in tasks]
+    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for peer in PEERS:
+        rows = [summary(runs[task], task, peer) for task in tasks]
+        if not any(rows):
+            continue
+        cells = []
+        for row in rows:
+            if row is None:
+                cells.append("not run")
+            elif row["targets"][-1]["steps"] is None:
+                cells.append("failed" if row["end"] is None else f"ends at {number(row['end'])}")
+            else:
+                cells.append(_reached(row["targets"][-1], row["seeds"]))
+        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost(results: dict) -> str:
+    """Ratio of a step to SGD's; in brackets, kept tensors over parameters."""
+    rows = results["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = ["| a step, ratio to SGD (memory) | " + " | ".join(models) + " |", "| --- |" + " --- |" * len(models)]
+    sgd = {row["model"]: row["ms"] for row in rows if row["optimizer"] == "sgd"}
+    lines.append("| SGD, momentum 0.9: ms a step | " + " | ".join(number(sgd[model]) for model in models) + " |")
+    for peer in PEERS:
+        found = {row["model"]: row for row in rows if row["optimizer"] == peer}
+        if peer == "sgd" or not found:
+            continue
+        cells = [
+            f"{found[m]['ratio']:.2f} ({found[m]['memory']:.1f})"
+            if m in found
+            else "fails"
+            if f"{m}, {peer}" in results["failures"]
+            else ""
+            for m in models
+        ]
+        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations(runs: list[dict]) -> str:
+    """One row a change, one column a task and base optimizer."""
+    from benchmarks.peers.ablations import table
+
+    found = table([run for run in runs if run["phase"] != "activation and norm"])
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    lines = ["| change | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for change, cells in found.items():
+        shown = [_cell(cells, column) for column in columns]
+        lines.append(f"| {change} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _cell(cells: dict[str, tuple[float, float] | None], column: str) -> str:
+    if column not in cells:
+        return ""
+    value = cells[column]
+    return "diverges" if value is None else f"{number(value[0])} ± {number(value[1])}"

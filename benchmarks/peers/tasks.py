@@ -1,0 +1,261 @@
+"""The tasks: data, model, loss, test metric (smaller is better) and targets, sized for two CPU cores."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consistency_ops.train import data, models
+
+HELD_OUT = 5000  # training images that only judge the trials
+TEST = 5000  # test images
+DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Split:
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """``targets``: values of the metric to which steps and seconds are counted, fixed before the runs."""
+
+    text: str
+    metric: str
+    load: Callable[[Path], Split]
+    model: Callable[[int], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    measure: Callable[[Tensor, Tensor], Tensor]  # per example
+    batch: int
+    steps: int
+    targets: tuple[float, ...]
+    loss_type: str = "cross_entropy"  # what K-FAC's Fisher matrix assumes
+
+
+def images(name: str, kind: str, limit: int | None = None) -> Callable[[Path], Split]:
+    """``kind``: the scaling, ``"raw"`` or ``"standard"``."""
+
+    def load(directory: Path) -> Split:
+        found = data.load(name, directory / name, limit=limit)
+        scaled = data.scaling(found.train_x, kind)
+        x, y = scaled(found.train_x), found.train_y
+        held_out = min(HELD_OUT // 2, len(x) // 5)  # an evaluation costs less than the steps between two
+        test = scaled(found.test_x[: TEST // 2]), found.test_y[: TEST // 2]
+        return Split((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), test)
+
+    return load
+
+
+def pictures(directory: Path) -> Split:
+    """MNIST in [0, 1], each image its own target."""
+    found = data.load("mnist", directory / "mnist")
+    x, test = found.train_x.flatten(1) / 255.0, found.test_x[:TEST].flatten(1) / 255.0
+    return Split((x[:-HELD_OUT],) * 2, (x[-HELD_OUT:],) * 2, (test,) * 2)
+
+
+CONTEXT = 64
+CHARACTERS = 96  # printable ASCII and the newline; all others become "?"
+
+
+def characters(directory: Path) -> Split:
+    """The manual pages inside Python (pydoc_data.topics), in pieces of 65 characters; the last tenth is the test."""
+    from pydoc_data.topics import topics
+
+    text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
+    codes = torch.tensor([c - 32 if 32 <= c < 127 else 95 if c == 10 else 31 for c in text])
+    pieces = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    x, y = pieces[:, :-1], pieces[:, 1:]
+    tenth = len(x) // 10
+    cuts = slice(0, -2 * tenth), slice(-2 * tenth, -2 * tenth + 200), slice(-tenth, -tenth + 200)
+    return Split(*((x[cut], y[cut]) for cut in cuts))
+
+
+def mlp(widths: list[int], activation: type[nn.Module], gain: float) -> Callable[[int], nn.Module]:
+    """``gain`` / fan-in is the variance of the weights; zero biases."""
+
+    def build(seed: int) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layer = nn.Linear(fan_in, fan_out)
+            with torch.no_grad():
+                layer.weight.normal_(0, math.sqrt(gain / fan_in), generator=generator)
+                layer.bias.zero_()
+            layers += [layer, activation()]
+        return nn.Sequential(*layers[:-1])
+
+    return build
+
+
+def named(name: str, shape: tuple[int, int, int], **options: object) -> Callable[[int], nn.Module]:
+    return lambda seed: models.build(name, shape, 10, seed=seed, **options)
+
+
+def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+    """``build`` with torch's own initial weights."""
+
+    def build_with(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build()
+
+    return build_with
+
+
+def small_convnet() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU()),
+        nn.Linear(64, 10),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()),
+            *(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.body(x) + self.skip(x))
+
+
+def resnet(width: int = 16) -> nn.Module:
+    """ResNet-8: three residual blocks."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+        *(Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)),
+    )
+
+
+class Block(nn.Module):
+    """A transformer block, norms first."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Gpt(nn.Module):
+    """Characters (n, t) to logits (n, t, characters); embedding and head are not tied."""
+
+    def __init__(self, width: int = 64, heads: int = 4, blocks: int = 2, context: int = CONTEXT) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(CHARACTERS, width), nn.Embedding(context, width)
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, 0, 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CHARACTERS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x) + self.position.weight[: x.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def wrong(output: Tensor, y: Tensor) -> Tensor:
+    return (output.argmax(1) != y).float()
+
+
+def squared(output: Tensor, y: Tensor) -> Tensor:
+    return (output - y).square().sum(1)
+
+
+def nats(output: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(output.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+
+
+def _classify(text: str, load, model, batch: int, steps: int, targets: tuple[float, ...]) -> Task:
+    return Task(text, "test error", load, model, functional.cross_entropy, wrong, batch, steps, targets)
+
+
+TASKS = {
+    "autoencoder": Task(
+        "MNIST autoencoder 784-250-100-30-100-250-784, tanh, squared error of an image; Glorot-like start",
+        "squared error",
+        pictures,
+        mlp([784, 250, 100, 30, 100, 250, 784], nn.Tanh, 1.0),
+        lambda output, y: squared(output, y).mean(),
+        squared,
+        *(500, 200, (20.0, 15.0), "mse"),
+    ),
+    "deep-mlp": _classify(
+        "MNIST, 784, 11 x 128, 10, ReLU, RMS norm, raw pixels, weights of deviation 0.01 (net C of the paper)",
+        images("mnist", "raw"),
+        named("deep-mlp", (1, 28, 28)),
+        *(500, 160, (0.1, 0.05)),
+    ),
+    "fashion-mlp": _classify(
+        "Fashion-MNIST, 784, 6 x 256, 10, ReLU, He start, no normalisation",
+        images("fashion-mnist", "standard"),
+        mlp([784, *[256] * 6, 10], nn.ReLU, 2.0),
+        *(250, 200, (0.16, 0.14)),
+    ),
+    "fashion-convnet": _classify(
+        "Fashion-MNIST, 3 convolutions 3x3 (16, 32, 32), 64, 10, ReLU",
+        images("fashion-mnist", "standard"),
+        seeded(small_convnet),
+        *(128, 200, (0.18, 0.15)),
+    ),
+    "cifar-convnet": _classify(
+        "CIFAR-10 (JPEG), 10 000 training images, 3 convolutions 5x5 (32, 32, 64), 64, 10, RMS norm, He start (net B)",
+        images("cifar10", "standard", 12_500),
+        named("convnet", (3, 32, 32), init="he"),
+        *(128, 120, (0.6, 0.5)),
+    ),
+    "cifar-resnet": _classify(
+        "CIFAR-10 (JPEG), 10 000 training images, ResNet-8 of width 16, batch norm",
+        images("cifar10", "standard", 12_500),
+        seeded(resnet),
+        *(64, 120, (0.6, 0.55)),
+    ),
+    "char-gpt": Task(
+        "characters of Python's manual pages, transformer 2 x 64, 4 heads, context 64",
+        "test loss (nats)",
+        characters,
+        seeded(Gpt),
+        lambda output, y: functional.cross_entropy(output.reshape(-1, CHARACTERS), y.flatten()),
+        nats,
+        *(16, 200, (2.6, 2.4)),
+    ),
+    "narrow-mlp": _classify(
+        "MNIST, 784, 49 x 32, 10, ReLU, He start, no normalisation: 50 weight layers",
+        images("mnist", "standard"),
+        mlp([784, *[32] * 49, 10], nn.ReLU, 2.0),
+        *(250, 160, (0.3, 0.15)),
+    ),
+}
+
+# Of the ablations: activation and normalisation of the deep MLP, from a start that lets all four train.
+VARIANTS = {
+    f"deep-mlp, He start, {activation}, {norm}": _classify(
+        f"the deep MLP with {activation}, {'RMS norm' if norm == 'rms' else 'no norm'}, He start",
+        images("mnist", "standard"),
+        named("deep-mlp", (1, 28, 28), activation=activation, normalization=norm, init="he"),
+        *(500, 200, (0.05, 0.03)),
+    )
+    for activation in ("relu", "modulus")
+    for norm in ("rms", "none")
+}

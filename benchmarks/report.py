@@ -1,0 +1,126 @@
+"""Every table of README.md, and the plots, rebuilt from benchmarks/results.
+
+    python -m benchmarks.report           write them
+    python -m benchmarks.report --check   change nothing; exit 1 where a table differs
+
+A table stands between two lines of the README and is written by the function of that name in ``TABLES``:
+
+    <!-- table: NAME -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.peers import tables as peers
+from benchmarks.peers.runs import Store
+from benchmarks.peers.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+class ReportError(Exception):
+    """A table that cannot be made; the text says which and why."""
+
+
+def read(name: str) -> dict:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise ReportError(f"{path}: there is no such file; run the benchmark that writes it")
+    return json.loads(path.read_text())
+
+
+def step() -> str:
+    """What the preconditioner adds to a step of the deep MLP."""
+    lines = ["| | ms a step | added |", "| --- | --- | --- |"]
+    for row in read("step")["rows"]:
+        added = "" if row["name"] == "sgd" else f"{row['added']:+.0%}"
+        lines.append(f"| {row['name']} | {row['ms']:.1f} | {added} |")
+    return "\n".join(lines)
+
+
+def stored(task: str) -> list[dict]:
+    path = RESULTS / "peers" / f"{task}.jsonl"
+    if not path.exists():
+        raise ReportError(f"{path}: there is no such file; run python -m benchmarks.peers {task}")
+    return Store(path).runs
+
+
+def measured_tasks() -> list[str]:
+    return [task for task in TASKS if (RESULTS / "peers" / f"{task}.jsonl").exists()]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step,
+    "peers-cost": lambda: peers.cost(read("peers/cost")),
+    "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
+    "peers-ablations": lambda: peers.ablations(stored("ablations")),
+    **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},
+}
+
+
+def plots() -> dict[Path, Callable[[Path], None]]:
+    """Where each plot goes, and what draws it."""
+    return {
+        RESULTS / "peers" / f"{task}.png": (lambda path, task=task: peers.plot(stored(task), task, path))
+        for task in measured_tasks()
+    }
+
+
+def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:
+    """``text`` with every table block made anew."""
+    tables = TABLES if tables is None else tables
+    starts, ends = text.count("<!-- table:"), text.count("<!-- end -->")
+    if not starts == ends == len(BLOCK.findall(text)):
+        raise ReportError(
+            f"every '<!-- table: NAME -->' line needs an '<!-- end -->' line after it, got {starts} and {ends}"
+        )
+
+    def block(match: re.Match) -> str:
+        name = match["name"]
+        if name not in tables:
+            raise ReportError(f"there is no table {name!r}; benchmarks/report.py has {', '.join(sorted(tables))}")
+        return f"{match[1]}{tables[name]()}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare the tables only")
+    parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="the text with the table blocks")
+    arguments = parser.parse_args()
+    try:
+        if not arguments.file.is_file():
+            raise ReportError(f"{arguments.file}: there is no such file")
+        old = arguments.file.read_text()
+        new = rebuild(old)
+        if not arguments.check:
+            for path, draw in plots().items():
+                draw(path)
+                print(path.relative_to(ROOT))
+    except ReportError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    if arguments.check:
+        difference = difflib.unified_diff(
+            old.splitlines(), new.splitlines(), str(arguments.file), "benchmarks/results", lineterm="", n=0
+        )
+        lines = list(difference)
+        print("\n".join(lines))
+        return bool(lines)
+    arguments.file.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The comparison with other optimizers: its tasks run, its tables say what the JSON says, README agrees with both."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks import report
+from benchmarks.peers import runs, tables
+from benchmarks.peers.optimizers import PEERS
+from benchmarks.peers.references import Foof, Isaac, rows
+from benchmarks.peers.tasks import CHARACTERS, CONTEXT, TASKS, Split, characters
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {"cifar-convnet": (3, 32, 32), "cifar-resnet": (3, 32, 32), "autoencoder": (784,)}
+
+
+def random_split(task: str, count: int = 20) -> Split:
+    if task == "char-gpt":
+        text = torch.randint(CHARACTERS, (count, CONTEXT + 1))
+        return Split(*[(text[:, :-1], text[:, 1:])] * 3)
+    x = torch.rand(count, *SHAPES.get(task, (1, 28, 28)))
+    return Split(*[(x, x if task == "autoencoder" else torch.randint(10, (count,)))] * 3)
+
+
+def train(task: str, peer: str, steps: int = 2) -> dict:
+    small = dataclasses.replace(TASKS[task], batch=10)
+    setting = {**PEERS[peer].trials[-1]}
+    return runs.train(small, peer, setting, random_split(task), seed=0, steps=steps, judge="test")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_two_steps(task):
+    result = train(task, "sgd+pre")
+    assert result["failure"] is None
+    assert [point[0] for point in result["curve"]] == [0, 1, 2]
+    assert result["curve"][0][3] != result["curve"][2][3] or TASKS[task].metric == "test error"
+    assert all(math.isfinite(point[3]) for point in result["curve"])
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("task", ["fashion-convnet", "char-gpt"])
+def test_every_installed_optimizer_changes_all_parameters(task, peer):
+    if PEERS[peer].version is None:
+        pytest.skip(f"{PEERS[peer].package} is not installed")
+    torch.manual_seed(0)
+    model = TASKS[task].model(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = PEERS[peer].build(model, TASKS[task].loss_type, **{**PEERS[peer].trials[0], "lr": 1e-3})
+    x, y = (t[:10] for t in random_split(task).train)
+    losses = [step(x, y, TASKS[task].loss) for _ in range(3)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_equal_number_of_trials():
+    counts = {
+        name: len(peer.trials) + (len(runs.DAMPINGS) if "damping" in peer.trials[0] else 0)
+        for name, peer in PEERS.items()
+    }
+    assert set(counts.values()) == {8}, counts
+
+
+def gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    functional.cross_entropy(model(x), y).backward()
+    return torch.cat([model.weight.grad.flatten(1), model.bias.grad[:, None]], 1).double()
+
+
+@pytest.mark.parametrize("count", [5, 50])  # fewer rows than units: the dual
+def test_isaac_is_the_damped_inverse_of_the_batch(count):
+    model, x, y = nn.Linear(20, 3), torch.randn(count, 20), torch.randint(3, (count,))
+    correction = Isaac(model, damping=0.3)
+    gradient = gradients(model, x, y)
+    correction.step()
+    joined = torch.cat([x, torch.ones(count, 1)], 1).double()
+    expected = gradient @ torch.linalg.inv(joined.T @ joined / count + 0.3 * torch.eye(21))
+    torch.testing.assert_close(model.weight.grad.double(), expected[:, :20], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.bias.grad.double(), expected[:, 20], rtol=1e-4, atol=1e-6)
+
+
+def test_foof_averages_and_keeps_its_inverse():
+    model, y = nn.Linear(4, 3), torch.randint(3, (50,))
+    correction = Foof(model, damping=0.1, decay=0.9, every=2, warm_up=0)
+    moment = None
+    for i in range(4):
+        x = torch.randn(50, 4)
+        gradient = gradients(model, x, y)
+        joined = torch.cat([x, torch.ones(50, 1)], 1).double()
+        new = joined.T @ joined / 50
+        moment = new if moment is None else 0.9 * moment + 0.1 * new
+        if i % 2 == 0:
+            inverse = torch.linalg.inv(moment + 0.1 * torch.eye(5))
+        correction.step()
+        torch.testing.assert_close(model.weight.grad.double(), (gradient @ inverse)[:, :4], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_a_convolution_are_its_patches():
+    layer, x = nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 8, 8)
+    outputs = rows(layer, x) @ layer.weight.flatten(1).T + layer.bias
+    torch.testing.assert_close(outputs, layer(x).permute(0, 2, 3, 1).reshape(-1, 5))
+
+
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setitem(runs.TASKS, "fashion-mlp", dataclasses.replace(TASKS["fashion-mlp"], batch=10))
+    split, path = random_split("fashion-mlp"), tmp_path / "x.jsonl"
+    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=4)
+    text = path.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for peer in ("sgd", "isaac"):
+        mine = [line for line in lines if line["optimizer"] == peer]
+        assert [line["phase"] for line in mine] == ["trial"] * 8 + ["final"] * 2
+        assert {line["steps"] for line in mine} == {2, 4}
+        best = min((line for line in mine if line["phase"] == "trial"), key=runs.last)
+        assert all(line["setting"] == best["setting"] for line in mine if line["phase"] == "final")
+    monkeypatch.setattr(runs, "train", None)
+    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=4)
+    assert path.read_text() == text
+
+
+def test_a_diverging_run_is_recorded_as_failed():
+    small = dataclasses.replace(TASKS["fashion-mlp"], batch=10)
+    result = runs.train(small, "sgd", {"lr": 1e6}, random_split("fashion-mlp"), 0, 20, "test")
+    assert "loss" in result["failure"] and runs.last(result) == math.inf
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_trial_far_behind_stops():
+    small = dataclasses.replace(TASKS["fashion-mlp"], batch=10)
+    rival = [[step, 0.0, None, 1e-9] for step in range(9)]
+    result = runs.train(small, "sgd", {"lr": 1e-5}, random_split("fashion-mlp"), 0, 8, "test", rival)
+    assert "stopped" in result["failure"] and result["curve"][-1][0] == 2
+
+
+def fake(peer: str, seed: int, ends: list[float], failure: str | None = None) -> dict:
+    curve = [[10 * i, 0.5 * i, None, end] for i, end in enumerate(ends)]
+    setting = PEERS[peer].trials[2]
+    return dict(optimizer=peer, phase="final", seed=seed, steps=20, setting=setting, curve=curve, failure=failure) | {
+        "ms_per_step": 50.0,
+        "task": "fashion-mlp",
+    }
+
+
+def test_summary_and_tables():
+    easy, hard = TASKS["fashion-mlp"].targets
+    found = [
+        fake("sgd", 1, [0.9, easy, hard]),
+        fake("sgd", 2, [0.9, hard, hard / 2]),
+        fake("adamw", 1, [0.9, 0.8, 0.7]),
+    ]
+    row = tables.summary(found, "fashion-mlp", "sgd")
+    assert row["end"] == pytest.approx(0.75 * hard)
+    assert [(t["steps"], t["seconds"], t["reached"]) for t in row["targets"]] == [(10, 0.5, 2), (15, 0.75, 2)]
+    table = tables.finals(found, "fashion-mlp").splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["torch SGD, momentum 0.9", "torch AdamW"]
+    assert "15 (0.8)" in table[2] and table[3].split("|")[4].strip() == "-"
+    failed = tables.finals([fake("sgd", 1, [0.9, 0.8, 0.7], "step 20: loss nan")], "fashion-mlp")
+    assert "failed" in failed
+    overview = tables.overview({"fashion-mlp": found})
+    assert "15 (0.8)" in overview and "ends at 0.700" in overview
+
+
+def test_numbers_have_significant_digits():
+    assert [tables.number(v) for v in (0.12345, 1.2345, 12.345, 123.45, 1234.5, None)] == [
+        *("0.123", "1.23", "12.3", "123", "1234", "-"),
+    ]
+
+
+def test_characters_come_with_python():
+    split = characters(Path())
+    assert len(split.train[0]) > 3000
+    assert all(part.min() >= 0 and part.max() < CHARACTERS for part in split.train)
+    assert torch.equal(split.train[0][0, 1:], split.train[1][0, :-1])
+
+
+def test_readme_tables_equal_the_results():
+    readme = (ROOT / "README.md").read_text()
+    assert report.rebuild(readme) == readme, "run python -m benchmarks.report"
+
+
+def test_report_replaces_only_its_blocks(tmp_path):
+    text = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: two -->\n<!-- end -->\n"
+    made = report.rebuild(text, {"one": lambda: "1", "two": lambda: "2"})
+    assert made == "a\n<!-- table: one -->\n1\n<!-- end -->\nb\n<!-- table: two -->\n2\n<!-- end -->\n"
+    with pytest.raises(report.ReportError, match="no table 'two'"):
+        report.rebuild(text, {"one": lambda: "1"})
+    with pytest.raises(report.ReportError, match="needs an"):
+        report.rebuild(text.replace("<!-- end -->\nb", "b"), {"one": lambda: "1", "two": lambda: "2"})
+
+
+def test_report_check_exits_with_1_on_a_difference(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("<!-- table: step -->\nwrong\n<!-- end -->\n")
+    command = [sys.executable, "-m", "benchmarks.report", "--check", "--file", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "-wrong" in result.stdout
+    path.write_text(report.rebuild(path.read_text()))
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("task", report.measured_tasks())
+def test_committed_results_follow_the_rules(task):
+    """Finals use the best trial, every optimizer had the same number of trials, and all have the same seeds."""
+    stored = report.stored(task)
+    finals = [run for run in stored if run["phase"] == "final"]
+    seeds = {}
+    for peer in dict.fromkeys(run["optimizer"] for run in finals):
+        trials = [run for run in stored if run["optimizer"] == peer and run["phase"] == "trial"]
+        best = min(trials, key=runs.last)["setting"]
+        mine = [run for run in finals if run["optimizer"] == peer]
+        assert len(trials) == 8 and all(run["setting"] == best for run in mine), peer
+        seeds[peer] = sorted(run["seed"] for run in mine)
+    assert len(set(map(tuple, seeds.values()))) == 1, seeds
