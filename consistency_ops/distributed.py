@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from .coverage import Layer
     from .preconditioner import Item, Preconditioner
 
+# Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
+Group = tuple[int, ...]
+
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 _STRIDE = 2  # column of CaptureState in csrc/include/consistency_ops/capture.h
 
@@ -61,31 +64,32 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[str]]:
-    """Rows that this rank has of a DTensor, and the process groups in which no other rank has others.
+def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group]]:
+    """Rows that this rank has of a DTensor, and the dimensions of its mesh in which no other rank has others.
 
-    In those groups every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to
-    be taken, whose parts are no rows.
+    There every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to be taken,
+    whose parts are no rows.
     """
     if any(p.is_partial() for p in x.placements):
         return None, frozenset()
     if torch.compiler.is_compiling():
         return local(x), frozenset()
     unit_dim %= x.dim()
-    pairs = zip(_group_names(x), x.placements, strict=True)
-    return local(x), frozenset(name for name, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
+    pairs = zip(_mesh_groups(x), x.placements, strict=True)
+    return local(x), frozenset(g for g, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
 
 
-def _group_names(tensor: Tensor) -> list[str]:
+def _mesh_groups(tensor: Tensor) -> list[Group]:
+    """This rank's group in every mesh dimension."""
     mesh = tensor.device_mesh
-    return [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+    return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What becomes of one layer."""
 
-    groups: tuple[str, ...] = ()  # names of the process groups over which covariances are pooled, in this order
+    groups: tuple[Group, ...] = ()  # over which covariances are pooled, in this order
     joins_bias: bool = False
     reason: str | None = None  # why the layer is left alone
 
@@ -134,8 +138,8 @@ class Ranks:
         self._group = group
         self._searched = False
         self._wrappers: list[weakref.ref[nn.Module]] = []  # DistributedDataParallel
-        self._outer: dict[int, str] = {}  # their process group, by id of the parameter
-        self._groups: dict[str, ProcessGroup] = {}
+        self._outer: dict[int, Group] = {}  # their ranks, by id of the parameter
+        self._groups: dict[Group, ProcessGroup] = {}
         self._plans: dict[int, Plan] = {}  # of this step, by index of the layer
         self._packings: dict[tuple, Packing] = {}
         self._verified: dict[tuple, int] = {}
@@ -181,7 +185,7 @@ class Ranks:
                 held = {id(p) for name, p in wrapper.module.named_parameters() if name not in ignored}
                 if held & ours:
                     self._wrappers.append(weakref.ref(wrapper))
-                    self._outer.update(dict.fromkeys(held, self._name(wrapper.process_group)))
+                    self._outer.update(dict.fromkeys(held, self._ranks_of(wrapper.process_group)))
         alone = [layer.name for layer in layers if self._plan(layer) is None]
         if alone and dist.get_world_size() > 1:
             warnings.warn(
@@ -191,9 +195,10 @@ class Ranks:
                 stacklevel=2,
             )
 
-    def _name(self, group: ProcessGroup) -> str:
-        self._groups[group.group_name] = group
-        return group.group_name
+    def _ranks_of(self, group: ProcessGroup) -> Group:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        self._groups.setdefault(ranks, group)
+        return ranks
 
     def _plan(self, layer: Layer) -> Plan | None:
         """None: the layer is this rank's own affair."""
@@ -204,7 +209,7 @@ class Ranks:
             return Plan(reason=FLATTENED)
         outer = self._outer.get(id(weight))
         if outer is None and self._group is not None:
-            outer = self._name(self._group)
+            outer = self._ranks_of(self._group)
         if not is_dtensor(weight):
             if outer is None:
                 return None
@@ -215,14 +220,14 @@ class Ranks:
             return replace(plan, reason=f"{type(self._pre._optimizer).__name__} does not pool over ranks")
         return plan
 
-    def _plan_sharded(self, layer: Layer, weight: Tensor, outer: tuple[str, ...]) -> Plan:
+    def _plan_sharded(self, layer: Layer, weight: Tensor, outer: tuple[Group, ...]) -> Plan:
         if getattr(layer.kind, "packed", False):
             return Plan(reason="query, key and value share one sharded weight")
         if layer.kind.copies(layer.module()):
             return Plan(reason="groups of a convolution are sharded")
         view, mesh, same_rows = layer.kind.view(layer.module(), weight), weight.device_mesh, layer.capture.same_rows
         sharded, replicated, columns = [], [], False
-        for dim, (name, placement) in enumerate(zip(_group_names(weight), view.placements, strict=True)):
+        for dim, (group, placement) in enumerate(zip(_mesh_groups(weight), view.placements, strict=True)):
             if mesh.size(dim) == 1:
                 continue
             shard = getattr(placement, "dim", None)
@@ -231,17 +236,18 @@ class Ranks:
             if shard is not None and layer.kind.groups(layer.module()) > 1:
                 return Plan(reason="groups of a convolution are sharded")
             if shard == 1:
-                if same_rows is not None and name not in same_rows:
+                if same_rows is not None and group not in same_rows:
                     return Plan(reason="weight is sharded over its units, the input is not")
                 columns = True
-            elif same_rows is None or name not in same_rows:
-                self._name(mesh.get_group(dim))
-                (replicated if shard is None else sharded).append(name)
+            elif same_rows is None or group not in same_rows:
+                self._ranks_of(mesh.get_group(dim))
+                (replicated if shard is None else sharded).append(group)
+        bias = self._bias_of(layer)
+        fits = not (columns or layer.kind.part) and is_dtensor(bias) and bias.placements == view.placements
+        if bias is not None and not fits:
+            layer.joins_bias, bias = False, None
         # Replicas must end with the same bits, so their dimensions are reduced last.
-        bias = None if columns else self._bias_of(layer)
-        joins = bias is not None and is_dtensor(bias) and tuple(bias.placements) == tuple(weight.placements)
-        joins = joins and layer.kind.matrix is None and not layer.kind.part
-        return Plan((*sharded, *replicated, *outer), joins)
+        return Plan((*sharded, *replicated, *outer), bias is not None)
 
     def _bias_of(self, layer: Layer) -> Tensor | None:
         bias = layer.module()._parameters.get(layer.kind.bias) if layer.joins_bias else None
@@ -249,7 +255,7 @@ class Ranks:
 
     # One all-reduce, and the correction
 
-    def _correct_bucket(self, groups: tuple[str, ...], layers: list[Layer]) -> None:
+    def _correct_bucket(self, groups: tuple[Group, ...], layers: list[Layer]) -> None:
         """The layers of one device that are pooled over the same groups."""
         pre = self._pre
         for wrapper in self._wrappers:
@@ -297,7 +303,7 @@ class Ranks:
         if is_dtensor(grad) and grad.placements != parameter.placements:
             parameter.grad = grad.redistribute(placements=parameter.placements)
 
-    def _refresh(self, groups: tuple[str, ...], items: list[Item]) -> None:
+    def _refresh(self, groups: tuple[Group, ...], items: list[Item]) -> None:
         """Pooled covariances, and inverses of them."""
         pre = self._pre
         captures = [item.layer.capture.source or item.layer.capture for item in items]
@@ -336,7 +342,7 @@ class Ranks:
             item.layer.pending.update(inverse=inverse, info=item.layer.info)
 
     def _pool(
-        self, groups: tuple[str, ...], items: list[Item], covariances: list[Tensor], rows: Tensor, broken: Tensor
+        self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor], rows: Tensor, broken: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Averages over all ranks of the groups, weighted by rows; NaN where no rank has any.
 
@@ -345,8 +351,8 @@ class Ranks:
         packing = self._packing(items, [len(covariance) for covariance in covariances], rows.device)
         packed = packing.pack([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
         flat = torch.cat([*packed, rows, broken])
-        for name in groups:
-            dist.all_reduce(flat, group=self._groups[name])
+        for ranks in groups:
+            dist.all_reduce(flat, group=self._groups[ranks])
         *packed, rows, broken = flat.split([*map(len, packed), len(items), len(items)])
         sums = packing.unpack(packed, covariances[0])
         return [total / n for total, n in zip(sums, rows, strict=True)], rows, broken
@@ -360,7 +366,7 @@ class Ranks:
 
     # All ranks must agree
 
-    def _verify(self, groups: tuple[str, ...], items: list[Item]) -> None:
+    def _verify(self, groups: tuple[Group, ...], items: list[Item]) -> None:
         """Compare seed, step, options and layers with the other ranks whenever something about them is new."""
         pre = self._pre
         options = (pre.scaling, pre.chunk, pre.group, pre.decay, pre.every, pre.bias)
@@ -371,8 +377,8 @@ class Ranks:
             return
         fields = {"seed": pre.seed, "step": pre.steps, "options": _digest(options), "layers": _digest(layers)}
         mine = torch.tensor(list(fields.values()), dtype=torch.int64, device=items[0].grad.device)
-        for name in groups:
-            group = self._groups[name]
+        for ranks in groups:
+            group = self._groups[ranks]
             gathered = [torch.empty_like(mine) for _ in range(group.size())]
             dist.all_gather(gathered, mine, group=group)
             for rank, theirs in enumerate(torch.stack(gathered).tolist()):

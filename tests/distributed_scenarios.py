@@ -11,9 +11,11 @@ from ranks import same_bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_ops import Preconditioner, layers
 
@@ -390,3 +392,142 @@ def flattened():
         pre.step()
         found.append((pre.summary(), bool((flat.grad == 1).all())))
     return found
+
+
+# Tensor parallel: 12 -> 16 column-parallel, 16 -> 5 row-parallel
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)))
+
+
+class Split(nn.Module):
+    """The same function, with the second layer as one layer for each shard of its units and a bias of its own."""
+
+    def __init__(self, block: Block, parts: int):
+        super().__init__()
+        self.up = block.up
+        self.parts = nn.ModuleList(nn.Linear(16 // parts, 5, bias=False).double() for _ in range(parts))
+        for part, weight in zip(self.parts, block.down.weight.detach().chunk(parts, 1), strict=True):
+            part.weight = nn.Parameter(weight.clone())
+        self.bias = nn.Parameter(block.down.bias.detach().clone())
+
+    def forward(self, x):
+        h = F.relu(self.up(x)).chunk(len(self.parts), 1)
+        return sum(part(piece) for part, piece in zip(self.parts, h, strict=True)) + self.bias
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().double()
+
+
+def single_split(parts: int, options: dict) -> dict[str, torch.Tensor]:
+    model = Split(block(), parts)
+    optimizer = sgd(model)
+    Preconditioner(model, optimizer, chunk=8, **options)
+    train(model, optimizer, range(4))
+    found = {name: p.detach() for name, p in model.up.named_parameters(prefix="up")}
+    found["down.weight"] = torch.cat([part.weight.detach() for part in model.parts], 1)
+    return {**found, "down.bias": model.bias.detach()}
+
+
+PARALLEL = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of the optimizer's step."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def _tensor_parallel(options: dict, mesh, ranks, shard=None) -> dict:
+    model = parallelize_module(block(), mesh["tp"], PARALLEL)
+    if shard is not None:
+        for layer in (model.up, model.down):
+            fully_shard(layer, mesh=shard)
+        fully_shard(model, mesh=shard)
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8, **options)
+    train(model, optimizer, ranks, steps=STEPS - 1)
+    x = torch.cat([share(STEPS - 1, rank)[0] for rank in ranks])
+    y = torch.cat([share(STEPS - 1, rank)[1] for rank in ranks])
+    optimizer.zero_grad()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    torch.stack([part.mean() for part in losses.split([SHARES[r] for r in ranks])]).mean().backward()
+    with Traffic() as traffic:
+        optimizer.step()
+    named = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    return {"named": named, "same": same_bits(list(named.values())), "summary": pre.summary(), "calls": traffic.calls}
+
+
+def tensor_parallel():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    return {name: _tensor_parallel(options, mesh, range(4)) for name, options in OPTIONS.items()}
+
+
+def tensor_parallel_and_fully_shard():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    first = 2 * mesh.get_local_rank("dp")
+    return {
+        name: _tensor_parallel(options, mesh, (first, first + 1), shard=mesh["dp"]) for name, options in OPTIONS.items()
+    }
+
+
+def tensor_parallel_and_group():
+    """Gradients of tensor-parallel weights averaged by hand over the other dimension."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(block(), mesh["tp"], PARALLEL)
+    optimizer, first, group = sgd(model), 2 * mesh.get_local_rank("dp"), mesh.get_group("dp")
+    Preconditioner(model, optimizer, chunk=8, process_group=group)
+
+    def average(*_):
+        for p in model.parameters():
+            dist.all_reduce(p.grad.to_local(), group=group)
+            p.grad.to_local().div_(2)
+
+    optimizer.register_step_pre_hook(average)
+    optimizer._optimizer_step_pre_hooks.move_to_end(next(iter(optimizer._optimizer_step_pre_hooks)))
+    train(model, optimizer, (first, first + 1))
+    named = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    return {"named": named, "same": same_bits(list(named.values()))}
+
+
+def _square_step(model, optimizer, x) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (model(x(step)) ** 2).sum().backward()
+        optimizer.step()
+
+
+def dtensor_inputs():
+    """Weights replicated, input rows sharded: gradients are sums that are still to be taken."""
+    mesh = init_device_mesh("cpu", (4,))
+    model = distribute_module(block(), mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    rank = dist.get_rank()
+    _square_step(
+        model, optimizer, lambda step: DTensor.from_local(batch(step)[0][10 * rank : 10 * rank + 10], mesh, [Shard(0)])
+    )
+    return result(model, rows=pre.stats()["rows"])
+
+
+def single_squares() -> list[torch.Tensor]:
+    model = block()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    Preconditioner(model, optimizer, chunk=8)
+    _square_step(model, optimizer, lambda step: batch(step)[0])
+    return [p.detach() for p in model.parameters()]

@@ -14,7 +14,8 @@ SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_absolute", "ddp_static_graph", "ddp_wrapped_late", "ddp_float32"),
     *("ddp_accumulation", "ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped"),
     *("join", "fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_accumulation", "fsdp_convolutions"),
-    *("fsdp_mixed_precision", "fsdp_transposed", "flattened"),
+    *("fsdp_mixed_precision", "fsdp_transposed", "flattened", "tensor_parallel"),
+    *("tensor_parallel_and_fully_shard", "tensor_parallel_and_group", "dtensor_inputs"),
 ]
 # Sums of 40 float64 rows in another order: eps = 2e-16, times a condition number of at most 16 / damping = 160, in each
 # of four steps.
@@ -152,3 +153,46 @@ def test_what_cannot_be_supported_is_reported(results):
         for summary, unchanged in both:
             assert "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)" in summary
             assert unchanged
+
+
+def named_difference(got, want):
+    return difference([got[name] for name in want], list(want.values()))
+
+
+@pytest.mark.parametrize("name", list(scenarios.OPTIONS))
+def test_tensor_parallel_equals_one_process(results, name):
+    """The row-parallel layer is one layer for each shard of its units."""
+    want = scenarios.single_split(4, scenarios.OPTIONS[name])
+    for both in of(results, "tensor_parallel"):
+        result = both[name]
+        assert named_difference(result["named"], want) < TOLERANCE
+        assert result["same"]
+        assert result["calls"] == []  # the correction sends nothing
+        assert re.search(r"up +Linear +13 -> 2 of 7 +40 +ok", result["summary"])
+        assert re.search(r"down +Linear +4 -> 1 of 4 +40 +ok", result["summary"])  # the bias is not joined
+
+
+@pytest.mark.parametrize("name", list(scenarios.OPTIONS))
+def test_tensor_parallel_with_fully_shard_equals_one_process(results, name):
+    want = scenarios.single_split(2, scenarios.OPTIONS[name])
+    refreshes = name != "every"  # the last step reuses the inverse
+    for both in of(results, "tensor_parallel_and_fully_shard"):
+        result = both[name]
+        assert named_difference(result["named"], want) < TOLERANCE
+        assert result["same"]
+        assert result["calls"] == ["c10d.allreduce_.default"] * refreshes
+
+
+def test_tensor_parallel_with_gradients_averaged_by_hand(results):
+    want = scenarios.single_split(2, {})
+    for result in of(results, "tensor_parallel_and_group"):
+        assert named_difference(result["named"], want) < TOLERANCE
+        assert result["same"]
+
+
+def test_replicated_weights_with_sharded_rows(results):
+    want = scenarios.single_squares()
+    for result in of(results, "dtensor_inputs"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+        assert result["rows"] == {"up": 10, "down": 10}
