@@ -86,6 +86,12 @@ class States:
             self.reset(self.step, self.paused, finished=False)
         return self._tensors[device][0]
 
+    def last_count(self, device: torch.device, index: int) -> Tensor:
+        """Rows in the buffer of a layer: of this step, or if there are none yet, of the last one that captured."""
+        state, last = self._tensors[device][:2]
+        count = state[index, USED : USED + 1]
+        return torch.where(count > 0, count, last[index, USED : USED + 1])
+
     def last_step(self, device: torch.device, index: int) -> list[int]:
         """The state of a layer at the end of the last step that captured; waits for the device."""
         return self._tensors[device][1][index].tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -138,6 +137,10 @@ class Preconditioner:
         self._parameters: set[int] = set()  # ids of the optimizer's parameters
         self._parameter_count = 0
         self._checked = False  # whether hooks fire
+        self.said: set[str] = set()  # what has been logged
+        self.last_damping = math.nan  # before retries
+        self.last_division = 0  # the step whose division the last inversion had
+        self._model = weakref.ref(model)
 
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
@@ -168,6 +171,7 @@ class Preconditioner:
             self._parameter_count = _count_parameters(self._optimizer)
             self._parameters = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         find_ties(self.layers)
+        report.notice_tied(self)
         for layer in self.layers:
             module, weight = layer.module(), layer.weight
             if layer.capture is None and weight is not None and self._may_correct(layer) and self.owns(weight):
@@ -252,8 +256,9 @@ class Preconditioner:
         if self._states.new_weights:  # seen while the batches were made
             self._attach()
             batches = self._batches(pooled)
+        first = False
         if not (self._checked or self._states.paused):
-            self._checked = _check_capture([item for batch in batches.values() for item in batch])
+            self._checked = first = report.notice_unseen(self, [item for batch in batches.values() for item in batch])
         for batch in batches.values():
             self._correct_batch(batch)
             for item in batch:
@@ -263,6 +268,8 @@ class Preconditioner:
             if layer.capture is not None:
                 layer.capture.begin_step(finished)
         self._states.reset(self.steps + 1, paused=(self.steps + 1) % self.every != 0, finished=finished)
+        if first:
+            report.notice_failures(self)
 
     def _batches(self, pooled: set[int]) -> dict[torch.device, list[Item]]:
         batches: dict[torch.device, list[Item]] = {}
@@ -282,7 +289,10 @@ class Preconditioner:
         capture.follow(module, weight)
         grad = weight.grad
         layer.unfit_gradient = grad is not None and not _is_plain(grad)
-        layer.lost_rows = capture.lost
+        if capture.lost != layer.lost_rows:
+            layer.lost_rows = capture.lost
+            if layer.lost_rows:
+                report.notice_lost(self, layer)
         if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
             return None
         source = capture.source or capture
@@ -361,7 +371,7 @@ class Preconditioner:
 
     def _average(self, item: Item, count: Tensor, covariance: Tensor) -> Tensor:
         """The bias-corrected running covariance, NaN before anything entered it."""
-        state = self._store.get(item.layer.name, item.weight)
+        state = self._store.get(item.layer)
         old, weight = state.get("covariance"), state.get("weight")
         if old is None or old.shape != covariance.shape:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
@@ -377,7 +387,7 @@ class Preconditioner:
         """Multiply by the stored inverses; a layer without one waits for the next refresh."""
         ready: list[tuple[Item, Tensor, Tensor]] = []
         for item in batch:
-            state = {**self._store.get(item.layer.name, item.weight), **item.layer.pending}
+            state = {**self._store.get(item.layer), **item.layer.pending}
             inverse, info = state.get("inverse"), state.get("info")
             if inverse is not None and len(inverse) == self._num_chunks(item):
                 item.layer.info = info
@@ -399,9 +409,12 @@ class Preconditioner:
         return 0 if self.decay > 0 else self.steps - self.steps % self.every
 
     def _damping(self) -> float:
-        if callable(self.damping):
-            return _check_damping(self.damping(self.steps), f" at step {self.steps}")
-        return self.damping
+        """Called once for every inversion."""
+        value = self.damping
+        if callable(value):
+            value = _check_damping(value(self.steps), f" at step {self.steps}")
+        self.last_damping, self.last_division = value, self._division_step()
+        return value
 
     def _num_chunks(self, item: Item) -> int:
         return item.layer.kind.groups(item.layer.module()) * -(-item.units // self.chunk_of(item.units))
@@ -418,8 +431,19 @@ class Preconditioner:
         for layer in self.layers:
             if layer.pending:
                 for key, value in layer.pending.items():
-                    self._store.put(layer.name, layer.weight, key, value)
+                    self._store.put(layer, key, value)
                 layer.pending.clear()
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Those of the optimizer; without one, those of the model."""
+        if self._optimizer is not None:
+            return [p for group in self._optimizer.param_groups for p in group["params"]]
+        model = self._model()
+        return [] if model is None else model.parameters()
+
+    def stored(self, layer: Layer) -> dict[str, Tensor]:
+        """What is kept of a layer from step to step."""
+        return self._store.get(layer)
 
     # State
 
@@ -441,7 +465,7 @@ class Preconditioner:
 
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
-        layers = {layer.name: dict(self._store.get(layer.name, layer.weight)) for layer in self.layers if layer.capture}
+        layers = {layer.name: dict(self._store.get(layer)) for layer in self.layers if layer.capture}
         return {"version": _VERSION, "step": self.steps, "layers": {k: state for k, state in layers.items() if state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -466,7 +490,7 @@ class Preconditioner:
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
                 for key, value in entries.items():
-                    self._store.put(name, weight, key, value.to(weight.device, copy=True))
+                    self._store.put(covered[name], key, value.to(weight.device, copy=True))
         self._store.count_step(state_dict["step"])
         self._resume()
 
@@ -478,14 +502,29 @@ class Preconditioner:
 
     # Reports
 
-    def stats(self) -> dict[str, Any]:
-        """What the last step did; reads from the device, so it waits for it.
+    def stats(self, *, condition: bool = True) -> dict[str, Any]:
+        """What the last step did; reads from the device, so it waits for it. Call it between steps.
 
-        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``chunks`` in all; ``failed_chunks``,
-        whose gradient was left as it is; ``max_damping`` of the last inversion (NaN: none yet); ``rows`` captured, by
-        layer.
+        Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``coverage``, the share of the
+        trainable numbers that were corrected; ``chunks`` in all; ``failed_chunks``, whose gradient was left as it is;
+        ``max_damping`` and ``max_condition`` of the last inversion (NaN: none yet). By layer: ``rows`` captured, of
+        ``rows_seen``; ``failed`` chunks, where there are any; ``damping`` used, retries included; ``condition``, the
+        largest 1-norm condition number of its damped chunks.
+
+        Args:
+            condition: whether to compute the condition numbers, which takes about as long as the correction of a step.
         """
-        return report.stats(self)
+        return report.stats(self, condition)
+
+    def log_to(self, writer: Any, step: int | None = None, prefix: str = "preconditioner") -> None:
+        """Write every number of :meth:`stats` as a scalar, in the manner of TensorBoard.
+
+        Args:
+            writer: has ``add_scalar(tag, value, step)``, as ``torch.utils.tensorboard.SummaryWriter``.
+            step: on the horizontal axis; ``None``: the steps that this preconditioner has done.
+            prefix: of the tags, such as ``preconditioner/failed_chunks`` and ``preconditioner/condition/0``.
+        """
+        report.log_to(self, writer, step, prefix)
 
     def summary(self) -> str:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
@@ -535,19 +574,6 @@ def _part(item: Item) -> None:
     torch._foreach_copy_([part.grad for part in item.parts], item.grad.split(sizes))
     if item.bias_grad is not None:
         torch._foreach_copy_([part.bias_grad for part in item.parts], item.bias_grad.split(sizes))
-
-
-def _check_capture(batch: list[Item]) -> bool:
-    """Warn of hooks that never fire, installed after the first call of a compiled model; False: too early to tell."""
-    if not any(bool(item.grad.count_nonzero()) for item in batch):
-        return False
-    if all(item.layer.module().training and int(item.layer.capture.count) == 0 for item in batch):
-        warnings.warn(
-            "Preconditioner: no layer has seen any input, so all gradients were left as they are. If the model is "
-            "compiled, construct the Preconditioner before its first call, or call torch.compiler.reset().",
-            stacklevel=2,
-        )
-    return True
 
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:

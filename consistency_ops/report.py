@@ -1,53 +1,172 @@
-"""What :class:`consistency_ops.Preconditioner` says about itself: ``summary()`` and ``stats()``."""
+"""What :class:`consistency_ops.Preconditioner` says about itself: ``summary()``, ``stats()`` and its log."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from .capture import USED
+from .capture import SEEN, USED
+from .conditions import conditions
 
 if TYPE_CHECKING:
     from .coverage import Layer
-    from .preconditioner import Preconditioner
+    from .preconditioner import Item, Preconditioner
 
 _LEFT = "; gradient left as it is"
+_log = logging.getLogger("consistency_ops")
 
 
-def stats(pre: Preconditioner) -> dict[str, Any]:
-    rows, chunks, failed, damping, corrected = {}, 0, 0, [], 0
+def stats(pre: Preconditioner, condition: bool = True) -> dict[str, Any]:
+    rows, seen, chunks, failed, damping, corrected = {}, {}, 0, {}, {}, []
     for layer in pre.layers:
         if layer.capture is None:
             continue
-        rows[layer.name] = _rows(layer)
+        state = _last_state(layer)
+        rows[layer.name], seen[layer.name] = (0, 0) if state is None else (state[USED], state[SEEN])
         if _was_corrected(pre, layer):
-            bad = int((layer.info != 0).sum())
-            corrected += bad < len(layer.info)
+            bad = int(layer.info.count_nonzero())
+            if bad < len(layer.info):
+                corrected.append(layer)
             chunks += len(layer.info)
-            failed += bad
+            if bad > 0:
+                failed[layer.name] = bad
             if layer.damping is not None:
-                damping.append(float(layer.damping.max()))
+                damping[layer.name] = float(layer.damping.max())
+    if failed:
+        _notice_failures(pre, failed)
+    numbers = conditions(pre, corrected) if condition else {}
     return {
         "steps": pre.steps,
-        "layers": corrected,
-        "uncorrected": len(pre.layers) - corrected,
+        "layers": len(corrected),
+        "uncorrected": len(pre.layers) - len(corrected),
+        "coverage": _coverage(pre, corrected),
         "chunks": chunks,
-        "failed_chunks": failed,
-        "max_damping": max(damping, default=math.nan),
+        "failed_chunks": sum(failed.values()),
+        "max_damping": max(damping.values(), default=math.nan),
+        "max_condition": max(numbers.values(), default=math.nan),
         "rows": rows,
+        "rows_seen": seen,
+        "failed": failed,
+        "damping": damping,
+        "condition": numbers,
     }
+
+
+def log_to(pre: Preconditioner, writer: Any, step: int | None, prefix: str) -> None:
+    values = stats(pre)
+    step = pre.steps if step is None else step
+    for key, value in values.items():
+        named = (
+            {f"{key}/{name or 'model'}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
+        for tag, number in named.items():
+            if key != "steps" and not math.isnan(number):
+                writer.add_scalar(f"{prefix}/{tag}", number, step)
+
+
+def _coverage(pre: Preconditioner, corrected: list[Layer]) -> float:
+    """Share of the trainable numbers of the model that were corrected."""
+    total, done = 0, 0
+    seen: set[int] = set()
+    for parameter in pre.parameters():
+        if parameter.requires_grad and not is_lazy(parameter):
+            total += parameter.numel()
+    for layer in corrected:
+        parameters = layer.module()._parameters
+        for name in (layer.kind.weight, layer.kind.bias if layer.joins_bias else None):
+            parameter = None if name is None else parameters.get(name)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                done += parameter.numel()
+    return done / total if total else 0.0
+
+
+# Each is said once, in the log "consistency_ops", with what to do about it
+
+
+def _notice(pre: Preconditioner, key: str, message: str) -> None:
+    if key not in pre.said:
+        pre.said.add(key)
+        _log.warning("Preconditioner: %s", message)
+
+
+def notice_unseen(pre: Preconditioner, batch: list[Item]) -> bool:
+    """Layers with a gradient whose hook never fired; False: too early to tell."""
+    if not any(bool(item.grad.count_nonzero()) for item in batch):
+        return False
+    unseen = [item.layer.name for item in batch if item.layer.module().training and int(item.count) == 0]
+    if unseen:
+        _notice(
+            pre,
+            "unseen",
+            f"{len(unseen)} of {len(batch)} layers with a gradient have seen no input, so it was left as it is: "
+            f"{_some(unseen)}. If the model is compiled, construct the Preconditioner before its first call, or call "
+            "torch.compiler.reset(). A weight that is used without calling its module is not covered.",
+        )
+    return True
+
+
+def notice_failures(pre: Preconditioner) -> None:
+    failed = {
+        layer.name: bad
+        for layer in pre.layers
+        if layer.capture is not None and _was_corrected(pre, layer) and (bad := int(layer.info.count_nonzero()))
+    }
+    if failed:
+        _notice_failures(pre, failed)
+
+
+def _notice_failures(pre: Preconditioner, failed: dict[str, int]) -> None:
+    _notice(
+        pre,
+        "failed",
+        f"{sum(failed.values())} chunks could not be inverted, so their gradients were left as they are: "
+        f"{_some(failed)}. Look for Inf or NaN in the inputs of these layers, or raise damping. stats() counts them.",
+    )
+
+
+def notice_tied(pre: Preconditioner) -> None:
+    tied = [layer.name for layer in pre.layers if layer.tied and layer.capture is not None]
+    if tied:
+        _notice(
+            pre,
+            "tied",
+            f"weights were tied after the Preconditioner was constructed, their gradients are left as they are: "
+            f"{_some(tied)}. Tie weights first to keep this quiet.",
+        )
+
+
+def notice_lost(pre: Preconditioner, layer: Layer) -> None:
+    _notice(
+        pre,
+        f"lost {layer.name}",
+        f"layer {layer.name!r} was called less often than the layer whose input it shared, so its gradient was left "
+        "as it is in this step. From now on it captures rows of its own; nothing needs to be done.",
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [name or "(model)" for name in names]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def summary(pre: Preconditioner) -> str:
     return "\n".join([repr(pre), *_table([_row(pre, layer) for layer in pre.layers])])
 
 
-def _rows(layer: Layer) -> int:
-    """Captured in the last step that captured; waits for the device."""
+def _last_state(layer: Layer) -> list[int] | None:
+    """Of the last step that captured; waits for the device."""
     capture = layer.capture
-    return 0 if capture.rows is None else capture.states.last_step(capture.rows.device, capture.last_source)[USED]
+    return None if capture.rows is None else capture.states.last_step(capture.rows.device, capture.last_source)
+
+
+def _rows(layer: Layer) -> int:
+    state = _last_state(layer)
+    return 0 if state is None else state[USED]
 
 
 def _was_corrected(pre: Preconditioner, layer: Layer) -> bool:

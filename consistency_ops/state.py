@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from .coverage import Layer
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
@@ -25,17 +28,22 @@ class StateStore:
         self._step = torch.zeros(1, dtype=torch.int64)  # a tensor: a compiled optimizer would guard on a number
         self._loading: Mapping[str, Any] = {}
 
-    def get(self, name: str, weight: Tensor | None) -> dict[str, Tensor]:
+    def get(self, layer: Layer) -> dict[str, Tensor]:
         if self._optimizer is None:
-            return self._own.get(name, {})
+            return self._own.get(layer.name, {})
+        weight, prefix = layer.weight, _prefix(layer)
         entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
-        return {key[len(PREFIX) :]: value for key, value in entries.items() if _is_ours(key) and key != _STEP}
+        return {
+            key[len(prefix) :]: value
+            for key, value in entries.items()
+            if _is_ours(key) and key.startswith(prefix) and key != _STEP
+        }
 
-    def put(self, name: str, weight: Tensor, key: str, value: Tensor) -> None:
+    def put(self, layer: Layer, key: str, value: Tensor) -> None:
         if self._optimizer is None:
-            self._own.setdefault(name, {})[key] = value
+            self._own.setdefault(layer.name, {})[key] = value
         else:
-            self._optimizer.state[weight][PREFIX + key] = value
+            self._optimizer.state[layer.weight][_prefix(layer) + key] = value
 
     def count_step(self, step: int) -> None:
         """Write the step beside the state of every parameter that has been updated.
@@ -79,6 +87,11 @@ class StateStore:
                 if _is_ours(name):
                     device = "cpu" if name == _STEP else parameter.device
                     optimizer.state[parameter][name] = value.detach().to(device, copy=True)
+
+
+def _prefix(layer: Layer) -> str:
+    """Of the keys of a layer; several layers may have parts of one weight."""
+    return f"{PREFIX}{layer.kind.part}." if layer.kind.part else PREFIX
 
 
 def _is_ours(key: object) -> bool:

@@ -90,6 +90,39 @@ def test_bias_may_be_left_out():
     check(attention, (x, x, x), joint=False)
 
 
+@pytest.mark.parametrize("options", [dict(decay=0.6), dict(every=2), dict(decay=0.6, every=2)], ids=str)
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_stored_inverses_of_the_parts_are_kept_apart(options, with_optimizer):
+    """The packed weight behaves as three linear layers."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(12, 2, batch_first=True)
+    layers = nn.ModuleList([nn.Linear(12, 12) for _ in range(3)])
+    pairs = [(attention, None), (layers, None)]
+    for i, layer in enumerate(layers):
+        layer.load_state_dict({"weight": third(attention.in_proj_weight, i), "bias": third(attention.in_proj_bias, i)})
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) if with_optimizer else None for m, _ in pairs]
+    pres = [Preconditioner(m, o, **options) for (m, _), o in zip(pairs, optimizers, strict=True)]
+    for _ in range(3):
+        attention.zero_grad(), layers.zero_grad()
+        inputs = torch.randn(3, 4, 7, 12)
+        attention(*inputs)[0].sum().backward()
+        for i, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
+            layer(x)
+            layer.weight.grad = third(attention.in_proj_weight.grad, i).clone()
+            layer.bias.grad = third(attention.in_proj_bias.grad, i).clone()
+        for pre, optimizer in zip(pres, optimizers, strict=True):
+            pre.step() if optimizer is None else optimizer.step()
+        for i, layer in enumerate(layers):
+            assert torch.equal(layer.weight.grad, third(attention.in_proj_weight.grad, i))
+            assert torch.equal(layer.bias.grad, third(attention.in_proj_bias.grad, i))
+    stored = pres[0].state_dict()["layers"]
+    assert list(stored) == [f"in_proj.{name}" for name in NAMES]
+    again = Preconditioner(attention, **options)
+    again.load_state_dict(pres[0].state_dict())
+    for name, entries in again.state_dict()["layers"].items():
+        assert all(torch.equal(value, stored[name][key]) for key, value in entries.items())
+
+
 def test_skip_takes_the_module_name():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 2), "other": nn.Linear(3, 2)})
     pre = Preconditioner(model, skip="attention")

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from training import (
+    backward,
+    data,
     hooks_of,
     mlp,
     train,
@@ -107,7 +110,161 @@ def test_reports():
         ["0", "Linear", "201", "->", "4", "of", "51", "10", "ok"],
         ["3", "Conv1d", "2", "x", "4", "->", "1", "of", "4", "50", "ok"],
     ]
-    assert pre.stats() == {
-        "steps": 1, "layers": 2, "uncorrected": 0, "chunks": 6, "failed_chunks": 0,
-        "max_damping": pytest.approx(0.1), "rows": {"0": 10, "3": 50},
+    stats = pre.stats()
+    assert {k: v for k, v in stats.items() if "condition" not in k} == {
+        "steps": 1, "layers": 2, "uncorrected": 0, "coverage": 1.0, "chunks": 6, "failed_chunks": 0,
+        "max_damping": pytest.approx(0.1), "rows": {"0": 10, "3": 50}, "rows_seen": {"0": 10, "3": 50},
+        "failed": {}, "damping": {"0": pytest.approx(0.1), "3": pytest.approx(0.1)},
     }  # fmt: skip
+    assert stats["max_condition"] == max(stats["condition"].values()) and list(stats["condition"]) == ["0", "3"]
+    assert pre.stats(condition=False)["condition"] == {}
+
+
+@pytest.mark.parametrize("scaling", ["trace", "absolute"])
+@pytest.mark.parametrize("options", [{}, dict(every=3), dict(decay=0.8)], ids=str)
+def test_condition_numbers_are_those_of_a_dense_computation(options, scaling):
+    """Also two steps after the last inversion, and after a forward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 8), nn.Unflatten(1, (4, 2)), nn.Conv1d(4, 4, 1))
+    model[4] = nn.Conv1d(4, 4, 1, groups=2, bias=False)
+    pre = Preconditioner(model, damping=0.05, scaling=scaling, chunk=256, **options)
+    inputs, average, weight = {}, {}, 0.0
+    for i in (0, 2, 4):
+        model[i].register_forward_pre_hook(lambda m, args, i=i: inputs.update({i: args[0].detach().double()}))
+    for step in range(3):
+        model.zero_grad()
+        model(torch.randn(30, 9) * 3).square().sum().backward()
+        if step == 0 or "decay" in options or not options:
+            decay = options.get("decay", 0.0)
+            weight = decay * weight + 1 - decay
+            for i, x in inputs.items():
+                parts = [x] if i < 4 else [part.movedim(1, -1).flatten(0, 1) for part in x.chunk(2, 1)]
+                if i < 4:
+                    parts = [torch.cat([x, torch.ones(30, 1)], 1)]
+                a = torch.stack([part.T @ part / len(part) for part in parts])
+                average[i] = decay * average.get(i, 0) + (1 - decay) * a
+        pre.step()
+    expected = {}
+    for i, a in average.items():
+        a = a / weight
+        if scaling == "trace":
+            a = a / a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        expected[str(i)] = torch.linalg.cond(a + 0.05 * torch.eye(a.shape[1]).double(), p=1).max().item()
+    assert pre.stats()["condition"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_condition_of_a_failed_chunk_is_infinite():
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3))
+    pre = Preconditioner(model, damping=0.0)
+    model(torch.zeros(5, 6)).sum().backward()
+    pre.step()
+    stats = pre.stats()
+    assert stats["failed"] == {"0": 1, "1": 1} and stats["condition"] == {} and stats["coverage"] == 0.0
+
+
+def test_rows_seen_and_coverage():
+    model = nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer, max_rows=16, bias=False, skip="2")
+    train(model, optimizer, 1)
+    stats = pre.stats()
+    assert stats["rows_seen"] == {"0": 40} and 8 <= stats["rows"]["0"] <= 16
+    assert stats["coverage"] == pytest.approx(240 / (260 + 40 + 105))
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag] = float(value), step
+
+
+def test_scalars_for_tensorboard():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    empty, writer = Writer(), Writer()
+    pre.log_to(empty)
+    assert empty.scalars["preconditioner/layers"] == (0, 0) and "preconditioner/max_damping" not in empty.scalars
+    train(model, optimizer, 2)
+    pre.log_to(writer)
+    assert writer.scalars["preconditioner/failed_chunks"] == (0, 2) and writer.scalars["preconditioner/coverage"] == (
+        1,
+        2,
+    )
+    assert {f"preconditioner/{key}/{i}" for key in ("rows", "damping", "condition") for i in "024"} <= set(
+        writer.scalars
+    )
+    assert all(math.isfinite(value) for value, _ in writer.scalars.values())
+    pre.log_to(writer, step=70, prefix="second order")
+    assert writer.scalars["second order/max_condition"][1] == 70
+
+
+def test_writer_of_torch(tmp_path):
+    SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    train(model, optimizer, 1)
+    with SummaryWriter(tmp_path) as writer:
+        pre.log_to(writer)
+    assert any(tmp_path.iterdir())
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "consistency_ops"]
+
+
+def test_nothing_is_logged_when_all_is_well(caplog):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    train(model, optimizer, 3)
+    pre.stats()
+    assert messages(caplog) == []
+
+
+def test_unseen_layers_are_named_once(caplog):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Preconditioner(model, optimizer)
+    body = model[2]
+    model.forward = lambda x: model[4](F.relu(F.linear(F.relu(model[0](x)), body.weight, body.bias)))
+    train(model, optimizer, 3)
+    (message,) = messages(caplog)
+    assert "1 of 3 layers with a gradient have seen no input, so it was left as it is: 2." in message
+    assert "torch.compiler.reset()" in message
+
+
+def test_failed_chunks_are_logged_once(caplog):
+    """In the first step of its own accord, later when stats() is called."""
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model)
+    for step in range(3):
+        model.zero_grad()
+        backward(model, x, y)
+        if step == 0:
+            pre.layers[1].capture.rows[3, 3] = math.nan
+        pre.step()
+        pre.stats()
+    (message,) = messages(caplog)
+    assert "1 chunks could not be inverted" in message and "as they are: 2." in message and "raise damping" in message
+
+
+def test_weights_tied_later_are_logged_once(caplog):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.body, self.head = nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5, bias=False)
+
+        def forward(self, x):
+            return self.head(self.body(self.embedding(x.argmax(1) % 5)))
+
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Preconditioner(model, optimizer)
+    model.head.weight = model.embedding.weight
+    train(model, optimizer, 3)
+    (message,) = messages(caplog)
+    assert "weights were tied after the Preconditioner was constructed" in message and ": head." in message
