@@ -1,0 +1,57 @@
+"""Methods side by side on one network: the run, the curves and the sentences that several experiments share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from benchmarks.training import fit, frame
+from consistency_ops.optim.learning_rate import CANDIDATES
+
+LABELS = {"sgd2": "SGD2", "sgd": "SGD, momentum", "adam": "Adam"}
+
+
+def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
+    """Train with the optimizer of ``settings``, its rate selected as in the paper, at the same number of trials each."""
+    method = settings["optimizer"]
+    options = {} if method == "adam" else {"weight_decay": settings.get("weight_decay", 1e-4)}
+    optimizer = fit.optimizer_of(method, model, seed=seed, **options)
+    search = fit.ADAPTIVE if method == "adam" else CANDIDATES
+    common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, search=search)
+    return fit.train(model, optimizer, data, **common)
+
+
+def curves(
+    figure, results: frame.Results, published: dict[str, dict[int, float]] | None = None, source: str = ""
+) -> None:
+    """Training loss and test error against epochs; ``published`` test errors by run and epoch as crosses."""
+    left, right = figure.subplots(1, 2)
+    for i, (name, records) in enumerate(results.items()):
+        for axis, key in ((left, "train_loss"), (right, "test_error")):
+            for record in records:
+                values = record[key]
+                axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.8)
+            values = frame.mean(records, key)
+            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", label=name)
+        if published and name in published:
+            points = published[name]
+            right.plot(list(points), list(points.values()), "x", color=f"C{i}")
+    if published:
+        right.plot([], [], "kx", label=source)
+    left.set(yscale="log", xlabel="epoch", ylabel="mean training loss")
+    right.set(yscale="log", xlabel="epoch", ylabel="test error")
+    right.legend(fontsize="small")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+
+
+def lines(results: frame.Results) -> list[str]:
+    text = []
+    for name, records in results.items():
+        first, last, best = (
+            frame.spread(choose(r["test_error"]) for r in records) for choose in (lambda e: e[0], lambda e: e[-1], min)
+        )
+        rates = [r["rates"] for r in records]
+        text.append(f"{name}: test error {first} after one epoch, {last} at the end, best {best}; rates {rates}")
+    return text

@@ -1,0 +1,146 @@
+"""F: contractive networks: the norm bound of network C by weight decay and activation, and what it certifies.
+
+MNIST, raw pixels less their mean; SGD2, rate selected as in arXiv 1708.00631; all bounds are for raw pixel values, 0 to
+255 (in units of [0, 1] they are 255 times larger).  "plain" is the paper's bound, the product of the spectral norms over
+the product of the smallest RMS denominators; "folded" that of the same network with its norms multiplied into the
+weights.  "clip" projects every weight onto spectral norm 1 or less every tenth step.
+
+The decisions of a network do not change when its last layer is divided by a number, and then the bound is: divided by
+its own bound a network is contractive at no cost in accuracy.  "scaled" below is that.  What scale cannot change is the
+share of test images that are certified: right, with a margin that no change of the image below a radius can undo.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from benchmarks.training import fit, frame
+from consistency_ops.nn import BatchRMSNorm, clip_spectral_norms_, deep_mlp, fold_rms_norm
+
+TITLE = "F: contractive networks on MNIST: bound, accuracy, certified accuracy"
+DATA = "mnist"
+SETTINGS = {
+    f"{activation}, decay {decay:g}": {"activation": activation, "decay": decay, "depth": 11}
+    for decay in (1e-4, 1e-3, 2e-3, 3e-3)
+    for activation in ("modulus", "relu")
+} | {
+    "modulus, decay 0.001, clip": {"activation": "modulus", "decay": 1e-3, "depth": 11, "clip": 1.0},
+    "modulus, decay 0.001, depth 4": {"activation": "modulus", "decay": 1e-3, "depth": 4},
+    "modulus, decay 0.002, depth 4": {"activation": "modulus", "decay": 2e-3, "depth": 4},
+    "relu, decay 0.001, depth 4": {"activation": "relu", "decay": 1e-3, "depth": 4},
+}
+SIZE = {"epochs": 15, "train": 20_000, "test": 10_000, "batch": 200}
+RADII = (2.55, 10.0, 25.5, 51.0)  # l2, raw pixel values: 0.01, 0.04, 0.1 and 0.2 in units of [0, 1]
+# Test error and log10 of the plain bound at the last epoch: METHOD notes 2.4, numpy, all images, 10 or 20 epochs.
+NUMPY = {
+    "modulus": [(0.0305, 4.40), (0.0189, 0.86), (0.0217, 0.54), (0.0262, 0.24), (0.1199, 0.39)],
+    "relu": [(0.0224, 6.93), (0.0239, 2.13), (0.0672, 0.55), (0.1078, -0.15)],
+}
+FIGSIZE = (12, 4)
+
+
+def factors(model: nn.Sequential) -> list[tuple[str, float]]:
+    """log10 of what every layer contributes to the plain bound: a spectral norm, or 1 / min D."""
+    found = []
+    for module in model:
+        if isinstance(module, nn.Linear):
+            norm = torch.linalg.matrix_norm(module.weight.detach().double(), 2)
+            found.append(("linear", float(norm.log10())))
+        elif isinstance(module, BatchRMSNorm):
+            gain = module.eval()(torch.ones(1, module.num_features)).max()
+            found.append(("norm", math.log10(float(gain))))
+    return found
+
+
+def certified(model: nn.Sequential, log10_bound: float, data: fit.Split) -> list[float]:
+    """Share of test images that no change of l2 norm below each of the RADII makes wrong: margin / (sqrt 2 bound)."""
+    with torch.no_grad():
+        logits = model.eval()(data.test_x).double()
+    top = logits.topk(2).values
+    radius = (top[:, 0] - top[:, 1]) / (math.sqrt(2) * 10**log10_bound)
+    right = logits.argmax(1) == data.test_y
+    return [float((right & (radius > r)).double().mean()) for r in RADII]
+
+
+def run(settings, size, seed, data, tick):
+    options = {key: settings[key] for key in ("activation", "depth")}
+    model = deep_mlp(784, 10, seed=seed, **options)
+    optimizer = fit.optimizer_of("sgd2", model, seed=seed, weight_decay=settings["decay"])
+    clip = settings.get("clip")
+
+    def project(step: int) -> None:
+        if clip and step % 10 == 0:
+            clip_spectral_norms_(model, clip)
+
+    common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick)
+    outcome = fit.train(model, optimizer, data, search=(1.0, 0.5, 0.1, 0.05), after_step=project, **common)
+    if clip:
+        clip_spectral_norms_(model, clip)
+        outcome["test_error"][-1] = fit.test_error(model, data)
+    found = factors(model.eval())
+    folded = fold_rms_norm(model)
+    plain, tight = sum(x for _, x in found), sum(x for _, x in factors(folded))
+    scaled = fold_rms_norm(model)
+    with torch.no_grad():
+        for parameter in scaled[-1].parameters():
+            parameter.div_(1.001 * 10**tight)
+    return {
+        **outcome,
+        "factors": found,
+        "plain": plain,
+        "folded": tight,
+        "certified_plain": certified(model, plain, data),
+        "certified_folded": certified(folded, tight, data),
+        "scaled": {
+            "plain": sum(x for _, x in factors(scaled)),
+            "test_error": fit.test_error(scaled, data),
+            "certified": certified(scaled, sum(x for _, x in factors(scaled)), data),
+        },
+    }
+
+
+def plot(figure, results):
+    left, middle, right = figure.subplots(1, 3)
+    for activation, marker, colour in (("modulus", "o", "C0"), ("relu", "s", "C3")):
+        left.plot(*zip(*NUMPY[activation], strict=True), "x", color=colour, label=f"{activation}, numpy, plain")
+        chosen = [r for name, rs in results.items() if name.startswith(activation) for r in rs]
+        for key, fill in (("plain", "full"), ("folded", "none")):
+            points = [(r["test_error"][-1], r[key]) for r in chosen]
+            if points:
+                x, y = zip(*points, strict=True)
+                left.plot(x, y, marker, fillstyle=fill, color=colour, linestyle="", label=f"{activation}, {key}")
+    left.axhline(0, color="grey", linewidth=0.8)
+    left.set(xscale="log", xlabel="test error", ylabel="log10 of the bound (raw pixels)", title="bound and accuracy")
+    for i, decay in enumerate((1e-4, 1e-3)):
+        for activation, line in (("modulus", "-"), ("relu", "--")):
+            records = results.get(f"{activation}, decay {decay:g}")
+            if records:
+                total = torch.tensor([x for _, x in records[0]["factors"]]).cumsum(0)
+                middle.plot(total, line, color=f"C{i}", label=f"{activation}, decay {decay:g}")
+    middle.axhline(0, color="grey", linewidth=0.8)
+    middle.set(
+        xlabel="layer: linear, norm, linear, ...", ylabel="log10 of the product so far", title="zig-zag of the bound"
+    )
+    for i, (name, records) in enumerate(results.items()):
+        values = [sum(r["certified_folded"][k] for r in records) / len(records) for k in range(len(RADII))]
+        clean = 1 - sum(r["test_error"][-1] for r in records) / len(records)
+        radii = [0, *(r / 255 for r in RADII)]
+        right.plot(radii, [clean, *values], marker=".", color=f"C{i % 10}", linestyle="-:"[i > 9], label=name)
+    right.set(xlabel="radius, l2, pixels in [0, 1]", ylabel="certified share of test images", ylim=(0, 1))
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="xx-small")
+    figure.suptitle("F: norm bounds of network C on MNIST")
+
+
+def lines(results):
+    text = []
+    for name, records in results.items():
+        last = frame.spread(r["test_error"][-1] for r in records)
+        plain, folded = (frame.spread((r[key] for r in records), "{:.2f}") for key in ("plain", "folded"))
+        certified = [f"{x:.1%}" for x in records[0]["certified_folded"]]
+        text.append(
+            f"{name}: test error {last}, log10 bound {plain}, folded {folded}; certified {certified} at {RADII}"
+        )
+    return text

@@ -1,0 +1,98 @@
+"""E: deep and narrow networks on MNIST: does the modulus train where ReLU does not?
+
+Ten units a layer, 20 to 200 hidden layers, no normalisation, orthogonal weights (times sqrt 2 for ReLU), standardised
+pixels.  Every rate of the optimizer is tried from the same start, and the one with the least final training loss counts;
+both activations get the same trials.  The settings of arXiv 1708.00631 for this experiment are lost; "as released" is
+its network C made narrow and deep (RMS norms, small weights, raw pixels), which METHOD notes 2.5 found not to train.
+"""
+
+from benchmarks.training import fit, frame
+from consistency_ops.nn import deep_mlp
+
+TITLE = "E: deep and narrow MLPs on MNIST, modulus against ReLU"
+DATA = "mnist"
+DEPTHS = (20, 50, 100, 200)
+RATES = {"adam": (0.003, 0.001, 0.0003), "sgd2": (0.3, 0.1, 0.03)}
+SETTINGS = {
+    f"{activation}, {optimizer}, depth {depth}": {
+        "activation": activation,
+        "optimizer": optimizer,
+        "depth": depth,
+        "normalization": "none",
+        "init": "orthogonal",
+    }
+    for optimizer in RATES
+    for depth in DEPTHS
+    for activation in ("modulus", "relu")
+} | {
+    f"{activation}, as released, depth 50": {
+        "activation": activation,
+        "optimizer": "sgd2",
+        "depth": 50,
+        "normalization": "rms",
+        "init": 0.01,
+    }
+    for activation in ("modulus", "relu")
+}
+SIZE = {"epochs": 10, "train": 5_000, "test": 2_000, "batch": 100, "width": 10}
+FIGSIZE = (10, 4)
+
+
+def run(settings, size, seed, data, tick):
+    released = settings["normalization"] == "rms"
+    data = data if released else data.standard()
+    trials = {}
+    for rate in RATES[settings["optimizer"]]:
+        model = deep_mlp(
+            784,
+            10,
+            width=size["width"],
+            depth=settings["depth"],
+            activation=settings["activation"],
+            normalization=settings["normalization"],
+            init=settings["init"],
+            seed=seed,
+        )
+        optimizer = fit.optimizer_of(settings["optimizer"], model, lr=rate, seed=seed)
+        common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed)
+        trials[rate] = fit.train(model, optimizer, data, tick=lambda text: None, **common)
+    for _ in range(size["epochs"]):
+        tick("")
+    ends = {rate: trial["train_loss"][-1] for rate, trial in trials.items()}
+    best = min((rate for rate in ends if ends[rate] is not None), key=ends.__getitem__)
+    return {"rate": best, "final_losses": ends, **trials[best]}
+
+
+def plot(figure, results):
+    axes = figure.subplots(1, 3)
+    for axis, optimizer in zip(axes, ("adam", "sgd2"), strict=False):
+        for activation, line in (("modulus", "-"), ("relu", "--")):
+            for i, depth in enumerate(DEPTHS):
+                records = results.get(f"{activation}, {optimizer}, depth {depth}")
+                if records:
+                    losses = frame.mean(records, "train_loss")
+                    label = f"{activation}, depth {depth}"
+                    axis.plot(range(1, len(losses) + 1), losses, line, color=f"C{i}", label=label)
+        axis.set(xlabel="epoch", ylabel="mean training loss", title=optimizer, ylim=(0, 2.5))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="x-small")
+    for optimizer, marker in (("adam", "o"), ("sgd2", "s")):
+        for activation, colour in (("modulus", "C0"), ("relu", "C3")):
+            pairs = [(d, results.get(f"{activation}, {optimizer}, depth {d}")) for d in DEPTHS]
+            points = [(d, sum(min(r["test_error"]) for r in rs) / len(rs)) for d, rs in pairs if rs]
+            if points:
+                axes[2].plot(*zip(*points, strict=True), marker + "-", color=colour, label=f"{activation}, {optimizer}")
+    axes[2].axhline(0.9, color="grey", linewidth=0.8)
+    axes[2].set(xlabel="hidden layers", ylabel="best test error", xscale="log", ylim=(0, 1), title="chance: 0.9")
+    axes[2].set_xticks(DEPTHS, DEPTHS)
+    axes[2].legend(fontsize="x-small")
+    size = next(iter(results.values()))[0]["size"]
+    figure.suptitle(f"E: {size['width']} units a layer, {size['train']} MNIST images, no normalisation")
+
+
+def lines(results):
+    return [
+        f"{name}: loss {frame.spread((r['train_loss'][-1] for r in records), '{:.3f}')}, best test error "
+        f"{frame.spread(min(r['test_error']) for r in records)}, rate {[r['rate'] for r in records]}"
+        for name, records in results.items()
+    ]

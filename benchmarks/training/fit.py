@@ -1,0 +1,123 @@
+"""Data in the units of the paper, and a training loop with its learning-rate search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import consistency_ops as co
+from consistency_ops.train import data as datasets
+
+ADAPTIVE = tuple(rate / 10 for rate in (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) as raw pixels less their training mean, and the standard deviation of them all."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    deviation: float
+
+    def standard(self) -> Split:
+        """The same in units of the standard deviation."""
+        one = 1 / self.deviation
+        return Split(self.train_x * one, self.train_y, self.test_x * one, self.test_y, 1.0)
+
+
+def load(name: str | None, size: dict, directory: Path) -> Split | None:
+    """The first ``size["train"]`` and ``size["test"]`` of a fixed random order; the whole sets where not given."""
+    if name is None:
+        return None
+    limit = max(size.get("train", 10**9), size.get("test", 10**9))
+    images = datasets.load(name, None if name == "digits" else directory, limit=limit)
+    parts = []
+    for x, y, part in ((images.train_x, images.train_y, "train"), (images.test_x, images.test_y, "test")):
+        keep = torch.from_numpy(np.random.default_rng(1).permutation(len(x))[: size.get(part, len(x))])
+        parts += [x[keep], y[keep]]
+    scale = datasets.scaling(parts[0], "raw")
+    train_x, test_x = scale(parts[0]), scale(parts[2])
+    return Split(train_x, parts[1], test_x, parts[3], float(train_x.std()))
+
+
+def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0, **options) -> torch.optim.Optimizer:
+    """ "sgd2"; "sgd", the same without its correction; "adam", without decay."""
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = co.optim.SGD2(model, lr=lr, seed=seed, **options)
+    if name == "sgd":
+        optimizer.preconditioner.remove()
+    return optimizer
+
+
+def test_error(model: nn.Module, split: Split, batch: int = 1000) -> float:
+    model.eval()
+    with torch.no_grad():
+        pairs = zip(split.test_x.split(batch), split.test_y.split(batch), strict=True)
+        wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in pairs)
+    model.train()
+    return wrong / len(split.test_y)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    tick: Callable[[str], None],
+    search: tuple[float, ...] | None = None,
+    search_every: int = 10,
+    after_step: Callable[[int], object] = lambda step: None,
+    after_epoch: Callable[[int], object] = lambda epoch: None,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> dict:
+    """Train, and return ``train_loss`` and ``test_error`` by epoch and the ``rates`` that were selected.
+
+    ``search``: the candidates of the rate search of arXiv 1708.00631 at epochs 1, 1 + ``search_every``, ...; None: the
+    optimizer's rate stays.  Incomplete batches are left out.  A loss that is not finite ends the training.
+    ``after_step`` is called before the next gradient, ``after_epoch`` when its test is done.
+    """
+    loss_of = loss_of or (lambda model, x, y: functional.cross_entropy(model(x), y))
+    losses, errors, rates, steps = [], [], {}, 0
+    shuffle = torch.Generator().manual_seed(seed)
+    for epoch in range(1, epochs + 1):
+        order = torch.randperm(len(split.train_y), generator=shuffle)
+        batches = order[: len(order) // batch * batch].split(batch)
+        if search is not None and (epoch - 1) % search_every == 0:
+            loss_of_batch = lambda rows: loss_of(model, split.train_x[rows], split.train_y[rows])  # noqa: E731
+            rates[epoch] = co.optim.select_learning_rate(
+                model, optimizer, loss_of_batch, batches, candidates=search, largest=rates.get(1)
+            )
+        total = 0.0
+        for rows in batches:
+            optimizer.zero_grad()
+            loss = loss_of(model, split.train_x[rows], split.train_y[rows])
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach())
+            steps += 1
+            after_step(steps)
+        losses.append(total / len(batches))
+        errors.append(test_error(model, split))
+        after_epoch(epoch)
+        tick(f"loss {losses[-1]:.3g}, test error {errors[-1]:.2%}")
+        if not math.isfinite(losses[-1]):
+            break
+    return {"train_loss": [finite(x) for x in losses], "test_error": errors, "rates": rates}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no Inf."""
+    return value if math.isfinite(value) else None

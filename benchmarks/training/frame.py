@@ -1,0 +1,158 @@
+"""What every experiment shares: its name, the store of finished runs, and the figure.
+
+An experiment is a module of this folder with
+
+- ``TITLE``: one line; ``DATA``: the data set it reads, or None;
+- ``SETTINGS``: run name -> keyword arguments, all JSON; ``SIZE``: the sizes it runs at by default (``epochs``, ...);
+- ``run(settings, size, seed, data, tick) -> dict``: one run; ``tick(text)`` moves the progress bar by one epoch;
+- ``plot(figure, results)``: draws into an empty matplotlib figure, ours beside what was published;
+- ``lines(results)``: what came out, in sentences, for the console.
+
+``results`` maps the run's name to its finished records, one a seed.  Every finished run is kept at once in
+benchmarks/results/training/NAME.json with its settings, sizes, seed, command, versions and date, and not repeated unless
+its settings or sizes have changed; so an interrupted experiment goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import consistency_ops as co
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "training"
+
+# Name on the command line -> module; the letters are those of the list of experiments in the issue tracker.
+EXPERIMENTS = {
+    "small-mlp": "small_mlp",  # A
+    "convnet": "convnet",  # B, H
+    "deep-mlp": "deep_mlp",  # C
+    "init-tolerance": "init_tolerance",  # D
+    "deep-narrow": "deep_narrow",  # E
+    "contractive": "contractive",  # F
+    "gradient-energy": "gradient_energy",  # G
+    "glorot": "glorot",  # I
+    "conditioning": "conditioning",  # J
+    "roa-depth": "roa_depth",  # K
+    "roa-memory": "roa_memory",  # K
+    "pixelwise": "pixelwise",
+    "noise": "noise",
+}
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.training.{EXPERIMENTS[name]}")
+
+
+class Store:
+    """The finished runs of one experiment, in one JSON file that is never half written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+
+    def find(self, name: str, settings: dict, size: dict, seed: int) -> dict | None:
+        wanted = json.loads(json.dumps({"run": name, "settings": settings, "size": size, "seed": seed}))
+        return next((r for r in self.records if all(r[key] == wanted[key] for key in wanted)), None)
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Add a record in the place of an older one of the same run and seed."""
+        same = [r for r in self.records if (r["run"], r["seed"]) == (record["run"], record["seed"])]
+        self.records = [r for r in self.records if r not in same] + [json.loads(json.dumps(record))]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        lines = ",\n".join(json.dumps(r) for r in self.records)
+        temporary.write_text(f'{{"runs": [\n{lines}\n]}}\n')
+        os.replace(temporary, self.path)
+
+    def results(self, order: Iterable[str]) -> Results:
+        """Records by run, in the order of the experiment's settings, seeds ascending."""
+        found = {name: sorted((r for r in self.records if r["run"] == name), key=lambda r: r["seed"]) for name in order}
+        return {name: records for name, records in found.items() if records}
+
+
+def circumstances() -> dict[str, Any]:
+    """What a figure depends on."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.training " + " ".join(sys.argv[1:]),
+        "threads": torch.get_num_threads(),
+        "versions": {key: value for key, value in co.build_info().items() if key != "library"},
+    }
+
+
+def run(
+    experiment: ModuleType, store: Store, names: list[str], seeds: list[int], size: dict, data, again: bool
+) -> None:
+    """Run what is missing; ``data`` is a function that loads it, called once and only where it is needed."""
+    todo = [
+        (name, seed)
+        for seed in seeds
+        for name in names
+        if again or store.find(name, experiment.SETTINGS[name], size, seed) is None
+    ]
+    loaded = data() if todo else None
+    for i, (name, seed) in enumerate(todo, 1):
+        with tqdm(desc=f"[{i}/{len(todo)}] {name}, seed {seed}", total=size.get("epochs"), unit="epoch") as bar:
+            start, cpu = time.perf_counter(), time.process_time()
+            torch.manual_seed(seed)
+            outcome = experiment.run(experiment.SETTINGS[name], size, seed, loaded, _ticker(bar))
+            store.put(
+                {
+                    "run": name,
+                    "settings": experiment.SETTINGS[name],
+                    "size": size,
+                    "seed": seed,
+                    **outcome,
+                    "seconds": round(time.perf_counter() - start, 2),
+                    "cpu_seconds": round(time.process_time() - cpu, 2),
+                    **circumstances(),
+                }
+            )
+
+
+def _ticker(bar: tqdm) -> Callable[[str], None]:
+    def tick(text: str) -> None:
+        bar.update()
+        bar.set_postfix_str(text)
+
+    return tick
+
+
+def draw(experiment: ModuleType, results: Results, path: Path) -> None:
+    """The figure of the finished runs; a PNG of 256 colours, which keeps it below 150 KB."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=getattr(experiment, "FIGSIZE", (9, 4)), layout="constrained")
+    experiment.plot(figure, results)
+    figure.savefig(path, dpi=110)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def mean(records: list[dict], key: str) -> list[float]:
+    """A curve, averaged over the seeds, as long as the shortest."""
+    return [sum(values) / len(values) for values in zip(*(r[key] for r in records), strict=False)]
+
+
+def spread(values: Iterable[float], form: str = "{:.2%}") -> str:
+    """ "mean (least to largest)" of a figure over the seeds."""
+    values = list(values)
+    text = form.format(sum(values) / len(values))
+    return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"

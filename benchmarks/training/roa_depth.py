@@ -1,0 +1,101 @@
+"""K: feed-forward networks of 10 to 5000 layers on the digits: random orthogonal additive layers against a plain MLP.
+
+Both are tanh networks of equal width with the same number of weights, trained by Adam at the best of three rates (least
+final training loss).  "gradient" is the norm of the loss's gradient at the first hidden state over that at the last one,
+before training; the bounds are those of the additive network, certified from its weights.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.training import fit, frame
+from consistency_ops.nn import ROAFeedForward
+
+TITLE = "K: roaFNN of up to 5000 layers against a plain MLP, digits"
+DATA = "digits"
+DEPTHS = (10, 50, 500, 5000)
+RATES = (0.003, 0.001, 0.0003)
+SETTINGS = {f"{kind}, depth {depth}": {"kind": kind, "depth": depth} for depth in DEPTHS for kind in ("roa", "mlp")}
+SIZE = {"epochs": 5, "batch": 50, "width": 32}
+FIGSIZE = (10, 4)
+
+
+class Plain(ROAFeedForward):
+    """The same layers without filter and past: x <- phi(W x + b)."""
+
+    def hidden(self, x):
+        for layer in self.layers:
+            x = self.phi(layer(x))
+        return x
+
+
+def network(settings: dict, size: dict, seed: int) -> ROAFeedForward:
+    torch.manual_seed(seed)
+    kind = ROAFeedForward if settings["kind"] == "roa" else Plain
+    model = kind(64, size["width"], 10, settings["depth"])
+    if kind is Plain:  # Glorot's weights, the best that is known for tanh
+        for layer in model.layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def gradient(model: ROAFeedForward, data: fit.Split) -> float:
+    first = model.encoder(data.train_x[:100].flatten(1))
+    last = model.hidden(first)
+    loss = functional.cross_entropy(model.decoder(last), data.train_y[:100])
+    at_first, at_last = torch.autograd.grad(loss, (first, last))
+    return float(at_first.norm() / at_last.norm())
+
+
+def run(settings, size, seed, data, tick):
+    data, depth = data.standard(), settings["depth"]
+    data = fit.Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, 1.0)
+    model = network(settings, size, seed)
+    outcome = {"gradient": gradient(model, data)}
+    if settings["kind"] == "roa":
+        outcome["bounds"] = [fit.finite(x) for x in model.jacobian_bounds()]
+    trials = {}
+    for rate in RATES if depth < 5000 else RATES[1:2]:
+        model = network(settings, size, seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=lambda text: None)
+        if depth >= 5000:
+            common["tick"] = tick
+        trials[rate] = fit.train(model, optimizer, data, **common)
+    ends = {rate: trial["train_loss"][-1] for rate, trial in trials.items()}
+    best = min(ends, key=lambda rate: math.inf if ends[rate] is None else ends[rate])
+    return {"rate": best, **outcome, **trials[best]}
+
+
+def plot(figure, results):
+    left, right = figure.subplots(1, 2)
+    floor = 1e-45  # smallest float32, where a gradient that is exactly 0 is drawn
+    for kind, colour, label in (("roa", "C0", "roaFNN"), ("mlp", "C3", "tanh MLP, Glorot's weights")):
+        pairs = [(d, results[f"{kind}, depth {d}"]) for d in DEPTHS if f"{kind}, depth {d}" in results]
+        depths = [d for d, _ in pairs]
+        gradients = [max(floor, sum(r["gradient"] for r in rs) / len(rs)) for _, rs in pairs]
+        left.plot(depths, gradients, "o-", color=colour, label=label)
+        if kind == "roa":
+            low, high = ([math.exp(r[0]["bounds"][i]) for _, r in pairs] for i in (0, 1))
+            left.fill_between(depths, low, high, color=colour, alpha=0.2, label="certified bounds")
+        errors = [sum(min(r["test_error"]) for r in rs) / len(rs) for _, rs in pairs]
+        right.plot(depths, errors, "o-", color=colour, label=label)
+    left.set(xscale="log", yscale="log", xlabel="layers", ylabel="gradient at the first over the last state")
+    right.set(xscale="log", xlabel="layers", ylabel="best test error", ylim=(0, 1))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    size = next(iter(results.values()))[0]["size"]
+    figure.suptitle(f"K: networks of {size['width']} units on the digits, {size['epochs']} epochs")
+
+
+def lines(results):
+    return [
+        f"{name}: gradient ratio {frame.spread((r['gradient'] for r in records), '{:.3g}')}, best test error "
+        f"{frame.spread(min(r['test_error']) for r in records)}, {records[0]['cpu_seconds']:.0f} s"
+        for name, records in results.items()
+    ]

@@ -1,0 +1,117 @@
+"""K: memory of recurrent networks: copying, adding and permuted sequential MNIST; roaRNN against tanh RNN and LSTM.
+
+Adam at one rate, clipped gradients for the baselines only (norm 1; the additive network does without), the same hidden
+size for all.  roaRNN: beta = 1 / T times the figure of its name, alpha = 1 - beta, permutation filter.  A point of the
+curves is the loss of the training batches since the point before; batches are drawn anew, so it is a test loss too
+(copying, adding).  psMNIST: error on test images.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.training import frame, tasks
+from consistency_ops.nn import ROARNN
+
+TITLE = "K: roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
+DATA = "mnist"
+STEPS = {"copying": 100, "adding": 200, "psmnist": 784}
+KINDS = {
+    "roa": {"kind": "roa", "beta_steps": 2.0, "lr": 3e-3},
+    "rnn": {"kind": "rnn", "lr": 1e-3},
+    "lstm": {"kind": "lstm", "lr": 3e-3},
+}
+SETTINGS = {f"{task}, {name}": {"task": task, **kind} for task in STEPS for name, kind in KINDS.items()}
+SIZE = {"epochs": 20, "iterations": 1500, "hidden": 64, "batch": 50, "train": 3_000, "test": 1_000, "pixel_epochs": 4}
+FIGSIZE = (12, 4)
+
+
+class Network(nn.Module):
+    def __init__(self, settings: dict, inputs: int, hidden: int, outputs: int, steps: int) -> None:
+        super().__init__()
+        if settings["kind"] == "roa":
+            self.recurrent = ROARNN(inputs, hidden, beta=settings["beta_steps"] / steps)
+        else:
+            self.recurrent = (nn.RNN if settings["kind"] == "rnn" else nn.LSTM)(inputs, hidden)
+        self.read = nn.Linear(hidden, outputs)
+
+    def forward(self, u, last=True):
+        states = self.recurrent(u)[0]
+        return self.read(states[-1] if last else states)
+
+
+def run(settings, size, seed, data, tick):
+    task, hidden = settings["task"], size["hidden"]
+    steps = STEPS[task] + (2 * tasks.LENGTH if task == "copying" else 0)
+    inputs, outputs = {"copying": (10, 10), "adding": (2, 1), "psmnist": (1, 10)}[task]
+    model = Network(settings, inputs, hidden, outputs, steps)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
+
+    def step(loss) -> float:
+        optimizer.zero_grad()
+        loss.backward()
+        if settings["kind"] != "roa":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    if task == "psmnist":
+        return _pixels(model, step, size, seed, data.standard(), tick)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    per_point = size["iterations"] // size["epochs"]
+    for _ in range(size["epochs"]):
+        total = 0.0
+        for _ in range(per_point):
+            u, target = getattr(tasks, task)(size["batch"], STEPS[task], generator)
+            if task == "copying":
+                loss = functional.cross_entropy(model(u, last=False).flatten(0, 1), target.flatten())
+            else:
+                loss = functional.mse_loss(model(u)[:, 0], target)
+            total += step(loss)
+        losses.append(total / per_point)
+        tick(f"loss {losses[-1]:.4f}")
+    return {"loss": losses}
+
+
+def _pixels(model, step, size, seed, data, tick):
+    train, test = tasks.permuted_pixels(data.train_x), tasks.permuted_pixels(data.test_x)
+    shuffle, errors, losses = torch.Generator().manual_seed(seed), [], []
+    for _ in range(size["pixel_epochs"]):
+        batches = torch.randperm(len(data.train_y), generator=shuffle).split(size["batch"])
+        losses += [
+            sum(step(functional.cross_entropy(model(train[:, b]), data.train_y[b])) for b in batches) / len(batches)
+        ]
+        with torch.no_grad():
+            guesses = torch.cat([model(test[:, b]).argmax(1) for b in torch.arange(test.shape[1]).split(250)])
+        errors.append(float((guesses != data.test_y).double().mean()))
+        tick(f"loss {losses[-1]:.3f}, test error {errors[-1]:.2%}")
+    return {"loss": losses, "test_error": errors}
+
+
+def plot(figure, results):
+    size = next(iter(results.values()))[0]["size"]
+    baselines = {"copying": tasks.copying_baseline(STEPS["copying"]), "adding": tasks.ADDING_BASELINE, "psmnist": 0.9}
+    for axis, task in zip(figure.subplots(1, 3), STEPS, strict=True):
+        key = "test_error" if task == "psmnist" else "loss"
+        for i, name in enumerate(KINDS):
+            records = results.get(f"{task}, {name}", [])
+            if records:
+                values = frame.mean(records, key)
+                unit = 1 if task == "psmnist" else records[0]["size"]["iterations"] // len(values)
+                axis.plot([unit * (k + 1) for k in range(len(values))], values, color=f"C{i}", marker=".", label=name)
+        axis.axhline(baselines[task], color="grey", linewidth=0.8, label="without memory")
+        axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=f"{task}, {STEPS[task]} steps")
+        axis.set(ylabel="test error" if task == "psmnist" else "loss", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"K: {size['hidden']} hidden units, batch {size['batch']}")
+
+
+def lines(results):
+    text = []
+    for name, records in results.items():
+        key = "test_error" if "psmnist" in name else "loss"
+        text.append(f"{name}: last {key} {frame.spread((r[key][-1] for r in records), '{:.4f}')}")
+    return text
