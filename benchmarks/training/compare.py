@@ -13,7 +13,7 @@ LABELS = {"sgd2": "SGD2", "sgd": "SGD, momentum", "adam": "Adam"}
 
 
 def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
-    """Train with the optimizer of ``settings``, its rate selected as in the paper, at the same number of trials each."""
+    """Train with the optimizer of ``settings``, its rate selected as in the paper; all have as many candidates."""
     method = settings["optimizer"]
     options = {} if method == "adam" else {"weight_decay": settings.get("weight_decay", 1e-4)}
     optimizer = fit.optimizer_of(method, model, seed=seed, **options)
@@ -37,11 +37,10 @@ def curves(
         if published and name in published:
             points = published[name]
             right.plot(list(points), list(points.values()), "x", color=f"C{i}")
-    if published:
-        right.plot([], [], "kx", label=source)
     left.set(yscale="log", xlabel="epoch", ylabel="mean training loss")
     right.set(yscale="log", xlabel="epoch", ylabel="test error")
-    right.legend(fontsize="small")
+    left.plot([], [], "kx", label=source) if published else None
+    left.legend(fontsize="small")
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
 

@@ -16,7 +16,7 @@ SETTINGS = {
     "adam": {"optimizer": "adam", "normalization": "none"},
     "sgd2, rms": {"optimizer": "sgd2", "normalization": "rms", "weight_decay": 5e-4},
 }
-SIZE = {"epochs": 10, "train": 4_000, "test": 2_000, "batch": 200}
+SIZE = {"epochs": 5, "train": 2_000, "test": 1_000, "batch": 100}
 
 
 def run(settings, size, seed, data, tick):

@@ -59,10 +59,19 @@ def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0,
     return optimizer
 
 
-def test_error(model: nn.Module, split: Split, batch: int = 1000) -> float:
+def select(model, optimizer, split: Split, batch: int, candidates: tuple[float, ...], seed: int) -> float:
+    """The rate search of arXiv 1708.00631 once, before training."""
+    order = torch.randperm(len(split.train_y), generator=torch.Generator().manual_seed(seed))
+    loss = lambda rows: functional.cross_entropy(model(split.train_x[rows]), split.train_y[rows])  # noqa: E731
+    whole = order[: len(order) // batch * batch].split(batch)
+    return co.optim.select_learning_rate(model, optimizer, loss, whole, candidates=candidates)
+
+
+def error_of(model: nn.Module, split: Split) -> float:
+    """Share of the test images that are classified wrongly, in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        pairs = zip(split.test_x.split(batch), split.test_y.split(batch), strict=True)
+        pairs = zip(split.test_x.split(1000), split.test_y.split(1000), strict=True)
         wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in pairs)
     model.train()
     return wrong / len(split.test_y)
@@ -110,7 +119,7 @@ def train(
             steps += 1
             after_step(steps)
         losses.append(total / len(batches))
-        errors.append(test_error(model, split))
+        errors.append(error_of(model, split))
         after_epoch(epoch)
         tick(f"loss {losses[-1]:.3g}, test error {errors[-1]:.2%}")
         if not math.isfinite(losses[-1]):

@@ -9,8 +9,8 @@ An experiment is a module of this folder with
 - ``lines(results)``: what came out, in sentences, for the console.
 
 ``results`` maps the run's name to its finished records, one a seed.  Every finished run is kept at once in
-benchmarks/results/training/NAME.json with its settings, sizes, seed, command, versions and date, and not repeated unless
-its settings or sizes have changed; so an interrupted experiment goes on where it stopped.
+benchmarks/results/training/NAME.json with its settings, sizes, seed, command, versions and date, and not repeated
+unless its settings or sizes have changed; so an interrupted experiment goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -151,8 +152,8 @@ def mean(records: list[dict], key: str) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(r[key] for r in records), strict=False)]
 
 
-def spread(values: Iterable[float], form: str = "{:.2%}") -> str:
-    """ "mean (least to largest)" of a figure over the seeds."""
-    values = list(values)
+def spread(values: Iterable[float | None], form: str = "{:.2%}") -> str:
+    """Mean, least and largest of a figure over the seeds; None, which stands for what JSON cannot hold, is infinite."""
+    values = [math.inf if value is None else value for value in values]
     text = form.format(sum(values) / len(values))
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"

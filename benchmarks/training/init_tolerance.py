@@ -1,6 +1,6 @@
-"""Tolerance to the scale of the initial weights: the one figure of arXiv 1708.00631's released code that can be read.
+"""D: tolerance to the scale of the initial weights, the one figure of arXiv 1708.00631's code that can be read.
 
-    python -m benchmarks.training.init_tolerance [--data-dir DIR] [--runs NAME ...] [--epochs 20] [--seed 0]
+    python -m benchmarks.training init-tolerance [--data-dir DIR] [--runs NAME ...] [--epochs 20] [--seed 0]
 
 Network C, the deep MLP of the training command (784-128, ten times 128-128, 128-10, ReLU, an RMS norm before every
 weight layer but the first), on MNIST: raw pixels less their mean over the training images, batch 500, weights normal
@@ -30,6 +30,7 @@ import consistency_ops as co
 from benchmarks.micro.timing import machine
 from consistency_ops.train import data, models
 
+TITLE = "D: tolerance to the scale of the initial weights, beside the published curves"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 BATCH = 500
@@ -171,7 +172,7 @@ def plot(runs: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA, help="folder of the four MNIST files")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="repeat runs that are stored")
     parser.add_argument("--out", type=Path, default=RESULTS / "init_tolerance.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
     missing = [name for name in arguments.runs if arguments.again or name not in runs]

@@ -17,14 +17,14 @@ from consistency_ops.nn import ROARNN
 
 TITLE = "K: roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
 DATA = "mnist"
-STEPS = {"copying": 100, "adding": 200, "psmnist": 784}
+STEPS = {"copying": 50, "adding": 100, "psmnist": 784}
 KINDS = {
     "roa": {"kind": "roa", "beta_steps": 2.0, "lr": 3e-3},
     "rnn": {"kind": "rnn", "lr": 1e-3},
     "lstm": {"kind": "lstm", "lr": 3e-3},
 }
 SETTINGS = {f"{task}, {name}": {"task": task, **kind} for task in STEPS for name, kind in KINDS.items()}
-SIZE = {"epochs": 20, "iterations": 1500, "hidden": 64, "batch": 50, "train": 3_000, "test": 1_000, "pixel_epochs": 4}
+SIZE = {"epochs": 20, "iterations": 800, "hidden": 64, "batch": 50, "train": 3_000, "test": 1_000, "pixel_epochs": 3}
 FIGSIZE = (12, 4)
 
 

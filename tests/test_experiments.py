@@ -1,0 +1,190 @@
+"""The experiments: every one runs, resumes and draws at a tiny size; tasks and certificates are what they say."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from benchmarks.training import __main__ as command
+from benchmarks.training import contractive, fit, frame, glorot, roa_depth, tasks
+from consistency_ops.nn import deep_mlp
+
+TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
+WITH_SETTINGS = [name for name in frame.EXPERIMENTS if hasattr(frame.load(name), "SETTINGS")]
+
+
+def images(name):
+    """60 images of noise in the shape of a data set; 28x28 ones are cut to 8x8 where a test only needs an image."""
+    channels, size = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 8)}[name]
+    generator = torch.Generator().manual_seed(0)
+    x = 50 * torch.randn(60, channels, size, size, generator=generator)
+    y = torch.randint(10, (60,), generator=generator)
+    return fit.Split(x, y, x[:20], y[:20], 50.0)
+
+
+def chosen(name, experiment):
+    """The first run, and one that takes another branch."""
+    names = [run for run in experiment.SETTINGS if "5000" not in run and "200" not in run]
+    wanted = {
+        "deep-narrow": ["relu, as released, depth 50"],
+        "contractive": ["modulus, decay 0.001, clip"],
+        "roa-memory": ["adding, lstm", "copying, rnn"],
+        "pixelwise": ["im2col", "fft"],
+        "noise": ["relu, depth 50, residual 0.01", "relu, depth 50, gradient 0.01"],
+        "glorot": ["tanh, glorot"],
+    }.get(name, names[1:2])
+    return [names[0], *wanted]
+
+
+@pytest.mark.parametrize("name", WITH_SETTINGS)
+def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, capsys):
+    experiment = frame.load(name)
+    runs = chosen(name, experiment)
+    calls = []
+    original = experiment.run
+    monkeypatch.setattr(experiment, "run", lambda *args: calls.append(args[0]) or original(*args))
+    monkeypatch.setattr(fit, "load", lambda data, size, directory: images(data))
+    monkeypatch.setattr(sys, "argv", ["training", name])
+    options = [f"--{key.replace('_', '-')}={TINY[key]}" for key in experiment.SIZE if key in TINY]
+    arguments = [name, "--runs", *runs, *options, "--out", str(tmp_path)]
+    command.main(arguments)
+    assert calls == [experiment.SETTINGS[run] for run in runs]
+    printed = capsys.readouterr().out
+    assert all(f"{run}: " in printed for run in runs)
+    figure = tmp_path / f"{name}.png"
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size < 150_000
+
+    stored = json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)["runs"]
+    assert [record["run"] for record in stored] == runs
+    for record in stored:
+        assert {"settings", "size", "seed", "seconds", "date", "command", "versions"} <= set(record)
+
+    command.main(arguments)  # all is there: nothing runs
+    assert len(calls) == len(runs)
+    command.main([*arguments, "--seeds", "0", "1"])
+    assert len(calls) == 2 * len(runs)
+    command.main([*arguments, "--plot", "--seeds", "5"])
+    assert len(calls) == 2 * len(runs)
+    size = {**experiment.SIZE, **{key: TINY[key] for key in experiment.SIZE if key in TINY}}
+    store = frame.Store(tmp_path / f"{name}.json")
+    first = experiment.SETTINGS[runs[0]]
+    assert store.find(runs[0], first, size, 1) is not None
+    assert store.find(runs[0], {**first, "other": 1}, size, 0) is None
+    assert store.find(runs[0], first, {**size, "batch": 7}, 0) is None
+
+
+def test_same_seed_same_result():
+    experiment = frame.load("deep-mlp")
+    size = {**TINY, "epochs": 1}
+    curves = [
+        experiment.run(experiment.SETTINGS["sgd2"], size, seed, images("mnist"), lambda text: None)["train_loss"]
+        for seed in (3, 3, 4)
+    ]
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_a_store_replaces_a_run_and_is_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    store = frame.Store(path)
+    for value in (1, 2):
+        store.put({"run": "a", "settings": {"k": (1, 2)}, "size": {}, "seed": 0, "value": value})
+    store.put({"run": "b", "settings": {}, "size": {}, "seed": 0, "value": 3})
+    assert [r["value"] for r in frame.Store(path).records] == [2, 3]
+    assert frame.Store(path).find("a", {"k": (1, 2)}, {}, 0)["value"] == 2
+    assert list(frame.Store(path).results(["b", "a", "c"])) == ["b", "a"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frame.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.put({"run": "c", "settings": {}, "size": {}, "seed": 0})
+    assert [r["value"] for r in frame.Store(path).records] == [2, 3]
+
+
+def test_command_line(capsys, tmp_path):
+    command.main([])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(frame.EXPERIMENTS)
+    with pytest.raises(SystemExit, match=r"deep-mlp.json: holds no finished run of deep-mlp; run it without --plot"):
+        command.main(["deep-mlp", "--plot", "--out", str(tmp_path)])
+    for arguments, message in (
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["deep-mlp", "--runs", "nothing"], "invalid choice: 'nothing'"),
+        (["deep-mlp", "--epochs", "many"], "invalid int value: 'many'"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_copying_task():
+    u, target = tasks.copying(5, 30, torch.Generator().manual_seed(0))
+    assert u.shape == (50, 5, 10) and target.shape == (50, 5)
+    symbols = u.argmax(2)
+    assert (u.sum(2) == 1).all() and (symbols[:10] < tasks.SYMBOLS).all()
+    assert (symbols[10:39] == tasks.BLANK).all() and (symbols[39] == tasks.DELIMITER).all()
+    assert (symbols[40:] == tasks.BLANK).all()
+    assert (target[:40] == tasks.BLANK).all() and torch.equal(target[40:], symbols[:10])
+    # Blanks known, symbols guessed: the baseline is that predictor's cross-entropy.
+    logits = torch.full((50, 5, 10), -1e9)
+    logits[:40, :, tasks.BLANK] = 0
+    logits[40:, :, : tasks.SYMBOLS] = 0
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+    assert float(loss) == pytest.approx(tasks.copying_baseline(30), rel=1e-5)
+
+
+def test_adding_task():
+    u, target = tasks.adding(4000, 40, torch.Generator().manual_seed(0))
+    assert u.shape == (40, 4000, 2)
+    assert (u[:20, :, 1].sum(0) == 1).all() and (u[20:, :, 1].sum(0) == 1).all()
+    torch.testing.assert_close((u[..., 0] * u[..., 1]).sum(0), target)
+    assert (target - 1).square().mean() == pytest.approx(tasks.ADDING_BASELINE, rel=0.05)
+
+
+def test_pixels_of_all_images_have_one_order():
+    x = torch.arange(2 * 784.0).view(2, 1, 28, 28)
+    u = tasks.permuted_pixels(x)
+    assert u.shape == (784, 2, 1) and not torch.equal(u[:, 0, 0], x[0].flatten())
+    torch.testing.assert_close(u[:, 1] - u[:, 0], torch.full((784, 1), 784.0))
+    assert torch.equal(u[:, 0, 0].sort().values, x[0].flatten())
+
+
+def test_no_image_inside_its_radius_changes_class():
+    """Certificate of experiment F against gradient attacks of exactly the certified length."""
+    data = images("mnist")
+    model = deep_mlp(784, 10, width=32, depth=3, activation="modulus", init="he")
+    for _ in range(3):
+        model(data.train_x)
+    bound = sum(x for _, x in contractive.factors(model.eval()))
+    x = data.test_x.clone().requires_grad_()
+    logits = model(x)
+    top = logits.topk(2)
+    margin = top.values[:, 0] - top.values[:, 1]
+    (direction,) = torch.autograd.grad(margin.sum(), x)
+    radius = margin.detach() / (math.sqrt(2) * 10**bound)
+    length = direction.flatten(1).norm(dim=1)
+    moved = data.test_x - direction * (0.999 * radius / length).view(-1, 1, 1, 1)
+    assert (radius > 0).all() and torch.equal(model(moved).argmax(1), logits.argmax(1))
+    share = contractive.certified(model, bound, data)
+    right = logits.argmax(1) == data.test_y
+    assert share == [float((right & (radius > r)).double().mean()) for r in contractive.RADII]
+
+
+def test_mean_singular_value_of_a_linear_network_is_that_of_its_weights():
+    model = deep_mlp(64, 10, width=20, depth=3, activation="tanh", normalization="none", init="orthogonal")
+    for parameter in model[1].parameters():
+        parameter.data.mul_(1e-4)  # small signals: tanh is the identity
+    values = glorot.mean_singular_values(model, (torch.nn.Tanh,), torch.randn(4, 64))
+    assert values == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_plain_network_is_a_network_without_filters():
+    model = roa_depth.network({"kind": "mlp", "depth": 3}, {"width": 6}, 0)
+    x = torch.randn(2, 6)
+    expected = x
+    for layer in model.layers:
+        expected = torch.tanh(layer(expected))
+    assert torch.equal(model.hidden(x), expected)
