@@ -103,14 +103,18 @@ def plot(figure, results):
     left, middle, right = figure.subplots(1, 3)
     for activation, marker, colour in (("modulus", "o", "C0"), ("relu", "s", "C3")):
         left.plot(*zip(*NUMPY[activation], strict=True), "x", color=colour, label=f"{activation}, numpy, plain")
-        chosen = [r for name, rs in results.items() if name.startswith(activation) for r in rs]
-        for key, fill in (("plain", "full"), ("folded", "none")):
-            points = [(r["test_error"][-1], r[key]) for r in chosen]
-            if points:
-                x, y = zip(*points, strict=True)
-                left.plot(x, y, marker, fillstyle=fill, color=colour, linestyle="", label=f"{activation}, {key}")
+        for depth, size in ((11, 6), (4, 11)):
+            chosen = [r for rs in results.values() for r in rs if r["settings"]["activation"] == activation]
+            chosen = [r for r in chosen if r["settings"]["depth"] == depth]
+            for key, fill in (("plain", "full"), ("folded", "none")):
+                x, y = [r["test_error"][-1] for r in chosen], [r[key] for r in chosen]
+                style = dict(marker=marker, markersize=size, fillstyle=fill, color=colour, linestyle="")
+                left.plot(x, y, **style, label=f"{activation}, {key}" if depth == 11 else None)
+    left.plot([], [], "o", fillstyle="none", markersize=11, color="grey", label="large: 4 hidden layers, not 11")
     left.axhline(0, color="grey", linewidth=0.8)
     left.set(xscale="log", xlabel="test error", ylabel="log10 of the bound (raw pixels)", title="bound and accuracy")
+    left.set_xticks([0.02, 0.03, 0.05, 0.1], ["2 %", "3 %", "5 %", "10 %"])
+    left.set_xticks([], minor=True)
     for i, decay in enumerate((1e-4, 1e-3)):
         for activation, line in (("modulus", "-"), ("relu", "--")):
             records = results.get(f"{activation}, decay {decay:g}")
@@ -140,6 +144,6 @@ def lines(results):
         plain, folded = (frame.spread((r[key] for r in records), "{:.2f}") for key in ("plain", "folded"))
         certified = [f"{x:.1%}" for x in records[0]["certified_folded"]]
         text.append(
-            f"{name}: test error {last}, log10 bound {plain}, folded {folded}; certified {certified} at {RADII}"
+            f"{name}, {records[0]['size']['train']} images: test error {last}, log10 bound {plain}, folded {folded}; certified {certified} at {RADII}"
         )
     return text
