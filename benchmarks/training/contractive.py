@@ -143,7 +143,7 @@ def lines(results):
         last = frame.spread(r["test_error"][-1] for r in records)
         plain, folded = (frame.spread((r[key] for r in records), "{:.2f}") for key in ("plain", "folded"))
         certified = [f"{x:.1%}" for x in records[0]["certified_folded"]]
-        text.append(
-            f"{name}, {records[0]['size']['train']} images: test error {last}, log10 bound {plain}, folded {folded}; certified {certified} at {RADII}"
-        )
+        run = f"{name}, {records[0]['size']['train']} images"
+        bounds = f"log10 bound {plain}, folded {folded}"
+        text.append(f"{run}: test error {last}, {bounds}; certified {certified} at {RADII}")
     return text
