@@ -3,7 +3,17 @@
 from .activation_statistics import activation_statistics
 from .conditioning import condition_number, conditioning
 from .gradient_energy import gradient_energy
+from .lipschitz import certified_radius, lipschitz_bound
 from .propagation import propagation
 from .recorder import Recorder
 
-__all__ = ["Recorder", "activation_statistics", "condition_number", "conditioning", "gradient_energy", "propagation"]
+__all__ = [
+    "Recorder",
+    "activation_statistics",
+    "certified_radius",
+    "condition_number",
+    "conditioning",
+    "gradient_energy",
+    "lipschitz_bound",
+    "propagation",
+]

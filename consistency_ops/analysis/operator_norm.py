@@ -1,0 +1,142 @@
+"""Spectral norms of matrices and convolutions, never too small: certificates are built on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DIRECT = 2048  # matrices with a smaller side up to this get an exact decomposition
+_BUDGET = 3e9  # multiplications of one pass over the frequencies of a convolution
+
+
+def _safe(value: float, size: int) -> float:
+    """Above the rounding of a float64 decomposition."""
+    return value * (1 + 8 * size * 2.3e-16)
+
+
+def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
+    """Upper bounds of the spectral norms of the matrices ``a`` (..., m, n), falling to them with every iteration.
+
+    G <- G^H G squares the singular values, and sigma_max(a) <= |G|_F^(1/2^k) after k steps: an iteration that, unlike
+    the power iteration, comes from above. After k steps the bound is at most rank^(1/2^(k+1)) times too large.
+    (Delattre et al., ICML 2023, "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration".)
+    """
+    if a.shape[-2] < a.shape[-1]:
+        a = a.mH
+    log = torch.zeros(a.shape[:-2], dtype=torch.float64, device=a.device)
+    for k in range(iterations + 1):
+        norm = torch.linalg.matrix_norm(a).clamp(min=torch.finfo(torch.float32).tiny)
+        log = log + norm.double().log() / 2**k
+        a = a / norm[..., None, None]
+        if k < iterations:
+            a = a.mH @ a
+    return log.exp() * (1 + 1e-12)
+
+
+def matrix_norm(weight: Tensor) -> tuple[float, bool]:
+    """(spectral norm of a matrix, True), or (an upper bound at most 0.1 % too large, False) of a very large one."""
+    weight = weight.detach().double()
+    if not weight.numel():
+        return 0.0, True
+    if not weight.isfinite().all():
+        return math.inf, False
+    if min(weight.shape) <= _DIRECT:
+        return _safe(float(torch.linalg.svdvals(weight)[0]), max(weight.shape)), True
+    return float(gram_bound(weight)), False
+
+
+def convolution_norm(
+    weight: Tensor,
+    *,
+    stride: Sequence[int] = (1,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+    circular: Sequence[int] | None = None,
+) -> tuple[float, bool]:
+    """l2 norm of a convolution with ``weight`` (out, in / groups, *kernel), for images of any size.
+
+    On an unbounded image, of which a zero-padded one is a part, the norm is the largest spectral norm of the kernel's
+    Fourier transform over all frequencies. A stride is removed by splitting the image into its phases, which are more
+    input channels of a smaller convolution without stride. On a grid of N frequencies a side, the squared norm, a
+    trigonometric polynomial of degree q - 1 for a kernel of q taps along every line, can exceed its largest value by
+    the factor 1 / cos(pi (q - 1) / N) at most (Ehlich and Zeller, 1964), which is multiplied in.
+
+    ``circular``: image size, for a convolution that is circular: there the N frequencies are all there are, and the
+    norm is exact. Returns (norm, exact).
+    """
+    weight = weight.detach().double()
+    if not weight.numel():
+        return 0.0, True
+    if not weight.isfinite().all():
+        return math.inf, False
+    dims = weight.dim() - 2
+    stride, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, dilation))
+    out, channels = weight.shape[:2]
+    kernel = weight.reshape(groups, out // groups, channels, *weight.shape[2:])
+    for axis in range(dims):
+        if stride[axis] > 1 or circular is not None:
+            kernel = _phases(kernel, 3 + axis, stride[axis], dilation[axis])
+    kernel = kernel.reshape(groups, out // groups, -1, *kernel.shape[3 : 3 + dims])
+    taps = kernel.shape[3:]
+    small, large = sorted(kernel.shape[1:3])
+    if circular is not None:
+        sizes = [n // s for n, s in zip(circular, stride, strict=True)]
+        kernel = _wrap(kernel, sizes)
+        return _safe(_largest(torch.fft.fftn(kernel, dim=tuple(range(3, 3 + dims))), dims), small), True
+    for oversampling in (32, 16, 8, 4):
+        sizes = [1 if q == 1 else oversampling * (q - 1) for q in taps]
+        if groups * math.prod(sizes) / 2 * small**2 * large <= _BUDGET:
+            break
+    factor = math.prod(1 / math.sqrt(math.cos(math.pi * (q - 1) / n)) for q, n in zip(taps, sizes, strict=True))
+    spectrum = torch.fft.rfftn(kernel, s=sizes, dim=tuple(range(3, 3 + dims)))
+    bound = _safe(_largest(spectrum, dims) * factor, small)
+    # An image meets each tap's matrix once: sqrt(taps) times the norm of the kernel as one matrix.
+    plain = max(matrix_norm(part.flatten(1))[0] for part in kernel) * math.sqrt(math.prod(taps))
+    return min(bound, plain), math.prod(taps) == 1
+
+
+def _phases(kernel: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
+    """Taps t = stride q + r along ``axis``: q stays there, r joins the input channels (dimension 2)."""
+    length = (kernel.shape[axis] - 1) * dilation + 1
+    shape = list(kernel.shape)
+    shape[axis] = -(-length // stride) * stride
+    spread = kernel.new_zeros(shape)
+    spread.index_copy_(axis, torch.arange(0, length, dilation, device=kernel.device), kernel)
+    split = spread.unflatten(axis, (-1, stride)).movedim(axis + 1, 3)
+    return split.flatten(2, 3)
+
+
+def _wrap(kernel: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Taps beyond the image come in again on the other side."""
+    for axis, n in enumerate(sizes, 3):
+        q = kernel.shape[axis]
+        padded = torch.nn.functional.pad(kernel, (0, 0) * (kernel.dim() - 1 - axis) + (0, -q % n))
+        kernel = padded.unflatten(axis, (-1, n)).sum(axis)
+    return kernel
+
+
+def _largest(spectrum: Tensor, dims: int) -> float:
+    """Largest singular value of (groups, out, in, *frequencies) over groups and frequencies.
+
+    Upper bounds by Gram iteration, in single precision, discard most of the frequencies; the rest are decomposed.
+    """
+    matrices = spectrum.movedim((1, 2), (-2, -1)).flatten(0, dims)
+    if len(matrices) > 16 and min(matrices.shape[-2:]) > 1:
+        scale = matrices.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+        upper = gram_bound((matrices / scale).to(torch.complex64), 4).double() * scale * (1 + 1e-3)
+        top = upper.argsort(descending=True)[:8]
+        best = float(torch.linalg.svdvals(matrices[top])[:, 0].max())
+        rest = upper >= best
+        rest[top] = False
+        matrices = matrices[rest]
+    else:
+        best = 0.0
+    # The largest eigenvalue of the smaller Gram matrix is as accurate as its square root needs.
+    if not len(matrices):
+        return best
+    if matrices.shape[-2] < matrices.shape[-1]:
+        matrices = matrices.mH
+    return max(best, math.sqrt(float(torch.linalg.eigvalsh(matrices.mH @ matrices)[:, -1].max())))
