@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +32,17 @@ def check_device(op: str, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device != device:
             raise RuntimeError(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
-    if device.type not in ("cpu", "meta"):
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda" or not has_cuda_kernels():
         raise NotImplementedError(f"{op}: this build has kernels for the CPU only, got a tensor on {device}")
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError(f"{op}: the CUDA kernels compute in float32, got a float64 tensor on {device}")
+
+
+@functools.cache
+def has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("consistency_ops::foreach_precondition_", "CUDA")
 
 
 def check_options(op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int) -> None:
@@ -92,10 +102,12 @@ def check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
         raise TypeError(f"{op}: permutation must be an int64 or int32 tensor, got {kind}")
     if permutation.shape != (units,):
         raise ValueError(f"{op}: permutation must have shape ({units},), got {tuple(permutation.shape)}")
-    if not torch.equal(
-        permutation.sort().values, torch.arange(units, device=permutation.device, dtype=permutation.dtype)
-    ):
-        raise ValueError(f"{op}: permutation must be a bijection of the {units} units")
+    message = f"{op}: permutation must be a bijection of the {units} units"
+    expected = torch.arange(units, device=permutation.device, dtype=permutation.dtype)
+    if permutation.is_cuda:  # asserted on the device: the host does not wait, and a graph can be captured
+        torch._assert_async((permutation.sort().values == expected).all(), message)
+    elif not torch.equal(permutation.sort().values, expected):
+        raise ValueError(message)
     return permutation.to(torch.int64).contiguous()
 
 
@@ -174,7 +186,8 @@ def check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[
 
 
 def is_real(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not _is_fake(tensor)
+    """Whether it has an address."""
+    return not torch.compiler.is_compiling() and tensor.device.type in ("cpu", "cuda") and not _is_fake(tensor)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -83,6 +83,8 @@ def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: 
         fail(error, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if running_ms.dtype not in _STATISTICS:
         fail(TypeError, f"running_ms must be float32 or float64, got {running_ms.dtype}")
+    if x.is_cuda and torch.float64 in (x.dtype, running_ms.dtype):
+        fail(NotImplementedError, f"the CUDA kernels compute in float32, got a float64 tensor on {x.device}")
     if x.dim() < 2:
         fail(ValueError, f"x must be (N, C) or (N, C, *spatial), got shape {tuple(x.shape)}")
     if running_ms.dim() != 1 or running_ms.shape[0] != x.shape[1] or not running_ms.is_contiguous():

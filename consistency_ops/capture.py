@@ -18,7 +18,7 @@ from .distributed import Group, is_dtensor, local_input
 from .layers import LayerType
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 9
+USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 10
 
 _capture_rows = torch.ops.consistency_ops.capture_rows_.default
 _capture_mark = torch.ops.consistency_ops.capture_mark_.default

@@ -45,6 +45,8 @@ def modulus(x: Tensor) -> Tensor:
     is_complex = x.dtype in _COMPLEX
     if not is_complex and x.dtype not in _REAL:
         raise TypeError(f"modulus: x must be floating point or complex, got {x.dtype}")
+    if is_complex and x.is_cuda:
+        return reference.modulus(x)  # complex tensors have no CUDA kernel
     if _transforming() or forward_ad._current_level >= 0:
         if torch.compiler.is_compiling():
             return reference.modulus(x)  # registered formulas know no transforms

@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its waiting threads spin, 
 import numpy as np
 import pytest
 import torch
+from kernels import AGAIN, KINDS, Kernels, behind_the_operators, is_for
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +25,27 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function.__name__ in AGAIN.get(metafunc.module.__file__.rpartition(os.sep)[2], ()):
+        if "kernels" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("kernels")
+        metafunc.parametrize("kernels", KINDS, indirect=True)
+
+
+@pytest.fixture
+def kernels(request):
+    """What computes behind the operators: the library's own CPU kernels, or others (kernels.py)."""
+    kind = getattr(request, "param", "library")
+    with behind_the_operators(kind):
+        yield Kernels(kind)
+
+
+def pytest_collection_modifyitems(config, items):
+    def stays(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return is_for(parameters.get("kernels", "library"), parameters)
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = [item for item in items if stays(item)]

@@ -1,6 +1,7 @@
 """The correction against float64, on random cases of every shape, layout, dtype, damping and division."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -42,15 +43,21 @@ def rounded(values, dtype):
     return torch.from_numpy(values).to(dtype).double().numpy() if dtype.itemsize == 2 else values
 
 
+def work(sample):
+    """Elements of a case's inputs and gradient."""
+    rows = math.prod(sample.images) or sample.rows
+    return (min(rows, sample.max_rows) + sample.outputs * math.prod(sample.kernel)) * sample.units
+
+
 @pytest.mark.parametrize("first", range(0, CASES, BATCH))
-def test_random_cases_against_float64(first):
+def test_random_cases_against_float64(first, kernels):
     """Per chunk: error <= 50 eps cond + rounding of a 16-bit result, eps of the compute type.
 
     Per case computed in float32: the worst chunk is not worse than twice the worst chunk of torch's own float32
     composition, plus 2 eps for the result's own rounding.  The order of the units in a chunk is arbitrary, and torch
     can be exact by luck in one order of two units, so its error is the larger of two orders."""
-    for index in range(first, first + BATCH):
-        sample = case(index)
+    samples = map(case, range(first, first + BATCH))
+    for sample in kernels.choose(samples, lambda s: (s.grad_dtype, s.input_dtype), work):
         grad, inputs, keywords = build(sample)
         before = grad.clone(), inputs.clone()
         corrected, info, used = co.precondition_ex(grad, inputs, **keywords)

@@ -55,6 +55,14 @@ KERNELS = {
     ("batch_rms_norm", r"channel_divide_kernel.*Lb1E"): Budget(
         registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128")
     ),
+    # Three CTAs of 256 threads an SM.  Widths of 4 (float32), 8 (half types), 2 (float64) elements are 16 bytes.
+    ("capture", r"capture_kernel"): Budget(registers=80, static_shared=19 << 10, need=("BAR.SYNC",)),
+    ("capture", r"capture_kernel.*(ffLi4E|ttLi8E|ddLi2E)"): Budget(
+        registers=80, static_shared=19 << 10, need=("LDG.E.128", "STG.E.128")
+    ),
+    ("capture", r"capture_kernel.*tfLi4E"): Budget(
+        registers=80, static_shared=10 << 10, need=("LDG.E.64", "STG.E.128")
+    ),
     ("modulus", r"modulus_kernel"): Budget(
         registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "STG.E.U8")
     ),

@@ -1,4 +1,4 @@
-// Batch RMS normalisation on the CPU: maps are read in place in either memory format; x is copied only where neither
+// Batch RMS normalisation: maps are read in place in either memory format; x is copied only where neither
 // the channels nor the pixels are neighbours in memory.
 #include "consistency_ops/batch_rms_norm.h"
 
@@ -6,8 +6,11 @@
 #include <utility>
 
 #include "bindings/checks.h"
+#include "bindings/cuda.h"
 #include "bindings/layout.h"
+#include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/batch_rms_norm_cuda.h"
 
 namespace consistency_ops::bindings {
 namespace {
@@ -50,6 +53,31 @@ bool channel_views(const Tensor& a, const Tensor& b, ChannelView& va, ChannelVie
          (channels_last(va) || (va.inner_stride == 1 && vb.inner_stride == 1));
 }
 
+Status run(const BatchRmsNormParams& params, [[maybe_unused]] const Tensor& running_ms) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(running_ms)) {
+    const int64_t bytes = batch_rms_norm_workspace_cuda(params);
+    Tensor workspace = empty_contiguous(running_ms, {bytes}, ScalarType::Byte);
+    return batch_rms_norm_denominator_cuda(params, workspace.mutable_data_ptr(), CudaScope(running_ms).stream());
+  }
+#endif
+  return batch_rms_norm_denominator_cpu(params, thread_pool());
+}
+
+Status run(const ChannelDivideParams& params, [[maybe_unused]] const Tensor& x) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(x)) return channel_divide_cuda(params, CudaScope(x).stream());
+#endif
+  return channel_divide_cpu(params, thread_pool());
+}
+
+// The CUDA kernels compute in float32.
+void check_types(const Tensor& running_ms, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      !on_cuda(running_ms) || (dtype != ScalarType::Double && running_ms.scalar_type() != ScalarType::Double), kOp,
+      ": float64 has no CUDA kernel");
+}
+
 void check_counter(const std::optional<Tensor>& num_batches) {
   STD_TORCH_CHECK(!num_batches || (num_batches->numel() == 1 && num_batches->scalar_type() == ScalarType::Long), kOp,
                   ": num_batches must be an int64 tensor with one element");
@@ -58,6 +86,7 @@ void check_counter(const std::optional<Tensor>& num_batches) {
 Tensor denominator(BatchRmsNormParams& params, const Tensor& running_ms, const std::optional<Tensor>& num_batches,
                    ScalarType dtype, double momentum, double eps) {
   check_counter(num_batches);
+  check_types(running_ms, dtype);
   STD_TORCH_CHECK(running_ms.dim() == 1 && running_ms.is_contiguous(), kOp,
                   ": running_ms must be contiguous with 1 dimension, got ", running_ms.dim());
   Tensor d = empty_contiguous(running_ms, {running_ms.numel()}, dtype);
@@ -69,7 +98,7 @@ Tensor denominator(BatchRmsNormParams& params, const Tensor& running_ms, const s
   params.denominator_dtype = dtype_of(d, kOp, "denominator");
   params.momentum = momentum;
   params.eps = eps;
-  check_status(batch_rms_norm_denominator_cpu(params, thread_pool()), kOp);
+  check_status(run(params, running_ms), kOp);
   return d;
 }
 
@@ -104,6 +133,7 @@ Tensor divide(Tensor x, Tensor denominator) {
   STD_TORCH_CHECK(x.dim() >= 2 && denominator.dim() == 1 && denominator.is_contiguous() &&
                       denominator.numel() == x.size(1) && denominator.scalar_type() == statistics_type(x),
                   kOp, ": the denominator must be (C) for x (N, C, *spatial), float64 if x is, else float32");
+  check_types(denominator, x.scalar_type());
   Tensor y = empty_like_of(x);
   ChannelDivideParams params{};
   if (!channel_views(x, y, params.x_view, params.y_view)) {
@@ -115,13 +145,13 @@ Tensor divide(Tensor x, Tensor denominator) {
   params.y = y.mutable_data_ptr();
   params.dtype = dtype_of(x, kOp, "x");
   params.denominator = denominator.const_data_ptr();
-  if (x.numel() > 0) check_status(channel_divide_cpu(params, thread_pool()), kOp);
+  if (x.numel() > 0) check_status(run(params, x), kOp);
   return y;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+CO_REGISTER(m) {
   m.impl("batch_rms_norm_denominator_", TORCH_BOX(&denominator_training));
   m.impl("batch_rms_norm_denominator", TORCH_BOX(&denominator_evaluation));
   m.impl("batch_rms_norm_divide", TORCH_BOX(&divide));

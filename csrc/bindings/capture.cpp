@@ -1,11 +1,13 @@
 // Registration of row capture: check, describe the strides, call the kernel.
 #include "consistency_ops/capture.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "bindings/checks.h"
+#include "bindings/cuda.h"
+#include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/capture_cuda.h"
 
 namespace {
 
@@ -14,6 +16,24 @@ using consistency_ops::kMaxCaptureDims;
 using consistency_ops::bindings::dtype_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using consistency_ops::Status;
+using consistency_ops::bindings::check_status;
+using consistency_ops::bindings::on_cuda;
+
+Status run_capture(const CaptureProblem& p, [[maybe_unused]] const Tensor& rows) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(rows)) return capture_rows_cuda(p, consistency_ops::bindings::CudaScope(rows).stream());
+#endif
+  return capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
+}
+
+Status run_mark(const CaptureProblem& p, bool restart, [[maybe_unused]] const Tensor& rows) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(rows)) return capture_mark_cuda(p, restart, consistency_ops::bindings::CudaScope(rows).stream());
+#endif
+  return capture_mark_cpu(p, restart);
+}
 
 CaptureProblem describe_buffer(const Tensor& rows, const Tensor& state, int64_t index) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0,
@@ -75,18 +95,19 @@ void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t u
     source = torch::stable::contiguous(x);
     describe_rows(source, unit_dim, p);  // at most one dimension on each side of unit_dim
   }
-  const consistency_ops::Status status = consistency_ops::capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
-  STD_TORCH_CHECK(status == consistency_ops::Status::kOk,
+  const Status status = run_capture(p, rows);
+  STD_TORCH_CHECK(status != Status::kInvalidArgument,
                   "capture_rows_: rows must be float32, float64 or have the dtype of x, and be at least as wide");
+  check_status(status, "capture_rows_");
 }
 
 void capture_mark_(Tensor rows, Tensor state, int64_t index, bool restart) {
-  consistency_ops::capture_mark_cpu(describe_buffer(rows, state, index), restart);
+  check_status(run_mark(describe_buffer(rows, state, index), restart, rows), "capture_mark_");
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+CO_REGISTER(m) {
   m.impl("capture_rows_", TORCH_BOX(&capture_rows_));
   m.impl("capture_mark_", TORCH_BOX(&capture_mark_));
 }

@@ -29,6 +29,7 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
 
 inline void check_status(Status status, const char* op) {
   STD_TORCH_CHECK(status != Status::kOutOfMemory, op, ": out of memory for the workspace; no gradient was changed");
+  STD_TORCH_CHECK(status != Status::kLaunchFailed, op, ": its CUDA kernel could not be launched: ", launch_error());
   STD_TORCH_CHECK(status == Status::kOk, op, ": the arguments break a bound that consistency_ops.ops checks");
 }
 

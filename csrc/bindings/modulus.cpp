@@ -1,4 +1,4 @@
-// |x| on the CPU: dense tensors are handled in memory order, whatever the order of their dimensions; others are first
+// |x|: dense tensors are handled in memory order, whatever the order of their dimensions; others are first
 // copied into the result.
 #include "consistency_ops/modulus.h"
 
@@ -6,13 +6,30 @@
 #include <tuple>
 
 #include "bindings/checks.h"
+#include "bindings/cuda.h"
 #include "bindings/layout.h"
+#include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/modulus_cuda.h"
 
 namespace consistency_ops::bindings {
 namespace {
 
 using torch::headeronly::ScalarType;
+
+Status run(const ModulusParams& params, [[maybe_unused]] const Tensor& x) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(x)) return modulus_cuda(params, CudaScope(x).stream());
+#endif
+  return modulus_cpu(params, thread_pool());
+}
+
+Status run(const ModulusBackwardParams& params, [[maybe_unused]] const Tensor& grad) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(grad)) return modulus_backward_cuda(params, CudaScope(grad).stream());
+#endif
+  return modulus_backward_cpu(params, thread_pool());
+}
 
 // Where to read x from when the result is y: x itself, or y once x has been copied into it.
 const void* source(const Tensor& x, Tensor& y) {
@@ -43,7 +60,7 @@ void real_modulus(const Tensor& x, Tensor& y, Tensor* signs, int64_t rows) {
   params.signs = signs == nullptr ? nullptr : static_cast<uint8_t*>(signs->mutable_data_ptr());
   params.rows = rows;
   params.row_length = rows == 0 ? 0 : x.numel() / rows;
-  check_status(modulus_cpu(params, thread_pool()), "modulus");
+  check_status(run(params, x), "modulus");
 }
 
 Tensor modulus(const Tensor& x) {
@@ -53,6 +70,7 @@ Tensor modulus(const Tensor& x) {
     real_modulus(x, y, nullptr, 1);
     return y;
   }
+  STD_TORCH_CHECK(!on_cuda(x), "modulus: complex tensors have no CUDA kernel");
   const Tensor in = dense(x, y);
   Tensor out = empty_strided(x, in.sizes(), in.strides(), part);
   ComplexModulusParams params{};
@@ -102,12 +120,13 @@ Tensor modulus_backward(const Tensor& grad, const Tensor& signs, const std::opti
   params.grad_x = out.mutable_data_ptr();
   params.rows = rows;
   params.row_length = row_length;
-  check_status(modulus_backward_cpu(params, thread_pool()), "modulus_backward");
+  check_status(run(params, grad), "modulus_backward");
   return out;
 }
 
 Tensor modulus_complex_backward(const Tensor& grad, const Tensor& x) {
   const ScalarType part = part_type(x);
+  STD_TORCH_CHECK(!on_cuda(x), "modulus_complex_backward: complex tensors have no CUDA kernel");
   STD_TORCH_CHECK(part != ScalarType::Undefined && grad.scalar_type() == part,
                   "modulus_complex_backward: x must be complex and grad have the type of its parts");
   STD_TORCH_CHECK(grad.sizes() == x.sizes(), "modulus_complex_backward: grad and x must have one shape");
@@ -130,7 +149,7 @@ Tensor modulus_complex_backward(const Tensor& grad, const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+CO_REGISTER(m) {
   m.impl("modulus", TORCH_BOX(&modulus));
   m.impl("modulus_forward", TORCH_BOX(&modulus_forward));
   m.impl("modulus_backward", TORCH_BOX(&modulus_backward));

@@ -1,7 +1,7 @@
 // The one list of schemas.  Mutation is written down; sizes that follow tensor shapes are SymInt.
-#include <torch/csrc/stable/library.h>
+#include "bindings/registration.h"
 
-STABLE_TORCH_LIBRARY(consistency_ops, m) {
+CO_LIBRARY(CO_NAMESPACE, m) {
   // Lists that may lack entries (bias_grads, permutations, row_counts) are dense, with the layer of each entry beside
   // them.
   m.def(
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(consistency_ops, m) {
       "-> Tensor");
   m.def("batch_rms_norm_divide(Tensor x, Tensor denominator) -> Tensor");
 
-  // state: int64 [layers, 9], one CaptureState (capture.h) a layer.
+  // state: int64 [layers, 10], one CaptureState (capture.h) a layer.
   m.def(
       "capture_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed, "
       "bool in_backward=False) -> ()");

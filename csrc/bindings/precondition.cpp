@@ -1,14 +1,16 @@
 // The correction and its stages: tensors to PreconditionLayer, and nothing else.
 #include "consistency_ops/precondition.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 #include <vector>
 
 #include "bindings/checks.h"
+#include "bindings/cuda.h"
+#include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/precondition_cuda.h"
 
 namespace consistency_ops::bindings {
 namespace {
@@ -93,13 +95,14 @@ void set_permutation(PreconditionLayer& layer, const Tensor* permutation, const 
                       permutation->size(0) == units && permutation->is_contiguous(),
                   op, ": permutation must be a contiguous int64 tensor of ", units, " units");
   const int64_t* unit = permutation->const_data_ptr<int64_t>();
+  layer.permutation = unit;
+  if (on_cuda(*permutation)) return;  // _checks.py asserts on the device that it is a bijection
   std::vector<bool> seen(units, false);
   for (int64_t p = 0; p < units; ++p) {
     STD_TORCH_CHECK(unit[p] >= 0 && unit[p] < units && !seen[unit[p]], op, ": permutation must be a bijection of ",
                     units, " units, got ", unit[p], " at ", p);
     seen[unit[p]] = true;
   }
-  layer.permutation = unit;
 }
 
 void set_row_count(PreconditionLayer& layer, const Tensor* row_count, const char* op) {
@@ -147,7 +150,36 @@ void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptio
   }
 }
 
-void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const char* op) {
+#if defined(CO_CUDA_KERNELS)
+Status run_cuda(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const Tensor& on) {
+  const auto count = static_cast<int64_t>(layers.size());
+  const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options);
+  const CudaScope scope(on);
+  Tensor workspace = torch::stable::new_empty(on, {bytes}, ScalarType::Byte);
+  if (bytes > 0) {
+    // On the stream, so also at every replay of a graph, whose memory pool other operators may have written to.
+    Tensor counters = torch::stable::narrow(workspace, 0, 0, kCudaCounterBytes);
+    torch::stable::zero_(counters);
+  }
+  return precondition_cuda(layers.data(), count, options, scope.device(),
+                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream());
+}
+#endif
+
+// `on`: a tensor on the device of all of them.
+void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
+            [[maybe_unused]] const Tensor& on, const char* op) {
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(on)) {
+    STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
+    const Status status = run_cuda(layers, options, on);
+    STD_TORCH_CHECK(status != Status::kInvalidArgument, op,
+                    ": beyond the CUDA kernel: at most 2^30 rows a layer, fewer than 2^31 units and chunks, and chunks "
+                    "above 192 units need a device with 163 KiB of shared memory a block");
+    check_status(status, op);
+    return;
+  }
+#endif
   const auto count = static_cast<int64_t>(layers.size());
   check_status(precondition_cpu(layers.data(), count, options, thread_pool()), op);
 }
@@ -199,7 +231,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
   Tensor info = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Int);
   Tensor used = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, op);
+  launch(layers, options, grads[0], op);
   return {info, used};
 }
 
@@ -241,7 +273,7 @@ Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Te
       layers.push_back(layer);
     }
   }
-  launch(layers, options, op);
+  launch(layers, options, inputs[0], op);
   return covariances;
 }
 
@@ -286,7 +318,7 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
   Tensor info = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Int);
   Tensor used = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, op);
+  launch(layers, options, covariances[0], op);
   return {inverses, info, used};
 }
 
@@ -326,12 +358,12 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
       info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) && info.is_contiguous(),
       op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");
   set_outputs(layers, options, const_cast<int32_t*>(info.const_data_ptr<int32_t>()), nullptr);
-  launch(layers, options, op);
+  launch(layers, options, grads[0], op);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(consistency_ops, CPU, m) {
+CO_REGISTER(m) {
   m.impl("foreach_precondition_", TORCH_BOX(&foreach_precondition_));
   m.impl("foreach_covariance", TORCH_BOX(&foreach_covariance));
   m.impl("foreach_inverse", TORCH_BOX(&foreach_inverse));

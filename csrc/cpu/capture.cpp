@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kTile = 64;               // rows of a tile: its offsets fit on the stack, its columns in L1
 constexpr int64_t kTaskBytes = 512 * 1024;  // below this, waking a thread costs more than it saves
-constexpr uint32_t kThinningPurpose = 16;   // random.h uses 0 to 2
 
 #include "cpu/convert.inl"
 
@@ -130,46 +129,29 @@ bool one_block(const CaptureProblem& p, const Copy& copy) {
   return p.x_dtype == p.rows_dtype && p.unit_stride == 1 && copy.stride == 1;
 }
 
-// How many of the stream's rows next, next + stride, ... lie below `end`.
-int64_t due(const CaptureState& s, int64_t end) { return s.next < end ? (end - s.next + s.stride - 1) / s.stride : 0; }
-
-void thin(const CaptureProblem& p, CaptureState& s) {
-  const uint32_t purpose = kThinningPurpose + static_cast<uint32_t>(s.thinned++);
-  const int64_t parity = philox(p.seed, static_cast<uint64_t>(s.step), p.layer, purpose).v[0] & 1;
+// Rows move to lower places only, so the order of the copies matters and no copy is needed in between.
+void move_rows(const CaptureProblem& p, const CapturePlan& plan) {
   char* rows = static_cast<char*>(p.rows);
   const int64_t bytes = row_bytes(p);
-  int64_t kept = 0;
-  for (int64_t row = parity; row < s.used; row += 2, ++kept) {
-    if (row != kept) std::memcpy(rows + kept * bytes, rows + row * bytes, static_cast<size_t>(bytes));
+  if (plan.move_stride == 1) {
+    std::memmove(rows, rows + plan.move_first * bytes, static_cast<size_t>(plan.kept * bytes));
+    return;
   }
-  if (s.used % 2 != parity) s.next += s.stride;
-  s.mark = s.mark > parity ? (s.mark - parity + 1) / 2 : 0;
-  s.used = kept;
-  s.stride *= 2;
+  for (int64_t row = 0; row < plan.kept; ++row) {
+    const int64_t from = plan.move_first + row * plan.move_stride;
+    if (from != row) std::memcpy(rows + row * bytes, rows + from * bytes, static_cast<size_t>(bytes));
+  }
 }
 
 }  // namespace
 
 Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
-  CaptureState& s = *p.state;
   Task task = task_of(p.x_dtype, p.rows_dtype);
   if (p.capacity < 1 || task == nullptr) return Status::kInvalidArgument;
-  int64_t rows = 1;
-  for (int i = 0; i < kMaxCaptureDims; ++i) rows *= p.row_size[i];
-  if (s.paused != 0 || rows == 0 || p.units == 0) return Status::kOk;
-  if (p.in_backward && s.forward != 0) return Status::kOk;
-  if (!p.in_backward) s.forward = 1;
-
-  if (s.stride == 0) {
-    const RowSample sample = sample_rows(rows, p.capacity, p.seed, static_cast<uint64_t>(s.step), p.layer);
-    s.stride = sample.stride;
-    s.next = sample.offset;
-  }
-  const int64_t end = s.seen + rows;
-  while (s.used + due(s, end) > p.capacity) thin(p, s);
-
-  Copy copy{&p, s.next - s.seen, s.stride, due(s, end), s.used, 0};
-  if (one_block(p, copy)) {
+  const CapturePlan plan = plan_capture(p, *p.state);
+  if (plan.moves()) move_rows(p, plan);
+  Copy copy{&p, plan.first, plan.stride, plan.count, plan.kept, 0};
+  if (copy.count > 0 && one_block(p, copy)) {
     const int64_t bytes = row_bytes(p);
     copy_past_cache(static_cast<char*>(p.rows) + copy.begin * bytes, static_cast<const char*>(p.x) + copy.first * bytes,
                     static_cast<size_t>(copy.count * bytes));
@@ -185,21 +167,14 @@ Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
       pool.run(pool.context, (copy.count + copy.task_rows - 1) / copy.task_rows, task, &copy);
     }
   }
-  s.used += copy.count;
-  s.next += copy.count * s.stride;
-  s.seen = end;
+  *p.state = plan.after;
   return Status::kOk;
 }
 
 Status capture_mark_cpu(const CaptureProblem& p, bool restart) {
-  CaptureState& s = *p.state;
-  if (restart && s.mark > 0) {
-    const int64_t bytes = row_bytes(p);
-    char* rows = static_cast<char*>(p.rows);
-    std::memmove(rows, rows + s.mark * bytes, static_cast<size_t>((s.used - s.mark) * bytes));
-    s.used -= s.mark;
-  }
-  s.mark = s.used;
+  const CapturePlan plan = plan_mark(*p.state, restart);
+  if (plan.moves()) move_rows(p, plan);
+  *p.state = plan.after;
   return Status::kOk;
 }
 

@@ -34,6 +34,14 @@
 
 namespace consistency_ops {
 
+#if defined(__CUDACC__)
+inline Status launch_failed(cudaError_t error) {
+  (void)cudaGetLastError();  // or the next call that looks would find it
+  launch_error() = cudaGetErrorString(error);
+  return Status::kLaunchFailed;
+}
+#endif
+
 // The <<<>>> of this code base.  One parameter struct, passed by value; up to 32,764 bytes reach the device with the
 // launch.  `cluster` consecutive CTAs of grid.x form a cluster.
 template <typename Kernel, typename Params>
@@ -41,10 +49,10 @@ Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void
               int cluster = 1) {
 #if defined(__CUDACC__)
   static_assert(sizeof(Params) <= 32764, "kernel parameters are limited to 32,764 bytes");
-  if (dynamic_shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                         static_cast<int>(dynamic_shared)) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return Status::kLaunchFailed;
+  if (dynamic_shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
+    if (error != cudaSuccess) return launch_failed(error);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -57,10 +65,8 @@ Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void
   shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
   config.attrs = &shape;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  if (cudaLaunchKernelEx(&config, kernel, params) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return Status::kLaunchFailed;
-  }
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error != cudaSuccess) return launch_failed(error);
 #else
   (void)stream;
   simt::launch(grid, block, dim3(static_cast<unsigned>(cluster)), dynamic_shared, [&] { kernel(params); });

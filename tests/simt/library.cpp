@@ -5,6 +5,7 @@
 #include <string>
 
 #include "consistency_ops/batch_rms_norm_cuda.h"
+#include "consistency_ops/capture_cuda.h"
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
@@ -53,7 +54,17 @@ API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
   if (std::strcmp(name, "BatchRmsNormParams") == 0) return sizeof(BatchRmsNormParams);
   if (std::strcmp(name, "ChannelDivideParams") == 0) return sizeof(ChannelDivideParams);
+  if (std::strcmp(name, "CaptureProblem") == 0) return sizeof(CaptureProblem);
   return -1;
+}
+
+API const char* simt_capture_rows(const CaptureProblem* problem, bool cpu) {
+  return guarded([&] { return cpu ? capture_rows_cpu(*problem, {}) : capture_rows_cuda(*problem, nullptr); });
+}
+
+API const char* simt_capture_mark(const CaptureProblem* problem, bool restart, bool cpu) {
+  return guarded(
+      [&] { return cpu ? capture_mark_cpu(*problem, restart) : capture_mark_cuda(*problem, restart, nullptr); });
 }
 
 API int64_t simt_batch_rms_norm_workspace(const BatchRmsNormParams* params) {

@@ -8,15 +8,17 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu")
+KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu")
 INCLUDES = ("tests", "csrc", "csrc/include")
 COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
@@ -36,17 +38,39 @@ def build(kind: str, root: Path = ROOT) -> Path:
     units = [("tests/simt/runtime.cpp", runtime_flags)]
     units += [(f"tests/simt/{name}.cpp", kernel_flags) for name in ("library", "selftest", "chunk_api")]
     units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
+    units += [("csrc/cpu/capture.cpp", kernel_flags)]  # to compare with
+    return link(kind, root, units, kernel_flags)
+
+
+def build_operators() -> Path:
+    """The bindings of csrc/bindings with the host-run kernels behind them, for torch.ops.load_library.
+
+    The operators are those of the package, in the namespace consistency_ops_simt, on CPU tensors.
+    """
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    target = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())[1]
+    flags = ["-O2", "-DCONSISTENCY_OPS_SIMT", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
+    units = [("tests/simt/runtime.cpp", ["-O2"])]
+    units += [(f"csrc/cuda/{name}", ["-O2", "-x", "c++"]) for name in KERNELS]
+    names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
+    units += [(f"csrc/bindings/{name}", flags) for name in names]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    return link("operators", ROOT, units, ["-O2"], libraries)
+
+
+def link(kind: str, root: Path, units: list[tuple[str, list[str]]], flags: list[str], libraries: Sequence = ()) -> Path:
     folder = root / "build" / "simt"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [compile_object(root, source, flags) for source, flags in units]
+        objects = [compile_object(root, source, unit_flags) for source, unit_flags in units]
         library = folder / f"{kind}-{digest(*(o.name for o in objects))}.so"
         if not library.exists():
             for old in folder.glob(f"{kind}-*.so"):
                 old.unlink()
-            run([COMPILER, "-shared", *kernel_flags, *objects, "-o", library.with_suffix(".partial"), "-pthread"])
-            os.replace(library.with_suffix(".partial"), library)
+            partial = library.with_suffix(".partial")
+            run([COMPILER, "-shared", *flags, *objects, "-o", partial, "-pthread", *libraries])
+            os.replace(partial, library)
     return library
 
 
@@ -265,6 +289,24 @@ class ChannelDivide(ctypes.Structure):
     )
 
 
+class CaptureProblem(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("row_size", ctypes.c_int64 * 4),
+        ("row_stride", ctypes.c_int64 * 4),
+        ("unit_stride", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int32),
+        ("rows_dtype", ctypes.c_int32),
+        ("rows", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("state", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("layer", ctypes.c_uint32),
+        ("in_backward", ctypes.c_bool),
+    )
+
+
 class Stats(ctypes.Structure):
     """simt::Stats."""
 
@@ -280,6 +322,7 @@ class Library:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         launchers = ("precondition", "modulus", "modulus_backward", "batch_rms_norm_denominator", "channel_divide")
+        launchers += ("capture_rows", "capture_mark")
         for name in ("selftest", *(f"simt_{launcher}" for launcher in launchers)):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
@@ -299,6 +342,7 @@ class Library:
             b"ModulusParams": Modulus,
             b"BatchRmsNormParams": BatchRmsNorm,
             b"ChannelDivideParams": ChannelDivide,
+            b"CaptureProblem": CaptureProblem,
         }
         for name, mirror in mirrors.items():
             assert ctypes.sizeof(mirror) == self._library.simt_size_of(name), name
@@ -365,6 +409,13 @@ class Library:
 
     def channel_divide(self, params: ChannelDivide) -> None:
         self._call("simt_channel_divide", ctypes.byref(params))
+
+    def capture_rows(self, problem: CaptureProblem, cpu: bool = False) -> None:
+        """``cpu``: by csrc/cpu/capture.cpp instead."""
+        self._call("simt_capture_rows", ctypes.byref(problem), ctypes.c_bool(cpu))
+
+    def capture_mark(self, problem: CaptureProblem, restart: bool, cpu: bool = False) -> None:
+        self._call("simt_capture_mark", ctypes.byref(problem), ctypes.c_bool(restart), ctypes.c_bool(cpu))
 
     def workspace_bytes(self, layers: list[Layer], options: Options, tuning: Tuning | None = None) -> int:
         array, count = (Layer * len(layers))(*layers), ctypes.c_int64(len(layers))

@@ -163,6 +163,8 @@ def test_sanitizers(kind):
         ("memory", "modulus", ""),
         ("memory", "batch_rms_norm", ""),
         ("races", "batch_rms_norm", "evaluation or unaligned"),
+        ("memory", "capture", ""),
+        ("races", "capture", "tiles or restart or thin or paused"),
     ],
 )
 def test_sanitizers_of_elementwise_kernels(kind, name, selection):

@@ -27,6 +27,7 @@ struct CaptureState {
   int64_t forward;  // 1: a call outside of any backward pass has been seen
   int64_t step;     // third word of the random offset
   int64_t paused;   // 1: captures nothing
+  int64_t arrived;  // CUDA: thread blocks of the running launch that are done; 0 between launches
 };
 constexpr int kCaptureStateSize = sizeof(CaptureState) / sizeof(int64_t);
 
@@ -48,6 +49,64 @@ struct CaptureProblem {
   uint32_t layer;
   bool in_backward;  // the call comes from a backward pass
 };
+
+// What one call does, in this order: row j of the buffer becomes row move_first + j * move_stride for all j below
+// `kept`, rows first, first + stride, ... of x are appended, and the state becomes `after`.
+struct CapturePlan {
+  CaptureState after;
+  int64_t move_first, move_stride, kept;
+  int64_t first, stride, count;
+  CO_HOST_DEVICE bool moves() const { return move_stride != 1 || move_first != 0; }
+};
+
+constexpr uint32_t kThinningPurpose = 16;  // random.h uses 0 to 2
+
+// How many of the stream's rows next, next + stride, ... lie below `end`.
+CO_HOST_DEVICE inline int64_t rows_due(const CaptureState& s, int64_t end) {
+  return s.next < end ? (end - s.next + s.stride - 1) / s.stride : 0;
+}
+
+CO_HOST_DEVICE inline CapturePlan plan_capture(const CaptureProblem& p, CaptureState s) {
+  int64_t rows = 1;
+  for (int i = 0; i < kMaxCaptureDims; ++i) rows *= p.row_size[i];
+  CapturePlan plan{s, 0, 1, s.used, 0, 1, 0};
+  if (s.paused != 0 || rows == 0 || p.units == 0) return plan;
+  if (p.in_backward && s.forward != 0) return plan;
+  if (!p.in_backward) s.forward = 1;
+  if (s.stride == 0) {
+    const RowSample sample = sample_rows(rows, p.capacity, p.seed, static_cast<uint64_t>(s.step), p.layer);
+    s.stride = sample.stride;
+    s.next = sample.offset;
+  }
+  const int64_t end = s.seen + rows;
+  while (s.used + rows_due(s, end) > p.capacity) {  // every second row goes
+    const uint32_t purpose = kThinningPurpose + static_cast<uint32_t>(s.thinned++);
+    const int64_t parity = philox(p.seed, static_cast<uint64_t>(s.step), p.layer, purpose).v[0] & 1;
+    if (s.used % 2 != parity) s.next += s.stride;
+    s.mark = s.mark > parity ? (s.mark - parity + 1) / 2 : 0;
+    s.used = s.used > parity ? (s.used - parity + 1) / 2 : 0;
+    s.stride *= 2;
+    plan.move_first += parity * plan.move_stride;
+    plan.move_stride *= 2;
+  }
+  plan.kept = s.used;
+  plan.first = s.next - s.seen;
+  plan.stride = s.stride;
+  plan.count = rows_due(s, end);
+  s.used += plan.count;
+  s.next += plan.count * s.stride;
+  s.seen = end;
+  plan.after = s;
+  return plan;
+}
+
+// The same for capture_mark: a restart moves the rows after the mark to the front.
+CO_HOST_DEVICE inline CapturePlan plan_mark(CaptureState s, bool restart) {
+  CapturePlan plan{s, restart ? s.mark : 0, 1, s.used, 0, 1, 0};
+  plan.kept = s.used - plan.move_first;
+  plan.after.used = plan.after.mark = plan.kept;
+  return plan;
+}
 
 // CPU.  Invalid: capacity < 1, or a rows_dtype that x cannot be widened to.
 Status capture_rows_cpu(const CaptureProblem& problem, const ThreadPool& pool);

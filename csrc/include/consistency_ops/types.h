@@ -22,8 +22,14 @@ enum class Status : int32_t {
   kOk = 0,
   kInvalidArgument = 1,  // the problem description breaks a documented bound; nothing was written
   kOutOfMemory = 2,      // the workspace could not be allocated; nothing was written
-  kLaunchFailed = 3,     // CUDA only
+  kLaunchFailed = 3,     // CUDA only: see launch_error()
 };
+
+// The CUDA runtime's text for the last kLaunchFailed on this thread.
+inline const char*& launch_error() {
+  static thread_local const char* text = "no CUDA call has failed";
+  return text;
+}
 
 // The largest chunk that the kernels factor natively.
 constexpr int32_t kMaxChunk = 256;

@@ -1,0 +1,75 @@
+// Where the CUDA kernels run: the device of a tensor and torch's current stream there.
+//
+// One library serves CPU and CUDA builds of torch.  The only function that libtorch_cuda alone has is weak, and it is
+// called only with a CUDA tensor in hand, which a CPU build of torch cannot make.  The rest of torch's CUDA (allocator,
+// graphs, device guard) is reached through libtorch's device-independent functions.
+//
+// With CONSISTENCY_OPS_SIMT (tests/simt) the same bindings drive the kernels that are compiled for the host, on CPU
+// tensors.
+#pragma once
+
+#include "bindings/checks.h"
+#include "consistency_ops/precondition_cuda.h"
+
+#if defined(USE_CUDA) && !defined(CONSISTENCY_OPS_SIMT)
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+#if defined(USE_CUDA) || defined(CONSISTENCY_OPS_SIMT)
+#define CO_CUDA_KERNELS 1
+#endif
+
+namespace consistency_ops::bindings {
+
+#if defined(CONSISTENCY_OPS_SIMT)
+
+inline bool on_cuda(const Tensor&) { return true; }
+
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor&) {}
+  void* stream() const { return nullptr; }
+  CudaDevice device() const { return {227 << 10, 90}; }
+};
+
+#elif defined(USE_CUDA)
+
+inline bool on_cuda(const Tensor& tensor) { return tensor.is_cuda(); }
+
+// Makes the tensor's device the current one for as long as it lives.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {}
+
+  void* stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    return stream;
+  }
+
+  CudaDevice device() const {
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+  }
+
+ private:
+  int32_t attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device_);
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device_, ": ", cudaGetErrorString(error));
+    return value;
+  }
+
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#else
+
+inline bool on_cuda(const Tensor&) { return false; }
+
+#endif
+
+}  // namespace consistency_ops::bindings

@@ -1,0 +1,187 @@
+"""Other kernels behind the operators, on CPU tensors, so that the ordinary tests also test them.
+
+``simt``: the CUDA kernels and their bindings, compiled for the host (tests/simt); small shapes only, because a CUDA
+thread is a fiber.  ``cuda``: a CUDA device; arguments and results are copied there and back, with their strides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import consistency_ops  # noqa: F401  (registers the operators)
+
+sys.path.append(str(Path(__file__).parent / "simt"))
+
+NAMESPACE = "consistency_ops"
+OPERATORS = (
+    "foreach_precondition_",
+    "foreach_covariance",
+    "foreach_inverse",
+    "foreach_apply_",
+    "modulus",
+    "modulus_forward",
+    "modulus_backward",
+    "batch_rms_norm_denominator_",
+    "batch_rms_norm_denominator",
+    "batch_rms_norm_divide",
+    "capture_rows_",
+    "capture_mark_",
+)
+# The tests of each file that run again with each of KINDS.
+AGAIN = {
+    "test_modulus.py": {
+        "test_values_derivative_and_layout",
+        "test_derivative_at_zero_lets_zero_initialised_layers_train",
+        "test_keeps_one_bit_an_element",
+        "test_input_may_be_overwritten_after_the_call",
+        "test_gradients_of_any_layout",
+    },
+    "test_batch_rms_norm.py": {
+        "test_matches_reference",
+        "test_evaluation_before_any_training_divides_by_the_floor",
+        "test_least_active_channel_is_amplified_at_most_tenfold",
+        "test_backward_divides_by_the_same_denominator",
+        "test_an_empty_batch_updates_nothing",
+        "test_no_channels",
+        "test_not_finite_input_shows_in_every_channel",
+    },
+    "test_capture.py": {
+        "test_rows_of_one_call_are_the_reference_sample",
+        "test_pooled_calls_are_one_evenly_strided_stream",
+        "test_a_paused_layer_and_an_empty_input_leave_everything_alone",
+        "test_a_restart_removes_the_rows_before_the_mark",
+    },
+    "test_precondition.py": {
+        "test_random_cases_against_float64",
+        "test_input_dtype_mix_equals_the_wider_input",
+        "test_one_by_one_convolution_equals_linear",
+    },
+    "test_precondition_determinism.py": {
+        "test_foreach_equals_one_call_a_layer",
+        "test_precondition_is_position_zero_of_the_foreach_form",
+        "test_stages_apart_equal_the_fused_call",
+        "test_row_counts_use_the_first_rows_only",
+        "test_damping_used_is_returned_in_layer_order",
+    },
+    "test_bad_input.py": {
+        "test_nan_or_inf_in_one_unit_spares_the_other_chunks",
+        "test_a_nan_row_leaves_the_layer_as_it_is",
+        "test_nan_or_inf_in_the_gradient_passes_through",
+        "test_nan_or_inf_in_a_bias_gradient",
+        "test_a_bad_layer_leaves_the_others_alone",
+        "test_singular_chunks_without_damping",
+        "test_damping_is_raised_tenfold_at_most_twice",
+        "test_a_result_that_overflows_its_dtype_is_not_written",
+        "test_empty_gradients",
+        "test_no_rows_leave_the_gradient",
+        "test_row_counts_out_of_range_read_no_garbage",
+    },
+}
+KINDS = ("library", "simt", pytest.param("cuda", marks=pytest.mark.gpu))
+NO_KERNEL = (torch.float64, torch.complex64, torch.complex128)  # on CUDA
+LARGEST = 3000  # elements of a simt sample
+
+
+class Kernels:
+    """Which kernels a test runs on; asked by the tests that loop over samples themselves."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def choose(self, samples: Iterable, dtypes: Callable, size: Callable) -> list:
+        """The samples whose ``dtypes`` have kernels; for simt one small one, by ``size``, of each call."""
+        samples = list(samples)
+        if self.kind == "library":
+            return samples
+        fit = [sample for sample in samples if torch.float64 not in dtypes(sample)]
+        return fit if self.kind == "cuda" else [s for s in fit if size(s) <= 50 * LARGEST][:1]
+
+
+def is_for(kind: str, parameters: dict) -> bool:
+    """Whether a test of these parameters runs again with ``kind``."""
+    if kind == "library":
+        return True
+    if any(value in NO_KERNEL for value in parameters.values() if isinstance(value, torch.dtype)):
+        return False
+    sizes = [
+        value for value in parameters.values() if isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+    ]
+    return kind == "cuda" or all(math.prod(size) <= LARGEST for size in sizes)
+
+
+@contextlib.contextmanager
+def behind_the_operators(kind: str) -> Iterator[None]:
+    if kind == "library":
+        yield
+        return
+    route = _simt_route if kind == "simt" else _cuda_route
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that a kernel is overridden: that is the purpose
+            for name in OPERATORS:
+                library.impl(name, route(name), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@functools.cache
+def _simt_operators():
+    import simt_library
+
+    torch.ops.load_library(simt_library.build_operators())
+    return torch.ops.consistency_ops_simt
+
+
+def _simt_route(name: str) -> Callable:
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    return getattr(_simt_operators(), name)
+
+
+def _cuda_route(name: str) -> Callable:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    operator = getattr(torch.ops.consistency_ops, name).default
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]
+
+    def run(*args):
+        there: dict[int, tuple[Tensor, Tensor]] = {}  # storages, here and on the device
+
+        def to_device(value):
+            if isinstance(value, (list, tuple)):
+                return [to_device(v) for v in value]
+            if not isinstance(value, Tensor):
+                return value
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in there:
+                whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                there[storage.data_ptr()] = whole, whole.cuda()
+            device = torch.empty(0, dtype=value.dtype, device="cuda").set_(
+                there[storage.data_ptr()][1].untyped_storage()
+            )
+            return device.as_strided(value.shape, value.stride(), value.storage_offset())
+
+        results = operator(*[to_device(a) for a in args])
+        if any(writes):
+            for here, device in there.values():
+                here.copy_(device)
+        return torch.utils._pytree.tree_map(lambda r: _same_strides(r) if isinstance(r, Tensor) else r, results)
+
+    return run
+
+
+def _same_strides(result: Tensor) -> Tensor:
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype).copy_(result)

@@ -1,0 +1,84 @@
+"""The bindings of the CUDA kernels, on the host: what they refuse, and that tests/kernels.py puts them in place.
+
+The ordinary tests of the operators run on them too, as ``[simt-...]``.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import OPERATORS, behind_the_operators
+
+import consistency_ops as co
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def simt():
+    with behind_the_operators("simt"):
+        yield torch.ops.consistency_ops_simt
+
+
+def refuses_float64():
+    with pytest.raises(RuntimeError, match="float64 has no CUDA kernel"):
+        co.precondition(torch.ones(2, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="float64 has no CUDA kernel"):
+        co.batch_rms_norm(torch.ones(2, 3, dtype=torch.float64), torch.zeros(3), training=True)
+
+
+def test_what_has_no_kernel_is_refused(simt):
+    refuses_float64()
+    with pytest.raises(RuntimeError, match="complex tensors have no CUDA kernel"):
+        simt.modulus(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match="complex tensors have no CUDA kernel"):
+        simt.modulus_complex_backward(torch.ones(3), torch.ones(3, dtype=torch.complex64))
+
+
+def test_the_library_is_back_afterwards():
+    with behind_the_operators("simt"):
+        refuses_float64()
+    grad = torch.ones(2, 3, dtype=torch.float64)
+    assert co.precondition(grad, torch.zeros(4, 3, dtype=torch.float64), damping=1.0).equal(grad)
+
+
+def test_every_operator_has_a_binding(simt):
+    """Under the same schema, so that one line of ops.cpp serves all devices."""
+    for name in (*OPERATORS, "modulus_complex_backward"):
+        ours, theirs = getattr(simt, name).default, getattr(torch.ops.consistency_ops, name).default
+        assert str(ours._schema).replace("_simt::", "::") == str(theirs._schema)
+    compiled = (Path(__file__).parents[2] / "csrc" / "bindings" / "ops.cpp").read_text()
+    assert compiled.count("m.def(") == len(OPERATORS) + 1
+
+
+def test_a_refused_call_changes_nothing(simt):
+    """A bound of the kernel that Python does not know."""
+    grad, rows = torch.randn(3, 8), torch.randn(1, 8).expand(2**30 + 1, 8)
+    before = grad.clone()
+    with pytest.raises(RuntimeError, match="at most 2\\^30 rows"):
+        co.foreach_precondition_([grad], [rows])
+    assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+def test_whole_training_steps(scaling):
+    """Capture, mark, covariance, inverse and correction of a network as the preconditioner calls them."""
+
+    def train(kind):
+        torch.manual_seed(3)
+        layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(36, 5)]
+        model = torch.nn.Sequential(*layers)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = co.Preconditioner(model, optimizer, chunk=16, max_rows=50, damping=0.1, scaling=scaling, every=2)
+        with behind_the_operators(kind):
+            for _ in range(3):
+                for _ in range(2):
+                    model(torch.randn(4, 3, 5, 5)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        pre.remove()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for ours, theirs in zip(train("simt"), train("library"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)

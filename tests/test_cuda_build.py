@@ -1,0 +1,77 @@
+"""The library with CUDA kernels, built here without a GPU: it loads beside a CPU build of torch, kernels registered.
+
+Nothing is launched: what the kernels compute is tested in tests/simt, and on a GPU by tests/test_cuda.py.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import OPERATORS
+
+from consistency_ops import _build
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK = f"""
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [name for name in {OPERATORS!r} for key in ("CPU", "CUDA") if not has(f"consistency_ops::{{name}}", key)]
+assert not missing, missing
+assert torch.equal(torch.ops.consistency_ops.modulus(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 2.0]))
+"""
+
+
+def check(library):
+    done = subprocess.run([sys.executable, "-c", CHECK, library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_library_with_cuda_kernels_loads_without_a_gpu(tmp_path):
+    folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    environment = {**os.environ, "CONSISTENCY_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    (library,) = tmp_path.glob("lib/consistency_ops/_C*.so")
+    check(library)
+
+
+@pytest.mark.skipif(_build.build_info()["cuda_toolkit"] is None, reason="built without CUDA kernels")
+def test_this_library_has_its_cuda_kernels():
+    check(_build.build_info()["library"])
+
+
+@pytest.mark.skipif(_build.build_info()["cuda_toolkit"] is not None, reason="built with CUDA kernels")
+def test_without_cuda_kernels_the_functions_say_so():
+    """On fake CUDA tensors, which need no device."""
+    import consistency_ops as co
+
+    with torch._subclasses.FakeTensorMode():
+        grad, rows = torch.empty(4, 3, device="cuda"), torch.empty(5, 3, device="cuda")
+        with pytest.raises(
+            NotImplementedError, match="this build has kernels for the CPU only, got a tensor on cuda:0"
+        ):
+            co.precondition(grad, rows)
+
+
+def test_float64_on_cuda_is_refused(monkeypatch):
+    import consistency_ops as co
+    from consistency_ops import _checks
+
+    monkeypatch.setattr(_checks, "has_cuda_kernels", lambda: True)
+    with torch._subclasses.FakeTensorMode():
+        wide = torch.empty(4, 3, device="cuda", dtype=torch.float64)
+        with pytest.raises(
+            NotImplementedError, match="precondition: the CUDA kernels compute in float32, got a float64"
+        ):
+            co.precondition(wide, wide)
+        with pytest.raises(NotImplementedError, match="batch_rms_norm: the CUDA kernels compute in float32"):
+            co.batch_rms_norm(wide, torch.empty(3, device="cuda"), training=True)
