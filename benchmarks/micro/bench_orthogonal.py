@@ -1,0 +1,50 @@
+"""The fixed orthogonal filters of random orthogonal additive networks against a dense matrix.
+
+    python -m benchmarks.micro.bench_orthogonal [--seconds 2] [--json FILE]
+
+Forward and backward of `co.nn.OrthogonalFilter` on 128 rows; one thread, float32, interleaved in one run, medians of
+processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.micro.timing import interleaved, medians, save
+from consistency_ops.nn import OrthogonalFilter
+from consistency_ops.nn.orthogonal import FILTERS
+
+ROWS = 128
+SIZES = (64, 256, 1024, 4096)
+KINDS = [kind for kind in FILTERS if kind != "identity"]
+
+
+def measure(features: int, seconds: float) -> dict:
+    x = torch.randn(ROWS, features, requires_grad=True)
+    grad = torch.randn(ROWS, features)
+    filters = {kind: OrthogonalFilter(features, kind) for kind in KINDS}
+    candidates = {kind: lambda f=f: torch.autograd.grad(f(x), x, grad) for kind, f in filters.items()}
+    median = medians(interleaved(candidates, seconds=seconds, rounds=(5, 501), clock=time.process_time))
+    return {"features": features, **{f"{kind}_us": value * 1e6 for kind, value in median.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timed work for each row of the table")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/orthogonal.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("features" + "".join(f"{kind + ' us':>16}" for kind in KINDS))
+    rows = []
+    for features in SIZES:
+        row = measure(features, arguments.seconds)
+        rows.append(row)
+        print(f"{features:>8}" + "".join(f"{row[f'{kind}_us']:>16.1f}" for kind in KINDS))
+    save("orthogonal", {"clock": "process_time, one thread", "rows_of_x": ROWS, "rows": rows}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
