@@ -38,23 +38,34 @@ def data(n, seed):
     return torch.randn(n, 3, 8, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
-def run(options, backend=None, compile_step=False, micro_batches=1, checkpointed=False, sizes=(40,) * 5, dynamic=None):
+def run(
+    options,
+    backend=None,
+    compile_step=False,
+    micro_batches=1,
+    checkpointed=False,
+    sizes=(40,) * 5,
+    dynamic=None,
+    mode=None,
+):
     model = Net(checkpointed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     pre = Preconditioner(model, optimizer, chunk=8, **options)
     forward, step = model, optimizer.step
     if backend is not None:
-        forward = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+        forward = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic, mode=mode)
         if compile_step:
-            step = torch.compile(optimizer.step, backend=backend)
-    rows = []
+            step = torch.compile(optimizer.step, backend=backend, mode=mode)
+    rows, graphs = [], []
     for i, size in enumerate(sizes):
+        graphs.append(counters["stats"]["unique_graphs"])
         optimizer.zero_grad()
         for micro in range(micro_batches):
             x, y = data(size, seed=10 * i + micro)
             F.cross_entropy(forward(x), y).backward()
         step()
         rows.append(pre.stats()["rows"])
+    assert graphs[2:] == [counters["stats"]["unique_graphs"]] * len(graphs[2:])  # the second step has momentum
     return [p.detach() for p in model.parameters()], rows
 
 
@@ -85,9 +96,20 @@ def test_step_compiles_as_it_does_without():
     assert counters["stats"]["unique_graphs"] == 1 + 2
 
 
-def test_inductor():
-    compare({}, tolerance=1e-4, backend="inductor")
-    assert counters["stats"]["unique_graphs"] == 1
+MODES = ["default", "reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inductor_compiles_forward_backward_and_step_once(mode):
+    compare({}, tolerance=1e-4, backend="inductor", compile_step=True, mode=mode)
+    assert counters["stats"]["unique_graphs"] == 1 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(every=2), dict(decay=0.9)], ids=str)
+def test_inductor_with_stored_inverses(options):
+    compare(options, tolerance=1e-4, backend="inductor", compile_step=True, micro_batches=2)
+    assert counters["stats"]["unique_graphs"] == 1 + 2
 
 
 def test_dynamic_batch_size_compiles_once():
@@ -95,8 +117,69 @@ def test_dynamic_batch_size_compiles_once():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_checkpointed_block_counts_its_rows_once():
-    compare({}, tolerance=1e-6, backend="aot_eager", checkpointed=True)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_checkpoint_inside_a_compiled_model_counts_rows_once(backend, micro_batches):
+    compare({}, tolerance=1e-4, backend=backend, checkpointed=True, micro_batches=micro_batches)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_checkpoint_around_a_compiled_block_counts_rows_once(backend, reentrant, micro_batches):
+    results = []
+    for how in ("eager", "compiled", "checkpointed"):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = Preconditioner(model, optimizer, chunk=8)
+        block = model.body if how == "eager" else torch.compile(model.body, backend=backend, fullgraph=True)
+
+        def forward(x, model=model, block=block, how=how):
+            x = F.relu(model.conv(x)).flatten(1)
+            return model.head(checkpoint(block, x, use_reentrant=reentrant) if how == "checkpointed" else block(x))
+
+        for step in range(3):
+            optimizer.zero_grad()
+            for micro in range(micro_batches):
+                x, y = data(40, seed=10 * step + micro)
+                F.cross_entropy(forward(x), y).backward()
+            optimizer.step()
+            rows = pre.stats()["rows"]
+            assert rows == {k: (8 if k == "conv" else 1) * 40 * micro_batches for k in rows}
+        results.append([p.detach() for p in model.parameters()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not counters["graph_break"]
+
+
+def test_attention_with_separate_projections_compiles_once():
+    """In a compiled model every layer captures rows of its own, also where layers have one input."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Attention()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = Preconditioner(model, optimizer)  # one chunk: the division does not matter
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for _ in range(3):
+            optimizer.zero_grad()
+            forward(torch.randn(4, 10, 16)).square().sum().backward()
+            optimizer.step()
+        assert pre.stats()["rows"] == dict.fromkeys(("q", "k", "v", "out"), 40)
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_rows_of_a_skipped_step_are_dropped():
