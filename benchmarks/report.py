@@ -15,6 +15,7 @@ import argparse
 import difflib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,37 @@ def step() -> str:
     return "\n".join(lines)
 
 
+LAYERS = {  # workload: how README calls it, and the file that has it
+    "mlp": ("MLP 784-100-100-100-10", "precondition-quiet"),
+    "wide-mlp": ("3 x Linear 512", "precondition-quiet"),
+    "resnet50": ("ResNet-50, bfloat16 inputs", "precondition"),
+    "resnet50-fp32": ("ResNet-50, float32", "precondition"),
+    "vit-b16": ("ViT-B/16, 3 blocks, bfloat16 inputs", "precondition"),
+    "linear-4096": ("Linear 4096, bfloat16", "precondition"),
+    "linear-4096-fp32": ("Linear 4096, float32", "precondition"),
+    "llama-block": ("Llama-7B block, bfloat16, chunk 128 and 512 rows only", "precondition-llama"),
+}
+CHUNKS = (32, 64, 128, 256)
+
+
+def precondition() -> str:
+    """The correction against the fastest composition of torch's operations."""
+    lines = [
+        "| layers | times faster, geometric mean (least) "
+        f"| share of the sgemm rate, chunk {' / '.join(map(str, CHUNKS))} (least) |",
+        "| --- | --- | --- |",
+    ]
+    for workload, (text, name) in LAYERS.items():
+        rows = [row for row in read(name)["rows"] if row["workload"] == workload]
+        mean = statistics.geometric_mean(row["ratio"] for row in rows)
+        least = f" ({min(row['ratio'] for row in rows):.2f})" if len(rows) > 1 else ""
+        shares = [[row["share_of_sgemm"] for row in rows if row["chunk"] == chunk] for chunk in CHUNKS]
+        shown = " / ".join(f"{100 * min(share):.0f}" if share else "-" for share in shares)
+        percent = " %" if shares[-1] else ""
+        lines.append(f"| {text} | {mean:.2f}{least} | {shown}{percent} |")
+    return "\n".join(lines)
+
+
 def stored(task: str) -> list[dict]:
     path = RESULTS / "peers" / f"{task}.jsonl"
     if not path.exists():
@@ -61,6 +93,7 @@ def measured_tasks() -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
+    "precondition": precondition,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),

@@ -111,17 +111,17 @@ def test_rows_of_a_convolution_are_its_patches():
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setitem(runs.TASKS, "fashion-mlp", dataclasses.replace(TASKS["fashion-mlp"], batch=10))
     split, path = random_split("fashion-mlp"), tmp_path / "x.jsonl"
-    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=4)
+    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=6)
     text = path.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     for peer in ("sgd", "isaac"):
         mine = [line for line in lines if line["optimizer"] == peer]
         assert [line["phase"] for line in mine] == ["trial"] * 8 + ["final"] * 2
-        assert {line["steps"] for line in mine} == {2, 4}
+        assert {line["steps"] for line in mine} == {2, 6}
         best = min((line for line in mine if line["phase"] == "trial"), key=runs.last)
         assert all(line["setting"] == best["setting"] for line in mine if line["phase"] == "final")
     monkeypatch.setattr(runs, "train", None)
-    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=4)
+    runs.compete(runs.Store(path), "fashion-mlp", ["sgd", "isaac"], split, seeds=2, steps=6)
     assert path.read_text() == text
 
 

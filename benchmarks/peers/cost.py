@@ -1,15 +1,17 @@
 """What a step costs with each optimizer: CPU time as a ratio to SGD in one interleaved run, and the memory it keeps.
 
-    python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--seconds 20] [--json FILE]
+    python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--json FILE]
 
-A step is zero_grad, forward, backward and update on random data.  Memory: bytes of all live tensors after three steps
-that are neither parameters, gradients nor data, over the bytes of the parameters; work space inside a call is not seen.
+A step is zero_grad, forward, backward and update on random data; a time is the mean of ten steps, one of which renews
+what is renewed every ten.  Memory: bytes of all live tensors after three steps that are neither parameters, gradients
+nor data, over the bytes of the parameters; work space inside a call is not seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import interleaved, save
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.tasks import Block, named, resnet
 
@@ -39,18 +41,20 @@ class Sequence(nn.Module):
 # name: (model, shape of a batch); "large": batches that people use, for the first-order optimizers only
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "deep MLP, batch 500": (lambda: named("deep-mlp", (1, 28, 28))(0), (500, 1, 28, 28)),
-    "ResNet-8, batch 128": (resnet, (128, 3, 32, 32)),
-    "ViT-B block, 4 x 197 tokens": (lambda: Sequence(768, 12, False), (4, 197, 768)),
-    "GPT-2 small block, 2 x 512 tokens": (lambda: Sequence(768, 12, True), (2, 512, 768)),
+    "ResNet-8, batch 32": (resnet, (32, 3, 32, 32)),
+    "half-width ViT-B block, 2 x 197 tokens": (lambda: Sequence(384, 6, False), (2, 197, 384)),
+    "half-width GPT-2 block, 2 x 512 tokens": (lambda: Sequence(384, 6, True), (2, 512, 384)),
     "large: convnet B, batch 128": (lambda: named("convnet", (3, 32, 32))(0), (128, 3, 32, 32)),
-    "large: ResNet-8, batch 512": (resnet, (512, 3, 32, 32)),
-    "large: GPT-2 small block, 8 x 1024 tokens": (lambda: Sequence(768, 12, True), (8, 1024, 768)),
+    "large: GPT-2 small block, 2 x 1024 tokens": (lambda: Sequence(768, 12, True), (2, 1024, 768)),
 }
-LARGE = ("sgd", "adamw", "muon", "sgd+pre", "adamw+pre", "muon+pre")
+LARGE = ("sgd", "adamw", "sgd+pre", "adamw+pre")
+ROUNDS, LARGE_ROUNDS = 10, 3  # one step in ten renews the inverses of K-FAC, FOOF, SOAP, Shampoo and SINGD
 
 
 def setting(peer: str) -> dict[str, float]:
-    return {**PEERS[peer].trials[0], "lr": STEP_RATE}
+    """``warm_up=0``: a step of the long run, not of the start."""
+    more = {"warm_up": 0} if peer in ("kfac", "foof") else {}
+    return {**PEERS[peer].trials[0], "lr": STEP_RATE, **more}
 
 
 def step_of(model: nn.Module, peer: str, x: Tensor, y: Tensor) -> Callable[[], float]:
@@ -85,8 +89,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each model")
-    parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--json", help="write here instead of benchmarks/results/peers/cost.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,10 +108,11 @@ def main() -> None:
             except Exception as error:  # a peer's own failure; the others go on
                 failures[f"{name}, {peer}"] = f"{type(error).__name__}: {str(error)[:120]}"
                 print(f"{name}, {peer}: {failures[f'{name}, {peer}']}", flush=True)
-        times = interleaved(steps, seconds=arguments.seconds, rounds=(arguments.rounds, 200), clock=time.process_time)
-        median = medians(times)
-        for peer, seconds in median.items():
-            row = {"model": name, "optimizer": peer, "ms": 1e3 * seconds, "ratio": seconds / median["sgd"]}
+        rounds = LARGE_ROUNDS if name.startswith("large") else ROUNDS
+        times = interleaved(steps, rounds=(rounds, rounds), clock=time.process_time)
+        mean = {peer: statistics.mean(values) for peer, values in times.items()}
+        for peer, seconds in mean.items():
+            row = {"model": name, "optimizer": peer, "ms": 1e3 * seconds, "ratio": seconds / mean["sgd"]}
             rows.append(row | {"memory": memory[peer], "rounds": len(times[peer])})
             print(
                 f"{name:<40} {peer:<12} {1e3 * seconds:9.1f} ms  x{row['ratio']:.2f}  +{memory[peer]:.1f}", flush=True

@@ -125,8 +125,8 @@ def corrected(base: str, **options: object) -> Callable[..., Step]:
 
 
 def reference(kind: type) -> Callable[..., Step]:
-    def build(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
-        correction, optimizer = kind(model, damping), sgd(model, lr)
+    def build(model: nn.Module, loss_type: str, lr: float, damping: float, **more: int) -> Step:
+        correction, optimizer = kind(model, damping, **more), sgd(model, lr)
         step = stepper(model, correction.step, optimizer.step)
         step.keep = [optimizer, correction]
         return step
@@ -160,7 +160,7 @@ def shampoo(model: nn.Module, loss_type: str, lr: float) -> Step:
     return step
 
 
-def kfac(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
+def kfac(model: nn.Module, loss_type: str, lr: float, damping: float, warm_up: int = WARM_UP) -> Step:
     """Averaged factors, one Monte Carlo sample of the Fisher matrix a step; inverses every 10, at first every step."""
     from asdl import KfacGradientMaker, PreconditioningConfig
 
@@ -176,7 +176,7 @@ def kfac(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
             damping=damping,
             ema_decay=NEW,
             preconditioner_upd_interval=EVERY,
-            preconditioner_warmup_steps=WARM_UP,
+            preconditioner_warmup_steps=warm_up,
             curvature_upd_interval=1,
             data_size=rows,
             ignore_modules=[nn.Embedding],  # not supported
@@ -207,11 +207,19 @@ def kfac(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
 
 
 def singd(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
+    """SGD for what it does not cover: embeddings and norms."""
     from singd.optim.optimizer import SINGD
 
-    optimizer = SINGD(model, lr=lr, damping=damping, T=10, warn_unsupported=False)
-    step = stepper(model, optimizer.step)
-    step.keep = [optimizer]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    covered = {id(p) for layer in layers for p in layer.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in covered]
+    text = any(isinstance(module, nn.Embedding) for module in model.modules())
+    average = "batch+sequence" if text else "batch"
+    parts: list = [SINGD(model, lr=lr, damping=damping, T=EVERY, loss_average=average, warn_unsupported=False)]
+    if rest:
+        parts.append(torch.optim.SGD(rest, lr=lr, momentum=MOMENTUM))
+    step = stepper(model, *(part.step for part in parts))
+    step.keep = parts
     return step
 
 

@@ -18,7 +18,6 @@ from benchmarks.peers.optimizers import DAMPINGS, PEERS
 from benchmarks.peers.tasks import TASKS, VARIANTS, Split, Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers"
-POINTS = 20  # of a curve
 BEHIND = 1.5  # a trial that many times worse than the best one before it, at the same step, stops
 LOST = 20.0  # a loss that many times the first one ends the run
 
@@ -67,7 +66,7 @@ def train(
         if not (math.isfinite(loss) and loss < LOST * first):
             failure = f"step {i}: loss {loss:.3g}"
             break
-        if i % max(1, steps // POINTS) == 0 or i == steps:
+        if i % max(1, steps // task.points) == 0 or i == steps:
             mean = sum(losses) / len(losses)
             curve.append([i, round(sum(times), 4), _finite(mean), _finite(measure(task, model, part))])
             losses = []
@@ -148,7 +147,11 @@ def run_once(
 
 
 def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int, steps: int | None = None) -> None:
-    """Trials of half the length with seed 0, then the best setting with the seeds 1, 2, ..."""
+    """Trials with seed 0, then the best setting with the seeds 1, 2, ...; ``steps``: instead of the task's own.
+
+    Trials keep their share of the steps.
+    """
+    trial = TASKS[task].trial if steps is None else max(1, steps * TASKS[task].trial // TASKS[task].steps)
     steps = steps or TASKS[task].steps
     for peer in peers:
         trials: list[dict] = []
@@ -156,7 +159,7 @@ def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int,
         for setting in settings:
             rival = min(trials, key=last) if trials else None
             curve = None if rival is None or rival["failure"] else rival["curve"]
-            trials.append(run_once(store, task, peer, "trial", setting, split, 0, max(1, steps // 2), curve))
+            trials.append(run_once(store, task, peer, "trial", setting, split, 0, trial, curve))
             if "damping" in setting and len(trials) == len(PEERS[peer].trials):
                 rate = min(trials, key=last)["setting"]["lr"]
                 settings += [{"lr": rate, "damping": damping} for damping in DAMPINGS]

@@ -103,16 +103,21 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colours = ("C0", "C1", "C3", "C2", "C4", "C5", "C6", "C7", "C8", "C9", "black", "navy")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     shown = [peer for peer in PEERS if any(not run["failure"] for run in final_runs(runs, peer))]
+    bases = list(dict.fromkeys(peer.removesuffix("+pre") for peer in PEERS))
     lowest = []
-    for i, peer in enumerate(shown):
+    for peer in shown:
         curves = [run["curve"] for run in final_runs(runs, peer) if not run["failure"]]
         steps = [point[0] for point in curves[0]]
         mean = [statistics.mean(curve[k][3] for curve in curves) for k in range(len(steps))]
         seconds = [statistics.mean(curve[k][1] for curve in curves) for k in range(len(steps))]
         kind = PEERS[peer].order
-        options = dict(color=f"C{i % 10}", linestyle=STYLES[kind], linewidth=2.2 if kind == 3 else 1.3, label=peer)
+        options = dict(
+            color=colours[bases.index(peer.removesuffix("+pre")) % len(colours)], linestyle=STYLES[kind], label=peer
+        )
+        options["linewidth"] = 2.2 if kind == 3 else 1.3
         axes[0].plot(steps, mean, **options)
         axes[1].plot(seconds[1:], mean[1:], **options)
         lowest.append(min(mean))
@@ -120,6 +125,8 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
         for target in TASKS[task].targets:
             axis.axhline(target, color="grey", linewidth=0.6)
         axis.set(xlabel=label, yscale="log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:.2g}")
         axis.grid(alpha=0.25, which="both")
     start = final_runs(runs, shown[0])[0]["curve"][0][3]
     axes[0].set(ylabel=TASKS[task].metric, ylim=(0.9 * min(lowest), min(start, 12 * min(lowest))))
