@@ -26,20 +26,27 @@ class Budget:
     registers: int
     static_shared: int = 0
     need: tuple[str, ...] = ()
+    clusters: bool = False  # on sm_90 and newer, and only there
     # Bytes of stack, by architecture.  One number, stored and loaded once a stage of X, spilled by sm_100's allocator.
     stack: tuple[tuple[str, int], ...] = ()
 
+
+CORRECTION = ("HMMA.1688.F32.TF32", "HMMA.16816.F32.BF16", "LDSM.16.MT88.4", "MUFU.RSQ", "FFMA")
+CORRECTION += ("LDS", "BAR.SYNC", "SHFL", "CCTL.E.PF2", "LDG.E.128", "STG.E.128")  # the last two: the workspace
+CLUSTER = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E.128", "ST.E.128")  # and distributed shared memory
 
 KERNELS = {
     ("precondition", r"precondition_kernel.*ILi256E"): Budget(
         registers=128,  # two CTAs of 256 threads an SM
         static_shared=6 << 10,  # kStaticShared of precondition_plan.h
-        need=("HMMA.1688.F32.TF32", "MUFU.RSQ", "FFMA", "LDS", "BAR.SYNC", "SHFL"),
+        need=CORRECTION,
+        clusters=True,
     ),
     ("precondition", r"precondition_kernel.*ILi512E"): Budget(
         registers=128,  # one CTA of 512 threads an SM
         static_shared=6 << 10,
-        need=("HMMA.1688.F32.TF32", "MUFU.RSQ", "FFMA", "LDS", "BAR.SYNC", "SHFL"),
+        need=CORRECTION,
+        clusters=True,
         stack=(("sm_100", 8),),
     ),
     ("batch_rms_norm", r"squares_of_maps_kernel"): Budget(registers=64, static_shared=2 << 10, need=("FFMA", "SHFL")),
@@ -157,6 +164,8 @@ def test_budgets(compiled):
                 assert use["LOCAL"] == 0, (key, use)
                 spills = [op for op in opcodes if op.startswith(("LDL", "STL"))]
                 assert len(spills) <= stack // 4, (key, spills)
+                used_clusters = [name for name in CLUSTER if any(op.startswith(name) for op in opcodes)]
+                assert used_clusters == (list(CLUSTER) if budget.clusters and arch != "sm_80" else []), key
                 missing = [name for name in budget.need if not any(op.startswith(name) for op in opcodes)]
                 assert not missing, (key, missing)
 

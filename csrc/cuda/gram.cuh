@@ -1,11 +1,12 @@
 // X^T X of the sampled rows of one chunk, into the lower tiles of shared memory.
 //
 // Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a
-// thread). Products are TF32 tensor-core tiles with float sums.  float32 inputs are split in two TF32 numbers and take
-// three products (high high + high low + low high), which is float32 accuracy; bfloat16 and float16 inputs are TF32
-// numbers already and take one.  Tensor cores round their running sums toward zero, so no sum is longer than 512 rows:
-// partial sums are added in shared memory, in the order of the rows, which is more accurate than a float32 matrix
-// product and the same on every run.  With `tf32` float32 inputs are rounded to TF32 and take one product too.
+// thread).  float32 inputs are split in two TF32 numbers and take three tensor-core products (high high + high low +
+// low high), which is float32 accuracy.  bfloat16 and float16 inputs stay as they are, whose products are exact: half
+// the shared memory, 3 ldmatrix and 4 mma for a block of 16 x 32 x 16, where TF32 would need 24 loads and 8 mma. Tensor
+// cores round their running sums toward zero, so no sum is longer than 512 rows: partial sums are added in shared
+// memory, in the order of the rows, which is more accurate than a float32 matrix product and the same on every run.
+// With `tf32` float32 inputs are rounded to TF32 and take one product too.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -36,10 +37,12 @@ CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& l
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
-    if (row < chunk.x_stage()) {
-      const float value = to_float<Raw>(layer.x_dtype, raw[i]);
-      chunk.arena[row * x_pitch(chunk.padded()) + walk.position(i)] =
-          sizeof(Raw) == 4 && chunk.shared.tf32 ? to_tf32(value) : value;
+    if (row >= chunk.x_stage()) continue;
+    const int at = row * x_pitch(chunk.padded()) + walk.position(i);
+    if constexpr (sizeof(Raw) == 2) {
+      reinterpret_cast<Raw*>(chunk.arena)[at] = static_cast<Raw>(raw[i]);
+    } else {
+      chunk.arena[at] = chunk.shared.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
     }
   }
 }
@@ -94,6 +97,30 @@ CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk)
   }
 }
 
+// The same for a stage of 16-bit numbers.  They lie [row][unit] and the mma wants pairs of rows of one unit, which is
+// what ldmatrix makes when it transposes.
+template <bool kBFloat16>
+CO_DEVICE void gram_block_16(float (&sum)[4][4], int32_t block, const Chunk& chunk) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, pitch = x_pitch(chunk.padded());
+  // Matrices 0 .. 3: rows 0 and units 0, rows 0 and units 8, rows 8 and units 0, rows 8 and units 8.
+  const uint16_t* stage =
+      reinterpret_cast<const uint16_t*>(chunk.arena) + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
+  const uint16_t *left = stage + (block & 0xffff), *right = stage + (block >> 16);
+  CO_NO_UNROLL
+  for (int k = chunk.x_stage(); k > 0; k -= 16) {
+    uint32_t a[4], b[4];
+    load_matrices_transposed(a, left);
+    CO_UNROLL
+    for (int n = 0; n < 4; n += 2) {
+      load_matrices_transposed(b, right + n * 8);
+      mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[2]);
+      mma_m16n8k16<kBFloat16>(sum[n + 1], a, b[1], b[3]);
+    }
+    left += 16 * pitch;
+    right += 16 * pitch;
+  }
+}
+
 // tiles <- or += sum; sum <- 0.
 CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk, bool first) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -142,10 +169,16 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     for (int u = 0; u < kUnits; ++u) {
       if (warp + u * kWarps < gram_blocks(chunk)) {
         const int32_t block = chunk.shared.gram_block[warp + u * kWarps];
-        if (sizeof(Raw) == 4 && !chunk.shared.tf32) {
-          gram_block<true>(sum[u], block, chunk);
-        } else {
+        if constexpr (sizeof(Raw) == 2) {
+          if (layer.x_dtype == DType::kBFloat16) {
+            gram_block_16<true>(sum[u], block, chunk);
+          } else {
+            gram_block_16<false>(sum[u], block, chunk);
+          }
+        } else if (chunk.shared.tf32) {
           gram_block<false>(sum[u], block, chunk);
+        } else {
+          gram_block<true>(sum[u], block, chunk);
         }
       }
     }

@@ -59,7 +59,7 @@ CO_DEVICE void store_tiles(const Chunk& chunk, float* record, int threads) {
   CO_NO_UNROLL
   for (int e = chunk.shared.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4;
        e += chunk.shared.cluster * threads) {
-    reinterpret_cast<Float4*>(record)[e] = reinterpret_cast<const Float4*>(chunk.tiles)[e];
+    global_memory(reinterpret_cast<Float4*>(record))[e] = reinterpret_cast<const Float4*>(chunk.tiles)[e];
   }
 }
 
@@ -68,7 +68,7 @@ CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, i
   const int stride = chunk.shared.record / 4;
   CO_NO_UNROLL
   for (int e = fresh_thread(); e < chunk.tile_floats() / 4; e += threads) {
-    const Float4* from = reinterpret_cast<const Float4*>(records) + e;
+    const Float4* from = global_memory(reinterpret_cast<const Float4*>(records)) + e;
     Float4 sum = *from;
     CO_UNROLL_4
     for (int r = 1; r < count; ++r) add(sum, from[static_cast<int64_t>(r) * stride]);
@@ -102,7 +102,7 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
       add_finite(chunk.tiles[in_tiles]);
     } else if (chunk.shared.sums > 0) {
       const float* record =
-          chunk.shared.sum_records + static_cast<int64_t>(c) * chunk.shared.sums * chunk.shared.record;
+          global_memory(chunk.shared.sum_records) + static_cast<int64_t>(c) * chunk.shared.sums * chunk.shared.record;
       float value = record[in_tiles];
       for (int s = 1; s < chunk.shared.sums; ++s)
         value += record[static_cast<int64_t>(s) * chunk.shared.record + in_tiles];

@@ -150,6 +150,16 @@ CO_DEVICE void store_cluster(Float4* address, int rank, const Float4& value) {
 #endif
 }
 
+// `pointer`, known to be into device memory: a pointer that went through shared memory could be anything to the
+// compiler.
+template <typename T>
+CO_DEVICE T* global_memory(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // Asks for the line of L2 that holds `address`, which must be readable.
 CO_DEVICE void prefetch_l2(const void* address) {
 #if defined(__CUDA_ARCH__)
@@ -285,6 +295,89 @@ CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float 
                              const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
                              float sum = 0.0f;
                              for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
+                             o->d[i] += sum;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit numbers in shared memory, transposed.  Lane 8 i + r passes the address of row r of
+// matrix i, 8 numbers on 16 bytes; register i of a lane is then {M_i[2t][g], M_i[2t + 1][g]}, the first in the low half
+// (PTX ISA, ldmatrix).
+CO_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
+  struct Operands {
+    uint32_t* m;
+    const uint16_t* row;
+  } mine{m, row};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         for (int i = 0; i < 4; ++i) {
+                           for (int lane = 0; lane < 32; ++lane) {
+                             const int g = lane / 4, t = lane % 4;
+                             const auto at = [&](int r) -> uint32_t {
+                               return static_cast<const Operands*>(lanes[8 * i + r])->row[g];
+                             };
+                             static_cast<Operands*>(lanes[lane])->m[i] = at(2 * t) | at(2 * t + 1) << 16;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+#endif
+}
+
+// D[16 x 8] += A[16 x 16] B[16 x 8] on one warp; A and B are bfloat16 or float16, their products exact, sums are float.
+// A lane holds a = {A[g][2t ..], A[g + 8][2t ..], A[g][2t + 8 ..], A[g + 8][2t + 8 ..]}, b = {B[2t ..][g], B[2t + 8
+// ..][g]} in pairs, and d as above (PTX ISA, mma.m16n8k16).
+template <bool kBFloat16>
+CO_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(__CUDA_ARCH__)
+  if (kBFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#elif !defined(__CUDACC__)
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         const auto value = [](uint32_t pair, int half) {
+                           const uint16_t bits = static_cast<uint16_t>(pair >> (16 * half));
+                           return kBFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
+                         };
+                         float left[16][16], right[16][8];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           const int g = lane / 4, t = lane % 4;
+                           for (int i = 0; i < 8; ++i) {
+                             left[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = value(o->a[i / 2], i % 2);
+                           }
+                           for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + i / 2 * 8][g] = value(o->b[i / 2], i % 2);
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 4; ++i) {
+                             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                             float sum = 0.0f;
+                             for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
                              o->d[i] += sum;
                            }
                          }

@@ -39,10 +39,11 @@ struct PreconditionPlan {
   int32_t shared_bytes;  // dynamic
 };
 
-// Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.
-CO_HOST_DEVICE inline int stage_rows(int padded, int arena_floats) {
+// Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.  `arena` counts elements
+// of X, float32 or 16-bit.
+CO_HOST_DEVICE inline int stage_rows(int padded, int arena) {
   int rows = kMaxStageRows;
-  while (rows > 8 && (rows * padded > kStageElements || rows * x_pitch(padded) > arena_floats)) rows /= 2;
+  while (rows > 8 && (rows * padded > kStageElements || rows * x_pitch(padded) > arena)) rows /= 2;
   return rows;
 }
 

@@ -143,7 +143,8 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
       make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
   shared.size = static_cast<int32_t>(chunk_begin(shared.division.units, shared.division.chunks, shared.chunk + 1) -
                                      chunk_begin(shared.division.units, shared.division.chunks, shared.chunk));
-  shared.x_stage = stage_rows(padded_units(shared.size), params.arena_floats);
+  const int elements = params.arena_floats * (layer.x_dtype == DType::kFloat32 ? 1 : 2);
+  shared.x_stage = stage_rows(padded_units(shared.size), elements);  // at least 16 rows of 16-bit numbers
   shared.record = record_floats(shared.division.units, shared.division.chunks);
   shared.sum_records = reinterpret_cast<float*>(params.workspace + static_cast<int64_t>(params.records[l]) * 16);
   shared.inverse_record = shared.sum_records + static_cast<int64_t>(chunks) * shared.sums * shared.record +

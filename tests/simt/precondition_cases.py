@@ -262,7 +262,7 @@ def check(library: simt.Library, case: Case) -> list[Problem]:
         g = problem.grads()[..., : problem.case.units]
         assert np.array_equal(problem.info, info), (problem.case, problem.info, info)
         np.testing.assert_allclose(problem.damping_used, used, rtol=1e-6)
-        tolerance = 200 * EPS[simt.FLOAT32]
+        tolerance = 2.0**-9 if case.tf32 else 200 * EPS[simt.FLOAT32]
         if problem.case.g_dtype != simt.FLOAT32:
             tolerance += EPS[problem.case.g_dtype]
         assert relative_error(g, want) <= tolerance, (problem.case, relative_error(g, want))
@@ -313,6 +313,8 @@ SMALL = {
     "three launches": Case([L(70, 6, bias=True, group=4), L(20, 5, layer=1)], stages=(1, 2, 4)),
     "two launches, trace": Case([L(70, 6), L(40, 4, spoil=("x", 3, math.nan), layer=1)], trace=True, stages=(3, 4)),
     "three launches, trace of one chunk": Case([L(30, 4)], trace=True, stages=(1, 2, 4)),
+    "three launches, trace": Case([L(70, 6)], trace=True, stages=(1, 2, 4)),
+    "one pass of TF32": Case([L(40, 6), L(36, 6, x_dtype=B, g_dtype=B, layer=1)], tf32=True),
     "inverse apart": Case([L(40, 6, bias=True)], stages=(3, 4)),
     "covariance apart": Case([L(40, 6, g_dtype=B)], stages=(1, 6)),
     "no outputs": Case([L(40, 0)]),

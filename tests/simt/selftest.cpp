@@ -76,6 +76,25 @@ void multiply(const float* a, const float* b, float* d) {
   for (int i = 0; i < 4; ++i) *element[i] = sum[i];
 }
 
+// D[16][8] += A[16][16] B[16][8] of 16-bit numbers, both stored with their columns k in the rows of shared memory.
+template <bool kBFloat16>
+void multiply_16(const float* a, const float* b, float* d) {
+  CO_SHARED(uint16_t, left, [16][24]);   // [k][row]
+  CO_SHARED(uint16_t, right, [16][24]);  // [k][column]
+  const auto narrow = [](float x) { return kBFloat16 ? float_to_bfloat16(x) : float_to_float16(x); };
+  const unsigned lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (unsigned i = lane; i < 256; i += 32) left[i % 16][i / 16] = narrow(a[i]);
+  for (unsigned i = lane; i < 256; i += 32) right[i / 16][i % 16] = i % 16 < 8 ? narrow(b[i / 16 * 8 + i % 16]) : 0;
+  __syncwarp();
+  uint32_t x[4], y[4];
+  load_matrices_transposed(x, &left[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+  load_matrices_transposed(y, &right[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+  float sum[4];
+  for (unsigned i = 0; i < 4; ++i) sum[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  mma_m16n8k16<kBFloat16>(sum, x, y[0], y[2]);
+  for (unsigned i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 // The last CTA to arrive adds the partial values.
 void last_block(const float* x, float* partial, uint32_t* counter, float* y, bool with_fence) {
   if (threadIdx.x != 0) return;
@@ -116,6 +135,8 @@ API const char* selftest(const char* name, int variant, const float* x, float* y
   if (is("too much shared")) return run(1, 32, 1, too_much_shared);
   if (is("cluster sum")) return run(8, 64, 4, [&] { cluster_sum(y, variant & 1, variant & 2); });
   if (is("multiply")) return run(1, 32, 1, [&] { multiply(x, y, z); });
+  if (is("multiply bfloat16")) return run(1, 32, 1, [&] { multiply_16<true>(x, y, z); });
+  if (is("multiply float16")) return run(1, 32, 1, [&] { multiply_16<false>(x, y, z); });
   if (is("last block")) return run(6, 32, 1, [&] { last_block(x, z, counter, y, variant); });
   return "no such kernel";
 }

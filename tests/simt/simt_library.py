@@ -9,8 +9,10 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ BUILDS = {  # flags of the kernels, flags of the runtime
     "plain": (["-O2"], ["-O2"]),
     "memory": (["-O1", *SANITIZE], ["-O1", *SANITIZE]),
     "races": (["-O1", "-fsanitize=thread"], ["-O1", "-DSIMT_TSAN"]),
+    "lines": (["-O1", "--coverage"], ["-O2"]),
 }
 
 
@@ -87,6 +90,24 @@ def compile_object(root: Path, source: str, flags: list[str]) -> Path:
     return next(path for path in found if path.exists())
 
 
+def lines_not_run(folder: Path) -> dict[str, set[int]]:
+    """File below csrc/cuda -> lines that no template's instance ran, after a run of the "lines" build in which
+    GCOV_PREFIX was ``folder``."""
+    counts: dict[str, dict[int, int]] = {}
+    for data in folder.rglob("*.gcda"):
+        notes = ROOT / "build" / "simt" / f"{data.stem}.gcno"
+        shutil.copy(notes, data.parent)
+        ask = ["gcov", "--json-format", "--stdout", data]
+        report = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=folder).stdout
+        for file in (file for text in report.splitlines() for file in json.loads(text)["files"]):
+            if "csrc/cuda/" not in file["file"]:
+                continue
+            seen = counts.setdefault(Path(file["file"]).name, {})
+            for line in file["lines"]:
+                seen[line["line_number"]] = seen.get(line["line_number"], 0) + line["count"]
+    return {name: {line for line, count in seen.items() if count == 0} for name, seen in counts.items()}
+
+
 def included(root: Path, path: Path, seen: dict[Path, str]) -> list[str]:
     """The text of a source and of every header of ours that it includes."""
     if path not in seen:
@@ -108,7 +129,7 @@ def load() -> Library:
 
 def sanitizer_environment(kind: str) -> dict[str, str]:
     """In which a Python that loads the library of ``kind`` must be started."""
-    names = {"plain": (), "memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}[kind]
+    names = {"memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}.get(kind, ())
     ask = [[COMPILER, f"-print-file-name={name}"] for name in names]
     found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
     return {

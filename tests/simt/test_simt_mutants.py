@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is Non
 
 SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence|cluster_barrier)\(\);")
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
-CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "96", "128")
-CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2")
+CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "bfloat16", "float16")
+CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2", "96", "128")
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "tasks.cuh", "precondition.cu")
 
 
@@ -74,6 +74,10 @@ PLANTED = [
     plant("gram.cuh", "row < rows ? chunk.shared.unit", "row <= rows ? chunk.shared.unit"),
     plant("gram.cuh", "if (kSplit) {", "if (false) {"),
     plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8]", "left[i % 2 * 4 * pitch + i / 2 * 8]"),
+    plant("gram.cuh", "lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8", "lane % 16) * pitch + lane / 16 * 8"),
+    plant(
+        "gram.cuh", "mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[2])", "mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[1])"
+    ),
     plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
     plant("apply.cuh", "const bool lower = tile >= block / 2;", "const bool lower = true;"),

@@ -101,6 +101,16 @@ def test_mma_layout(library):
     assert np.array_equal(d, want)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mma_and_ldmatrix_layout_of_16_bits(library, dtype):
+    rng = np.random.default_rng(0)
+    a, b, d = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    want = d + a @ b
+    library.schedule()
+    library.selftest(f"multiply {dtype}", 1, a, b, d)
+    assert np.array_equal(d, want)
+
+
 def test_mma_drops_what_tf32_does_not_hold(library):
     a, b, d = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32), np.zeros((16, 8), np.float32)
     a[3, 2], b[2, 5] = 1 + 2.0**-10 + 2.0**-11, 1

@@ -1,0 +1,44 @@
+"""Every line of the correction kernels runs under the schedules of run_cases.py."""
+
+import shutil
+import subprocess
+import sys
+
+import precondition_cases as cases
+import pytest
+import simt_library as simt
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("c++") is None or shutil.which("gcov") is None, reason="needs a C++ compiler, gcov"
+    ),
+]
+FILES = (
+    "apply.cuh",
+    "chunk.cuh",
+    "convert.cuh",
+    "factor.cuh",
+    "gram.cuh",
+    "matrices.cuh",
+    "precondition.cu",
+    "tasks.cuh",
+)
+RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("V1", "V2")]
+# The launcher's refusals, which test_simt_precondition.py provokes, and what one thread of many launches would reach.
+HOST = ("return Status::kInvalidArgument;", "return false;", "return plan;", "return status;")
+
+
+def test_every_line_runs(tmp_path):
+    library = simt.build("lines")
+    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, "96", "256"]
+    environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    missed = simt.lines_not_run(tmp_path)
+    assert set(FILES) <= set(missed), "gcov reports every file"
+    left = []
+    for name in FILES:
+        text = (simt.ROOT / "csrc" / "cuda" / name).read_text().splitlines()
+        left += [f"{name}:{n}: {text[n - 1]}" for n in sorted(missed[name]) if not any(h in text[n - 1] for h in HOST)]
+    assert not left, "\n".join(left)
