@@ -1,10 +1,11 @@
-"""A C and a C++ program use the library as a stranger would: found by CMake, no torch, no Python."""
+"""C and C++ programs use the library as a stranger would: found by CMake, no torch and no Python but for LibTorch's."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import consistency_ops as co
 
@@ -18,11 +19,11 @@ def cmake(*arguments):
     return done.stdout
 
 
-def build_and_run(build, prefix, *options, problems=12):
+def build_and_run(build, prefix, *options, problems=12, seeds=3):
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCONSISTENCY_OPS_CUDA=OFF", *options)
     cmake("--build", build, "--parallel", "2")
     outputs = []
-    for name, *arguments in (["cholesky"], ["correct"], ["stress", str(problems)]):
+    for name, *arguments in (["cholesky"], ["correct"], ["stress", str(problems)], ["train", str(seeds)]):
         done = subprocess.run([build / name, *arguments], capture_output=True, text=True, env={})
         assert done.returncode == 0, f"{name}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
@@ -32,6 +33,16 @@ def build_and_run(build, prefix, *options, problems=12):
 def test_from_the_package(tmp_path):
     cholesky, *_ = build_and_run(tmp_path / "build", co.cmake_prefix_path())
     assert cholesky.rstrip().endswith(f", {co.build_info()['cpu_isa']}")
+
+
+def test_another_minor_version_is_refused(tmp_path):
+    major, minor = co.__version__.split(".")[:2]
+    wanted = f"find_package(ConsistencyOps {major}.{int(minor) + 1} REQUIRED)"
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.18)\nproject(user CXX)\n{wanted}\n")
+    configure = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={co.cmake_prefix_path()}"]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"ConsistencyOpsConfig.cmake, version: {co.__version__}" in done.stderr
 
 
 def test_headers_are_c_and_cpp(tmp_path):
@@ -65,4 +76,31 @@ def test_sanitizers(tmp_path, sanitizer):
     """No access out of bounds, undefined behaviour, leak or race over random problems, on every instruction set."""
     flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g -O1"
     options = [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
-    build_and_run(tmp_path / "build", co.cmake_prefix_path(), *options, problems=40)
+    build_and_run(tmp_path / "build", co.cmake_prefix_path(), *options, problems=40, seeds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_launcher_links(tmp_path):
+    """Compiled and linked where nvcc is found; compared with the CPU where there is a GPU, too."""
+    build = tmp_path / "build"
+    options = ["-DCONSISTENCY_OPS_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=75-real;80-real"]  # the kernels need sm_80
+    cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={co.cmake_prefix_path()}", *options)
+    cmake("--build", build, "--parallel", "2", "--target", "correct_cuda")
+    done = subprocess.run([build / "correct_cuda"], capture_output=True, text=True)
+    if done.returncode == 77:
+        assert done.stdout == "no CUDA device\n"
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_libtorch(tmp_path):
+    """The operators through torch's dispatcher, in a program without Python."""
+    prefixes = f"{co.cmake_prefix_path()};{torch.utils.cmake_prefix_path}"
+    build = tmp_path / "build"
+    cmake("-S", PROGRAMS / "libtorch", "-B", build, f"-DCMAKE_PREFIX_PATH={prefixes}", "-DCONSISTENCY_OPS_CUDA=OFF")
+    cmake("--build", build, "--target", "dispatcher")
+    done = subprocess.run([build / "dispatcher"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "chunk must be in [1, 256], got 257" in done.stdout

@@ -3,9 +3,8 @@
 //     A_c = X_c^T X_c / n      G[:, c] <- G[:, c] (A_c + damping I)^-1      for every chunk c of units
 //
 // This is the one problem description of the CPU, CUDA and test paths: an array of PreconditionLayer and one
-// PreconditionOptions, plain data, no ownership.  Strides count elements, not bytes.  All pointers belong to the caller
-// and must stay valid until the call returns (CPU) or the stream has passed it (CUDA).  Calls on different data may run
-// at the same time from different threads.
+// PreconditionOptions, plain data, no ownership.  types.h says what holds for all launchers: ownership, streams,
+// workspaces, threads, errors.  tests/cpp/train.cpp is a complete program.
 #pragma once
 
 #include "consistency_ops/random.h"
@@ -80,6 +79,11 @@ inline int64_t num_chunks(const PreconditionLayer& layer, const PreconditionOpti
 }
 
 // CPU.  Reads every X once, reads and writes every G once.  Extra memory: see precondition_workspace_cpu.
+//
+// kInvalidArgument: chunk not in 1 .. kMaxChunk; a group not in 1 .. chunk; max_rows < 1; damping negative or NaN;
+// stages not a combination of neighbouring stages; covariance, inverse or info null where the stages need it; has_bias
+// without bias_grad where there is a G to correct; a negative size; 2^31 - 1 or more units or outputs.  Pointers,
+// strides and dtypes are taken as they are; set float64 where any of the data are float64.
 Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                         const ThreadPool& pool);
 
