@@ -58,7 +58,11 @@ int main() {
     return 77;
   }
   co::CudaDevice device{};
+  int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attribute");
+  device.compute_capability = 10 * major + minor;
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
 
@@ -85,7 +89,7 @@ int main() {
   }
   const co::Status status = co::precondition_cuda(&problem, 1, options, device, workspace, stream);
   if (status != co::Status::kOk) {
-    std::fprintf(stderr, "precondition_cuda: status %d\n", static_cast<int>(status));
+    std::fprintf(stderr, "precondition_cuda: status %d, %s\n", static_cast<int>(status), co::launch_error());
     return 1;
   }
   std::vector<float> corrected(g.size());

@@ -15,7 +15,8 @@
 //   that is.  A _cuda launcher gets its workspace from the caller: ask *_workspace_cuda for the bytes, with the very
 //   parameters of the launch.  A launcher without such a function needs none.
 // Threads.  Any number of calls may run at the same time on data that do not overlap, also with one ThreadPool if that
-//   pool allows it.  The only global state is the instruction set, chosen once (co_set_cpu_isa of c_api.h).
+//   pool allows it.  The only global states are the instruction set (co_set_cpu_isa of c_api.h) and, a thread,
+//   launch_error().
 // Errors.  The return value is a Status; nothing is thrown and nothing printed.  Data is never an error: Inf, NaN and
 //   matrices that cannot be factored are reported per chunk (`info`), not by the Status.
 #pragma once
