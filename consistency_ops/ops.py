@@ -47,7 +47,7 @@ Scaling = Literal["absolute", "trace"]
 _SECTOR = 32  # bytes: the unit in which GPUs move memory; the default group is one sector of the gradient
 
 
-def _default_group(dtype: torch.dtype, chunk: int) -> int:
+def default_group(dtype: torch.dtype, chunk: int) -> int:
     return min(_SECTOR // dtype.itemsize, chunk)
 
 
@@ -168,7 +168,7 @@ def _foreach_precondition_(
     orders, order_layers = _dense(permutations)
     if is_real(grads[0]):
         inputs = check_overlap(op, [*grads, *biases], inputs)
-    groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
+    groups = [default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         info, used = torch.ops.consistency_ops.foreach_precondition_(
             grads,
@@ -394,7 +394,7 @@ def foreach_covariance(
         conv = grad is not None and grad.dim() > 2 and x.dim() == grad.dim()
         dims.append(1 if conv else x.dim() - 1)
         units.append(x.shape[-1] if grad is None else grad.shape[1])
-        groups.append(_default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
+        groups.append(default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
     orders, order_layers = _dense(permutation)
     counts, count_layers = _dense(row_counts)
     check_row_counts(op, counts)
@@ -470,7 +470,7 @@ def foreach_apply_(
     orders, order_layers = _dense(permutation)
     if is_real(grads[0]):
         check_overlap(op, [*grads, *biases], [])
-    groups = [_default_group(g.dtype, chunk) if group is None else group for g in grads]
+    groups = [default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         torch.ops.consistency_ops.foreach_apply_(
             grads,

@@ -17,12 +17,12 @@ from . import ops, report
 from .capture import Capture, States
 from .coverage import Layer, find_layers, find_ties
 from .distributed import Ranks
-from .state import StateStore
+from .state import StateStore, digest, on_host
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_VERSION = 1  # of state_dict
+_VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
 
 
 @dataclass(eq=False)
@@ -373,7 +373,7 @@ class Preconditioner:
         """The bias-corrected running covariance, NaN before anything entered it."""
         state = self._store.get(item.layer)
         old, weight = state.get("covariance"), state.get("weight")
-        if old is None or old.shape != covariance.shape:
+        if old is None or old.shape != covariance.shape or not _divided_as(item):
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
         gradients = [grad for grad in (item.grad, item.bias_grad) if grad is not None]
         finite = torch.stack([t.isfinite().all() for t in (covariance, *gradients)]).all()
@@ -389,7 +389,7 @@ class Preconditioner:
         for item in batch:
             state = {**self._store.get(item.layer), **item.layer.pending}
             inverse, info = state.get("inverse"), state.get("info")
-            if inverse is not None and len(inverse) == self._num_chunks(item):
+            if inverse is not None and len(inverse) == self._num_chunks(item) and _divided_as(item):
                 item.layer.info = info
                 ready.append((item, inverse, info))
         if ready:
@@ -423,16 +423,22 @@ class Preconditioner:
         sizes = [self._num_chunks(item) for item in batch]
         for item, i, u in zip(batch, info.split(sizes), used.split(sizes), strict=True):
             for part in item.parts or (item,):
-                part.layer.info, part.layer.damping = i, u
+                part.layer.info, part.layer.damping, part.layer.inverted_units = i, u, item.units
 
     def _finish_step(self) -> None:
         self.steps += 1
         self._store.count_step(self.steps)
         for layer in self.layers:
-            if layer.pending:
+            if layer.pending and layer.weight is not None:
+                layer.pending["division"] = torch.tensor([self._division(layer), layer.inverted_units])
                 for key, value in layer.pending.items():
                     self._store.put(layer, key, value)
                 layer.pending.clear()
+
+    def _division(self, layer: Layer) -> int:
+        """A digest of what decides which units stand where in the stored matrices of a layer, but for their number."""
+        group = ops.default_group(layer.weight.dtype, self.chunk) if self.group is None else self.group
+        return digest((self.seed, self.chunk, group, layer.index, 0 if self.decay > 0 else self.every))
 
     def parameters(self) -> Iterable[Tensor]:
         """Those of the optimizer; without one, those of the model."""
@@ -454,10 +460,20 @@ class Preconditioner:
     def _resume(self) -> None:
         """Continue from what the store holds."""
         self.steps = self._store.counted_steps()
+        divided_otherwise = []
         for layer in self.layers:
             layer.pending.clear()
-            if layer.capture is not None:
-                layer.capture.begin_step()
+            if layer.capture is None:
+                continue
+            layer.capture.begin_step()
+            layer.inverted_units = None
+            if (division := self._store.get(layer).get("division")) is not None:
+                key, layer.inverted_units = division.tolist()
+                if key != self._division(layer):
+                    self._store.drop(layer)
+                    divided_otherwise.append(layer.name)
+        if divided_otherwise:
+            report.notice_dropped(self, divided_otherwise)
         self._states.reset(self.steps, paused=self.steps % self.every != 0, finished=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -466,15 +482,21 @@ class Preconditioner:
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
         layers = {layer.name: dict(self._store.get(layer)) for layer in self.layers if layer.capture}
-        return {"version": _VERSION, "step": self.steps, "layers": {k: state for k, state in layers.items() if state}}
+        return {
+            "version": _VERSIONS[-1],
+            "step": self.steps,
+            "layers": {k: state for k, state in layers.items() if state},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows captured so far are dropped.
 
-        Not needed with an optimizer, whose own ``load_state_dict`` does it.
+        Not needed with an optimizer, whose own ``load_state_dict`` does it. What was saved with another ``seed``,
+        ``chunk``, ``group`` or ``every``, or at another place among the layers, cannot be used: the log says so, and
+        the averages start anew.
 
         Raises:
-            ValueError: another version, or a layer that is not covered here.
+            ValueError: a version from the future, or a layer that is not covered here.
             RuntimeError: an optimizer was given that has no state yet, and would take ours for its own.
         """
         if self._optimizer is not None and not self._optimizer.state:
@@ -483,14 +505,15 @@ class Preconditioner:
                 "optimizer.load_state_dict restores the preconditioner, too"
             )
         version, saved = state_dict.get("version"), state_dict.get("layers", {})
-        _check(version == _VERSION, "state_dict version", str(_VERSION), version)
+        _check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
         covered = {layer.name: layer for layer in self.layers if layer.capture is not None}
         unknown = sorted(set(saved) - set(covered))
         _check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
                 for key, value in entries.items():
-                    self._store.put(covered[name], key, value.to(weight.device, copy=True))
+                    device = "cpu" if on_host(key) else weight.device
+                    self._store.put(covered[name], key, value.to(device, copy=True))
         self._store.count_step(state_dict["step"])
         self._resume()
 
@@ -574,6 +597,11 @@ def _part(item: Item) -> None:
     torch._foreach_copy_([part.grad for part in item.parts], item.grad.split(sizes))
     if item.bias_grad is not None:
         torch._foreach_copy_([part.bias_grad for part in item.parts], item.bias_grad.split(sizes))
+
+
+def _divided_as(item: Item) -> bool:
+    """Whether the stored matrices have the units of this step: a bias may have come or gone."""
+    return item.layer.inverted_units in (None, item.units)
 
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:

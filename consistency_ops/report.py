@@ -140,6 +140,15 @@ def notice_tied(pre: Preconditioner) -> None:
         )
 
 
+def notice_dropped(pre: Preconditioner, names: list[str]) -> None:
+    _notice(
+        pre,
+        "dropped",
+        "the loaded state was saved with another seed, chunk, group or every, or with other layers before these, so it "
+        f"was dropped and their statistics start anew: {_some(names)}. Construct the Preconditioner as it was then.",
+    )
+
+
 def notice_lost(pre: Preconditioner, layer: Layer) -> None:
     _notice(
         pre,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ _STEP = PREFIX + "step"
 
 
 class StateStore:
-    """Entries of a layer, with ``decay`` or ``every``: ``inverse``, ``info``, ``covariance``, ``weight``; and the step.
+    """Entries of a layer, with ``decay`` or ``every``, and the step.
 
-    ``weight`` is the sum of the weights in the running average. Without an optimizer they are kept here, by name.
+    ``inverse``, ``info``, ``covariance``; ``weight``, the sum of the weights in the running average; ``division``,
+    int64 (2,): a digest of what decides the division, and the units that were divided. Without an optimizer they are
+    kept here, by name.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
@@ -44,6 +47,13 @@ class StateStore:
             self._own.setdefault(layer.name, {})[key] = value
         else:
             self._optimizer.state[layer.weight][_prefix(layer) + key] = value
+
+    def drop(self, layer: Layer) -> None:
+        if self._optimizer is None:
+            self._own.pop(layer.name, None)
+        else:
+            for key in self.get(layer):
+                del self._optimizer.state[layer.weight][_prefix(layer) + key]
 
     def count_step(self, step: int) -> None:
         """Write the step beside the state of every parameter that has been updated.
@@ -85,8 +95,17 @@ class StateStore:
         for key, parameter in zip(keys, parameters, strict=False):
             for name, value in saved["state"].get(key, {}).items():
                 if _is_ours(name):
-                    device = "cpu" if name == _STEP else parameter.device
+                    device = "cpu" if on_host(name) else parameter.device
                     optimizer.state[parameter][name] = value.detach().to(device, copy=True)
+
+
+def on_host(key: str) -> bool:
+    """Whether an entry is read on the host, and lives there."""
+    return key == _STEP or key.endswith("division")
+
+
+def digest(value: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
 
 
 def _prefix(layer: Layer) -> str:

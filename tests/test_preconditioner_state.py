@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_state_by_name_beside_an_optimizer():
 
 def test_loading_foreign_state_is_refused():
     pre = Preconditioner(mlp())
-    with pytest.raises(ValueError, match="state_dict version must be 1, got 7"):
+    with pytest.raises(ValueError, match="state_dict version must be 1 or 2, got 7"):
         pre.load_state_dict({"version": 7, "layers": {}})
     with pytest.raises(ValueError, match=r"got \['other'\]"):
         pre.load_state_dict({"version": 1, "step": 1, "layers": {"other": {}}})
@@ -217,3 +218,91 @@ def test_loading_a_state_saved_without_a_preconditioner():
     optimizer.load_state_dict(saved)
     assert pre.steps == 0
     train(model, optimizer, 2)
+
+
+# Other versions, other options
+
+
+def own_steps(model, pre, first, count):
+    for step in range(first, first + count):
+        model.zero_grad()
+        backward(model, *data(seed=step))
+        pre.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize("how", ["attached", "alone"])
+def test_state_of_version_0_1_0_goes_on_as_it_did(how):
+    """Saved by that release, with what its next three steps gave."""
+    saved = torch.load(Path(__file__).parent / "data" / "state_0.1.0.pt", weights_only=True)[how]
+    model = mlp(seed=3, widths=(12, 8, 5))
+    model.load_state_dict(saved["model"])
+    if how == "attached":
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        pre = Preconditioner(model, optimizer, chunk=4, seed=4, decay=0.9, every=2)
+        optimizer.load_state_dict(saved["optimizer"])
+        train(model, optimizer, 3, first=5)
+    else:
+        pre = Preconditioner(model, chunk=4, seed=4, decay=0.9, every=2)
+        pre.load_state_dict(saved["preconditioner"])
+        own_steps(model, pre, 5, 3)
+    assert pre.steps == 8
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved["later"][name], rtol=1e-5, atol=1e-6)
+
+
+CHANGES = [dict(seed=5), dict(chunk=6), dict(group=1), dict(every=2)]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("how", ["attached", "alone"])
+def test_matrices_of_another_division_are_dropped(change, how, caplog):
+    """The same steps as a preconditioner whose state was not loaded, but for the count; and the log says why."""
+    options = dict(chunk=8, group=4, seed=4, every=4)
+    source = mlp()
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.1)
+    pre = Preconditioner(source, optimizer, **options)
+    train(source, optimizer, 5)
+    model = copy.deepcopy(source)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    again = Preconditioner(model, other if how == "attached" else None, **{**options, **change})
+    if how == "attached":
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        again.load_state_dict(pre.state_dict())
+    assert again.steps == 5 and again.state_dict()["layers"] == {}
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "consistency_ops"]
+    assert "saved with another seed, chunk, group or every" in message and ": 0, 2, 4." in message
+    model.zero_grad()
+    backward(model, *data())
+    before = gradients(model)
+    other.step() if how == "attached" else again.step()
+    assert_equal(before, gradients(model))  # until the next inversion
+
+
+@pytest.mark.parametrize("options", [dict(decay=0.9), dict(every=4)], ids=str)
+def test_a_layer_before_the_others_moves_their_divisions(options, caplog):
+    body = mlp()
+    pre = Preconditioner(body, chunk=8, **options)
+    own_steps(body, pre, 0, 2)
+    state = pre.state_dict()
+    longer = nn.ModuleDict({"first": nn.Linear(3, 3), "body": mlp()})
+    again = Preconditioner(longer, chunk=8, **options)
+    again.load_state_dict({**state, "layers": {f"body.{name}": entries for name, entries in state["layers"].items()}})
+    assert again.state_dict()["layers"] == {} and "with other layers before these" in caplog.text
+
+
+@pytest.mark.parametrize("options", [dict(decay=0.9), dict(every=3), dict(decay=0.9, every=3)], ids=str)
+def test_a_bias_that_is_frozen_between_inversions(options):
+    """The stored inverse has one unit more than the gradient: it waits for the next one."""
+    layer = nn.Linear(12, 5)
+    pre = Preconditioner(layer, chunk=8, **options)
+    for step in range(4):
+        layer.zero_grad(set_to_none=True)
+        layer.bias.requires_grad_(step == 0)
+        layer(data(seed=step)[0]).square().sum().backward()
+        grad = layer.weight.grad.clone()
+        pre.step()
+        assert torch.equal(grad, layer.weight.grad) == ("every" in options and step in (1, 2))
