@@ -15,8 +15,9 @@ import math
 import torch
 from torch import nn
 
+import consistency_ops as co
 from benchmarks.training import fit, frame
-from consistency_ops.nn import BatchRMSNorm, clip_spectral_norms_, deep_mlp, fold_rms_norm
+from consistency_ops.nn import clip_spectral_norms_, deep_mlp, fold_rms_norm
 
 TITLE = "F: contractive networks on MNIST: bound, accuracy, certified accuracy"
 DATA = "mnist"
@@ -39,27 +40,10 @@ NUMPY = {
 FIGSIZE = (12, 4)
 
 
-def factors(model: nn.Sequential) -> list[tuple[str, float]]:
-    """log10 of what every layer contributes to the plain bound: a spectral norm, or 1 / min D."""
-    found = []
-    for module in model:
-        if isinstance(module, nn.Linear):
-            norm = torch.linalg.matrix_norm(module.weight.detach().double(), 2)
-            found.append(("linear", float(norm.log10())))
-        elif isinstance(module, BatchRMSNorm):
-            gain = module.eval()(torch.ones(1, module.num_features)).max()
-            found.append(("norm", math.log10(float(gain))))
-    return found
-
-
 def certified(model: nn.Sequential, log10_bound: float, data: fit.Split) -> list[float]:
-    """Share of test images that no change of l2 norm below each of the RADII makes wrong: margin / (sqrt 2 bound)."""
-    with torch.no_grad():
-        logits = model.eval()(data.test_x).double()
-    top = logits.topk(2).values
-    radius = (top[:, 0] - top[:, 1]) / (math.sqrt(2) * 10**log10_bound)
-    right = logits.argmax(1) == data.test_y
-    return [float((right & (radius > r)).double().mean()) for r in RADII]
+    """Share of test images that no change of l2 norm below each of the RADII makes wrong."""
+    radius = co.analysis.certified_radius(model, data.test_x, data.test_y, bound=10**log10_bound)
+    return [float((radius > r).double().mean()) for r in RADII]
 
 
 def run(settings, size, seed, data, tick):
@@ -77,24 +61,24 @@ def run(settings, size, seed, data, tick):
     if clip:
         clip_spectral_norms_(model, clip)
         outcome["test_error"][-1] = fit.error_of(model, data)
-    found = factors(model.eval())
-    folded = fold_rms_norm(model)
-    plain, tight = sum(x for _, x in found), sum(x for _, x in factors(folded))
+    found = co.analysis.lipschitz_bound(model)
+    plain, tight = found.log_bound / math.log(10), found.log_folded / math.log(10)
     scaled = fold_rms_norm(model)
     with torch.no_grad():
         for parameter in scaled[-1].parameters():
             parameter.div_(1.001 * 10**tight)
+    bound = co.analysis.lipschitz_bound(scaled).log_bound / math.log(10)
     return {
         **outcome,
-        "factors": found,
+        "factors": [[x.kind, x.log_factor / math.log(10)] for x in found.factors if x.log_factor],
         "plain": plain,
         "folded": tight,
         "certified_plain": certified(model, plain, data),
-        "certified_folded": certified(folded, tight, data),
+        "certified_folded": certified(model, tight, data),
         "scaled": {
-            "plain": sum(x for _, x in factors(scaled)),
+            "plain": bound,
             "test_error": fit.error_of(scaled, data),
-            "certified": certified(scaled, sum(x for _, x in factors(scaled)), data),
+            "certified": certified(scaled, bound, data),
         },
     }
 

@@ -85,6 +85,7 @@ def plot(figure, results):
     axes[2].axhline(0.9, color="grey", linewidth=0.8)
     axes[2].set(xlabel="hidden layers", ylabel="best test error", xscale="log", ylim=(0, 1), title="chance: 0.9")
     axes[2].set_xticks(DEPTHS, DEPTHS)
+    axes[2].set_xticks([], minor=True)
     axes[2].legend(fontsize="x-small")
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(f"E: {size['width']} units a layer, {size['train']} MNIST images, no normalisation")
