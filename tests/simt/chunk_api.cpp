@@ -1,5 +1,10 @@
-// The factorisation of factor.cuh alone, behind the signature of co_cholesky_f32 (c_api.h), so that LAPACK's yardsticks
-// can be held against it.
+// The chunk kernels of factor.cuh alone, behind the signatures of co_cholesky_f32 and co_cholesky_solve_f32 (c_api.h),
+// so that LAPACK's yardsticks can be held against them.
+//
+// LAPACK's ratio of a solve measures the residual, which only substitution keeps small; the correction multiplies by
+// the explicit inverse, whose result is as near to the exact one but leaves a residual of eps cond.  So there are two
+// solves: co_simt_cholesky_solve_f32 substitutes, forward with the panel solve of the factorisation and backward with
+// its mirror image, and simt_inverse_solve does what the correction does.
 #include <cstdio>
 
 #include "consistency_ops/c_api.h"
@@ -16,6 +21,34 @@ struct CholeskyParams {
   int32_t* info;
 };
 
+struct SolveParams {
+  int n;
+  int64_t nrhs;
+  const float* l;
+  int64_t lda;
+  float* b;
+  int64_t ldb;
+};
+
+// tiles <- the lower triangle of a, both halves of the diagonal tiles, and the identity past n.
+CO_DEVICE void load_lower(const Chunk& chunk, const float* a, int64_t lda, bool symmetric) {
+  for (int e = static_cast<int>(threadIdx.x); e < chunk.padded() * chunk.padded(); e += static_cast<int>(blockDim.x)) {
+    const int row = e / chunk.padded(), column = e % chunk.padded();
+    if (row / kTile < column / kTile) continue;
+    const int i = symmetric ? max(row, column) : row, j = symmetric ? min(row, column) : column;
+    const bool inside = i < chunk.size() && j <= i;
+    lower_tile(chunk.tiles, row / kTile, column / kTile)[row % kTile * kTilePitch + column % kTile] =
+        inside          ? a[j * lda + i]
+        : row == column ? 1.0f
+                        : 0.0f;
+  }
+}
+
+CO_DEVICE float& element(const Chunk& chunk, int row, int column) {
+  const int i = max(row, column), j = min(row, column);
+  return lower_tile(chunk.tiles, i / kTile, j / kTile)[i % kTile * kTilePitch + j % kTile];
+}
+
 template <int kWarps>
 void cholesky_kernel(const CholeskyParams& params) {
   CO_DYNAMIC_SHARED(float, tiles);
@@ -23,24 +56,121 @@ void cholesky_kernel(const CholeskyParams& params) {
   const Chunk chunk{shared[0], tiles, nullptr};
   if (threadIdx.x == 0) shared[0].size = params.n;
   __syncthreads();
-  const auto element = [&](int row, int column) -> float& {
-    return lower_tile(tiles, row / kTile, column / kTile)[row % kTile * kTilePitch + column % kTile];
-  };
-  const int stride = kWarps * 32;
-  for (int e = static_cast<int>(threadIdx.x); e < chunk.padded() * chunk.padded(); e += stride) {
-    const int row = e / chunk.padded(), column = e % chunk.padded();
-    if (row / kTile < column / kTile) continue;
-    const int i = max(row, column), j = min(row, column);
-    element(row, column) = i < params.n ? params.a[j * params.lda + i] : row == column ? 1.0f : 0.0f;
-  }
+  load_lower(chunk, params.a, params.lda, true);
   factor<kWarps>(chunk);
   __syncthreads();
   if (threadIdx.x == 0) *params.info = shared[0].failed_minor;
   if (shared[0].failed_minor != 0) return;
-  for (int e = static_cast<int>(threadIdx.x); e < params.n * params.n; e += stride) {
+  for (int e = static_cast<int>(threadIdx.x); e < params.n * params.n; e += kWarps * 32) {
     const int row = e / params.n, column = e % params.n;
-    if (row >= column) params.a[column * params.lda + row] = element(row, column);
+    if (row >= column) params.a[column * params.lda + row] = element(chunk, row, column);
   }
+}
+
+// tiles <- L and what factor() leaves beside it.
+template <int kWarps>
+Chunk load_factor(const SolveParams& params, float* tiles, ChunkShared& shared) {
+  const Chunk chunk{shared, tiles, nullptr};
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) shared.size = params.n;
+  __syncthreads();
+  load_lower(chunk, params.l, params.lda, false);
+  for (int i = thread; i < chunk.padded(); i += kWarps * 32) {
+    shared.inverse_pivot[i] = i < params.n ? 1.0f / params.l[i * params.lda + i] : 1.0f;
+  }
+  __syncthreads();
+  return chunk;
+}
+
+// As the correction does it: B <- A^-1 B with the explicit inverse.
+template <int kWarps>
+void inverse_solve_kernel(const SolveParams& params) {
+  CO_DYNAMIC_SHARED(float, tiles);
+  CO_SHARED(ChunkShared, shared, [1]);
+  const Chunk chunk = load_factor<kWarps>(params, tiles, shared[0]);
+  const int thread = static_cast<int>(threadIdx.x);
+  invert<kWarps>(chunk);
+  for (int64_t rhs = 0; rhs < params.nrhs; ++rhs) {
+    float* b = params.b + rhs * params.ldb;
+    float sum = 0.0f;
+    if (thread < params.n) {
+      for (int k = 0; k < params.n; ++k) sum = fma(element(chunk, thread, k), b[k], sum);
+    }
+    __syncthreads();
+    if (thread < params.n) b[thread] = sum;
+  }
+}
+
+// row <- row L^-1 of one diagonal tile: solve_row from the other end.
+void solve_row_backward(float* row, const float* factor, const float* inverse_pivot) {
+  for (int j = kTile - 1; j >= 0; --j) {
+    float sum = row[j];
+    for (int m = j + 1; m < kTile; ++m) sum -= row[m] * factor[m * kTilePitch + j];
+    row[j] = sum * inverse_pivot[j];
+  }
+}
+
+// B^T <- B^T L^-T L^-1, 32 right-hand sides at a time, each a row of `side` tiles after those of L.
+template <int kWarps>
+void solve_kernel(const SolveParams& params) {
+  CO_DYNAMIC_SHARED(float, tiles);
+  CO_SHARED(ChunkShared, shared, [1]);
+  const Chunk chunk = load_factor<kWarps>(params, tiles, shared[0]);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, side = chunk.side();
+  float* rows = tiles + lower_tiles(side) * kTileFloats;
+  for (int64_t first = 0; first < params.nrhs; first += kTile) {
+    const auto at = [&](int r, int u) { return rows + u / kTile * kTileFloats + r * kTilePitch + u % kTile; };
+    const auto for_all = [&](auto&& f) {
+      for (int e = thread; e < kTile * chunk.padded(); e += kWarps * 32) f(e / chunk.padded(), e % chunk.padded());
+      __syncthreads();
+    };
+    for_all([&](int r, int u) {
+      *at(r, u) = first + r < params.nrhs && u < params.n ? params.b[(first + r) * params.ldb + u] : 0.0f;
+    });
+    for (int k = 0; k < side; ++k) {
+      float* mine = rows + k * kTileFloats;
+      if (warp == 0) {
+        solve_row(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].inverse_pivot + k * kTile);
+      }
+      __syncthreads();
+      for (int j = k + 1 + warp; j < side; j += kWarps) {
+        TileProduct product;
+        product.add<kTilePitch, 1, 1, kTilePitch>(mine, lower_tile(tiles, j, k));
+        product.for_each([&](int e, float sum) { rows[j * kTileFloats + e] -= sum; });
+      }
+      __syncthreads();
+    }
+    for (int k = side - 1; k >= 0; --k) {
+      float* mine = rows + k * kTileFloats;
+      if (warp == 0) {
+        solve_row_backward(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].inverse_pivot + k * kTile);
+      }
+      __syncthreads();
+      for (int j = warp; j < k; j += kWarps) {
+        TileProduct product;
+        product.add<kTilePitch, 1, kTilePitch, 1>(mine, lower_tile(tiles, k, j));
+        product.for_each([&](int e, float sum) { rows[j * kTileFloats + e] -= sum; });
+      }
+      __syncthreads();
+    }
+    for_all([&](int r, int u) {
+      if (first + r < params.nrhs && u < params.n) params.b[(first + r) * params.ldb + u] = *at(r, u);
+    });
+  }
+}
+
+// One CTA, as large as the correction's of this chunk.
+template <typename F>
+int run(int n, F&& kernel) {
+  const int side = padded_units(n) / kTile;
+  const size_t bytes = (lower_tiles(side) + side) * kTileFloats * sizeof(float);
+  try {
+    simt::launch(dim3(1), dim3(n <= 128 ? 256 : 512), dim3(1), bytes, kernel);
+  } catch (const simt::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return -100;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -53,19 +183,34 @@ extern "C" __attribute__((visibility("default"))) int co_simt_cholesky_f32(int64
   *info = 0;
   if (n == 0) return 0;
   const CholeskyParams params{static_cast<int>(n), a, lda, info};
-  const size_t bytes = lower_tiles(padded_units(params.n) / kTile) * kTileFloats * sizeof(float);
-  try {
-    const unsigned threads = n <= 128 ? 256 : 512;
-    simt::launch(dim3(1), dim3(threads), dim3(1), bytes, [&] {
-      if (threads == 256) {
-        cholesky_kernel<8>(params);
-      } else {
-        cholesky_kernel<16>(params);
-      }
-    });
-  } catch (const simt::Error& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return -100;
-  }
-  return 0;
+  return run(params.n, [&] { n <= 128 ? cholesky_kernel<8>(params) : cholesky_kernel<16>(params); });
+}
+
+namespace {
+
+template <typename F>
+int checked_solve(int64_t n, int64_t nrhs, const float* l, int64_t lda, float* b, int64_t ldb, F&& kernel) {
+  const int64_t least = n > 1 ? n : 1;
+  if (n < 0 || nrhs < 0 || l == nullptr || b == nullptr || lda < least || ldb < least) return CO_ERROR_INVALID_ARGUMENT;
+  if (n > kMaxChunk) return CO_ERROR_TOO_LARGE;
+  if (n == 0 || nrhs == 0) return 0;
+  const SolveParams params{static_cast<int>(n), nrhs, l, lda, b, ldb};
+  return run(params.n, [&] { kernel(params); });
+}
+
+}  // namespace
+
+// As co_cholesky_solve_f32.
+extern "C" __attribute__((visibility("default"))) int co_simt_cholesky_solve_f32(int64_t n, int64_t nrhs,
+                                                                                 const float* l, int64_t lda, float* b,
+                                                                                 int64_t ldb) {
+  return checked_solve(n, nrhs, l, lda, b, ldb,
+                       [&](const auto& params) { n <= 128 ? solve_kernel<8>(params) : solve_kernel<16>(params); });
+}
+
+extern "C" __attribute__((visibility("default"))) int simt_inverse_solve(int64_t n, int64_t nrhs, const float* l,
+                                                                         int64_t lda, float* b, int64_t ldb) {
+  return checked_solve(n, nrhs, l, lda, b, ldb, [&](const auto& params) {
+    n <= 128 ? inverse_solve_kernel<8>(params) : inverse_solve_kernel<16>(params);
+  });
 }

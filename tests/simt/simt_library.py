@@ -381,6 +381,15 @@ class Library:
         )
         return status, info.value
 
+    def cholesky_solve(
+        self, n: int, nrhs: int, factor: np.ndarray, lda: int, b: np.ndarray, ldb: int, inverse: bool = False
+    ) -> int:
+        """co_simt_cholesky_solve_f32, or by the explicit inverse; ``b`` is column-major."""
+        solve = self._library.simt_inverse_solve if inverse else self._library.co_simt_cholesky_solve_f32
+        sizes = [ctypes.c_int64(size) for size in (n, nrhs, lda, ldb)]
+        addresses = ctypes.c_void_p(factor.ctypes.data), ctypes.c_void_p(b.ctypes.data)
+        return solve(*sizes[:2], addresses[0], sizes[2], addresses[1], sizes[3])
+
     def convert(self, name: str, value: float) -> float:
         """One of the wrappers float16_to_float, bfloat16_to_float, float_to_float16, float_to_bfloat16, to_tf32."""
         function = getattr(self._library, f"selftest_{name}")

@@ -1,6 +1,6 @@
-"""The factorisation of the CUDA kernels, run on the CPU, against LAPACK's yardstick (see test_lapack_ratios.py).
+"""The chunk kernels of CUDA, run on the CPU, against LAPACK's yardsticks (see test_lapack_ratios.py).
 
-|| A - L L^T || / (n eps || A ||)  <= 1
+factor  || A - L L^T || / (n eps || A ||)  <= 1        solve  || B - A X || / (|| A || || X || eps)  <= 3
 """
 
 import shutil
@@ -34,6 +34,47 @@ def test_factor_ratio(library, n):
         assert error <= n * EPS * lapack.norm1(exact), (kind, error)
 
 
+def solved(library, n, kind, index, nrhs, extra, inverse=False):
+    """(A, B, wanted X, X) in extended precision."""
+    rng = np.random.default_rng([n, index])
+    a = lapack.matrix(kind, n, np.float32, rng)
+    storage = lapack.column_major(a, n + extra, np.nan)
+    assert library.cholesky(n, storage, n + extra) == (0, 0)
+    wanted = rng.uniform(-1, 1, (n, nrhs)) * (1 / lapack.norm1(a) if kind == "tiny" else 1)
+    b = np.full((nrhs, n + extra), np.nan, np.float32)
+    b[:, :n] = (a.astype(np.float64) @ wanted).T
+    right, kept, rest = b[:, :n].T.astype(np.longdouble), storage.copy(), b[:, n:].tobytes()
+    assert library.cholesky_solve(n, nrhs, storage, n + extra, b, n + extra, inverse) == 0
+    assert storage.tobytes() == kept.tobytes()
+    assert b[:, n:].tobytes() == rest
+    return a.astype(np.longdouble), right, wanted, b[:, :n].T.astype(np.longdouble)
+
+
+@pytest.mark.parametrize("n", [n for n in lapack.SIZES if n > 0])
+def test_solve_ratio(library, n):
+    library.schedule(seed=n)
+    for index, kind in enumerate(lapack.TYPES):
+        nrhs = (1, 3, 33)[index % 3]
+        a, right, _, x = solved(library, n, kind, index, nrhs, extra=index % 2)
+        residual = right - lapack.product(a, x)
+        for k in range(nrhs):
+            error = lapack.norm1(residual[:, [k]])
+            assert error <= 3 * lapack.norm1(a) * lapack.norm1(x[:, [k]]) * EPS, (kind, k)
+
+
+@pytest.mark.parametrize("n", [1, 5, 33, 128, 256])
+def test_the_explicit_inverse_is_as_near_as_substitution(library, n):
+    """What the correction does.  Forward error within 4 eps cond, cond of the matrix scaled to a unit diagonal."""
+    library.schedule(seed=n)
+    for index, kind in enumerate(lapack.TYPES):
+        a, _, wanted, x = solved(library, n, kind, index, 2, extra=0, inverse=True)
+        a = a.astype(np.float64)
+        scale = 1 / np.sqrt(np.diagonal(a))
+        condition = np.linalg.cond(a * scale[:, None] * scale)
+        error = np.linalg.norm((x - wanted) / scale[:, None]) / np.linalg.norm(wanted / scale[:, None])
+        assert error <= 4 * EPS * condition, (kind, error / EPS / condition)
+
+
 @pytest.mark.parametrize("n", [3, 17, 33, 64, 129, 256])
 def test_info_names_the_leading_minor_that_fails(library, n):
     library.schedule(seed=n)
@@ -59,3 +100,7 @@ def test_refused(library):
     assert library.cholesky(257, a, 257)[0] == -2
     assert library.cholesky(2, a, 1)[0] == -1
     assert library.cholesky(-1, a, 1)[0] == -1
+    assert library.cholesky_solve(257, 1, a, 257, a, 257) == -2
+    for n, nrhs, lda, ldb in ((-1, 1, 1, 1), (1, -1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 1), (0, 1, 0, 1), (0, 1, 1, 0)):
+        assert library.cholesky_solve(n, nrhs, a, lda, a, ldb) == -1
+    assert library.cholesky_solve(0, 1, a, 1, a, 1) == library.cholesky_solve(1, 0, a, 1, a, 1) == 0
