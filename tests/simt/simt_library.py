@@ -61,20 +61,29 @@ def build_operators() -> Path:
     return link("operators", ROOT, units, ["-O2"], libraries)
 
 
-def link(kind: str, root: Path, units: list[tuple[str, list[str]]], flags: list[str], libraries: Sequence = ()) -> Path:
+def link(
+    kind: str,
+    root: Path,
+    units: list[tuple[str, list[str]]],
+    flags: list[str],
+    libraries: Sequence = (),
+    program: bool = False,
+) -> Path:
+    """A shared library, or a ``program``."""
     folder = root / "build" / "simt"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects = [compile_object(root, source, unit_flags) for source, unit_flags in units]
-        library = folder / f"{kind}-{digest(*(o.name for o in objects))}.so"
-        if not library.exists():
+        target = folder / f"{kind}-{digest(*(o.name for o in objects))}.so"
+        if not target.exists():
             for old in folder.glob(f"{kind}-*.so"):
                 old.unlink()
-            partial = library.with_suffix(".partial")
-            run([COMPILER, "-shared", *flags, *objects, "-o", partial, "-pthread", *libraries])
-            os.replace(partial, library)
-    return library
+            partial = target.with_suffix(".partial")
+            mode = [] if program else ["-shared"]
+            run([COMPILER, *mode, *flags, *objects, "-o", partial, "-pthread", *libraries])
+            os.replace(partial, target)
+    return target
 
 
 def compile_object(root: Path, source: str, flags: list[str]) -> Path:

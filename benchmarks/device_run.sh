@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build, tests, sanitizers, golden vectors, benchmarks, attestation.
+#
+#   OUT=results bash benchmarks/device_run.sh [--minutes 9.5] [STAGE ...]
+#
+# Needs torch >= 2.10 with CUDA, its CUDA toolkit and Python >= 3.10; no network.  Stages (benchmarks/device/run.py)
+# are time-boxed, a failed one does not stop the next, and each leaves a log and JSON in $OUT (default: build/device).
+# A call that runs out of minutes says which stages are left; a second call with their names does them.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OUT="${OUT:-$PWD/build/device}" PYTHONUNBUFFERED=1 OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+mkdir -p "$OUT"
+exec "${PYTHON:-python3}" -m benchmarks.device.run "$@"

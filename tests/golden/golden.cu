@@ -1,0 +1,161 @@
+// Every wrapper of csrc/cuda/port.cuh on fixed operands, one line each: `name bits bits ...` in hexadecimal.
+//
+// nvcc compiles the instructions, another compiler the host bodies that tests/simt runs; both must print the same
+// (test_golden.py; the matrix product to rounding).
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cuda/port.cuh"
+
+using namespace consistency_ops;
+
+namespace {
+
+enum Wrapper : int32_t {
+  kFloat16ToFloat,
+  kBFloat16ToFloat,
+  kFloatToFloat16,
+  kFloatToBFloat16,
+  kToTf32,
+  kFreshThread,
+  kPrefetch,
+  kAddRelease,
+  kAddAcquireRelease,
+  kMatrixProduct,
+  kCluster,
+};
+
+struct Params {
+  Wrapper wrapper;
+  const uint32_t* in;
+  uint32_t* out;
+};
+
+__global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
+  CO_SHARED(Float4, shared, [1]);
+  const unsigned thread = threadIdx.x, i = blockIdx.x * blockDim.x + thread;
+  const uint32_t in = p.in[i];
+  if (p.wrapper == kFloat16ToFloat) {
+    p.out[i] = __float_as_uint(float16_to_float(static_cast<uint16_t>(in)));
+  } else if (p.wrapper == kBFloat16ToFloat) {
+    p.out[i] = __float_as_uint(bfloat16_to_float(static_cast<uint16_t>(in)));
+  } else if (p.wrapper == kFloatToFloat16) {
+    p.out[i] = float_to_float16(__uint_as_float(in));
+  } else if (p.wrapper == kFloatToBFloat16) {
+    p.out[i] = float_to_bfloat16(__uint_as_float(in));
+  } else if (p.wrapper == kToTf32) {
+    p.out[i] = __float_as_uint(to_tf32(__uint_as_float(in)));
+  } else if (p.wrapper == kFreshThread) {
+    p.out[i] = static_cast<uint32_t>(fresh_thread());
+  } else if (p.wrapper == kPrefetch) {
+    prefetch_l2(p.in + i);
+    p.out[i] = in;
+  } else if (p.wrapper == kAddRelease) {
+    add_release(p.out, 1 + in % 2);
+  } else if (p.wrapper == kAddAcquireRelease) {
+    // Every thread gets another number; the last one sees that all have arrived.
+    if (add_acquire_release(p.out, 1) == gridDim.x * blockDim.x - 1) p.out[1] = load_acquire(p.out);
+  } else if (p.wrapper == kMatrixProduct) {
+    float a[4], b[2], d[4];
+    for (unsigned k = 0; k < 4; ++k) a[k] = to_tf32(__uint_as_float(p.in[thread * 4 + k]));
+    for (unsigned k = 0; k < 2; ++k) b[k] = to_tf32(__uint_as_float(p.in[128 + thread * 2 + k]));
+    for (unsigned k = 0; k < 4; ++k) d[k] = __uint_as_float(p.in[192 + thread * 4 + k]);
+    mma_m16n8k8_tf32(d, a, b);
+    for (unsigned k = 0; k < 4; ++k) p.out[thread * 4 + k] = __float_as_uint(d[k]);
+  } else if (p.wrapper == kCluster) {
+    // Four CTAs of one thread: each writes to its right neighbour and reads from its left one.
+    const int rank = static_cast<int>(blockIdx.x);
+    const float value = __uint_as_float(in);
+    shared[0] = Float4{{0, 0, 0, 0}};
+    cluster_barrier();
+    store_cluster(shared, (rank + 1) % 4, Float4{{value, value + 1, value + 2, static_cast<float>(rank)}});
+    cluster_barrier();
+    const Float4 left = load_cluster(shared, (rank + 3) % 4);
+    const int whole = load_cluster(reinterpret_cast<const int*>(shared), (rank + 3) % 4);
+    for (int k = 0; k < 4; ++k) {
+      p.out[rank * 9 + k] = __float_as_uint(shared[0].v[k]);
+      p.out[rank * 9 + 4 + k] = __float_as_uint(left.v[k]);
+    }
+    p.out[rank * 9 + 8] = static_cast<uint32_t>(whole);
+    cluster_barrier();
+  }
+}
+
+void require(bool good, const char* what) {
+  if (good) return;
+  std::fprintf(stderr, "golden: %s: %s\n", what, launch_error());
+  std::exit(1);
+}
+
+// Memory that both sides can reach: plain on the host, copied for a device.
+std::vector<uint32_t> run(Wrapper wrapper, const std::vector<uint32_t>& in, size_t results, unsigned grid,
+                          unsigned block, int cluster = 1) {
+  std::vector<uint32_t> out(results, 0);
+#if defined(__CUDACC__)
+  const auto check = [](cudaError_t error) {
+    launch_error() = cudaGetErrorString(error);
+    require(error == cudaSuccess, "CUDA");
+  };
+  uint32_t *device_in, *device_out;
+  check(cudaMalloc(&device_in, in.size() * 4));
+  check(cudaMalloc(&device_out, results * 4));
+  check(cudaMemcpy(device_in, in.data(), in.size() * 4, cudaMemcpyHostToDevice));
+  check(cudaMemset(device_out, 0, results * 4));
+  const Params params{wrapper, device_in, device_out};
+#else
+  const Params params{wrapper, in.data(), out.data()};
+#endif
+  require(launch(golden_kernel, dim3(grid), dim3(block), 0, nullptr, params, cluster) == Status::kOk, "launch");
+#if defined(__CUDACC__)
+  check(cudaDeviceSynchronize());
+  check(cudaMemcpy(out.data(), device_out, results * 4, cudaMemcpyDeviceToHost));
+  check(cudaFree(device_in));
+  check(cudaFree(device_out));
+#endif
+  return out;
+}
+
+void print(const char* name, const std::vector<uint32_t>& values) {
+  std::printf("%s", name);
+  for (const uint32_t value : values) std::printf(" %08x", value);
+  std::printf("\n");
+}
+
+uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+}  // namespace
+
+int main() {
+  constexpr unsigned kAll = 1 << 16, kBlock = 256;
+  std::vector<uint32_t> halves(kAll), floats(kAll), small(512);
+  uint32_t state = 12345;
+  for (unsigned i = 0; i < kAll; ++i) {
+    halves[i] = i;
+    // The upper half is every pattern of exponents; the lower half, ties and their neighbours.
+    state = state * 1664525u + 1013904223u;
+    const uint32_t low[4] = {0x8000u, 0x1000u, state >> 16, 0x7fffu + (state >> 31)};
+    floats[i] = i << 16 | (low[i % 4] & 0xffffu);
+  }
+  for (unsigned i = 0; i < small.size(); ++i) {
+    state = state * 1664525u + 1013904223u;
+    small[i] = as_bits(static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f);
+  }
+  const unsigned grid = kAll / kBlock;
+  print("float16_to_float", run(kFloat16ToFloat, halves, kAll, grid, kBlock));
+  print("bfloat16_to_float", run(kBFloat16ToFloat, halves, kAll, grid, kBlock));
+  print("float_to_float16", run(kFloatToFloat16, floats, kAll, grid, kBlock));
+  print("float_to_bfloat16", run(kFloatToBFloat16, floats, kAll, grid, kBlock));
+  print("to_tf32", run(kToTf32, floats, kAll, grid, kBlock));
+  print("fresh_thread", run(kFreshThread, small, 64, 1, 64));
+  print("prefetch_l2", run(kPrefetch, small, 64, 1, 64));
+  print("add_release", run(kAddRelease, small, 1, 4, 64));
+  print("add_acquire_release", run(kAddAcquireRelease, small, 2, 4, 64));
+  print("mma_m16n8k8_tf32", run(kMatrixProduct, small, 128, 1, 32));
+  print("cluster", run(kCluster, small, 36, 4, 1, 4));
+}

@@ -1,0 +1,67 @@
+"""The host bodies of csrc/cuda/port.cuh against the instructions of a GPU, where benchmarks/device_run.sh has run.
+
+One program, golden.cu, prints every wrapper's results; here with the host bodies, there with the instructions.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simt_library as simt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "golden.txt"
+NOT_FOR_A_LINE = {"cluster_barrier", "load_cluster", "store_cluster", "load_acquire", "launch_failed", "launch"}
+
+
+@pytest.fixture(scope="module")
+def host():
+    """name -> bits."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    units = [("tests/simt/runtime.cpp", ["-O2"]), ("tests/golden/golden.cu", ["-O2", "-x", "c++"])]
+    program = simt.link("golden", simt.ROOT, units, ["-O2"], program=True)
+    return parse(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+
+
+def parse(text):
+    lines = [line.split() for line in text.splitlines()]
+    return {name: np.array([int(bits, 16) for bits in values], np.uint32) for name, *values in lines}
+
+
+def test_every_wrapper_has_a_line(host):
+    source = (ROOT / "csrc" / "cuda" / "port.cuh").read_text()
+    wrappers = set(re.findall(r"^(?:CO_DEVICE|inline) \w+ (\w+)\(", source, re.MULTILINE)) - NOT_FOR_A_LINE
+    assert wrappers | {"cluster"} == set(host)
+
+
+def test_host_bodies_convert_as_numpy(host):
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    wide = halves.view(np.float16).astype(np.float32)
+    got = host["float16_to_float"].view(np.float32)
+    assert np.array_equal(got, wide, equal_nan=True)
+    assert np.array_equal(host["bfloat16_to_float"], halves.astype(np.uint32) << 16)
+    assert host["add_acquire_release"].tolist() == [256, 256]
+    assert host["fresh_thread"].tolist() == list(range(64))
+
+
+def test_host_bodies_are_the_instructions(host):
+    if not RESULTS.exists():
+        pytest.skip("no golden vectors yet: benchmarks/device_run.sh writes them on a GPU")
+    device = parse(RESULTS.read_text())
+    assert set(device) == set(host)
+    for name, want in device.items():
+        if name == "mma_m16n8k8_tf32":  # sums of 8 products of numbers below 1, in the hardware's order
+            np.testing.assert_allclose(host[name].view(np.float32), want.view(np.float32), rtol=0, atol=8 * 2.0**-22)
+        elif name.startswith("float_to"):  # NaN has many encodings
+            nan = (0x7C00, 0x3FF) if name == "float_to_float16" else (0x7F80, 0x7F)
+            is_nan = ((want & nan[0]) == nan[0]) & ((want & nan[1]) != 0)
+            assert np.array_equal(is_nan, ((host[name] & nan[0]) == nan[0]) & ((host[name] & nan[1]) != 0)), name
+            assert np.array_equal(host[name][~is_nan], want[~is_nan]), name
+        elif name in ("to_tf32", "float16_to_float"):
+            assert np.array_equal(host[name].view(np.float32), want.view(np.float32), equal_nan=True), name
+        else:
+            assert np.array_equal(host[name], want), name
