@@ -29,8 +29,8 @@ class Layer:
     joins_bias: bool = False
     tied: str = ""  # modules that own the same weight
     capture: Capture | None = None
-    info: Tensor | None = None  # of the last step, one entry a chunk; None: nothing was launched
-    damping: Tensor | None = None  # used by the last inversion
+    info_at: tuple[Tensor, int, int] | None = None  # of the last step, and the entries that are this layer's
+    damping_at: tuple[Tensor, int, int] | None = None  # of the last inversion
     unfit_gradient: bool = False
     lost_rows: bool = False  # in the last step: see Capture.lost
     inverted_units: int | None = None  # at the last inversion, the bias included
@@ -42,6 +42,16 @@ class Layer:
         return self.name.removesuffix(part).removesuffix(".") if part else self.name
 
     @property
+    def info(self) -> Tensor | None:
+        """Of the last step, one entry a chunk; None: nothing was launched."""
+        return _entries(self.info_at)
+
+    @property
+    def damping(self) -> Tensor | None:
+        """Used by the last inversion, one entry a chunk."""
+        return _entries(self.damping_at)
+
+    @property
     def units(self) -> int:
         """Of one convolution group, the bias included; the weight must be initialised."""
         module = self.module()
@@ -51,6 +61,10 @@ class Layer:
     def weight(self) -> Parameter | None:
         module = self.module()
         return None if module is None or self.kind is None else module._parameters.get(self.kind.weight)
+
+
+def _entries(at: tuple[Tensor, int, int] | None) -> Tensor | None:
+    return None if at is None else at[0][at[1] : at[2]]
 
 
 def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> list[Layer]:

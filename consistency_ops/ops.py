@@ -48,6 +48,7 @@ _SECTOR = 32  # bytes: the unit in which GPUs move memory; the default group is 
 
 
 def default_group(dtype: torch.dtype, chunk: int) -> int:
+    """Units of a gradient that fill one sector."""
     return min(_SECTOR // dtype.itemsize, chunk)
 
 

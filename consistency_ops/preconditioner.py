@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
 
+_foreach_precondition_ = torch.ops.consistency_ops.foreach_precondition_.default
+
 
 @dataclass(eq=False)
 class Item:
@@ -250,7 +252,7 @@ class Preconditioner:
         if grown or self.steps == 0:
             self._attach()
         for layer in self.layers:
-            layer.info = None
+            layer.info_at = None
         pooled = self._ranks.correct()
         batches = self._batches(pooled)
         if self._states.new_weights:  # seen while the batches were made
@@ -317,20 +319,26 @@ class Preconditioner:
     def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
         if any(item.layer.capture.source is not None for item in batch):
             batch = _join(batch)
-        info, used = ops.foreach_precondition_(
+        # Straight to the operator: what ops.foreach_precondition_ would check holds for captured layers, or is checked
+        # by the operator, and this runs in every step.
+        joined = [(i, item.bias_grad) for i, item in enumerate(batch) if item.bias_grad is not None]
+        info, used = _foreach_precondition_(
             [item.grad for item in batch],
+            [bias_grad for _, bias_grad in joined],
             [item.rows for item in batch],
-            bias_grads=[item.bias_grad for item in batch],
-            damping=self._damping(),
-            scaling=self.scaling,
-            chunk=chunk,
-            group=self.group,
-            max_rows=self.max_rows,
-            seed=self.seed,
-            step=self.steps,
-            layers=[item.layer.index for item in batch],
-            row_counts=[item.count for item in batch],
-            return_damping=True,
+            [],
+            [item.count for item in batch],
+            [i for i, _ in joined],
+            [],
+            list(range(len(batch))),
+            [item.layer.index for item in batch],
+            [ops.default_group(item.grad.dtype, chunk) if self.group is None else self.group for item in batch],
+            self._damping(),
+            self.scaling == "trace",
+            chunk,
+            self.max_rows,
+            self.seed,
+            self.steps,
         )
         self._note(batch, info, used)
         for item in batch:
@@ -390,7 +398,7 @@ class Preconditioner:
             state = {**self._store.get(item.layer), **item.layer.pending}
             inverse, info = state.get("inverse"), state.get("info")
             if inverse is not None and len(inverse) == self._num_chunks(item) and _divided_as(item):
-                item.layer.info = info
+                item.layer.info_at = info, 0, len(info)
                 ready.append((item, inverse, info))
         if ready:
             ops.foreach_apply_(
@@ -417,13 +425,17 @@ class Preconditioner:
         return value
 
     def _num_chunks(self, item: Item) -> int:
-        return item.layer.kind.groups(item.layer.module()) * -(-item.units // self.chunk_of(item.units))
+        units = item.units
+        return item.rows.shape[1] // item.grad.shape[1] * -(-units // self.chunk_of(units))
 
     def _note(self, batch: list[Item], info: Tensor, used: Tensor) -> None:
-        sizes = [self._num_chunks(item) for item in batch]
-        for item, i, u in zip(batch, info.split(sizes), used.split(sizes), strict=True):
+        begin = 0
+        for item in batch:
+            end = begin + self._num_chunks(item)
             for part in item.parts or (item,):
-                part.layer.info, part.layer.damping, part.layer.inverted_units = i, u, item.units
+                part.layer.info_at, part.layer.damping_at = (info, begin, end), (used, begin, end)
+                part.layer.inverted_units = item.units
+            begin = end
 
     def _finish_step(self) -> None:
         self.steps += 1

@@ -191,7 +191,7 @@ class _WholeLayers(Preconditioner):
         item.grad.copy_(grad)
         if bias is not None:
             bias.copy_(bias_grad)
-        item.layer.info, item.layer.damping = info, used
+        self._note([item], info, used)
 
 
 class _OutputPositions:

@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/checks.h"
@@ -86,6 +88,24 @@ std::vector<const Tensor*> spread(const Tensors& entries, const Ints& owners, si
     of_layer[owners[i]] = &entries[i];
   }
   return of_layer;
+}
+
+// Refuses gradients that share memory, as far as their extents tell: views with gaps may interleave, and are for
+// consistency_ops.ops to look at.
+void check_overlap(const Tensors& grads, const Tensors& bias_grads, const char* op) {
+  std::vector<std::pair<const char*, const char*>> extents;
+  extents.reserve(grads.size() + bias_grads.size());
+  for (const Tensors* tensors : {&grads, &bias_grads}) {
+    for (const Tensor& tensor : *tensors) {
+      if (tensor.numel() == 0 || !tensor.is_contiguous()) continue;
+      const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+      extents.emplace_back(begin, begin + tensor.numel() * element_size(dtype_of(tensor, op, "grads")));
+    }
+  }
+  std::sort(extents.begin(), extents.end());
+  for (size_t i = 1; i < extents.size(); ++i) {
+    STD_TORCH_CHECK(extents[i - 1].second <= extents[i].first, op, ": gradients must not overlap");
+  }
 }
 
 void set_permutation(PreconditionLayer& layer, const Tensor* permutation, const char* op) {
@@ -200,8 +220,10 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
   const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
   const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
   const auto row_count = spread(row_counts, row_count_layers, count, op, "row_counts");
+  check_overlap(grads, bias_grads, op);
 
   std::vector<PreconditionLayer> layers;
+  layers.reserve(count);
   for (size_t l = 0; l < count; ++l) {
     const Tensor& grad = grads[l];
     Tensor& x = inputs[l];

@@ -53,9 +53,9 @@ struct GatherKernels {
   // layer.
   void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
                const Run* runs, int64_t count, T* packed);
-  // tile[r * kTilePitch + run.column + i], for at most 16 rows of G.
+  // tile[r * kTilePitch + run.column + i], for at most 16 rows of G.  Prefetches what lies `ahead` elements further.
   void (*load_tile)(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
-                    int64_t count, T* tile);
+                    int64_t count, int64_t ahead, T* tile);
   // Back into G, without the rows whose bit in `skip` is set.
   void (*store_tile)(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
                      const Run* runs, int64_t count);

@@ -2,14 +2,27 @@
 // that file's target pragma; CO_VECTOR_BYTES is the width of one vector register.  It must not call inline functions of
 // other headers: their code would be generated for this instruction set and shared with callers that may not run it.
 
-template <typename T>
+template <typename T, int kBytes = CO_VECTOR_BYTES>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(CO_VECTOR_BYTES)));
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <int kBytes>
+struct IntegerOf;
+template <>
+struct IntegerOf<4> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<8> {
+  using type = int64_t;
 };
 
 template <typename T>
 struct Kernels {
   using V = typename VectorOf<T>::type;
+  using Half = typename VectorOf<T, kPanel / 2 * sizeof(T)>::type;  // half a row of a panel
+  using Bits = typename IntegerOf<sizeof(T)>::type;
+  using VectorOfBits = typename VectorOf<Bits>::type;
   static constexpr int kLanes = CO_VECTOR_BYTES / sizeof(T);
   static constexpr int kVectors = kPanel / kLanes;  // registers a row of a panel
   // Rows of C held in registers at once: as many as leave room for a row of b and a broadcast.
@@ -76,6 +89,39 @@ struct Kernels {
     tile<1, kPanel, kSubtract>(a, b, steps, start, c, kPanel);
   }
 
+  // As panel_tile of a panel with itself, without the 8 x 8 block below the diagonal.
+  static void diagonal_tile(const T* p, int64_t steps, bool accumulate, T* c) {
+    constexpr int kHalf = kPanel / 2;
+    static_assert(kHalf % kRows == 0 || kRows % kHalf == 0);
+    constexpr int kBlock = kRows < kHalf ? kRows : kHalf;
+    for (int r0 = 0; r0 < kHalf; r0 += kBlock) {
+      V upper[kBlock][kVectors] = {};
+      Half lower[kBlock] = {};
+      const T* row = p;
+      for (int64_t k = 0; k < steps; ++k, row += kPanel) {
+        V right[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) right[v] = vector(row, v);
+        const Half half = *reinterpret_cast<const Half*>(row + kHalf);
+#pragma GCC unroll 16
+        for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) upper[r][v] += row[r0 + r] * right[v];
+          lower[r] += row[kHalf + r0 + r] * half;
+        }
+      }
+      for (int r = 0; r < kBlock; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          V& to = vector(c + (r0 + r) * kPanel, v);
+          to = accumulate ? to + upper[r][v] : upper[r][v];
+        }
+        Half& to = *reinterpret_cast<Half*>(c + (kHalf + r0 + r) * kPanel + kHalf);
+        to = accumulate ? to + lower[r] : lower[r];
+        if (!accumulate) *reinterpret_cast<Half*>(c + (kHalf + r0 + r) * kPanel) = Half{};
+      }
+    }
+  }
+
   // Products of one lane of panel `last` with the panels before it, kPanels of them at once: column `lane` of their
   // blocks.
   template <int kPanels>
@@ -113,15 +159,15 @@ struct Kernels {
         for (; first + 4 <= last; first += 4) gram_lane<4>(p, rows, pitch, last, lane, first, accumulate, c);
         for (; first < last; ++first) gram_lane<1>(p, rows, pitch, last, lane, first, accumulate, c);
       }
-      panel_tile<false>(p + last * pitch * kPanel, p + last * pitch * kPanel, rows, accumulate ? kAdd : kZero,
-                        c + (last * height + last * kPanel) * kPanel);
+      diagonal_tile(p + last * pitch * kPanel, rows, accumulate, c + (last * height + last * kPanel) * kPanel);
     }
     for (int i = 0; i < panels - by_lane; ++i) {
       const T* right = p + i * pitch * kPanel;
-      for (int j = 0; j <= i; ++j) {
+      for (int j = 0; j < i; ++j) {
         panel_tile<false>(p + j * pitch * kPanel, right, rows, accumulate ? kAdd : kZero,
                           c + (i * height + j * kPanel) * kPanel);
       }
+      diagonal_tile(right, rows, accumulate, c + (i * height + i * kPanel) * kPanel);
     }
   }
 
@@ -267,16 +313,33 @@ struct Kernels {
       }
       for (int64_t column = height - kPanel; column < size; ++column) apply_column(g, inverse, panels, column, out);
     }
+    return largest_bits(out, height) > bits_of(largest) ? rows_beyond(out, height, largest) : 0;
+  }
+
+  static Bits bits_of(T x) { return __builtin_bit_cast(Bits, x); }
+
+  // The magnitudes of 16 rows compare as their bits do, NaN above infinity above all others.
+  static Bits largest_bits(const T* rows, int64_t width) {
+    constexpr Bits kMagnitude = sizeof(T) == 4 ? 0x7FFFFFFF : static_cast<Bits>(0x7FFFFFFFFFFFFFFF);
+    VectorOfBits largest{};
+    for (int r = 0; r < kPanel; ++r) {
+      for (int64_t k = 0; k < width; k += kLanes) {
+        const VectorOfBits bits = *reinterpret_cast<const VectorOfBits*>(rows + r * kTilePitch + k) & kMagnitude;
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    Bits result = 0;
+    for (int v = 0; v < kLanes; ++v) result = largest[v] > result ? largest[v] : result;
+    return result;
+  }
+
+  static uint32_t rows_beyond(const T* rows, int64_t width, T largest) {
     uint32_t bad = 0;
     for (int r = 0; r < kPanel; ++r) {
-      auto within = V{} == V{};  // all lanes true
-      for (int64_t k = 0; k < height; k += kLanes) {
-        const V& x = *reinterpret_cast<const V*>(out + r * kTilePitch + k);
-        within &= (x <= largest) & (x >= -largest);  // false for NaN
+      for (int64_t k = 0; k < width; ++k) {
+        const T x = rows[r * kTilePitch + k];
+        if (!(x <= largest && x >= -largest)) bad |= 1u << r;
       }
-      bool all = true;
-      for (int v = 0; v < kLanes; ++v) all &= within[v] != 0;
-      if (!all) bad |= 1u << r;
     }
     return bad;
   }

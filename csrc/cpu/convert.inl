@@ -67,3 +67,31 @@ template <>
 inline Float16 narrow<Float16, double>(double x) {
   return narrow<Float16>(static_cast<float>(x));
 }
+
+template <typename T, int kLength>
+struct PackOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * kLength)));
+};
+
+// kLength values at once; compilers do not find the vector form of the rounding by themselves.
+template <int kLength, typename S, typename T>
+static inline __attribute__((always_inline)) void narrow_all(const T* from, S* to) {
+  S values[kLength];
+  for (int i = 0; i < kLength; ++i) values[i] = narrow<S>(from[i]);
+  __builtin_memcpy(to, values, sizeof(values));
+}
+template <int kLength>
+static inline __attribute__((always_inline)) void narrow_all(const float* from, BFloat16* to) {
+  if constexpr (kLength >= 4) {
+    using Words = typename PackOf<uint32_t, kLength>::type;
+    using Halves = typename PackOf<uint16_t, kLength>::type;
+    Words bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const Words words = (bits & 0x7FFFFFFFu) > 0x7F800000u ? Words{} + 0x7FC0u : rounded;
+    const Halves halves = __builtin_convertvector(words, Halves);
+    __builtin_memcpy(to, &halves, sizeof(halves));
+  } else {
+    for (int i = 0; i < kLength; ++i) to[i] = narrow<BFloat16>(from[i]);
+  }
+}

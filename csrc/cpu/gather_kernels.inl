@@ -15,9 +15,7 @@ struct Gather {
   }
   template <int kLength>
   static inline __attribute__((always_inline)) void copy_out(const T* from, S* to) {
-    S values[kLength];
-    for (int i = 0; i < kLength; ++i) values[i] = narrow<S>(from[i]);
-    __builtin_memcpy(to, values, sizeof(values));
+    narrow_all<kLength>(from, to);
   }
 
   // Eight units are the common length (one sector of float); others are two copies that may overlap.
@@ -46,6 +44,83 @@ struct Gather {
     }
   }
 
+  using Quad = typename PackOf<T, 4>::type;
+
+  static inline __attribute__((always_inline)) void transpose(Quad* q) {
+#if defined(__clang__)
+#define CO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+    using Index = typename PackOf<typename IntegerOf<sizeof(T)>::type, 4>::type;
+#define CO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+    const Quad low01 = CO_SHUFFLE(q[0], q[1], 0, 4, 1, 5), high01 = CO_SHUFFLE(q[0], q[1], 2, 6, 3, 7);
+    const Quad low23 = CO_SHUFFLE(q[2], q[3], 0, 4, 1, 5), high23 = CO_SHUFFLE(q[2], q[3], 2, 6, 3, 7);
+    q[0] = CO_SHUFFLE(low01, low23, 0, 1, 4, 5);
+    q[1] = CO_SHUFFLE(low01, low23, 2, 3, 6, 7);
+    q[2] = CO_SHUFFLE(high01, high23, 0, 1, 4, 5);
+    q[3] = CO_SHUFFLE(high01, high23, 2, 3, 6, 7);
+#undef CO_SHUFFLE
+  }
+
+  // to[r * pitch + u] = from[u * stride + r] in blocks of 4 x 4, the last of which overlap.
+  static void transpose_in(const S* from, int64_t stride, int64_t rows, int units, T* to, int64_t pitch) {
+    if (rows < 4 || units < 4) {
+      for (int u = 0; u < units; ++u) {
+        for (int64_t r = 0; r < rows; ++r) to[r * pitch + u] = widen(from[u * stride + r]);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int64_t row = r + 4 <= rows ? r : rows - 4;
+      for (int u = 0; u < units; u += 4) {
+        const int unit = u + 4 <= units ? u : units - 4;
+        Quad q[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          T values[4];
+          for (int k = 0; k < 4; ++k) values[k] = widen(from[(unit + i) * stride + row + k]);
+          __builtin_memcpy(&q[i], values, sizeof(Quad));
+        }
+        transpose(q);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (row + i) * pitch + unit, &q[i], sizeof(Quad));
+      }
+    }
+  }
+
+  // to[u * stride + r] = from[r * pitch + u].
+  static void transpose_out(const T* from, int64_t pitch, int64_t rows, int units, S* to, int64_t stride) {
+    if (rows < 4 || units < 4) {
+      for (int u = 0; u < units; ++u) {
+        for (int64_t r = 0; r < rows; ++r) to[u * stride + r] = narrow<S>(from[r * pitch + u]);
+      }
+      return;
+    }
+    for (int u = 0; u < units; u += 4) {
+      const int unit = u + 4 <= units ? u : units - 4;
+      for (int64_t r = 0; r < rows; r += 4) {
+        const int64_t row = r + 4 <= rows ? r : rows - 4;
+        Quad q[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(&q[i], from + (row + i) * pitch + unit, sizeof(Quad));
+        transpose(q);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          T values[4];
+          __builtin_memcpy(values, &q[i], sizeof(Quad));
+          narrow_all<4>(values, to + (unit + i) * stride + row);
+        }
+      }
+    }
+  }
+
+  // Rows from `first` on that lie side by side.
+  static int64_t adjacent(const int64_t* row_offset, int64_t first, int64_t rows) {
+    int64_t end = first + 1;
+    while (end < rows && row_offset[end] == row_offset[end - 1] + 1) ++end;
+    return end - first;
+  }
+
   static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
                    const Run* runs, int64_t count, T* packed) {
     const S* source = static_cast<const S*>(x);
@@ -64,32 +139,37 @@ struct Gather {
       }
       return;
     }
-    // Units are far apart, rows often adjacent (channels-first maps): walk the rows of a run together.
-    for (const Run* run = runs; run != runs + count; ++run) {
-      T* to = packed + run->packed;
-      const S* from = source + run->unit * unit_stride;
-      for (int64_t k = 0; k < rows; ++k) {
-        for (int i = 0; i < run->length; ++i) to[k * kPanel + i] = widen(from[row_offset[k] + i * unit_stride]);
+    // Units are far apart, rows often adjacent (channels-first maps).
+    for (int64_t k = 0, together; k < rows; k += together) {
+      together = adjacent(row_offset, k, rows);
+      for (const Run* run = runs; run != runs + count; ++run) {
+        transpose_in(source + run->unit * unit_stride + row_offset[k], unit_stride, together, run->length,
+                     packed + run->packed + k * kPanel, kPanel);
       }
     }
   }
 
   static void load_tile(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
-                        int64_t count, T* tile) {
+                        int64_t count, int64_t ahead, T* tile) {
     const S* source = static_cast<const S*>(g);
     if (unit_stride == 1) {
       for (int r = 0; r < rows; ++r) {
         const S* row = source + row_offset[r];
         T* to = tile + r * kTilePitch;
-        for (const Run* run = runs; run != runs + count; ++run) copy_in(row + run->unit, to + run->column, run->length);
+        for (const Run* run = runs; run != runs + count; ++run) {
+          __builtin_prefetch(row + run->unit + ahead, 1, 2);
+          copy_in(row + run->unit, to + run->column, run->length);
+        }
       }
       return;
     }
-    for (const Run* run = runs; run != runs + count; ++run) {  // rows of one output are the adjacent taps of a kernel
-      for (int i = 0; i < run->length; ++i) {
-        const S* from = source + (run->unit + i) * unit_stride;
-        T* to = tile + run->column + i;
-        for (int r = 0; r < rows; ++r) to[r * kTilePitch] = widen(from[row_offset[r]]);
+    // Rows of one output are the adjacent taps of a kernel.
+    for (int64_t r = 0, together; r < rows; r += together) {
+      together = adjacent(row_offset, r, rows);
+      for (const Run* run = runs; run != runs + count; ++run) {
+        const S* from = source + run->unit * unit_stride + row_offset[r];
+        for (int i = 0; i < run->length; ++i) __builtin_prefetch(from + i * unit_stride + ahead, 1, 2);
+        transpose_in(from, unit_stride, together, run->length, tile + r * kTilePitch + run->column, kTilePitch);
       }
     }
   }
@@ -107,13 +187,12 @@ struct Gather {
       }
       return;
     }
-    for (const Run* run = runs; run != runs + count; ++run) {
-      for (int i = 0; i < run->length; ++i) {
-        S* to = target + (run->unit + i) * unit_stride;
-        const T* from = tile + run->column + i;
-        for (int r = 0; r < rows; ++r) {
-          if (!(skip >> r & 1)) to[row_offset[r]] = narrow<S>(from[r * kTilePitch]);
-        }
+    for (int64_t r = 0, together; r < rows; r += together) {
+      together = skip == 0 ? adjacent(row_offset, r, rows) : 1;
+      if (skip >> r & 1) continue;
+      for (const Run* run = runs; run != runs + count; ++run) {
+        transpose_out(tile + r * kTilePitch + run->column, kTilePitch, together, run->length,
+                      target + run->unit * unit_stride + row_offset[r], unit_stride);
       }
     }
   }

@@ -91,7 +91,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     for (int64_t size : layer.g_tap_size) at.taps *= size;
     const int64_t row_bytes = std::max<int64_t>(1, layer.units) * element_size(layer.g_dtype);
     const int64_t rows = std::clamp<int64_t>(kApplyBytes / row_bytes / kPanel * kPanel, kPanel, kApplyRows);
-    at.outputs_per_task = std::max<int64_t>(1, rows / std::max<int64_t>(1, at.taps));
+    at.outputs_per_block = std::max<int64_t>(1, rows / std::max<int64_t>(1, at.taps));
     at.bias_chunk = -1;
     at.sample = {0, 1, 0};
     at.active = layer.units > 0;
@@ -109,7 +109,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     for (const ChunkPlan& chunk : at.chunks) {
       plan.largest_matrix = std::max(plan.largest_matrix, int64_t{chunk.panels} * chunk.panels * kPanel * kPanel);
     }
-    if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_task * at.taps);
+    if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_block * at.taps);
   }
 
   // Layers share a wave and its storage.  A wave has room for the largest layer, for what the largest packed blocks
@@ -141,8 +141,11 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
   };
   auto add_apply = [&](int64_t l, int64_t wave_ticket) {
     const LayerPlan& layer = plan.layers[l];
-    for (int64_t o = 0; o < layers[l].outputs; o += layer.outputs_per_task) {
-      plan.tasks.emplace_back(Phase::kApply, l, o, std::min(layers[l].outputs, o + layer.outputs_per_task), wave_ticket,
+    const int64_t blocks = (layers[l].outputs + layer.outputs_per_block - 1) / layer.outputs_per_block;
+    const int64_t outputs =
+        layer.outputs_per_block * std::clamp<int64_t>(blocks / (4 * int64_t{threads}), 1, kApplyBlocks);
+    for (int64_t o = 0; o < layers[l].outputs; o += outputs) {
+      plan.tasks.emplace_back(Phase::kApply, l, o, std::min(layers[l].outputs, o + outputs), wave_ticket,
                               layer.chunks.size());
     }
   };

@@ -17,10 +17,12 @@ constexpr int64_t kRowBlock = 128;
 constexpr int64_t kPackedPitch = kRowBlock + 1;
 // A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
 constexpr int64_t kPackedBytes = 512 << 10;
-// An apply task corrects at most so many rows of G, and so many bytes of them: every cache line of G holds units of
-// several chunks, and should be in L2 when the later ones come.  One output with all its taps is the least.
+// Rows of G are corrected in blocks of at most so many rows and bytes: every cache line of G holds units of several
+// chunks, and should be in L2 when the later ones come.  One output with all its taps is the least.
 constexpr int64_t kApplyRows = 64;
-constexpr int64_t kApplyBytes = 512 << 10;
+constexpr int64_t kApplyBytes = 256 << 10;
+// Blocks of a task, where there are enough of them: each fetches the next one while it is computed.
+constexpr int64_t kApplyBlocks = 8;
 
 struct ChunkPlan {
   int64_t size;         // units
@@ -34,7 +36,7 @@ struct LayerPlan {
   bool active;  // false: no rows or no gradient; outputs are written, G is left alone
   RowSample sample;
   int64_t units;  // with the bias
-  int64_t taps, outputs_per_task;
+  int64_t taps, outputs_per_block;
   std::vector<ChunkPlan> chunks;
   std::vector<Run> runs;  // of the units without the bias
   int32_t bias_chunk;     // -1: none

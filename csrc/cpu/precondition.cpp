@@ -269,12 +269,15 @@ class Launch {
     }
     const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
     T* matrix = storage_ + chunk.storage;
-    const int64_t elements = int64_t{chunk.panels} * chunk.panels * kBlock;
+    const int64_t height = int64_t{chunk.panels} * kPanel, elements = height * height;
     const T factor_of = static_cast<T>(scale(task));
     double damping = options_.damping;
     int info = 0;
     for (int tries = 0; tries < kMaxTries; ++tries, damping *= 10) {
-      for (int64_t e = 0; e < elements; ++e) s.factor[e] = matrix[e] * factor_of;
+      for (int64_t j = 0; j < height; j += kPanel) {  // the upper blocks, a panel at a time
+        const int64_t begin = j * height, end = begin + (j + kPanel) * kPanel;
+        for (int64_t e = begin; e < end; ++e) s.factor[e] = matrix[e] * factor_of;
+      }
       for (int64_t k = 0; k < int64_t{chunk.panels} * kPanel; ++k) {
         T& pivot = s.factor[diagonal_index(chunk, k)];
         pivot = k < chunk.size ? pivot + static_cast<T>(damping) : T(1);
@@ -295,18 +298,26 @@ class Launch {
   // apply
 
   void apply(const Task& task, const Scratch<T>& s) {
-    const PreconditionLayer& layer = layers_[task.layer];
-    const LayerPlan& plan = plan_.layers[task.layer];
+    const int64_t outputs = plan_.layers[task.layer].outputs_per_block;
+    for (int64_t first = task.begin; first < task.end; first += outputs) {
+      apply_block(task.layer, first, std::min<int64_t>(outputs, task.end - first), first + outputs < task.end, s);
+    }
+  }
+
+  // Corrects some outputs; `more`: as many come next.
+  void apply_block(int32_t index, int64_t first_output, int64_t outputs, bool more, const Scratch<T>& s) {
+    const PreconditionLayer& layer = layers_[index];
+    const LayerPlan& plan = plan_.layers[index];
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
     const T largest =
         std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
-    const int64_t first = task.begin * plan.taps, rows = (task.end - task.begin) * plan.taps;
+    const int64_t first = first_output * plan.taps, rows = outputs * plan.taps;
+    const int64_t ahead = more ? outputs * layer.g_output_stride : 0;
 
-    prefetch_gradient(layer, task);
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
-      if (states_[task.layer].info[c] != 0) continue;
+      if (states_[index].info[c] != 0) continue;
       const ChunkPlan& chunk = plan.chunks[c];
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
@@ -317,15 +328,15 @@ class Launch {
       for (int64_t at = 0; at < rows; at += kPanel) {
         const int here = static_cast<int>(std::min<int64_t>(kPanel, rows - at));
         int64_t row_offset[kPanel], bias_offset[kPanel];
-        for (int r = 0; r < here; ++r) {
-          const int64_t output = plan.taps == 1 ? first + at + r : (first + at + r) / plan.taps;
-          row_offset[r] = output * layer.g_output_stride + offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims,
-                                                                     first + at + r - output * plan.taps);
-          bias_offset[r] = output * layer.bias_stride;
-        }
-        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, s.tile);
+        row_offsets(layer, plan.taps, first + at, here, row_offset, bias_offset);
+        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, ahead, s.tile);
         if (with_bias) {
-          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, s.tile);
+          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, s.tile);
+        }
+        if (at + kPanel < rows) {
+          prefetch_tile(layer, plan.taps, first + at + kPanel, rows - at - kPanel, runs, chunk.num_runs);
+        } else if (c + 1 < plan.chunks.size()) {
+          prefetch_tile(layer, plan.taps, first, rows, runs + chunk.num_runs, plan.chunks[c + 1].num_runs);
         }
         const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.size, largest, s.product);
         g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
@@ -335,23 +346,38 @@ class Launch {
           }
         }
       }
-      if (with_bias) average_bias(layer, plan, task, s);
+      if (with_bias) average_bias(layer, plan, first_output, outputs, s);
     }
   }
 
-  // The units of a chunk are scattered over the rows, which no hardware prefetcher follows; the outputs as a whole are
-  // not.
-  static void prefetch_gradient(const PreconditionLayer& layer, const Task& task) {
-    int64_t extent = 1 + (layer.units - 1) * std::abs(layer.g_unit_stride), elements = layer.units;
-    for (int i = 0; i < kMaxTapDims; ++i) {
-      extent += (layer.g_tap_size[i] - 1) * std::abs(layer.g_tap_stride[i]);
-      elements *= layer.g_tap_size[i];
+  // Rows of G count the taps of the first output, then those of the next.
+  static void row_offsets(const PreconditionLayer& layer, int64_t taps, int64_t first, int rows, int64_t* g,
+                          int64_t* bias) {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t output = taps == 1 ? first + r : (first + r) / taps;
+      g[r] = output * layer.g_output_stride +
+             offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, first + r - output * taps);
+      bias[r] = output * layer.bias_stride;
     }
-    if (extent > 2 * elements || layer.g_unit_stride < 0) return;  // a sparse view
+  }
+
+  // Into L1, while the tile before is multiplied.
+  static void prefetch_tile(const PreconditionLayer& layer, int64_t taps, int64_t first, int64_t rows, const Run* runs,
+                            int64_t count) {
     const int64_t element = element_size(layer.g_dtype);
-    for (int64_t o = task.begin; o < task.end; ++o) {
-      const char* output = static_cast<const char*>(layer.g) + o * layer.g_output_stride * element;
-      for (int64_t byte = 0; byte < extent * element; byte += 64) __builtin_prefetch(output + byte, 1, 2);
+    const int64_t end = first + std::min<int64_t>(rows, kPanel);
+    const int64_t outputs_per_line = 64 / std::max<int64_t>(1, std::abs(layer.g_output_stride) * element);
+    for (int64_t output = first / taps; output * taps < end; output += std::max<int64_t>(1, outputs_per_line)) {
+      const char* row = static_cast<const char*>(layer.g) + output * layer.g_output_stride * element;
+      for (const Run* run = runs; run != runs + count; ++run) {
+        if (layer.g_unit_stride == 1) {
+          __builtin_prefetch(row + run->unit * element, 1, 3);
+          continue;
+        }
+        for (int u = 0; u < run->length; ++u) {
+          __builtin_prefetch(row + (run->unit + u) * layer.g_unit_stride * element, 1, 3);
+        }
+      }
     }
   }
 
@@ -370,10 +396,11 @@ class Launch {
   }
 
   // Every tap of an output has corrected a copy of its bias; the bias becomes their mean (METHOD 1.5).
-  void average_bias(const PreconditionLayer& layer, const LayerPlan& plan, const Task& task, const Scratch<T>& s) {
+  void average_bias(const PreconditionLayer& layer, const LayerPlan& plan, int64_t first_output, int64_t outputs,
+                    const Scratch<T>& s) {
     const Run run{0, 0, 0, 1};
-    for (int64_t o = task.begin; o < task.end; ++o) {
-      const T* copies = s.bias + (o - task.begin) * plan.taps;
+    for (int64_t o = first_output; o < first_output + outputs; ++o) {
+      const T* copies = s.bias + (o - first_output) * plan.taps;
       T mean = copies[0];
       for (int64_t t = 1; t < plan.taps; ++t) {
         const T difference = copies[t] - mean;  // NaN between infinities: all copies are the infinity that came in
