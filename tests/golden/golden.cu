@@ -24,6 +24,9 @@ enum Wrapper : int32_t {
   kAddRelease,
   kAddAcquireRelease,
   kMatrixProduct,
+  kBFloat16Product,
+  kFloat16Product,
+  kTransposed,
   kCluster,
 };
 
@@ -35,6 +38,7 @@ struct Params {
 
 __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
   CO_SHARED(Float4, shared, [1]);
+  CO_SHARED(Float4, matrices, [32]);
   const unsigned thread = threadIdx.x, i = blockIdx.x * blockDim.x + thread;
   const uint32_t in = p.in[i];
   if (p.wrapper == kFloat16ToFloat) {
@@ -64,6 +68,29 @@ __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
     for (unsigned k = 0; k < 4; ++k) d[k] = __uint_as_float(p.in[192 + thread * 4 + k]);
     mma_m16n8k8_tf32(d, a, b);
     for (unsigned k = 0; k < 4; ++k) p.out[thread * 4 + k] = __float_as_uint(d[k]);
+  } else if (p.wrapper == kBFloat16Product || p.wrapper == kFloat16Product) {
+    uint32_t a[4], b[2];
+    float d[4];
+    const auto half = [&](unsigned k) -> uint32_t {
+      const float value = __uint_as_float(p.in[k % 512]);
+      return p.wrapper == kBFloat16Product ? float_to_bfloat16(value) : float_to_float16(value);
+    };
+    for (unsigned k = 0; k < 4; ++k) a[k] = half(thread * 8 + 2 * k) | half(thread * 8 + 2 * k + 1) << 16;
+    for (unsigned k = 0; k < 2; ++k) b[k] = half(256 + thread * 4 + 2 * k) | half(256 + thread * 4 + 2 * k + 1) << 16;
+    for (unsigned k = 0; k < 4; ++k) d[k] = __uint_as_float(p.in[384 + thread * 4 + k]);
+    if (p.wrapper == kBFloat16Product) {
+      mma_m16n8k16<true>(d, a, b[0], b[1]);
+    } else {
+      mma_m16n8k16<false>(d, a, b[0], b[1]);
+    }
+    for (unsigned k = 0; k < 4; ++k) p.out[thread * 4 + k] = __float_as_uint(d[k]);
+  } else if (p.wrapper == kTransposed) {
+    auto* row = reinterpret_cast<uint16_t*>(matrices + thread);
+    for (unsigned k = 0; k < 8; ++k) row[k] = static_cast<uint16_t>(thread << 8 | k);
+    __syncwarp();
+    uint32_t m[4];
+    load_matrices_transposed(m, row);
+    for (unsigned k = 0; k < 4; ++k) global_memory(p.out)[thread * 4 + k] = m[k];
   } else if (p.wrapper == kCluster) {
     // Four CTAs of one thread: each writes to its right neighbour and reads from its left one.
     const int rank = static_cast<int>(blockIdx.x);
@@ -157,5 +184,8 @@ int main() {
   print("add_release", run(kAddRelease, small, 1, 4, 64));
   print("add_acquire_release", run(kAddAcquireRelease, small, 2, 4, 64));
   print("mma_m16n8k8_tf32", run(kMatrixProduct, small, 128, 1, 32));
+  print("mma_m16n8k16<bfloat16>", run(kBFloat16Product, small, 128, 1, 32));
+  print("mma_m16n8k16<float16>", run(kFloat16Product, small, 128, 1, 32));
+  print("load_matrices_transposed", run(kTransposed, small, 128, 1, 32));
   print("cluster", run(kCluster, small, 36, 4, 1, 4));
 }
