@@ -1,4 +1,4 @@
-"""Other people's training frameworks, where they are installed (requirements-frameworks.txt; `make test-slow` does it)."""
+"""Other people's training frameworks, where they are installed (requirements-frameworks.txt, `make test-slow`)."""
 
 import functools
 import importlib
