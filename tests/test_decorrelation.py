@@ -94,6 +94,9 @@ def test_types_and_empty_batches(correct):
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), expected, rtol=0.05, atol=0.05)
     assert torch.equal(correct(grad, x[:0], damping=2.0), grad)
+    for bad in (float("nan"), float("inf")):
+        x[3, 1, 2, 2] = bad
+        assert torch.equal(correct(grad, x), grad)
 
 
 @pytest.mark.parametrize("correct", [decorrelate_im2col, decorrelate_fft])

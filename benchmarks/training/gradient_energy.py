@@ -46,6 +46,7 @@ def plot(figure, results):
             shade = 0.85 * (1 - (i + 1) / len(energy))
             layers = range(1, len(values) + 1)
             axis.plot(layers, values, color=(shade, shade, 1), marker=".", label=f"epoch {i + 1}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(yscale="log", xlabel="layer, from input to output", ylabel="mean squared residual", title=name)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="x-small")
@@ -53,13 +54,11 @@ def plot(figure, results):
 
 
 def lines(results):
+    """Between the hidden layers: the first layer's output is scaled by the raw pixels, the last has no norm after it."""
     text = []
     for name, records in results.items():
-        decades = [
-            [math.log10(e[-1] / e[0]) if e[0] and e[-1] else math.inf for e in (r["energy"][0], r["energy"][-1])]
-            for r in records
-        ]
-        first, last = (frame.spread((d[i] for d in decades), "{:+.2f}") for i in (0, 1))
+        decades = [[math.log10(e[1] / e[-2]) if e[1] and e[-2] else math.inf for e in r["energy"]] for r in records]
+        first, last = (frame.spread((d[i] for d in decades), "{:+.2f}") for i in (0, -1))
         error = frame.spread(r["test_error"][-1] for r in records)
-        text.append(f"{name}: log10 of output over input energy {first} in the first epoch, {last} at the end; {error}")
+        text.append(f"{name}: layer 2 over last hidden layer, log10: {first} at first, {last} at last; error {error}")
     return text

@@ -6,6 +6,7 @@ Fourier space.  All are scaled by the mean square of the layer's inputs, damping
 correction in all four.  The rate is selected by the same trials.  "seconds" is the processor time of one thread.
 """
 
+import math
 import time
 import weakref
 
@@ -55,6 +56,8 @@ class Pixelwise:
     def _correct(self):
         for layer, x in self.inputs.items():
             scale = float(x.square().mean())
+            if not 0 < scale < math.inf:  # a rate of the search that diverges
+                continue
             options = dict(damping=DAMPING * scale, padding=layer.padding)
             if self.variant == "im2col":
                 new = decorrelate_im2col(layer.weight.grad, x, stride=layer.stride, max_rows=4096, **options)

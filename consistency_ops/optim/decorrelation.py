@@ -29,8 +29,8 @@ def decorrelate_im2col(
     ``grad`` (out, in, kh, kw) is the weight gradient of a ``Conv2d`` with zero padding and one group, ``inputs``
     (N, in, H, W) its input; the result has the shape and dtype of ``grad``.  M is the mean over output positions and
     images, of at most ``max_rows`` patches, evenly spaced: the normal equations of the layer, exact where all are used.
-    ``damping`` > 0 is absolute.  An empty batch corrects nothing.  With d = in kh kw the cost is
-    max_rows d^2 + d^3 / 3 + out d^2.
+    ``damping`` > 0 is absolute.  An empty batch, and inputs that are not finite, leave the gradient as it is.  With
+    d = in kh kw the cost is max_rows d^2 + d^3 / 3 + out d^2.
 
     Raises:
         ValueError: shapes that do not fit, or an argument out of range.
@@ -55,8 +55,9 @@ def decorrelate_im2col(
     rows = windows[n, :, h, w].flatten(1)
     moment = rows.T @ rows / len(rows)
     moment.diagonal().add_(damping)
-    factor = torch.linalg.cholesky(moment)
-    return torch.cholesky_solve(grad.flatten(1).to(rows.dtype).T, factor).T.reshape(grad.shape).to(grad.dtype)
+    factor, info = torch.linalg.cholesky_ex(moment)
+    solved = torch.cholesky_solve(grad.flatten(1).to(rows.dtype).T, factor).T.reshape(grad.shape)
+    return _solved_or_as_it_was(solved, info, grad)
 
 
 @torch.no_grad()
@@ -87,8 +88,14 @@ def decorrelate_fft(
     moment = spectrum @ spectrum.mH / (len(x) * size[0] * size[1])
     moment.diagonal(dim1=-2, dim2=-1).add_(damping)
     transformed = torch.fft.rfft2(grad.to(x.dtype), s=size).permute(2, 3, 1, 0)  # (H, W', in, out)
-    solved = torch.cholesky_solve(transformed, torch.linalg.cholesky(moment))
-    return torch.fft.irfft2(solved.permute(3, 2, 0, 1), s=size)[..., :kh, :kw].contiguous().to(grad.dtype)
+    factor, info = torch.linalg.cholesky_ex(moment)
+    solved = torch.cholesky_solve(transformed, factor).permute(3, 2, 0, 1)
+    return _solved_or_as_it_was(torch.fft.irfft2(solved, s=size)[..., :kh, :kw], info, grad)
+
+
+def _solved_or_as_it_was(solved: Tensor, info: Tensor, grad: Tensor) -> Tensor:
+    """Inputs that are not finite leave the gradient as it is, as everywhere in this library."""
+    return torch.where((info == 0).all() & solved.isfinite().all(), solved.to(grad.dtype), grad)
 
 
 def _check(owner: str, grad: Tensor, inputs: Tensor, damping: float) -> None:
