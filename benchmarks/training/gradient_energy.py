@@ -54,7 +54,7 @@ def plot(figure, results):
 
 
 def lines(results):
-    """Between the hidden layers: the first layer's output is scaled by the raw pixels, the last has no norm after it."""
+    """Between hidden layers: the first layer's output has the scale of raw pixels, the last one no norm after it."""
     text = []
     for name, records in results.items():
         decades = [[math.log10(e[1] / e[-2]) if e[1] and e[-2] else math.inf for e in r["energy"]] for r in records]
