@@ -7,6 +7,7 @@ import sys
 
 # command: (module with main(argv) -> exit status, one line for the help); imported only when asked for
 COMMANDS = {
+    "analyse": ("consistency_ops.analysis.report.cli", "say what is wrong in a network, layer by layer, as a web page"),
     "train": ("consistency_ops.train.cli", "train one network with several optimizers side by side on real data"),
 }
 

@@ -208,3 +208,15 @@ def test_a_dead_gradient_is_nan_not_zero_over_zero_crash():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     found = co.analysis.propagation(model, torch.randn(3, 4), loss=lambda z: 0 * z.sum())
     assert all(math.isnan(b.image_fraction) and math.isnan(b.decay) for b in found.blocks)
+
+
+@pytest.mark.parametrize("exact", [512, 0])
+def test_values_that_are_not_finite_stay_in_their_sample(exact):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    good = co.analysis.propagation(model, x[:2], layers="0", exact=exact).blocks[0]
+    x[2, 1] = math.nan
+    mixed = co.analysis.propagation(model, x, layers="0", exact=exact).blocks[0]
+    assert mixed.sigma_max == pytest.approx(good.sigma_max, rel=1e-5)
+    model[0].weight.data[0, 0] = math.nan
+    assert math.isnan(co.analysis.propagation(model, x, layers="0", exact=exact).blocks[1].sigma_max)

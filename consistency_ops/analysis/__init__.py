@@ -6,10 +6,12 @@ from .gradient_energy import gradient_energy
 from .lipschitz import certified_radius, lipschitz_bound
 from .propagation import propagation
 from .recorder import Recorder
+from .report.examination import analyse
 
 __all__ = [
     "Recorder",
     "activation_statistics",
+    "analyse",
     "certified_radius",
     "condition_number",
     "conditioning",

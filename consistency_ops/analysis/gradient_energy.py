@@ -51,10 +51,11 @@ class GradientEnergy(Result):
                 [layer.energy[i] for layer in self.layers], color=colour, marker=".", label=f"step {self.steps[i]}"
             )
         axis.set_yscale("log")
-        axis.set_ylabel("mean squared gradient of the layer output")
+        axis.set_ylabel("mean squared gradient")
         axis.set_title("Gradient energy, from input (left) to output", fontsize=10)
         over_layers(axis, [layer.name for layer in self.layers])
-        axis.legend(fontsize=8, frameon=False)
+        if len(chosen) > 1:
+            axis.legend(fontsize=8, frameon=False)
         return made
 
 

@@ -53,12 +53,15 @@ class Block:
         return self.residual.double().norm(dim=1), self.vjp(self.residual).double().norm(dim=1)
 
     def exact(self) -> dict[str, Any]:
-        left, sigma, _ = torch.linalg.svd(self.matrix(), full_matrices=False)
+        matrix = self.matrix()
+        bad = ~matrix.isfinite().all(2).all(1)
+        left, sigma, _ = torch.linalg.svd(torch.where(bad[:, None, None], 0.0, matrix), full_matrices=False)
+        sigma[bad] = torch.nan
         kept = sigma > self.tau * sigma[:, :1]
         r, back = self._norms()
         inside = (torch.einsum("nek,ne->nk", left, self.residual.double()) * kept).norm(dim=1)
         return self._summary(sigma[:, 0], sigma.mean(1), kept.sum(1).double(), (inside / r).square(), r, back) | {
-            "sigma_min": float(sigma[:, -1].mean()),
+            "sigma_min": finite_mean(sigma[:, -1]),
             "singular_values": sigma.tolist(),
         }
 
@@ -110,7 +113,9 @@ class Block:
         if betas:
             off = torch.stack(betas, 1)
             tridiagonal = tridiagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-        values, vectors = torch.linalg.eigh(tridiagonal)
+        bad = ~tridiagonal.isfinite().all(2).all(1)
+        values, vectors = torch.linalg.eigh(torch.where(bad[:, None, None], 0.0, tridiagonal))
+        values[bad] = torch.nan
         return values.clamp(min=0), vectors[:, 0].square()
 
     def _summary(

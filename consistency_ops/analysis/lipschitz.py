@@ -22,6 +22,7 @@ from .lipschitz_rules import (
     has_rule,
     max_pool,
     module_factor,
+    no_constant,
     scaling,
 )
 from .recorder import unrecorded
@@ -140,10 +141,14 @@ class _Network:
             graph = _Tracer(leaves).trace(model)
             self.module = fx.GraphModule(model, graph)
         except Exception as error:
-            raise NotImplementedError(
-                f"lipschitz_bound: the model cannot be traced by torch.fx ({_first_line(error)}); give the module at "
-                "fault a constant with rules={Type: function}"
-            ) from error
+            reason = (
+                f"the model cannot be traced by torch.fx ({_first_line(error)}); give the module at fault a constant "
+            )
+            for name, module in model.named_modules():
+                if no_constant(module) and not isinstance(module, tuple(self.rules)):
+                    reason = f"{name} ({type(module).__name__}): {no_constant(module)}; give it a constant "
+                    break
+            raise NotImplementedError(f"lipschitz_bound: {reason}with rules={{Type: function}}") from error
         if example:
             with torch.no_grad(), unrecorded():
                 ShapeProp(self.module).propagate(*example)
@@ -301,7 +306,8 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0].rstrip(".")
 
 
 def _log_sum(values: list[float], power: float = 1.0) -> float:

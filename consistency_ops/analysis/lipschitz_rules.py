@@ -207,6 +207,11 @@ _NO_CONSTANT = {
 }
 
 
+def no_constant(module: nn.Module) -> str:
+    """Why this type of module has no constant; empty if it may have one."""
+    return next((reason for kind, reason in _NO_CONSTANT.items() if isinstance(module, kind)), "")
+
+
 def has_rule(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return True
@@ -229,9 +234,8 @@ def module_factor(module: nn.Module, before: Tensor | None, after: Tensor | None
         raise Unbounded("it has no running statistics, so that samples influence each other in evaluation, too")
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
         return instance_scale(module)
-    for kind, reason in _NO_CONSTANT.items():
-        if isinstance(module, kind):
-            raise Unbounded(reason)
+    if no_constant(module):
+        raise Unbounded(no_constant(module))
     if isinstance(module, _SAME):
         return Factor(1.0)
     if isinstance(module, nn.Sigmoid | nn.Hardsigmoid | nn.GELU | nn.SiLU | nn.SELU | nn.Mish | nn.Hardswish):

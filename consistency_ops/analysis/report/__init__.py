@@ -1,0 +1,1 @@
+"""The whole examination of a network at once, and what it means: ``consistency_ops.analysis.analyse``."""

@@ -1,0 +1,259 @@
+"""The report as one HTML page: tables and inline SVG, readable without scripts and without a network."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from . import findings as rules
+
+if TYPE_CHECKING:
+    from .examination import Analysis
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff; max-width: 1180px; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.2rem;
+  border-bottom: 1px solid #d8dde6; padding-bottom: .2rem; }
+.about { color: #5a6475; margin: 0; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e8ebf0; white-space: nowrap; }
+th { background: #f5f7fa; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+td.bad { background: #fbe3dc; } td.text, th.text { text-align: left; }
+.finding { border-left: 5px solid #56B4E9; background: #f5f9fc; padding: .6rem 1rem; margin: .8rem 0; }
+.s2 { border-color: #E69F00; background: #fdf8ee; } .s3 { border-color: #D55E00; background: #fdf1ec; }
+.finding h3 { margin: 0 0 .2rem; font-size: 1rem; } .finding p { margin: .2rem 0; }
+.rule { color: #5a6475; font-size: 13px; } .good { border-color: #009E73; background: #eff8f4; }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } figcaption { color: #5a6475; font-size: 13px; }
+"""
+_CAPTIONS = {
+    "energy": "Squared gradient of every weight layer's output. Flat is good; a slope down to the left is information "
+    "that is lost on the way back, a slope up to the left an explosion.",
+    "statistics": "Standard deviations of all signals and their gradients, and the share of each activation's values "
+    "at which it is flat.",
+    "conditioning": "Left and middle: against the layers. Right: the whole spectrum of the worst layer, before and "
+    "after each remedy: the flatter, the faster.",
+    "propagation": "For the block from each layer to the next one that depends on it.",
+}
+_SEVERITY = {3: "prevents training", 2: "slows training", 1: "worth knowing"}
+
+
+def page(result: Analysis, title: str, about: dict[str, str]) -> str:
+    facts = {
+        "network": f"{result.model}, {result.parameters:,} parameters, {result.mode} mode",
+        "batch": f"{result.samples} samples, loss {number(result.loss)}",
+        **about,
+    }
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *(f'<p class="about">{escape(k)}: {escape(v)}</p>' for k, v in facts.items()),
+        "<h2>What is wrong, and what would help</h2>",
+        *_findings(result),
+        "<h2>Layer by layer</h2>",
+        _layers(result),
+        "<p class='rule'>rms: root mean square of the output. gradient: of the loss by that output. "
+        "κ80 %: largest input "
+        "eigenvalue over the one at 80 % of the spectrum, as it is, behind a BatchRMSNorm, with the preconditioner "
+        f"(damping {result.conditioning.damping:g}, chunks of {result.conditioning.chunk}), and with "
+        "both. λmax: of the "
+        "inputs and of the output gradients; 2 / (their product) estimates the largest stable "
+        "learning rate. Marked cells "
+        "crossed a threshold.</p>",
+        _activations(result),
+        "<h2>Gradient energy</h2>",
+        figure(result.energy, _CAPTIONS["energy"]),
+        "<h2>Activations and gradients</h2>",
+        figure(result.statistics, _CAPTIONS["statistics"]),
+        "<h2>Conditioning</h2>",
+        figure(result.conditioning, _CAPTIONS["conditioning"]),
+        "<h2>Propagation of the residual</h2>",
+        figure(result.propagation, _CAPTIONS["propagation"]),
+        _blocks(result),
+        "<h2>Lipschitz bound</h2>",
+        _lipschitz(result),
+        "<h2>Thresholds</h2>",
+        _thresholds(),
+    ]
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+
+
+def table(head: list[str], rows: Iterable[list[Any]], text: int = 2) -> str:
+    """The first ``text`` columns are text; a cell ``(value, True)`` is marked."""
+
+    def cell(tag: str, column: int, value: Any) -> str:
+        bad = isinstance(value, tuple)
+        value = value[0] if bad else value
+        kind = "bad" if bad else "text" if column < text else ""
+        content = escape(value if isinstance(value, str) else number(float(value)))
+        return f"<{tag}{f' class={kind!r}' if kind else ''}>{content}</{tag}>"
+
+    lines = ["".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows]
+    top = "".join(cell("th", i, value) for i, value in enumerate(head))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class='scroll'><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+
+
+def figure(result: Any, caption: str) -> str:
+    """The plot as inline SVG with text as text; identifiers differ from figure to figure."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": type(result).__name__}):
+        result.plot().savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # matplotlib names groups alike in every figure; identifiers must be unique in the page.
+    name = type(result).__name__.lower()
+    svg = re.sub(r'id="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _findings(result: Analysis) -> list[str]:
+    if not result.findings:
+        return ['<div class="finding good"><h3>Nothing</h3><p>No threshold was crossed.</p></div>']
+    return [
+        f'<div class="finding s{f.severity}"><h3>{escape(f.title)} <small>({_SEVERITY[f.severity]})</small></h3>'
+        f"<p>{escape(f.measured)}</p><p><b>What helps.</b> {escape(f.advice)}</p>"
+        f'<p class="rule">Rule: {escape(f.rule)}.</p></div>'
+        for f in result.findings
+    ]
+
+
+def _mark(value: float, bad: bool) -> Any:
+    return (value, True) if bad else value
+
+
+def _layers(result: Analysis) -> str:
+    statistics = {x.name: x for x in result.statistics.layers}
+    energy = {x.name: x for x in result.energy.layers}
+    rows = []
+    for x in result.conditioning.layers:
+        s, e = statistics.get(x.name), energy.get(x.name)
+        kappas = [x.kappa(which, rules.P) if x.input[-1] else math.nan for which in _REMEDIES]
+        bad = x.rows[-1] >= len(x.spectrum("input")) and kappas[0] > rules.KAPPA
+        rows.append(
+            [
+                x.name,
+                x.kind,
+                f"{len(x.spectrum('input'))} → {len(x.spectrum('gradient')) or '?'}",
+                str(x.rows[-1]),
+                s.rms[-1] if s else math.nan,
+                math.sqrt(e.energy[-1]) if e else math.nan,
+                _mark(kappas[0], bad),
+                *kappas[1:],
+                x.lambda_max("input"),
+                x.lambda_max("gradient"),
+            ]
+        )
+    head = ["layer", "kind", "units", "rows", "rms", "gradient", "κ80 %", "normalised", "preconditioned", "both"]
+    return table([*head, "λmax inputs", "λmax gradients"], rows)
+
+
+_REMEDIES = ("input", "normalised", "preconditioned", "both")
+
+
+def _activations(result: Analysis) -> str:
+    rows = [
+        [
+            x.name,
+            x.kind,
+            x.mean[-1],
+            x.std[-1],
+            x.percentile[-1],
+            _mark(100 * x.saturation[-1], x.saturation[-1] > rules.SATURATED.get(x.kind, rules.SATURATED_BOUNDED)),
+            _mark(100 * x.dead[-1], x.dead[-1] > rules.DEAD),
+            x.gradient_std[-1],
+        ]
+        for x in result.statistics.layers
+        if not math.isnan(x.saturation[-1])
+    ]
+    head = ["activation", "kind", "mean", "std", "98th percentile", "flat %", "dead units %", "gradient std"]
+    return f"<h2>Activations</h2>{table(head, rows)}" if rows else ""
+
+
+def _blocks(result: Analysis) -> str:
+    rows = [
+        [
+            f"{b.start} → {b.end}",
+            b.method,
+            f"{b.inputs} → {b.outputs}",
+            b.sigma_max,
+            b.mean_singular_value,
+            b.rank,
+            b.nullity,
+            _mark(b.image_fraction, b.image_fraction < rules.IMAGE),
+            b.decay,
+            b.gain,
+        ]
+        for b in result.propagation.blocks
+    ]
+    head = [
+        "block",
+        "method",
+        "size",
+        "sigma max",
+        "sigma mean",
+        "rank",
+        "nullity of Jᵀ",
+        "image fraction",
+        "decay",
+        "gain",
+    ]
+    return table(head, rows)
+
+
+def _lipschitz(result: Analysis) -> str:
+    bound = result.lipschitz
+    if bound is None:
+        return f"<p>There is no global bound for this network: {escape(result.no_lipschitz)}.</p>"
+    ten = math.log(10)
+    verdict = (
+        "The network is contractive: no two inputs are moved apart."
+        if bound.contractive
+        else "The network is not certified to be contractive."
+    )
+    text = (
+        f"<p>log10 of the bound: {bound.log_bound / ten:.2f}; with normalisations folded into the weights: "
+        f"{bound.log_folded / ten:.2f}. {verdict} This is the network in evaluation mode, with the running "
+        "statistics as they are now: after a few steps of training they say little. A weight decay of the order of "
+        "1e-3 shrinks the factors of the layers (arXiv 1708.00631).</p>"
+    )
+    notes = "".join(f"<p class='rule'>{escape(note)}</p>" for note in bound.notes)
+    finite = math.isfinite(bound.log_bound)
+    caption = "Factors of the operations, alone and after folding; those of 1 are left out."
+    return text + notes + (figure(bound, caption) if finite else "")
+
+
+def _thresholds() -> str:
+    rows = [
+        ["gradient, first against last layer", f"{rules.ENERGY_DECADES:g} decades of squared gradient"],
+        ["scale of the layers' outputs", f"factor {rules.SCALE:g}"],
+        ["saturation, ReLU and its kin", f"{100 * rules.SATURATED['ReLU']:g} % of the values"],
+        ["saturation, bounded activations", f"{100 * rules.SATURATED_BOUNDED:g} % of the values"],
+        ["dead units", f"{100 * rules.DEAD:g} %"],
+        [f"κ{100 * rules.P:g} % of the inputs", f"{rules.KAPPA:g}"],
+        ["share of the inputs along one direction", f"{100 * rules.ONE_DIRECTION:g} %"],
+        ["largest curvature, between layers", f"factor {rules.CURVATURE:g}"],
+        ["residual in the image of a block", f"{100 * rules.IMAGE:g} %"],
+    ]
+    return table(["measured", "threshold"], rows)
