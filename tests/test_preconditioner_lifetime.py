@@ -3,11 +3,13 @@
 import copy
 import gc
 import io
+import os
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from training import (
     assert_equal,
     backward,
@@ -63,6 +65,33 @@ def test_torch_save_of_the_whole_model():
     assert [int(layer.capture.count) for layer in pre.layers] == [40, 40, 40]  # of model(x) alone
 
 
+@pytest.mark.parametrize("options", [{}, dict(decay=0.9), dict(every=2)], ids=str)
+def test_remove_leaves_no_trace_of_any_kind_of_layer(options):
+    model = Block()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    before = (
+        hooks_of(model, optimizer),
+        [set(vars(m)) for m in model.modules()],
+        [set(vars(p)) for p in model.parameters()],
+    )
+    pre = Preconditioner(model, optimizer, **options)
+    train(model, optimizer, 3)
+    assert pre.stats()["layers"] == 8 and len(pre.layers) == 9  # out_proj
+    x = data()[0]
+    pre.remove()
+    after = (
+        hooks_of(model, optimizer),
+        [set(vars(m)) for m in model.modules()],
+        [set(vars(p)) for p in model.parameters()],
+    )
+    assert after == before
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+    assert not vars(x)
+    fresh = copy.deepcopy(model)
+    fresh(x).sum().backward()
+    train(model, optimizer, 1)
+
+
 def test_remove_leaves_no_trace():
     model, twin = mlp(), mlp()
     optimizer, plain = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, twin))
@@ -98,6 +127,50 @@ def test_the_model_is_not_kept_alive():
     gc.collect()
     assert reference_to_model() is None and "gone" in pre.summary()
     pre.step()
+
+
+def resident():
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Block(nn.Module):
+    """Every kind of capture: shared inputs, several weights in one module, convolutions, a module called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(4, 6, 3, padding=1), nn.ConvTranspose1d(6, 4, 3, padding=1, groups=2)
+        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.up(F.relu(self.conv(x[:, None].expand(-1, 4, -1))))
+        x = self.q(self.q(x)) * self.k(x)
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
+@pytest.mark.parametrize("options", [{}, dict(decay=0.9, every=3)], ids=str)
+def test_memory_does_not_grow_over_a_thousand_steps(options):
+    model = Block()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    pre = Preconditioner(model, optimizer, max_rows=64, chunk=8, **options)
+
+    def census():
+        gc.collect()
+        tensors = sum(type(o) in (torch.Tensor, nn.Parameter) for o in gc.get_objects())
+        return tensors, len(gc.get_objects()), resident()
+
+    train(model, optimizer, 50)
+    pre.stats()
+    tensors, objects, size = census()
+    train(model, optimizer, 1000)
+    pre.stats()
+    after = census()
+    assert after[0] <= tensors and after[1] <= objects + 50
+    assert after[2] < size + 2**20
 
 
 def test_no_memory_growth():

@@ -69,7 +69,7 @@ def test_in_place_activation_does_not_change_the_rows():
     assert torch.equal(pre.layers[0].capture.rows[:6], before)
 
 
-@pytest.mark.parametrize("kind", ["no_grad", "inference", "eval", "frozen", "vmap", "func.grad", "sparse"])
+@pytest.mark.parametrize("kind", ["no_grad", "inference", "eval", "frozen", "vmap", "func.grad", "sparse", "nested"])
 def test_what_is_not_captured(kind):
     model, (x, y) = mlp(), data()
     pre = Preconditioner(model)
@@ -90,8 +90,10 @@ def test_what_is_not_captured(kind):
     elif kind == "func.grad":
         weights = dict(model.named_parameters())
         torch.func.grad(lambda w: F.cross_entropy(torch.func.functional_call(model, w, (x,)), y))(weights)
-    else:
+    elif kind == "sparse":
         model[0](x.to_sparse())
+    else:
+        model(torch.nested.nested_tensor([x[:7], x[7:]], layout=torch.jagged))
     assert int(first.count) == 0
 
 
@@ -158,3 +160,67 @@ def test_a_gradient_taken_by_another_hook():
     backward(model, x, y)
     pre.step()
     assert pre.stats()["layers"] == 2 and "no gradient in the last step" in pre.summary()
+
+
+@pytest.mark.parametrize("options", [{}, dict(decay=0.8), dict(every=3)], ids=str)
+@pytest.mark.parametrize("sizes", [(20, 20, 20), (7, 30, 1, 22)], ids=str)
+def test_micro_batches_of_any_size_equal_one_batch(options, sizes):
+    """The same rows in the same order, and the same gradient up to the order of its sum, over several steps."""
+    models = mlp().double(), mlp().double()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in models]
+    pres = [Preconditioner(m, o, chunk=8, max_rows=60, **options) for m, o in zip(models, optimizers, strict=True)]
+    for step in range(4):
+        x, y = data(60, seed=step)
+        x = x.double()
+        for model, optimizer, split in zip(models, optimizers, (sizes, (60,)), strict=True):
+            optimizer.zero_grad()
+            for part, target in zip(x.split(split), y.split(split), strict=True):
+                backward(model, part, target, scale=len(part) / 60)
+        rows = [pre.layers[0].capture.rows[: int(pre.layers[0].capture.count)] for pre in pres]
+        assert torch.equal(*rows) and len(rows[0]) == (60 if step % options.get("every", 1) == 0 else 0)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, dict(decay=0.8), dict(every=2)], ids=str)
+def test_a_layer_that_is_not_called_in_some_steps(options):
+    """Experts and branches: nothing is raised, nothing of them changes, and afterwards they go on."""
+    model = mlp()
+    model.add_module("expert", nn.Linear(12, 5))
+    plain = torch.nn.Sequential.forward
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer, **options)
+    body = nn.Sequential(*list(model)[:-1])
+    for step in range(6):
+        used = step in (0, 3, 4)
+        before = model.expert.weight.detach().clone()
+        state = {k: v.clone() for k, v in pre.state_dict()["layers"].get("expert", {}).items()}
+        x, y = data(seed=step)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(body, x) + (model.expert(x) if used else 0.0), y).backward()
+        optimizer.step()
+        assert torch.equal(before, model.expert.weight) != used
+        if not used:
+            after = pre.state_dict()["layers"].get("expert", {})
+            assert all(torch.equal(value, after[key]) for key, value in state.items())
+
+
+def test_a_recurrent_cell_called_hundreds_of_times():
+    cell, head = nn.RNNCell(6, 8), nn.Linear(8, 1)
+    project = nn.Linear(8, 8)
+    model = nn.ModuleList([cell, head, project])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    pre = Preconditioner(model, optimizer, max_rows=64)
+    for _ in range(2):
+        optimizer.zero_grad()
+        h = torch.zeros(4, 8)
+        for x in torch.randn(300, 4, 6):
+            h = project(cell(x, h))
+        head(h).square().sum().backward()
+        assert len(pre._states.inputs) <= 2 * len(pre.layers) + 1
+        optimizer.step()
+    stats = pre.stats()
+    assert stats["rows_seen"]["2"] == 1200 and 32 <= stats["rows"]["2"] <= 64 and stats["rows"]["1"] == 4
+    assert "unsupported type" in pre.summary()
