@@ -65,26 +65,21 @@ def test_torch_save_of_the_whole_model():
     assert [int(layer.capture.count) for layer in pre.layers] == [40, 40, 40]  # of model(x) alone
 
 
+def attributes(model):
+    return [set(vars(owner)) for owner in (*model.modules(), *model.parameters())]
+
+
 @pytest.mark.parametrize("options", [{}, dict(decay=0.9), dict(every=2)], ids=str)
 def test_remove_leaves_no_trace_of_any_kind_of_layer(options):
     model = Block()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    before = (
-        hooks_of(model, optimizer),
-        [set(vars(m)) for m in model.modules()],
-        [set(vars(p)) for p in model.parameters()],
-    )
+    before = hooks_of(model, optimizer), attributes(model)
     pre = Preconditioner(model, optimizer, **options)
     train(model, optimizer, 3)
     assert pre.stats()["layers"] == 8 and len(pre.layers) == 9  # out_proj
     x = data()[0]
     pre.remove()
-    after = (
-        hooks_of(model, optimizer),
-        [set(vars(m)) for m in model.modules()],
-        [set(vars(p)) for p in model.parameters()],
-    )
-    assert after == before
+    assert (hooks_of(model, optimizer), attributes(model)) == before
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
     assert not vars(x)
     fresh = copy.deepcopy(model)
@@ -151,6 +146,7 @@ class Block(nn.Module):
         return self.head(self.attention(x, x, x)[0].mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
 @pytest.mark.parametrize("options", [{}, dict(decay=0.9, every=3)], ids=str)
 def test_memory_does_not_grow_over_a_thousand_steps(options):
