@@ -12,6 +12,12 @@ from consistency_ops.preconditioner import Preconditioner
 NAMES = ("query", "key", "value")
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
 def third(tensor, i):
     return tensor.unflatten(0, (3, -1))[i]
 
@@ -162,8 +168,6 @@ def test_transformer_encoder_trains_and_evaluates(options):
 
 
 def test_compiled_encoder_has_no_graph_break():
-    torch._dynamo.reset()
-    counters.clear()
     model = encoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     pre = Preconditioner(model, optimizer)

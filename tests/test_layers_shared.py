@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from training import DAMPING, corrected_layers, dense, train
 
-from consistency_ops import ops
+from consistency_ops import ops, preconditioner
 from consistency_ops.preconditioner import Preconditioner
 
 
@@ -28,14 +28,13 @@ class Projections(nn.Module):
 def launched(monkeypatch):
     """Shapes of the gradients in every launch."""
     shapes = []
-    launch = ops.foreach_precondition_
-    monkeypatch.setattr(
-        ops,
-        "foreach_precondition_",
-        lambda grads, *args, **options: (
-            shapes.append([tuple(g.shape) for g in grads]) or launch(grads, *args, **options)
-        ),
-    )
+    launch = preconditioner._foreach_precondition_
+
+    def record(grads, *args):
+        shapes.append([tuple(grad.shape) for grad in grads])
+        return launch(grads, *args)
+
+    monkeypatch.setattr(preconditioner, "_foreach_precondition_", record)
     return shapes
 
 
