@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from . import ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     from .coverage import Layer
     from .preconditioner import Item, Preconditioner
@@ -83,6 +85,25 @@ def _mesh_groups(tensor: Tensor) -> list[Group]:
     """This rank's group in every mesh dimension."""
     mesh = tensor.device_mesh
     return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the chunks of a row-parallel layer are: the same number on every rank of some mesh dimensions."""
+
+    mesh: DeviceMesh
+    columns: tuple[bool, ...]  # whether the weight is sharded over its units, a mesh dimension each
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.mesh.size(dim) for dim, sharded in enumerate(self.columns) if sharded)
+
+    def assemble(self, entry: Tensor) -> Tensor:
+        """This rank's chunks as its part of a DTensor, (chunks of all ranks, ...)."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        placements = [Shard(0) if sharded else Replicate() for sharded in self.columns]
+        return DTensor.from_local(entry, self.mesh, placements, run_check=False)
 
 
 @dataclass(frozen=True)
@@ -226,7 +247,7 @@ class Ranks:
         if layer.kind.copies(layer.module()):
             return Plan(reason="groups of a convolution are sharded")
         view, mesh, same_rows = layer.kind.view(layer.module(), weight), weight.device_mesh, layer.capture.same_rows
-        sharded, replicated, columns = [], [], False
+        sharded, replicated, columns = [], [], [False] * mesh.ndim
         for dim, (group, placement) in enumerate(zip(_mesh_groups(weight), view.placements, strict=True)):
             if mesh.size(dim) == 1:
                 continue
@@ -238,12 +259,17 @@ class Ranks:
             if shard == 1:
                 if same_rows is not None and group not in same_rows:
                     return Plan(reason="weight is sharded over its units, the input is not")
-                columns = True
+                columns[dim] = True
             elif same_rows is None or group not in same_rows:
                 self._ranks_of(mesh.get_group(dim))
                 (replicated if shard is None else sharded).append(group)
+        if any(columns):
+            shards = Shards(mesh, tuple(columns))
+            if view.shape[1] % shards.count:
+                return Plan(reason=f"{view.shape[1]} units are sharded unevenly over {shards.count} ranks")
+            self._pre._store.shards[layer.index] = shards
         bias = self._bias_of(layer)
-        fits = not (columns or layer.kind.part) and is_dtensor(bias) and bias.placements == view.placements
+        fits = not (any(columns) or layer.kind.part) and is_dtensor(bias) and bias.placements == view.placements
         if bias is not None and not fits:
             layer.joins_bias, bias = False, None
         # Replicas must end with the same bits, so their dimensions are reduced last.
@@ -348,6 +374,9 @@ class Ranks:
 
         One flat buffer: the lower triangles of all chunks times the rows behind them, the rows, the broken gradients.
         """
+        if not groups:
+            pairs = zip(covariances, rows, strict=True)
+            return [torch.where(n > 0, covariance, math.nan) for covariance, n in pairs], rows, broken
         packing = self._packing(items, [len(covariance) for covariance in covariances], rows.device)
         packed = packing.pack([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
         flat = torch.cat([*packed, rows, broken])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import local
+
 if TYPE_CHECKING:
     from .coverage import Layer
+    from .distributed import Shards
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
@@ -23,9 +27,13 @@ class StateStore:
     ``inverse``, ``info``, ``covariance``; ``weight``, the sum of the weights in the running average; ``division``,
     int64 (2,): a digest of what decides the division, and the units that were divided. Without an optimizer they are
     kept here, by name.
+
+    A layer whose chunks differ from rank to rank (row-parallel) has them as DTensors, because checkpoints take a plain
+    tensor to be the same on all ranks; and under other keys for another number of ranks, which has other chunks.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
+        self.shards: dict[int, Shards] = {}  # by index of the layer, where chunks differ from rank to rank
         self._optimizer = optimizer
         self._own: dict[str, dict[str, Tensor]] = {}
         self._step = torch.zeros(1, dtype=torch.int64)  # a tensor: a compiled optimizer would guard on a number
@@ -34,26 +42,29 @@ class StateStore:
     def get(self, layer: Layer) -> dict[str, Tensor]:
         if self._optimizer is None:
             return self._own.get(layer.name, {})
-        weight, prefix = layer.weight, _prefix(layer)
-        entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
-        return {
-            key[len(prefix) :]: value
-            for key, value in entries.items()
-            if _is_ours(key) and key.startswith(prefix) and key != _STEP
-        }
+        return {_name(layer, key): local(value) for key, value in self._entries(layer).items()}
 
     def put(self, layer: Layer, key: str, value: Tensor) -> None:
         if self._optimizer is None:
             self._own.setdefault(layer.name, {})[key] = value
-        else:
-            self._optimizer.state[layer.weight][_prefix(layer) + key] = value
+            return
+        shards = self.shards.get(layer.index)
+        if shards is not None and not on_host(key):
+            key, value = f"{key}_of_{shards.count}", shards.assemble(value)
+        self._optimizer.state[layer.weight][_prefix(layer) + key] = value
 
     def drop(self, layer: Layer) -> None:
         if self._optimizer is None:
             self._own.pop(layer.name, None)
         else:
-            for key in self.get(layer):
-                del self._optimizer.state[layer.weight][_prefix(layer) + key]
+            for key in self._entries(layer):
+                del self._optimizer.state[layer.weight][key]
+
+    def _entries(self, layer: Layer) -> dict[str, Tensor]:
+        """By their keys in the optimizer's state."""
+        weight, prefix = layer.weight, _prefix(layer)
+        entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
+        return {k: v for k, v in entries.items() if _is_ours(k) and k.startswith(prefix) and k != _STEP}
 
     def count_step(self, step: int) -> None:
         """Write the step beside the state of every parameter that has been updated.
@@ -111,6 +122,10 @@ def digest(value: object) -> int:
 def _prefix(layer: Layer) -> str:
     """Of the keys of a layer; several layers may have parts of one weight."""
     return f"{PREFIX}{layer.kind.part}." if layer.kind.part else PREFIX
+
+
+def _name(layer: Layer, key: str) -> str:
+    return re.sub(r"_of_\d+$", "", key.removeprefix(_prefix(layer)))
 
 
 def _is_ours(key: object) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from ranks import same_bits
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module
@@ -216,7 +220,7 @@ def broken_gradient():
 def _error(call) -> str:
     try:
         call()
-    except Exception as error:
+    except (Exception, checkpoint.CheckpointException) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -394,6 +398,97 @@ def flattened():
     return found
 
 
+# Checkpoints
+
+
+def _save(model, optimizer, folder) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def _load(model, optimizer, folder, group=None, partial=False) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=partial)
+    checkpoint.load(saved, checkpoint_id=folder, process_group=group, planner=planner)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
+def _shared_folder() -> str:
+    found = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _checkpoint(options: dict, start) -> dict:
+    """Saved on four ranks after three steps; resumed on four, and on two; both go on for three steps."""
+    folder = _shared_folder()
+    four = init_device_mesh("cpu", (4,))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))["shard"]  # two jobs of two ranks
+
+    def job(mesh, seed):
+        model = start(mesh, seed)
+        optimizer = sgd(model, "adamw")
+        Preconditioner(model, optimizer, chunk=8, **options)
+        each = 4 // mesh.size()
+        return model, optimizer, range(each * mesh.get_local_rank(), each * (mesh.get_local_rank() + 1))
+
+    model, optimizer, shares = job(four, 0)
+    train(model, optimizer, shares, steps=3)
+    _save(model, optimizer, folder)
+    train(model, optimizer, shares, first=3, steps=3)
+    found = {"uninterrupted": result(model)}
+    for name, mesh in (("four", four), ("two", two)):
+        resumed, optimizer, shares = job(mesh, 9)
+        _load(resumed, optimizer, folder, mesh.get_group())
+        train(resumed, optimizer, shares, first=3, steps=3)
+        found[name] = result(resumed)
+    return found
+
+
+def checkpoint_fully_shard():
+    def start(mesh, seed):
+        return _sharded(mlp(seed=seed), mesh)
+
+    return [_checkpoint({"decay": 0.5}, start), _checkpoint({"every": 2}, start)]
+
+
+def checkpoint_ddp():
+    def start(mesh, seed):
+        return DDP(mlp(seed=seed), process_group=mesh.get_group())
+
+    return [_checkpoint({"decay": 0.5}, start), _checkpoint({"every": 2}, start)]
+
+
+def checkpoint_tensor_parallel():
+    """Row-parallel chunks of four ranks are not those of two."""
+
+    def start(mesh, seed):
+        return parallelize_module(block(seed), mesh, PARALLEL)
+
+    folder, found = _shared_folder(), []
+    four = init_device_mesh("cpu", (4,))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "tp"))["tp"]
+    for seed, mesh in enumerate((four, four, two)):
+        model = start(mesh, seed)
+        optimizer = sgd(model, "adamw")
+        pre = Preconditioner(model, optimizer, chunk=8, decay=0.5)
+        error = ""
+        if seed == 0:
+            train(model, optimizer, range(4), steps=3)
+            _save(model, optimizer, folder)
+        else:
+            load = partial(_load, model, optimizer, folder, mesh.get_group())
+            error = _error(load)
+            if error:
+                load(partial=True)
+        train(model, optimizer, range(4), first=3, steps=2)
+        state = {name: entries["covariance"] for name, entries in pre.state_dict()["layers"].items()}
+        weight = float(optimizer.state[model.down.weight][f"consistency_weight_of_{mesh.size()}"].to_local())
+        found.append(result(model, state=state, error=error, weight=weight))
+    return found
+
+
 # Tensor parallel: 12 -> 16 column-parallel, 16 -> 5 row-parallel
 
 
@@ -422,8 +517,8 @@ class Split(nn.Module):
         return sum(part(piece) for part, piece in zip(self.parts, h, strict=True)) + self.bias
 
 
-def block() -> Block:
-    torch.manual_seed(0)
+def block(seed=0) -> Block:
+    torch.manual_seed(seed)
     return Block().double()
 
 
