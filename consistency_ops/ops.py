@@ -188,6 +188,8 @@ def _foreach_precondition_(
             max_rows,
             _signed(seed),
             _signed(step),
+            # Of products of float32 on CUDA; the CPU computes in float32 always.
+            grads[0].is_cuda and torch.get_float32_matmul_precision() != "highest",
         )
     return (info, used) if return_damping else info
 
@@ -514,6 +516,9 @@ def _(
     max_rows,
     seed,
     step,
+    tf32=False,
+    rung=0,
+    ctas=0,
 ):
     total = 0
     for i, (grad, x) in enumerate(zip(grads, inputs, strict=True)):

@@ -30,7 +30,7 @@ class Division:
         """The same division as one index a unit."""
         if self.order is None:
             return torch.arange(units)
-        return (self.order[:, None] * self.group + torch.arange(self.group)).flatten()
+        return (self.order[:, None] * self.group + torch.arange(self.group, device=self.order.device)).flatten()
 
 
 def divide(layer: LayerShape, chunk: int, group: int, generator: torch.Generator) -> Division:

@@ -4,11 +4,12 @@
 CO_LIBRARY(CO_NAMESPACE, m) {
   // Lists that may lack entries (bias_grads, permutations, row_counts) are dense, with the layer of each entry beside
   // them.
+  // tf32, rung (PreconditionRung) and ctas are the CUDA kernel's CudaTuning; the CPU has no use for them.
   m.def(
       "foreach_precondition_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inputs, Tensor[] permutations, "
       "Tensor[] row_counts, int[] bias_layers, int[] permutation_layers, int[] row_count_layers, int[] layers, "
-      "int[] groups, float damping, bool trace_scaling, int chunk, int max_rows, int seed, int step) "
-      "-> (Tensor info, Tensor damping_used)");
+      "int[] groups, float damping, bool trace_scaling, int chunk, int max_rows, int seed, int step, "
+      "bool tf32=False, int rung=0, int ctas=0) -> (Tensor info, Tensor damping_used)");
   m.def(
       "foreach_covariance(Tensor[] inputs, Tensor[] permutations, Tensor[] row_counts, int[] permutation_layers, "
       "int[] row_count_layers, int[] layers, int[] groups, int[] unit_dims, SymInt[] units, bool[] bias, "

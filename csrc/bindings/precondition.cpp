@@ -171,9 +171,10 @@ void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptio
 }
 
 #if defined(CO_CUDA_KERNELS)
-Status run_cuda(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const Tensor& on) {
+Status run_cuda(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const Tensor& on,
+                const CudaTuning& tuning) {
   const auto count = static_cast<int64_t>(layers.size());
-  const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options);
+  const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
   const CudaScope scope(on);
   Tensor workspace = torch::stable::new_empty(on, {bytes}, ScalarType::Byte);
   if (bytes > 0) {
@@ -182,17 +183,17 @@ Status run_cuda(const std::vector<PreconditionLayer>& layers, const Precondition
     torch::stable::zero_(counters);
   }
   return precondition_cuda(layers.data(), count, options, scope.device(),
-                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream());
+                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), tuning);
 }
 #endif
 
 // `on`: a tensor on the device of all of them.
 void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
-            [[maybe_unused]] const Tensor& on, const char* op) {
+            [[maybe_unused]] const Tensor& on, const char* op, [[maybe_unused]] const CudaTuning& tuning = {}) {
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(on)) {
     STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
-    const Status status = run_cuda(layers, options, on);
+    const Status status = run_cuda(layers, options, on, tuning);
     STD_TORCH_CHECK(status != Status::kInvalidArgument, op,
                     ": beyond the CUDA kernel: at most 2^30 rows a layer, fewer than 2^31 units and chunks, and chunks "
                     "above 192 units need a device with 163 KiB of shared memory a block");
@@ -209,9 +210,13 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
                                                  const Ints& bias_layers, const Ints& permutation_layers,
                                                  const Ints& row_count_layers, const Ints& layer_indices,
                                                  const Ints& groups, double damping, bool trace_scaling, int64_t chunk,
-                                                 int64_t max_rows, int64_t seed, int64_t step) {
+                                                 int64_t max_rows, int64_t seed, int64_t step, bool tf32, int64_t rung,
+                                                 int64_t ctas) {
   const char* op = "foreach_precondition_";
   PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
+  STD_TORCH_CHECK(0 <= rung && rung <= 3 && 0 <= ctas && ctas <= 1024, op,
+                  ": rung must be in [0, 3] and ctas in [0, 1024], got ", rung, " and ", ctas);
+  const CudaTuning tuning{static_cast<PreconditionRung>(rung), static_cast<int32_t>(ctas), tf32};
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   const size_t count = grads.size();
@@ -253,7 +258,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
   Tensor info = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Int);
   Tensor used = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, grads[0], op);
+  launch(layers, options, grads[0], op, tuning);
   return {info, used};
 }
 

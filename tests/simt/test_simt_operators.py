@@ -61,6 +61,31 @@ def test_a_refused_call_changes_nothing(simt):
     assert torch.equal(grad, before)
 
 
+@pytest.mark.parametrize("rung", [1, 2, 3])
+def test_every_rung_is_reached_and_agrees(simt, rung):
+    grad, rows = torch.randn(20, 40), torch.randn(60, 40)
+    want, got = grad.clone(), grad.clone()
+    results = []
+    for tensor, chosen, ctas in ((want, 0, 0), (got, rung, 2)):
+        lists = ([], [rows], [], [], [], [], [], [0], [8])
+        results.append(simt.foreach_precondition_([tensor], *lists, 0.1, True, 16, 100, 0, 0, False, chosen, ctas))
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+    with pytest.raises(RuntimeError, match="rung must be in"):
+        simt.foreach_precondition_([got], *lists, 0.1, True, 16, 100, 0, 0, False, 4)
+
+
+def test_one_tf32_pass_is_less_accurate_and_only_that(simt):
+    grad, rows = torch.randn(20, 40), torch.randn(60, 40)
+    lists = ([], [rows], [], [], [], [], [], [0], [8])
+    results = []
+    for tf32 in (False, True):
+        results.append(grad.clone())
+        simt.foreach_precondition_([results[-1]], *lists, 0.1, False, 16, 100, 0, 0, tf32)
+    error = (results[0] - results[1]).norm() / results[0].norm()
+    assert 1e-6 < error < 1e-2
+
+
 @pytest.mark.parametrize("scaling", ["absolute", "trace"])
 def test_whole_training_steps(scaling):
     """Capture, mark, covariance, inverse and correction of a network as the preconditioner calls them."""

@@ -1,0 +1,85 @@
+"""What of the CUDA benchmark a CPU can check: the baseline's numbers, the counting, the bytes, the words."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.micro import bench_cuda
+from benchmarks.micro.compositions import by_solve, divide, per_layer
+from benchmarks.micro.expert import expert
+from benchmarks.micro.workloads import WORKLOADS, LayerShape
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_the_expert_baseline_is_the_correction(chunk):
+    generator = torch.Generator().manual_seed(0)
+    layers = [LayerShape(9, 40), LayerShape(5, 33), LayerShape(6, 40), LayerShape(4, 24, (3, 3))]
+    grads = [torch.randn(layer.weight, generator=generator, dtype=torch.float64).float() for layer in layers]
+    inputs = [torch.randn(50, layer.units, generator=generator) for layer in layers]
+    divisions = [divide(layer, chunk, 8, generator) for layer in layers]
+    want = per_layer(grads, inputs, divisions, 0.1, by_solve)
+    for ours, theirs in zip(expert(grads, inputs, divisions, 0.1), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_are_those_of_the_table():
+    """KERNELS.md 3.1: (ii) 6.3 + 6.3 MB, (v) 33.6 + 67.1 MB in bfloat16."""
+    for number, megabytes in (("ii", 12.6), ("v", 100.7), ("vi", 292 + 810)):
+        setting = bench_cuda.SETTINGS[number]
+        workload = WORKLOADS[setting.workload]
+        sizes = workload.inputs.itemsize, workload.grads.itemsize
+        bytes_ = bench_cuda.moved_bytes(workload.layers * setting.repeat, setting.rows, *sizes)
+        assert bytes_ / 1e6 == pytest.approx(megabytes, rel=0.01), number
+
+
+def test_counting():
+    device = ["precondition_kernel<256>", "Memset (Device)", "fill", "Memcpy DtoH"]
+    host = [
+        ("cudaStreamSynchronize", 1.0),
+        ("cudaStreamSynchronize", 5.0),
+        ("aten::add", 5.0),
+        ("cudaLaunchKernel", 6.0),
+    ]
+    assert bench_cuda.count_calls(device, host, 2.0, 9.0) == {"launches": 2, "copies": 2, "waits": 1}
+
+
+def test_a_row_of_the_table_is_as_wide_as_its_header():
+    result = {
+        "workload": "iii",
+        "name": "resnet50",
+        "cold_us": {"ours": 130.0, "A: plain torch": 25_000.0, "B: library in a graph": 2000.0},
+        "warm_us": {"ours": 120.0},
+        "floor_us": 87.0,
+        "share_of_floor": 0.67,
+        "target_us": 130,
+        "ratio_to_A": 192.0,
+        "ratio_to_B": 15.4,
+        "calls": {"ours": {"launches": 1}},
+    }
+    assert abs(len(bench_cuda.row_of(result)) - len(bench_cuda.HEADER)) <= 1
+
+
+def test_settings_name_workloads():
+    assert all(setting.workload in WORKLOADS for setting in bench_cuda.SETTINGS.values())
+    assert list(bench_cuda.SETTINGS) == ["i", "ii", "iii", "iv", "v", "vi"]
+
+
+def test_a_division_moves_to_its_device():
+    division = divide(LayerShape(3, 40), 16, 8, torch.Generator().manual_seed(0))
+    moved = bench_cuda.to_device(division, "meta")
+    assert moved.order.is_meta and moved.inverse.is_meta
+    assert dataclasses.replace(moved, order=division.order, inverse=division.inverse) == division
+    whole = divide(LayerShape(3, 10), 16, 8, torch.Generator())
+    assert bench_cuda.to_device(whole, "meta") is whole
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so():
+    command = [sys.executable, "-m", "benchmarks.micro.bench_cuda", "--workloads", "i"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "no CUDA device: nothing was measured"
+    assert done.stdout.startswith("C: ")
