@@ -58,24 +58,28 @@ CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk) {
 }
 
 // sum += rows [32 half, 32 half + 32) of the stage times columns [16 block, 16 block + 16) of A^-1.
+//
+// An mma sums over k in any order that both operands agree on.  Here the lanes with t = lane % 4 take k = 8 t + 2 s and
+// the next one in step s of a tile: so every load of the inverse, whose pitch is 1 modulo 32, lies in 32 banks, along
+// rows and along columns, and so does every load of G, whose pitch is odd.
 template <int kProducts>
 CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int half, int block, int rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int pitch = g_pitch(chunk.padded()), column = block % 2 * 16 + g;
-  const float* left = chunk.arena + (half * 32 + g) * pitch + t;
+  const float* left = chunk.arena + (half * 32 + g) * pitch + 8 * t;
   for (int tile = 0; tile < chunk.side(); ++tile) {
     // Only lower tiles are stored: above the diagonal the transposed tile is read.
     const bool lower = tile >= block / 2;
     const float* inverse = lower ? lower_tile(chunk.tiles, tile, block / 2) : lower_tile(chunk.tiles, block / 2, tile);
     const int k_stride = lower ? kTilePitch : 1, column_stride = lower ? 1 : kTilePitch;
     CO_NO_UNROLL
-    for (int k = 0; k < kTile; k += 8) {
+    for (int k = 0; k < 8; k += 2) {
       float b[2][2], b_low[2][2];
       CO_UNROLL
       for (int n = 0; n < 2; ++n) {
         CO_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const SplitFloat split(inverse[(k + t + i * 4) * k_stride + (column + n * 8) * column_stride]);
+          const SplitFloat split(inverse[(8 * t + k + i) * k_stride + (column + n * 8) * column_stride]);
           b[n][i] = split.high;
           b_low[n][i] = split.low;
         }
@@ -86,7 +90,7 @@ CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int hal
         CO_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = m * 16 + i % 2 * 8;
-          const float value = half * 32 + g + row < rows ? left[row * pitch + tile * kTile + k + i / 2 * 4] : 0.0f;
+          const float value = half * 32 + g + row < rows ? left[row * pitch + tile * kTile + k + i / 2] : 0.0f;
           const SplitFloat split(value);
           a[i] = kProducts == 2 ? value : split.high;  // two: 16-bit gradients
           a_low[i] = split.low;

@@ -55,7 +55,8 @@ CO_DEVICE void solve_row(float* row, const float* factor, const float* inverse_p
   for (int j = 0; j < kTile; ++j) row[j] = x[j];
 }
 
-// One warp: a 32 x 32 product, 8 x 4 elements a lane: rows lane / 8 + 4 x, columns lane % 8 + 8 y.
+// One warp: a 32 x 32 product, 8 x 4 elements a lane: rows lane / 8 + 4 x, columns 4 (lane % 8) + y, which lie in 32
+// banks for every (x, y).
 struct TileProduct {
   float sum[8][4] = {};
 
@@ -64,14 +65,14 @@ struct TileProduct {
   CO_DEVICE void add(const float* a, const float* b) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     a += lane / 8 * kRowA;
-    b += lane % 8 * kColumnB;
+    b += lane % 8 * 4 * kColumnB;
     CO_NO_UNROLL
     for (int k = 0; k < kTile; ++k) {
       float left[8], right[4];
       CO_UNROLL
       for (int x = 0; x < 8; ++x) left[x] = a[x * 4 * kRowA + k * kInnerA];
       CO_UNROLL
-      for (int y = 0; y < 4; ++y) right[y] = b[y * 8 * kColumnB + k * kInnerB];
+      for (int y = 0; y < 4; ++y) right[y] = b[y * kColumnB + k * kInnerB];
       CO_UNROLL
       for (int x = 0; x < 8; ++x) {
         CO_UNROLL
@@ -86,7 +87,7 @@ struct TileProduct {
     CO_UNROLL
     for (int x = 0; x < 8; ++x) {
       CO_UNROLL
-      for (int y = 0; y < 4; ++y) f((lane / 8 + 4 * x) * kTilePitch + lane % 8 + 8 * y, sum[x][y]);
+      for (int y = 0; y < 4; ++y) f((lane / 8 + 4 * x) * kTilePitch + lane % 8 * 4 + y, sum[x][y]);
     }
   }
 };

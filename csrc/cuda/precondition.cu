@@ -10,13 +10,11 @@
 // chooses).  All times here are estimates: nothing has been measured on a GPU.
 //
 //   V0  One CTA a chunk reads all rows of X and corrects all rows of G.  Nothing is written but G, info and damping;
-//       no scratch, no order between CTAs.  A 4096 x 4096 layer has 32 chunks: 32 of 264 places taken, some 200 us
-//       where memory needs 23.
-//   V1  A cluster of up to 8 CTAs a chunk.  Each sums its share of the rows; the partial covariances, 41 KiB for a
-//   chunk
-//       of 128, are added in the order of the ranks through distributed shared memory (1 to 2 us, against 3 to 4
-//       through L2).  Then every CTA factors the same matrix (a broadcast would wait as long as the factor takes) and
-//       corrects its share of G.  No scratch, no spin.  For launches whose chunks do not fill the device.
+//       no scratch, no order between CTAs.  A 4096 x 4096 layer has 32 chunks: 32 of 264 places taken.
+//   V1  A cluster of up to 8 CTAs a chunk.  Each sums its share of the rows; the partial covariances, 41 KiB for 128
+//       units, are added in the order of the ranks through distributed shared memory (1 to 2 us, against 3 to 4 through
+//       L2).  Then every CTA factors the same matrix (a broadcast would wait as long as the factor takes) and corrects
+//       its share of G.  No scratch, no spin.  For launches whose chunks do not fill the device.
 //   V2  Tickets (tasks.cuh).  Shares of X, one factor a chunk, and shares of G are tasks of their own that meet in the
 //       workspace: the device stays full whatever the shapes, and one factor a chunk costs 504 chunks some 20 us of a
 //       full device where eight would cost 150.  A CTA that waits for an inverse asks L2 for its rows of G meanwhile.

@@ -8,7 +8,7 @@
 //   chunk  tiles  KiB of tiles  arena KiB (X, G rows)  sm_90 (227 KiB)    sm_80 (163)        sm_86, sm_120 (99)
 //     32     1         4         20 (128, 64)           2, by registers    2                  2
 //    128    10        41         33 (32, 64)            2, by registers    2                  1
-//    192    21        87         33 (16, 32)            1                  1                  1, stages of 8 rows
+//    192    21        87         25 (16, 32)            1                  1                  1, stages of 8 rows
 //    256    36       149         34 (16, 32)            1                  1, stages of 8     does not fit
 #pragma once
 
@@ -27,9 +27,10 @@ constexpr int kMaxLaunchLayers = 120;   // descriptors that fit the 32,764 bytes
 
 CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1) / kTile * kTile; }
 CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
-// Pitches that keep the lanes of an mma fragment in 32 different banks: X is read down columns, G along rows.
+// Pitches that keep the lanes of an mma fragment in 32 different banks: X is read down columns, G along rows in steps
+// of 8 (apply.cuh).
 CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
-CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 4; }
+CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 5; }
 
 struct PreconditionPlan {
   int32_t threads;      // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
@@ -78,7 +79,7 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
 //
 //   chunks  rows  rung                      why
 //     10     128  V0                        fewer than 128 rows a CTA are not worth the exchange of a cluster
-//     12    1024  V1, clusters of 8         96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 15 us
+//     12    1024  V1, clusters of 8         96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 20 us
 //     32    4096  V1, clusters of 8         256 CTAs
 //    181    4096  V2, 3 shares a chunk      the chunks fill the device, but its last wave would be half empty
 //    504    4096  V2, 2 shares a chunk

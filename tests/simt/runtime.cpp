@@ -60,7 +60,8 @@ struct Fiber {
   unsigned rank = 0;
   uint3 index{};
   bool done = false;
-  bool sleeps = false;  // in __nanosleep
+  bool sleeps = false;    // in __nanosleep
+  unsigned meetings = 0;  // barriers and warp operations
   const char* state = "has not started";
   Site site;
   void* tsan = nullptr;
@@ -193,6 +194,7 @@ void switch_to(Fiber& from, Fiber& to) {
 
 void wait(const char* state, Site site) {
   Fiber* fiber = S.current;
+  ++fiber->meetings;
   fiber->state = state;
   fiber->site = site;
   switch_to(*fiber, S.main);
@@ -514,6 +516,19 @@ void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {
   wait("warp operation", site);
   TSAN(__tsan_acquire(tag);)
 }
+
+Space space_of(const void* pointer) {
+  if (S.current == nullptr) return Space::kNone;
+  const char* p = static_cast<const char*>(pointer);
+  if (p >= S.current->stack && p < S.current->stack + S.options.stack) return Space::kStack;
+  for (const Cta& cta : S.current->cta->cluster->ctas) {
+    if (p >= cta.shared && p < cta.shared + S.arena) return Space::kShared;
+  }
+  return Space::kGlobal;
+}
+
+const void* block_key() { return S.current->cta; }
+unsigned meetings() { return S.current->meetings; }
 
 void* static_shared(const void* key, size_t bytes, size_t alignment) {
   auto found = S.statics.find(key);

@@ -79,6 +79,13 @@ void cluster_barrier(Site site);
 using Resolve = void (*)(void* const lanes[32], uint32_t mask);
 void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site);
 
+// For access.cpp: where a pointer of the calling CUDA thread leads, which CTA runs, how often the thread has met
+// others.
+enum class Space { kStack, kShared, kGlobal, kNone };  // kNone: no kernel runs
+Space space_of(const void* pointer);
+const void* block_key();
+unsigned meetings();
+
 void* static_shared(const void* key, size_t bytes, size_t alignment);  // one copy a CTA, at the same offset in all
 void* dynamic_shared();
 void* map_shared_rank(void* pointer, unsigned rank);

@@ -32,6 +32,7 @@ BUILDS = {  # flags of the kernels, flags of the runtime
     "memory": (["-O1", *SANITIZE], ["-O1", *SANITIZE]),
     "races": (["-O1", "-fsanitize=thread"], ["-O1", "-DSIMT_TSAN"]),
     "lines": (["-O1", "--coverage"], ["-O2"]),
+    "accesses": (["-O1", "-fsanitize=thread"], ["-O2"]),  # ThreadSanitizer's calls, answered by access.cpp
 }
 
 
@@ -42,7 +43,9 @@ def build(kind: str, root: Path = ROOT) -> Path:
     units += [(f"tests/simt/{name}.cpp", kernel_flags) for name in ("library", "selftest", "chunk_api")]
     units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
     units += [("csrc/cpu/capture.cpp", kernel_flags)]  # to compare with
-    return link(kind, root, units, kernel_flags)
+    if kind == "accesses":
+        units.append(("tests/simt/access.cpp", runtime_flags))
+    return link(kind, root, units, runtime_flags if kind == "accesses" else kernel_flags)
 
 
 def build_operators() -> Path:
@@ -97,6 +100,24 @@ def compile_object(root: Path, source: str, flags: list[str]) -> Path:
         run([COMPILER, *flags, *includes, "-c", root / source, "-o", partial])
         os.replace(partial, found[1])
     return next(path for path in found if path.exists())
+
+
+def accesses(library: Path, report: Path) -> dict[tuple[str, int], list[tuple[str, int, float, float]]]:
+    """(file, line) -> (space, requests, mean cost, mean least cost) a kind of memory, of a report of access.cpp."""
+    rows = [line.split() for line in report.read_text().splitlines()]
+    ask = ["addr2line", "-e", library]
+    offsets = "\n".join(row[0] for row in rows)
+    places = subprocess.run(ask, input=offsets, capture_output=True, text=True, check=True).stdout.split("\n")
+    sums: dict[tuple[str, int, str], np.ndarray] = {}
+    for place, (_, space, *numbers) in zip(places, rows, strict=False):
+        file, line = re.match(r"(.*):(\d+|\?)", place).groups()
+        if "csrc/cuda/" in file and line.isdigit():
+            key = (Path(file).name, int(line), space)
+            sums[key] = sums.get(key, 0) + np.array(numbers, np.int64)
+    found: dict[tuple[str, int], list[tuple[str, int, float, float]]] = {}
+    for (file, line, space), (requests, cost, least) in sums.items():
+        found.setdefault((file, line), []).append((space, int(requests), cost / requests, least / requests))
+    return found
 
 
 def lines_not_run(folder: Path) -> dict[str, set[int]]:

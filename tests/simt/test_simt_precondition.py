@@ -349,7 +349,7 @@ def test_plan(library, device):
         assert plan.tile_floats == side * (side + 1) // 2 * 32 * 33
         assert plan.shared_bytes == 4 * (plan.tile_floats + plan.arena_floats)
         assert plan.shared_bytes + 6 * 1024 <= simt.SHARED_BYTES[device]
-        assert plan.arena_floats >= max(8 * (padded + 8), plan.apply_rows * (padded + 4))
+        assert plan.arena_floats >= max(8 * (padded + 8), plan.apply_rows * (padded + 5))
         assert plan.apply_rows in (8, 16, 32, 64)
     assert library.plan(128, "sm_90").apply_rows == 64
     assert library.plan(256, "sm_80").apply_rows == 8
