@@ -34,22 +34,23 @@ def run(settings, size, seed, data, tick):
     model = deep_mlp(784, 10, width=size["width"], depth=5, normalization="none", seed=seed, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=size["rate_percent"] / 100)
     types = tuple({type(m) for m in model} & {nn.Tanh, nn.Softsign, nn.Sigmoid})
-    monitor = co.analysis.activation_statistics(model, layers=types)
     x, y = data.test_x[:EXAMPLES], data.test_y[:EXAMPLES]
-    jacobian = []
+    jacobian, points = [], []
 
     def probe(epoch: int = 0) -> None:
-        monitor.paused = False
-        functional.cross_entropy(model(x), y).backward()
-        monitor.paused = True
+        with co.analysis.activation_statistics(model, layers=types) as monitor:
+            functional.cross_entropy(model(x), y).backward()
         model.zero_grad()
+        points.append(monitor.result().layers)
         jacobian.append(mean_singular_values(model, types, x[:20]))
 
     probe()
     common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, after_epoch=probe)
     outcome = fit.train(model, optimizer, data, **common)
     keys = ("mean", "std", "percentile", "gradient_std")
-    layers = [{key: [fit.finite(v) for v in getattr(layer, key)] for key in keys} for layer in monitor.result().layers]
+    layers = [
+        {key: [fit.finite(getattr(p, key)[0]) for p in column] for key in keys} for column in zip(*points, strict=True)
+    ]
     return {"layers": layers, "jacobian": jacobian, **outcome}
 
 
@@ -81,6 +82,7 @@ def plot(figure, results):
             axes[1, column].plot(epochs, layer["gradient_std"], color=f"C{i}", marker=".")
         axes[0, column].set(title=name, ylim=(0, 1.05))
         axes[1, column].set(yscale="log", xlabel="epoch")
+        axes[1, column].grid(alpha=0.3)
     axes[0, 0].set_ylabel("98th percentile (sigmoid: mean), dots:\nstandard deviation of activations")
     axes[1, 0].set_ylabel("deviation of gradients")
     axes[0, 0].legend(fontsize="x-small")
