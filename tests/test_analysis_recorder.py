@@ -226,6 +226,10 @@ def test_results_are_plain_and_plots_are_drawn(data, tmp_path):
         path = tmp_path / f"{type(result).__name__}.png"
         result.plot().savefig(path)
         assert path.stat().st_size > 10_000
+    lines = a.result().plot_histograms(most=4).axes[0].patches
+    assert len(lines) == 4
+    areas = [sum(line.get_data().values) * 0.125 for line in lines]
+    assert all(0.99 < area <= 1 + 1e-9 for area in areas)  # all but the values beyond four times the root mean square
 
 
 @pytest.mark.parametrize(

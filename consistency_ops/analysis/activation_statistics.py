@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BINS = 64  # between -RANGE and RANGE times the root mean square; two more for what lies outside
 RANGE = 4.0
-_SAMPLES = 16_384  # values of a layer that quantile and histogram use
+_SAMPLES = 4096  # values of a layer that quantile and histogram use
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,24 @@ class ActivationStatistics(Result):
         axes[0].legend(fontsize=8, frameon=False)
         return made
 
+    def plot_histograms(self, point: int = -1, most: int = 8) -> Figure:
+        """Densities of activations and of gradients, each in units of its root mean square, one line a layer."""
+        made, axes = figure(2, width=5.6)
+        step = -(-len(self.layers) // most)
+        panels = (("histogram", "activations"), ("gradient_histogram", "gradients"))
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            for i, layer in enumerate(self.layers[::step]):
+                frequencies = getattr(layer, key).frequencies[point]
+                if frequencies:
+                    edges = getattr(layer, key).edges
+                    width = edges[1] - edges[0]
+                    shade = 0.8 * i * step / max(1, len(self.layers))
+                    density = [f / width for f in frequencies[1:-1]]  # the open bins have no width
+                    axis.stairs(density, edges, color=(shade, 0.2 + 0.5 * shade, 0.7), label=layer.name)
+            axis.set_title(f"{title} / root mean square", fontsize=10)
+        axes[0].legend(fontsize=8, frameon=False)
+        return made
+
 
 def _moments(x: Tensor) -> Tensor:
     """(sum, sum of squares), float64."""
@@ -86,7 +104,9 @@ def _moments(x: Tensor) -> Tensor:
 
 def _sample(x: Tensor) -> Tensor:
     """At most _SAMPLES values, evenly spread; float32 at least."""
-    flat = x.reshape(-1)[:: max(1, math.ceil(x.numel() / _SAMPLES))]
+    step = -(-x.numel() // _SAMPLES)
+    step += step > 1 and step % 2 == 0  # odd: an even step would meet the same units in every sample
+    flat = x.reshape(-1)[::step]
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
@@ -197,7 +217,7 @@ def activation_statistics(
     """Attach a recorder of mean, standard deviation, 98th percentile, saturation and histogram of every layer's output,
     and of the gradient that arrives there (Glorot and Bengio, AISTATS 2010; METHOD section 6).
 
-    Nothing waits for the device until ``result()``. Quantile and histogram use at most 16 384 values of a layer, evenly
+    Nothing waits for the device until ``result()``. Quantile and histogram use at most 4096 values of a layer, evenly
     spread, and several passes pooled into a point average their quantiles; all else is exact.
 
     Args:

@@ -10,32 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-from .lipschitz_rules import (
-    SLOPES,
-    Factor,
-    Rule,
-    Unbounded,
-    adaptive_avg_pool,
-    avg_pool,
-    has_rule,
-    max_pool,
-    module_factor,
-    no_constant,
-    scaling,
-)
+from .lipschitz_graph import Network, is_size, node_name
+from .lipschitz_rules import Factor, Rule, Unbounded, has_rule
 from .recorder import unrecorded
 from .results import COLOURS, Result, figure, over_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_TRANSPARENT = (  # commute with a positive factor per channel
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
-)  # fmt: skip
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -113,203 +95,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Tracer(fx.Tracer):
-    """Every module of ``leaves`` is one operation; all others are looked into."""
-
-    def __init__(self, leaves: set[nn.Module]) -> None:
-        super().__init__()
-        self.leaves = leaves
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return module in self.leaves
-
-
-def _leaves(model: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> set[nn.Module]:
-    """Modules with a rule, and those of torch.nn that could have one; found before weights turn into proxies."""
-    torch_own = {m for m in model.modules() if type(m).__module__.startswith("torch.nn") and not any(m.children())}
-    return torch_own | {m for m in model.modules() if isinstance(m, tuple(rules)) or has_rule(m)}
-
-
-class _Network:
-    """The traced graph, and what is folded where."""
-
-    def __init__(self, model: nn.Module, example: tuple[Any, ...], rules: Mapping[type[nn.Module], Rule]) -> None:
-        self.rules = dict(rules)
-        self.notes: list[str] = []
-        leaves = _leaves(model, self.rules)
-        try:
-            graph = _Tracer(leaves).trace(model)
-            self.module = fx.GraphModule(model, graph)
-        except Exception as error:
-            reason = (
-                f"the model cannot be traced by torch.fx ({_first_line(error)}); give the module at fault a constant "
-            )
-            for name, module in model.named_modules():
-                if no_constant(module) and not isinstance(module, tuple(self.rules)):
-                    reason = f"{name} ({type(module).__name__}): {no_constant(module)}; give it a constant "
-                    break
-            raise NotImplementedError(f"lipschitz_bound: {reason}with rules={{Type: function}}") from error
-        if example:
-            with torch.no_grad(), unrecorded():
-                ShapeProp(self.module).propagate(*example)
-        self.modules = dict(model.named_modules())
-        self.nodes = list(graph.nodes)
-        self.before: dict[fx.Node, Tensor] = {}
-        self.after: dict[fx.Node, Tensor] = {}
-        self.absorbed: set[fx.Node] = set()
-        for node in self.nodes:
-            factors = self._scaling(node)
-            if factors is not None:
-                self._fold(node, factors)
-
-    def target(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[node.target] if node.op == "call_module" else None
-
-    def shape(self, node: Any) -> tuple[int, ...] | None:
-        meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-        return tuple(meta.shape) if hasattr(meta, "shape") else None
-
-    def _scaling(self, node: fx.Node) -> Tensor | None:
-        module = self.target(node)
-        return None if module is None or isinstance(module, tuple(self.rules)) else scaling(module)
-
-    def _fold(self, node: fx.Node, factors: Tensor) -> None:
-        """Into the weights just before, which is exact, or into the next ones behind operations that let it pass."""
-        source, flat = node.args[0], self._is_flat(node)
-        if self._foldable(source, flat) and len(source.users) == 1:
-            module = self.target(source)
-            if module.weight.shape[0] == len(factors):
-                self.after[source] = self.after.get(source, 1) * factors
-                self.absorbed.add(node)
-                return
-        here = node
-        while len(here.users) == 1:
-            (here,) = here.users
-            flat = flat or isinstance(self.target(here), nn.Flatten)
-            if self._foldable(here, flat):
-                module = self.target(here)
-                channels = module.weight.shape[1] * getattr(module, "groups", 1)
-                if channels == len(factors) or (isinstance(module, nn.Linear) and channels % len(factors) == 0):
-                    self.before[here] = self.before.get(here, 1) * factors
-                    self.absorbed.add(node)
-                return
-            if not self._lets_pass(here):
-                return
-
-    def _is_flat(self, node: fx.Node) -> bool:
-        """Whether the signal is (N, C): only then do a normalisation's channels and a Linear's units agree."""
-        shape = self.shape(node)
-        if shape is not None:
-            return len(shape) == 2
-        while node.args and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            module = self.target(node)
-            if isinstance(module, nn.Flatten):
-                return True
-            if isinstance(module, nn.Linear):
-                note = "Linear layers beside normalisations are taken to see (N, C); an example input checks this"
-                self.notes += [note] * (note not in self.notes)
-                return True
-            if isinstance(module, nn.modules.conv._ConvNd):
-                return False
-        return False
-
-    def _foldable(self, node: Any, flat: bool) -> bool:
-        module = self.target(node) if isinstance(node, fx.Node) else None
-        if isinstance(module, nn.Linear) and not flat:
-            return False
-        return isinstance(module, _WEIGHTED) and not isinstance(module, tuple(self.rules))
-
-    def _lets_pass(self, node: fx.Node) -> bool:
-        module = self.target(node)
-        if module is not None:
-            if isinstance(module, tuple(self.rules)):
-                return False
-            flat = isinstance(module, nn.Flatten) and module.start_dim == 1
-            return flat or isinstance(module, _TRANSPARENT) or type(module).__name__ == "Modulus"
-        return node.op == "call_function" and _name(node) in ("relu", "abs", "modulus", "dropout", "max_pool2d")
-
-    def factor(self, node: fx.Node, folded: bool) -> Factor:
-        """Of an operation with one signal."""
-        shape = self.shape(node.args[0]) if node.args else None
-        module = self.target(node)
-        if module is not None:
-            for kind, rule in self.rules.items():
-                if isinstance(module, kind):
-                    return Factor(_checked(node, rule(module)), False, "by rules=")
-            if not folded:
-                found = module_factor(module, None, None, shape)
-            elif node in self.absorbed:
-                return Factor(1.0, True, "folded into its neighbour")
-            elif isinstance(self.before.get(node), Tensor) or isinstance(self.after.get(node), Tensor):
-                found = module_factor(module, self.before.get(node), self.after.get(node), shape)
-            else:
-                found = module_factor(module, None, None, shape)
-            if found is None:
-                raise Unbounded("there is no rule for this module; give one with rules={Type: function}")
-            return found
-        return self._function(node, shape)
-
-    def _function(self, node: fx.Node, shape: tuple[int, ...] | None) -> Factor:
-        name, args = _name(node), node.args
-        if name in SLOPES:
-            return Factor(float(SLOPES[name]))
-        if name == "leaky_relu":
-            return Factor(max(1.0, abs(_argument(node, 1, "negative_slope", 0.01))))
-        if name == "getitem" and _plain_index(args[1]):
-            return Factor(1.0, False, "a part of the signal")
-        if name.startswith("max_pool") and name[-2:-1] in "123":
-            dilation = _argument(node, 4, "dilation", 1)
-            kernel, stride = _argument(node, 1, "kernel_size", 1), _argument(node, 2, "stride", None)
-            return max_pool(kernel, stride, dilation, int(name[-2]))
-        if name.startswith("avg_pool") and name[-2:-1] in "123":
-            names = (("kernel_size", 1), ("stride", None), ("padding", 0), ("ceil_mode", False))
-            options = [_argument(node, i, key, default) for i, (key, default) in enumerate(names, 1)]
-            count = _argument(node, 5, "count_include_pad", True)
-            return avg_pool(*options, count, _argument(node, 6, "divisor_override", None), int(name[-2]))
-        if name.startswith("adaptive_avg_pool") and name[-2:-1] in "123":
-            return adaptive_avg_pool(_argument(node, 1, "output_size", 1), int(name[-2]), shape)
-        if name == "mean":
-            if shape is None:
-                return Factor(1.0, False, "less for larger signals; pass an example input")
-            dims = _argument(node, 1, "dim", None)
-            dims = range(1, len(shape)) if dims is None else ((dims,) if isinstance(dims, int) else dims)
-            return Factor(1 / math.sqrt(math.prod(shape[d] for d in dims)))
-        raise Unbounded(f"there is no rule for {name}; wrap it in a module and give one with rules={{Type: function}}")
-
-
-def _checked(node: fx.Node, value: Any) -> float:
-    value = float(value)
-    if not value >= 0:
-        raise ValueError(f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {value}")
-    return value
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _plain_index(index: Any) -> bool:
-    index = index if isinstance(index, tuple) else (index,)
-    return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index)
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether the value is a shape, and not a signal."""
-    if _name(node) == "getattr":
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel")
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.split(". ")[0].rstrip(".")
-
-
 def _log_sum(values: list[float], power: float = 1.0) -> float:
     """log of the l1 (power 1) or l2 (power 2) norm of exp(values)."""
     top = max(values, default=-math.inf)
@@ -353,7 +138,7 @@ def lipschitz_bound(
     plain: dict[fx.Node, float] = {}
     folded: dict[fx.Node, float] = {}
     with evaluating(model):
-        network = _Network(model, example, rules or {})
+        network = Network(model, example, rules or {})
         for node in network.nodes:
             _visit(network, node, plain, folded, factors)
     end = network.nodes[-1]
@@ -361,7 +146,7 @@ def lipschitz_bound(
 
 
 def _visit(
-    network: _Network,
+    network: Network,
     node: fx.Node,
     plain: dict[fx.Node, float],
     folded: dict[fx.Node, float],
@@ -370,25 +155,25 @@ def _visit(
     signals = [n for n in node.all_input_nodes if not math.isinf(plain[n]) or plain[n] > 0]
     if node.op == "placeholder":
         plain[node] = folded[node] = 0.0
-    elif not signals or _is_size(node):  # constants
+    elif not signals or is_size(node):  # constants
         plain[node] = folded[node] = -math.inf
     elif node.op == "output":
         for logs in (plain, folded):
             logs[node] = _log_sum([logs[n] for n in signals], 2 if len(signals) > 1 else 1)
-    elif len(signals) == 1 and node.op != "call_module" and _name(node) in _BINARY:
+    elif len(signals) == 1 and node.op != "call_module" and node_name(node) in _BINARY:
         value = _with_constant(network, node, signals[0])
         for logs in (plain, folded):
             logs[node] = logs[signals[0]] + _log(value)
         if value != 1:
-            factors.append(LipschitzFactor(node.name, _name(node), _log(value), _log(value), True, ""))
-    elif _name(node) in ("add", "sub", "iadd", "add_", "cat", "concat", "stack"):
+            factors.append(LipschitzFactor(node.name, node_name(node), _log(value), _log(value), True, ""))
+    elif node_name(node) in ("add", "sub", "iadd", "add_", "cat", "concat", "stack"):
         _join(network, node, signals, plain, folded, factors)
     elif len(signals) == 1:
         factor, tight = _factors(network, node)
         plain[node] = plain[signals[0]] + _log(factor.value)
         folded[node] = folded[signals[0]] + _log(tight.value)
         name = node.target if node.op == "call_module" else node.name
-        kind = type(network.target(node)).__name__ if node.op == "call_module" else _name(node)
+        kind = type(network.target(node)).__name__ if node.op == "call_module" else node_name(node)
         note = "; ".join(dict.fromkeys(n for n in (factor.note, tight.note) if n))
         factors.append(LipschitzFactor(name, kind, _log(factor.value), _log(tight.value), factor.exact, note))
     else:
@@ -397,7 +182,7 @@ def _visit(
         )
 
 
-def _factors(network: _Network, node: fx.Node) -> tuple[Factor, Factor]:
+def _factors(network: Network, node: fx.Node) -> tuple[Factor, Factor]:
     try:
         factor = network.factor(node, folded=False)
         touched = node in network.absorbed or node in network.before or node in network.after
@@ -406,9 +191,9 @@ def _factors(network: _Network, node: fx.Node) -> tuple[Factor, Factor]:
         raise _sentence(network, node, str(reason)) from None
 
 
-def _sentence(network: _Network, node: fx.Node, reason: str) -> NotImplementedError:
+def _sentence(network: Network, node: fx.Node, reason: str) -> NotImplementedError:
     module = network.target(node)
-    what = f"{node.target} ({type(module).__name__})" if module is not None else f"{_name(node)} (at {node.name})"
+    what = f"{node.target} ({type(module).__name__})" if module is not None else f"{node_name(node)} (at {node.name})"
     return NotImplementedError(f"lipschitz_bound: {what}: {reason}")
 
 
@@ -430,9 +215,9 @@ _BINARY = {
 }
 
 
-def _with_constant(network: _Network, node: fx.Node, signal: fx.Node) -> float:
+def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
     """signal (+, -, *, /) a number; parameters and buffers only where they are added to a signal of their shape."""
-    name = _name(node)
+    name = node_name(node)
     other = next((a for a in node.args if a is not signal), None)
     if isinstance(other, fx.Node):
         fits = network.shape(signal) is not None and network.shape(signal) == network.shape(node)
@@ -456,7 +241,7 @@ def _alpha(node: fx.Node, signal: Any, position: int | None = None) -> float:
 
 
 def _join(
-    network: _Network,
+    network: Network,
     node: fx.Node,
     signals: list[fx.Node],
     plain: dict[fx.Node, float],
@@ -464,7 +249,7 @@ def _join(
     factors: list[LipschitzFactor],
 ) -> None:
     """Sums add the constants of their terms (twice if a term comes twice), concatenations their squares."""
-    if _name(node) in ("cat", "concat", "stack"):
+    if node_name(node) in ("cat", "concat", "stack"):
         terms, power = [(n, 0.0) for n in node.args[0] if n in signals], 2.0
     else:
         shapes = [network.shape(n) for n in node.args[:2]]
@@ -479,7 +264,7 @@ def _join(
         logs[node] = _log_sum([logs[n] + a for n, a in terms], power)
     grown = [logs[node] - max(logs[n] for n, _ in terms) for logs in (plain, folded)]
     note = "its branches' constants are added" if power == 1 else "its parts' squares are added"
-    factors.append(LipschitzFactor(node.name, _name(node), grown[0], grown[1], False, note))
+    factors.append(LipschitzFactor(node.name, node_name(node), grown[0], grown[1], False, note))
 
 
 def certified_radius(
