@@ -163,6 +163,8 @@ def test_summary_and_tables():
     assert "15 (0.8)" in table[2] and table[3].split("|")[4].strip() == "-"
     failed = tables.finals([fake("sgd", 1, [0.9, 0.8, 0.7], "step 20: loss nan")], "fashion-mlp")
     assert "failed" in failed
+    trials = [fake("kfac", 0, [0.9], "step 1: loss nan") | {"phase": "trial"} for _ in range(8)]
+    assert "every trial failed" in tables.finals(found + trials, "fashion-mlp").splitlines()[-1]
     overview = tables.overview({"fashion-mlp": found})
     assert "15 (0.8)" in overview and "ends at 0.700" in overview
 

@@ -42,10 +42,10 @@ class Sequence(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "deep MLP, batch 500": (lambda: named("deep-mlp", (1, 28, 28))(0), (500, 1, 28, 28)),
     "ResNet-8, batch 32": (resnet, (32, 3, 32, 32)),
-    "half-width ViT-B block, 2 x 197 tokens": (lambda: Sequence(384, 6, False), (2, 197, 384)),
-    "half-width GPT-2 block, 2 x 512 tokens": (lambda: Sequence(384, 6, True), (2, 512, 384)),
+    "half-width ViT-B block, 394 tokens": (lambda: Sequence(384, 6, False), (2, 197, 384)),
+    "half-width GPT-2 block, 256 tokens": (lambda: Sequence(384, 6, True), (1, 256, 384)),
     "large: convnet B, batch 128": (lambda: named("convnet", (3, 32, 32))(0), (128, 3, 32, 32)),
-    "large: GPT-2 small block, 2 x 1024 tokens": (lambda: Sequence(768, 12, True), (2, 1024, 768)),
+    "large: GPT-2 small block, 2048 tokens": (lambda: Sequence(768, 12, True), (2, 1024, 768)),
 }
 LARGE = ("sgd", "adamw", "sgd+pre", "adamw+pre")
 ROUNDS, LARGE_ROUNDS = 10, 3  # one step in ten renews the inverses of K-FAC, FOOF, SOAP, Shampoo and SINGD

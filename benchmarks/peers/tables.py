@@ -66,6 +66,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def finals(runs: list[dict], task: str) -> str:
     """A markdown table of one task, best metric first."""
     rows = {peer: row for peer in PEERS if (row := summary(runs, task, peer))}
+    hopeless = [peer for peer in PEERS if all_failed(runs, peer)]
     order = sorted(rows, key=lambda peer: (rows[peer]["end"] is None, rows[peer]["end"]))
     heads = [f"steps (CPU s) to {target:g}" for target in TASKS[task].targets]
     lines = [
@@ -83,7 +84,15 @@ def finals(runs: list[dict], task: str) -> str:
         name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
         cells = [name, rate, end, *(_reached(t, row["seeds"]) for t in row["targets"]), number(row["ms_per_step"])]
         lines.append("| " + " | ".join(cells) + " |")
+    for peer in hopeless:
+        lines.append(f"| {PEERS[peer].text} | | every trial failed |" + " |" * (1 + len(heads)))
     return "\n".join(lines)
+
+
+def all_failed(runs: list[dict], peer: str) -> bool:
+    """Whether the optimizer had its trials and none came to its end."""
+    trials = [run for run in runs if run["optimizer"] == peer and run["phase"] == "trial"]
+    return len(trials) >= len(PEERS[peer].trials) and all(run["failure"] for run in trials)
 
 
 def _half(spread: tuple[float, float]) -> float:
@@ -145,12 +154,13 @@ def overview(runs: dict[str, list[dict]]) -> str:
     lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for peer in PEERS:
         rows = [summary(runs[task], task, peer) for task in tasks]
-        if not any(rows):
+        failed = [all_failed(runs[task], peer) for task in tasks]
+        if not any(rows) and not any(failed):
             continue
         cells = []
-        for row in rows:
+        for row, hopeless in zip(rows, failed, strict=True):
             if row is None:
-                cells.append("not run")
+                cells.append("every trial failed" if hopeless else "not run")
             elif row["targets"][-1]["steps"] is None:
                 cells.append("failed" if row["end"] is None else f"ends at {number(row['end'])}")
             else:

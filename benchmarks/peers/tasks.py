@@ -243,13 +243,13 @@ TASKS = {
         seeded(Gpt),
         lambda output, y: functional.cross_entropy(output.reshape(-1, CHARACTERS), y.flatten()),
         nats,
-        *(16, 150, 50, (2.6, 2.4)),
+        *(16, 100, 30, (2.8, 2.6), 10),
     ),
     "narrow-mlp": _classify(
         "MNIST, 784, 49 x 32, 10, ReLU, He start, no normalisation: 50 weight layers",
         images("mnist", "standard"),
         mlp([784, *[32] * 49, 10], nn.ReLU, 2.0),
-        *(250, 120, 40, (0.5, 0.3)),
+        *(250, 100, 30, (0.5, 0.3), 10),
     ),
 }
 
