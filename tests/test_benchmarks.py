@@ -136,7 +136,7 @@ def test_a_trial_far_behind_stops():
     small = dataclasses.replace(TASKS["fashion-mlp"], batch=10)
     rival = [[step, 0.0, None, 1e-9] for step in range(9)]
     result = runs.train(small, "sgd", {"lr": 1e-5}, random_split("fashion-mlp"), 0, 8, "test", rival)
-    assert "stopped" in result["failure"] and result["curve"][-1][0] == 2
+    assert "stopped" in result["failure"] and result["curve"][-1][0] == 4
 
 
 def fake(peer: str, seed: int, ends: list[float], failure: str | None = None) -> dict:

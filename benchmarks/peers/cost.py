@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.nn import functional
 
 from benchmarks.micro.timing import interleaved, save
 from benchmarks.peers.optimizers import PEERS
+from benchmarks.peers.runs import RESULTS
 from benchmarks.peers.tasks import Block, named, resnet
 
 STEP_RATE = 1e-4  # small: the arithmetic counts, and nothing must diverge
@@ -85,6 +88,14 @@ def kept(build: Callable[[], nn.Module], peer: str, x: Tensor, y: Tensor) -> flo
     return (live_bytes() - before - parameters - buffers - gradients) / parameters
 
 
+def kept_rows(path: str | None, models: list[str]) -> tuple[list[dict], dict[str, str]]:
+    """What an earlier run measured on other models."""
+    file = Path(path) if path else RESULTS / "cost.json"
+    old = json.loads(file.read_text()) if file.exists() else {"rows": [], "failures": {}}
+    failures = {name: text for name, text in old["failures"].items() if not name.startswith(tuple(models))}
+    return [row for row in old["rows"] if row["model"] not in models], failures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
@@ -93,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     peers = [name for name in dict.fromkeys(["sgd", *arguments.optimizers]) if PEERS[name].version]
-    rows, failures = [], {}
+    rows, failures = kept_rows(arguments.json, arguments.models)
     for name in arguments.models:
         build, shape = MODELS[name]
         torch.manual_seed(0)

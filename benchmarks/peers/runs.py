@@ -37,7 +37,7 @@ def train(
 ) -> dict:
     """``judge``: the part whose metric the curve shows, ``"test"`` or ``"held_out"``.
 
-    A run that after a quarter of its steps is ``BEHIND`` times worse than the curve ``rival`` was there stops.
+    A run that after half of its steps is ``BEHIND`` times worse than the curve ``rival`` was there stops.
 
     A point is (step, CPU seconds of the steps so far, mean training loss since the last point, metric).
     """
@@ -70,7 +70,7 @@ def train(
             mean = sum(losses) / len(losses)
             curve.append([i, round(sum(times), 4), _finite(mean), _finite(measure(task, model, part))])
             losses = []
-            if rival and i >= steps // 4 and _behind(curve[-1], rival):
+            if rival and 2 * i >= steps and _behind(curve[-1], rival):
                 failure = f"step {i}: stopped, {BEHIND} times worse than a trial before it"
                 break
     return {
