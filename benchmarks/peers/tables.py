@@ -135,7 +135,7 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
             axis.axhline(target, color="grey", linewidth=0.6)
         axis.set(xlabel=label, yscale="log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks("{x:.2g}")
+            ticks("{x:.3g}")
         axis.grid(alpha=0.25, which="both")
     start = final_runs(runs, shown[0])[0]["curve"][0][3]
     axes[0].set(ylabel=TASKS[task].metric, ylim=(0.9 * min(lowest), min(start, 12 * min(lowest))))
@@ -148,26 +148,32 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
 
 
 def overview(runs: dict[str, list[dict]]) -> str:
-    """Steps (CPU seconds) to the harder target of every task; the metric at the end where it is not reached."""
+    """Steps (CPU seconds) to the hardest target of a task that any optimizer reaches with every seed; else the end."""
     tasks = [task for task in TASKS if runs.get(task)]
-    heads = [f"{task}, {TASKS[task].metric} {TASKS[task].targets[-1]:g}" for task in tasks]
+    rows = {task: {peer: row for peer in PEERS if (row := summary(runs[task], task, peer))} for task in tasks}
+    chosen = {
+        task: max(
+            (i for i in range(len(TASKS[task].targets)) if any(r["targets"][i]["steps"] for r in rows[task].values())),
+            default=0,
+        )
+        for task in tasks
+    }
+    heads = [f"{task}, {TASKS[task].metric} {TASKS[task].targets[chosen[task]]:g}" for task in tasks]
     lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for peer in PEERS:
-        rows = [summary(runs[task], task, peer) for task in tasks]
-        failed = [all_failed(runs[task], peer) for task in tasks]
-        if not any(rows) and not any(failed):
-            continue
-        cells = []
-        for row, hopeless in zip(rows, failed, strict=True):
-            if row is None:
-                cells.append("every trial failed" if hopeless else "not run")
-            elif row["targets"][-1]["steps"] is None:
-                cells.append("failed" if row["end"] is None else f"ends at {number(row['end'])}")
-            else:
-                cells.append(_reached(row["targets"][-1], row["seeds"]))
-        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [_overview_cell(runs[task], rows[task].get(peer), chosen[task], peer) for task in tasks]
+        if set(cells) != {"not run"}:
+            name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -> str:
+    if row is None:
+        return "every trial failed" if all_failed(runs, peer) else "not run"
+    if row["targets"][target]["steps"] is None:
+        return "failed" if row["end"] is None else f"ends at {number(row['end'])}"
+    return _reached(row["targets"][target], row["seeds"])
 
 
 def cost(results: dict) -> str:
