@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .coverage import Layer
-    from .preconditioner import Item, Preconditioner
+    from .item import Item
+    from .preconditioner import Preconditioner
 
 # Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
 Group = tuple[int, ...]
@@ -305,7 +306,7 @@ class Ranks:
 
     def _item(self, layer: Layer) -> Item:
         """What this rank has of a layer; where there is no gradient, its place is taken by weight and zeros."""
-        from .preconditioner import Item
+        from .item import Item
 
         weight, kind = layer.weight, layer.kind
         layer.capture.follow(layer.module(), weight)

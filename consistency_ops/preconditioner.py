@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
 from .capture import Capture, States
 from .coverage import Layer, find_layers, find_ties
 from .distributed import Ranks
+from .item import Item, is_plain, join
 from .state import StateStore, digest, on_host
 
 if TYPE_CHECKING:
@@ -25,29 +25,6 @@ if TYPE_CHECKING:
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
 
 _foreach_precondition_ = torch.ops.consistency_ops.foreach_precondition_.default
-
-
-@dataclass(eq=False)
-class Item:
-    """A layer that is corrected in this step."""
-
-    layer: Layer
-    weight: Parameter
-    grad: Tensor  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
-    bias_grad: Tensor | None  # (out,)
-    rows: Tensor  # (max_rows, in); the first `count` count
-    count: Tensor
-    parts: list[Item] = field(default_factory=list)  # layers with the same rows, whose gradients `grad` joins
-
-    @property
-    def units(self) -> int:
-        return self.grad.shape[1] + (self.bias_grad is not None)
-
-    def write_back(self) -> None:
-        """Where ``grad`` is a copy, not a view."""
-        module = self.layer.module()
-        if self.layer.kind.copies(module):
-            self.layer.kind.write_back(module, self.grad, self.weight.grad)
 
 
 class Preconditioner:
@@ -290,7 +267,7 @@ class Preconditioner:
         capture = layer.capture
         capture.follow(module, weight)
         grad = weight.grad
-        layer.unfit_gradient = grad is not None and not _is_plain(grad)
+        layer.unfit_gradient = grad is not None and not is_plain(grad)
         if capture.lost != layer.lost_rows:
             layer.lost_rows = capture.lost
             if layer.lost_rows:
@@ -301,7 +278,7 @@ class Preconditioner:
         bias_grad = None
         if layer.joins_bias and (bias := parameters.get(kind.bias)) is not None and self.owns(bias):
             bias_grad = bias.grad
-            if bias_grad is not None and not _is_plain(bias_grad):
+            if bias_grad is not None and not is_plain(bias_grad):
                 bias_grad = None
             if bias_grad is not None:
                 bias_grad = kind.bias_view(bias_grad)
@@ -318,7 +295,7 @@ class Preconditioner:
 
     def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
         if any(item.layer.capture.source is not None for item in batch):
-            batch = _join(batch)
+            batch = join(batch)
         # Straight to the operator: what ops.foreach_precondition_ would check holds for captured layers, or is checked
         # by the operator, and this runs in every step.
         joined = [(i, item.bias_grad) for i, item in enumerate(batch) if item.bias_grad is not None]
@@ -343,7 +320,7 @@ class Preconditioner:
         self._note(batch, info, used)
         for item in batch:
             if item.parts:
-                _part(item)
+                item.write_back()
 
     def _refresh(self, batch: list[Item]) -> None:
         """New covariances and inverses."""
@@ -381,7 +358,7 @@ class Preconditioner:
         """The bias-corrected running covariance, NaN before anything entered it."""
         state = self._store.get(item.layer)
         old, weight = state.get("covariance"), state.get("weight")
-        if old is None or old.shape != covariance.shape or not _divided_as(item):
+        if old is None or old.shape != covariance.shape or not item.divided_as_before:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
         gradients = [grad for grad in (item.grad, item.bias_grad) if grad is not None]
         finite = torch.stack([t.isfinite().all() for t in (covariance, *gradients)]).all()
@@ -397,7 +374,7 @@ class Preconditioner:
         for item in batch:
             state = {**self._store.get(item.layer), **item.layer.pending}
             inverse, info = state.get("inverse"), state.get("info")
-            if inverse is not None and len(inverse) == self._num_chunks(item) and _divided_as(item):
+            if inverse is not None and len(inverse) == self._num_chunks(item) and item.divided_as_before:
                 item.layer.info_at = info, 0, len(info)
                 ready.append((item, inverse, info))
         if ready:
@@ -584,38 +561,6 @@ def _detach(layers: list[Layer], handles: list) -> None:
             layer.capture.remove()
 
 
-def _join(batch: list[Item]) -> list[Item]:
-    """Layers with the same rows become one, with their gradients one above the other: one covariance, one inverse."""
-    joined: dict[tuple, list[Item]] = {}
-    for item in batch:
-        grad, bias = item.grad, item.bias_grad
-        whole = grad.shape[1] == item.rows.shape[1]  # else the outputs are divided into convolution groups
-        key = id(item.rows) if whole else id(item), grad.shape[1:], grad.dtype, None if bias is None else bias.dtype
-        joined.setdefault(key, []).append(item)
-    result = []
-    for first, *others in joined.values():
-        if not others:
-            result.append(first)
-            continue
-        parts = [first, *others]
-        bias = None if first.bias_grad is None else torch.cat([item.bias_grad for item in parts])
-        grad = torch.cat([item.grad for item in parts])
-        result.append(Item(first.layer, first.weight, grad, bias, first.rows, first.count, parts))
-    return result
-
-
-def _part(item: Item) -> None:
-    sizes = [len(part.grad) for part in item.parts]
-    torch._foreach_copy_([part.grad for part in item.parts], item.grad.split(sizes))
-    if item.bias_grad is not None:
-        torch._foreach_copy_([part.bias_grad for part in item.parts], item.bias_grad.split(sizes))
-
-
-def _divided_as(item: Item) -> bool:
-    """Whether the stored matrices have the units of this step: a bias may have come or gone."""
-    return item.layer.inverted_units in (None, item.units)
-
-
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
         raise ValueError(f"Preconditioner: {name} must be {requirement}, got {value!r}")
@@ -628,10 +573,6 @@ def _check_damping(value: float, where: str = "") -> float:
 
 def _is_int(value: object, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_plain(grad: Tensor) -> bool:
-    return type(grad) is Tensor and grad.layout is torch.strided
 
 
 def _count_parameters(optimizer: Optimizer) -> int:

@@ -14,7 +14,8 @@ from .conditions import conditions
 
 if TYPE_CHECKING:
     from .coverage import Layer
-    from .preconditioner import Item, Preconditioner
+    from .item import Item
+    from .preconditioner import Preconditioner
 
 _LEFT = "; gradient left as it is"
 _log = logging.getLogger("consistency_ops")

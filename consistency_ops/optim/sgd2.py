@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from .. import reference
 from ..coverage import Layer
+from ..item import Item
 from ..ops import MAX_CHUNK
-from ..preconditioner import Item, Preconditioner
+from ..preconditioner import Preconditioner
 
 
 class SGD2(Optimizer):
