@@ -154,11 +154,15 @@ def _simt_route(name: str) -> Callable:
 def _cuda_route(name: str) -> Callable:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    operator = getattr(torch.ops.consistency_ops, name).default
-    writes = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]
+    return elsewhere(getattr(torch.ops.consistency_ops, name).default, "cuda")
+
+
+def elsewhere(operator: torch._ops.OpOverload, device: str) -> Callable:
+    """``operator`` on copies of its CPU arguments on ``device``; what it writes and returns comes back."""
+    writes = any(a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments)
 
     def run(*args):
-        there: dict[int, tuple[Tensor, Tensor]] = {}  # storages, here and on the device
+        there: dict[int, tuple[Tensor, Tensor]] = {}  # bytes of each storage, here and there
 
         def to_device(value):
             if isinstance(value, (list, tuple)):
@@ -168,20 +172,21 @@ def _cuda_route(name: str) -> Callable:
             storage = value.untyped_storage()
             if storage.data_ptr() not in there:
                 whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-                there[storage.data_ptr()] = whole, whole.cuda()
-            device = torch.empty(0, dtype=value.dtype, device="cuda").set_(
-                there[storage.data_ptr()][1].untyped_storage()
-            )
-            return device.as_strided(value.shape, value.stride(), value.storage_offset())
+                there[storage.data_ptr()] = whole, whole.to(device, copy=True)
+            bytes_ = there[storage.data_ptr()][1].untyped_storage()
+            copy = torch.empty(0, dtype=value.dtype, device=device).set_(bytes_)
+            return copy.as_strided(value.shape, value.stride(), value.storage_offset())
 
-        results = operator(*[to_device(a) for a in args])
-        if any(writes):
-            for here, device in there.values():
-                here.copy_(device)
-        return torch.utils._pytree.tree_map(lambda r: _same_strides(r) if isinstance(r, Tensor) else r, results)
+        results = operator(*map(to_device, args))
+        if writes:
+            for here, copy in there.values():
+                here.copy_(copy)
+        return torch.utils._pytree.tree_map(_to_cpu, results)
 
     return run
 
 
-def _same_strides(result: Tensor) -> Tensor:
+def _to_cpu(result):
+    if not isinstance(result, Tensor):
+        return result
     return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype).copy_(result)

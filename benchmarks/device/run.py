@@ -67,7 +67,7 @@ def stages() -> list[Stage]:
     build = {name: os.environ.get(name, value) for name, value in build.items()}
     return [
         Stage("device", 60, [[PYTHON, "-c", DEVICE]]),
-        Stage("build", 240, [[PYTHON, "setup.py", "-q", "build_ext", "--inplace"]], build, needs_device=False),
+        Stage("build", 300, [[PYTHON, "setup.py", "-q", "build_ext", "--inplace"]], build, needs_device=False),
         Stage(
             "golden", 60, [compile_golden, ["sh", "-c", f"{golden} > {GOLDEN}.partial && mv {GOLDEN}.partial {GOLDEN}"]]
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import OPERATORS, behind_the_operators
+from kernels import OPERATORS, behind_the_operators, elsewhere
 
 import consistency_ops as co
 
@@ -73,6 +73,24 @@ def test_every_rung_is_reached_and_agrees(simt, rung):
     assert torch.equal(results[0][0], results[1][0])
     with pytest.raises(RuntimeError, match="rung must be in"):
         simt.foreach_precondition_([got], *lists, 0.1, True, 16, 100, 0, 0, False, 4)
+
+
+def test_arguments_go_to_a_device_and_back_as_they_are():
+    """As the tests on a GPU do it (kernels.py), with a copy on the CPU: strides, offsets, shared storages."""
+    flat = torch.randn(1000)
+    grad, bias = flat[3:243].view(40, 6).T, flat[300:306]  # two views of one storage
+    rows = torch.randn(60, 80)[:, ::2]
+    want_grad, want_bias = co.precondition(grad, rows, chunk=16, bias_grad=bias, damping=0.1)
+    untouched = torch.cat([flat[:3], flat[243:300], flat[306:]])
+    run = elsewhere(torch.ops.consistency_ops.foreach_precondition_.default, "cpu")
+    info, used = run([grad], [bias], [rows], [], [], [0], [], [], [0], [8], 0.1, False, 16, 10_000, 0, 0)
+    assert torch.equal(grad, want_grad) and torch.equal(bias, want_bias)
+    assert torch.equal(torch.cat([flat[:3], flat[243:300], flat[306:]]), untouched)
+    assert info.tolist() == [0, 0, 0] and used.shape == (3,)
+    x = torch.randn(4, 6)[::2].T
+    y = elsewhere(torch.ops.consistency_ops.modulus.default, "cpu")(x)
+    assert torch.equal(y, x.abs()) and y.stride() == torch.empty_like(x).stride()
+    assert elsewhere(torch.ops.consistency_ops.modulus.default, "cpu")(torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_one_tf32_pass_is_less_accurate_and_only_that(simt):
