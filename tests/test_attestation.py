@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_a_stage_ends_at_its_limit_and_reports_its_last_line(monkeypatch, tmp_pa
     slow = run.run(stage("slow", [*python, "import time; print('begun', flush=True); time.sleep(60)"]), 1.5)
     assert (slow["status"], slow["last"]) == ("timeout", "begun")
     assert slow["seconds"] < 20
+
+
+def test_nothing_of_a_stage_outlives_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "OUT", tmp_path)
+    marker = tmp_path / "marker"
+    child = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert run.run(stage("parent", [sys.executable, "-c", parent]), 2)["status"] == "timeout"
+    time.sleep(4)
+    assert not marker.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -8,14 +8,17 @@ Imports torch only in the stages, so that a broken build is a failed stage and n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from benchmarks.device import attestation
 
@@ -93,17 +96,7 @@ def run(stage: Stage, seconds: float) -> dict:
             left = seconds - (time.monotonic() - start)
             print("$", *command, file=log, flush=True)
             try:
-                done = subprocess.run(
-                    [str(c) for c in command],
-                    cwd=ROOT,
-                    env={**os.environ, **stage.environment},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(1.0, left),
-                )
-                status = "ok" if done.returncode == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = "timeout"
+                status = finish([str(c) for c in command], {**os.environ, **stage.environment}, log, max(1.0, left))
             except OSError as error:
                 print(error, file=log)
                 status = "failed"
@@ -112,6 +105,21 @@ def run(stage: Stage, seconds: float) -> dict:
     lines = [line for line in (OUT / f"{stage.name}.log").read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     return {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - start, 1), "last": last[:300]}
+
+
+def finish(command: list[str], environment: dict[str, str], log: IO, seconds: float) -> str:
+    """The command's status; what it has started ends with it, so that nothing is left to disturb the next stage."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return "ok" if process.wait(seconds) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:
