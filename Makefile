@@ -34,7 +34,7 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
-test-slow: $(LIBRARY)
+test-slow: $(LIBRARY) $(VENV)/.frameworks
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
@@ -79,4 +79,8 @@ $(VENV)/.installed: requirements.txt
 		{ echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -r requirements.txt
+	@touch $@
+
+$(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.installed
+	$(BIN)/python -m pip install -qq -r requirements-frameworks.txt
 	@touch $@

@@ -174,7 +174,10 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.10", "numpy"],
-    extras_require={"train": ["scikit-learn", "matplotlib", "tqdm"]},
+    extras_require={
+        "train": ["scikit-learn", "matplotlib", "tqdm"],
+        "frameworks": ["accelerate", "lightning", "timm", "transformers"],
+    },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -96,6 +96,7 @@ class Preconditioner:
             raise TypeError(
                 f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        optimizer = _unwrap(optimizer)
         _check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
         if not callable(damping):
             _check_damping(damping)
@@ -573,6 +574,13 @@ def _check_damping(value: float, where: str = "") -> float:
 
 def _is_int(value: object, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _unwrap(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer inside the wrapper of a training framework (Accelerate, Lightning): the one whose hooks fire."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _count_parameters(optimizer: Optimizer) -> int:

@@ -3,10 +3,18 @@
 import functools
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+NAMES = ("accelerate", "lightning", "timm", "transformers")
+
+
+def used_by(source):
+    """The frameworks that a piece of Python imports."""
+    return [name for name in NAMES if re.search(rf"^\s*(import|from) {name}\b", source, re.MULTILINE)]
 
 
 def require(*names):

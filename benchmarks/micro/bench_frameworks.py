@@ -1,0 +1,125 @@
+"""What the preconditioner adds to a training step of GPT-2, ViT and ResNet: capture, launch and both, every step.
+
+    python -m benchmarks.micro.bench_frameworks [--models gpt2 vit resnet] [--seconds 20] [--json FILE]
+
+Needs requirements-frameworks.txt.  Models are built from their configuration with random weights, the data is random:
+time does not depend on values.  A step is zero_grad, forward, backward and the optimizer's step.  Interleaved, CPU time
+of one thread: the share of a step is reproducible beside other work, the milliseconds less so.  "capture": rows are
+copied in the forward pass, but no gradient is corrected; the launch is the rest.  Medians of the ratio to the plain
+step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+import consistency_ops as co
+from benchmarks.micro.timing import interleaved, medians, save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+import frameworks
+
+
+def gpt2():
+    """4 blocks of width 256, batch 8 of 128 tokens; AdamW."""
+    (transformers,) = frameworks.require("transformers")
+    size = dict(vocab_size=1024, n_positions=128, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size))
+    ids = torch.randint(1024, (8, 128))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4), lambda: model(input_ids=ids, labels=ids).loss
+
+
+def vit():
+    """ViT-Ti with 4 blocks (width 192), patches of 4 x 4, batch 32 of 3 x 32 x 32; AdamW."""
+    (transformers,) = frameworks.require("transformers")
+    size = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, intermediate_size=768)
+    config = transformers.ViTConfig(image_size=32, patch_size=4, num_labels=10, **size)
+    model = transformers.ViTForImageClassification(config)
+    x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4), lambda: model(pixel_values=x, labels=y).loss
+
+
+def resnet():
+    """timm's resnet18, batch 32 of 3 x 64 x 64; SGD with momentum."""
+    (timm,) = frameworks.require("timm")
+    model = timm.create_model("resnet18", num_classes=10)
+    x, y = torch.randn(32, 3, 64, 64), torch.randint(10, (32,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    return model, optimizer, lambda: functional.cross_entropy(model(x), y)
+
+
+MODELS = {"gpt2": gpt2, "vit": vit, "resnet": resnet}
+
+
+def step_of(build, preconditioned: bool, corrects: bool = True):
+    model, optimizer, loss = build()
+    model.train()
+    preconditioner = co.Preconditioner(model, optimizer) if preconditioned else None
+    if not corrects:
+        preconditioner._correct_batch = lambda batch: None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    step.preconditioner = preconditioner
+    return step
+
+
+def measure(name: str, seconds: float) -> dict:
+    build = MODELS[name]
+    steps = {
+        "plain": step_of(build, False),
+        "capture": step_of(build, True, corrects=False),
+        "preconditioned": step_of(build, True),
+    }
+    times = interleaved(steps, seconds=seconds, rounds=(9, 500), clock=time.process_time)
+    rounds = list(zip(*times.values(), strict=True))
+    capture = statistics.median(c / plain - 1 for plain, c, _ in rounds)
+    both = statistics.median(p / plain - 1 for plain, _, p in rounds)
+    layers = steps["preconditioned"].preconditioner.layers
+    return {
+        "name": name,
+        "model": build.__doc__,
+        "parameters": sum(p.numel() for p in build()[0].parameters()),
+        "layers": sum(layer.capture is not None for layer in layers),
+        "rounds": len(rounds),
+        "ms": {key: 1e3 * value for key, value in medians(times).items()},
+        "added_by_capture": capture,
+        "added_by_launch": both - capture,
+        "added": both,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time for every model")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/frameworks.json")
+    arguments = parser.parse_args()
+    missing = [name for name in ("timm", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{missing[0]} is not installed: pip install -r requirements-frameworks.txt")
+    torch.set_num_threads(1)  # CPU time is fair for one thread only
+    torch.manual_seed(0)
+    rows = []
+    for name in arguments.models:
+        rows.append(row := measure(name, arguments.seconds))
+        print(
+            f"{name:<8} {row['ms']['plain']:7.1f} ms a step, capture {row['added_by_capture']:+.1%}, "
+            f"launch {row['added_by_launch']:+.1%}, both {row['added']:+.1%}"
+        )
+    save("frameworks", {"clock": "CPU time of one thread, interleaved", "rows": rows}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
