@@ -151,7 +151,7 @@ def test_probe_is_the_monitor_of_glorot_and_bengio():
     wanted = torch.linalg.svdvals(jacobian(model[2:4], z)).mean()
     one = co.analysis.propagation(model, x, layers=nn.Tanh, samples=1).blocks[1]
     assert one.mean_singular_value == pytest.approx(float(wanted), rel=1e-5)
-    assert monitor.result().jacobian == [probe]
+    assert monitor.result().jacobian == [probe] and monitor.result().probe_steps == [1]
     assert len(monitor.points) == 1  # the passes of the probe are not recorded
 
 

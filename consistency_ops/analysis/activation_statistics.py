@@ -51,11 +51,15 @@ class LayerStatistics(Result):
 
 @dataclass(frozen=True)
 class ActivationStatistics(Result):
-    """Layers in the order of their first call. ``jacobian``: mean singular value of d z_{i+1} / d z_i at each probe."""
+    """Layers in the order of their first call.
+
+    ``jacobian``: the mean singular value of d z_{i+1} / d z_i by layer, of each probe, after ``probe_steps`` passes.
+    """
 
     steps: list[int]
     layers: list[LayerStatistics]
     jacobian: list[dict[str, float]] = field(default_factory=list)
+    probe_steps: list[int] = field(default_factory=list)
 
     def plot(self) -> Figure:
         """Standard deviation of activations and of gradients, and the saturated share, against the layers."""
@@ -110,11 +114,16 @@ def _sample(x: Tensor) -> Tensor:
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
-def _histogram(values: Tensor, edges: Tensor) -> Tensor:
-    """Counts of ``values / rms`` between ``edges``, without waiting for the device."""
+def _edges(device: torch.device | None = None) -> Tensor:
+    """Made where they are needed: a copy from the host would wait."""
+    return torch.linspace(-RANGE, RANGE, BINS + 1, device=device)
+
+
+def _histogram(values: Tensor) -> Tensor:
+    """Counts of ``values / rms`` between the edges, without waiting for the device."""
     rms = values.square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
-    bins = torch.bucketize(values / rms, edges.to(values), right=True)
-    counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=values.device)
+    bins = torch.bucketize(values / rms, _edges(values.device).to(values.dtype), right=True)
+    counts = torch.zeros(BINS + 2, dtype=torch.float64, device=values.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
 
 
@@ -144,8 +153,7 @@ class ActivationRecorder(Recorder):
     def __init__(self, model: nn.Module, layers: Layers, every: int, average: int) -> None:
         super().__init__(model, layers, every, average, signalling)
         self._model = weakref.ref(model)
-        self._edges = torch.linspace(-RANGE, RANGE, BINS + 1)
-        self._probes: list[dict[str, float]] = []
+        self._probes: list[tuple[int, dict[str, float]]] = []
 
     def clear(self) -> None:
         super().clear()
@@ -166,8 +174,9 @@ class ActivationRecorder(Recorder):
         modules = dict(model.named_modules())
         names = [name for name in self.names if name in modules and is_activation(modules[name])] or self.names
         found = propagation(model, *inputs, layers=names, to="next", samples=samples)
-        self._probes.append({block.start: block.mean_singular_value for block in found.blocks})
-        return self._probes[-1]
+        values = {block.start: block.mean_singular_value for block in found.blocks}
+        self._probes.append((self.forwards, values))
+        return values
 
     def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
         if not output.numel():
@@ -175,7 +184,7 @@ class ActivationRecorder(Recorder):
         point.add(index, "moments", _moments(output), output.numel())
         flat = _sample(output)
         point.add(index, "percentile", flat.kthvalue(math.ceil(0.98 * len(flat))).values.double())
-        point.add(index, "histogram", _histogram(flat, self._edges))
+        point.add(index, "histogram", _histogram(flat))
         blocked = saturated(module, x, output)
         if blocked is not None:
             point.add(index, "saturation", blocked.sum(dtype=torch.float64), output.numel())
@@ -186,7 +195,7 @@ class ActivationRecorder(Recorder):
     def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
         if gradient.numel():
             point.add(index, "gradient_moments", _moments(gradient), gradient.numel())
-            point.add(index, "gradient_histogram", _histogram(_sample(gradient), self._edges))
+            point.add(index, "gradient_histogram", _histogram(_sample(gradient)))
 
     def _layer(self, i: int) -> LayerStatistics:
         columns: dict[str, list[float]] = {}
@@ -199,7 +208,7 @@ class ActivationRecorder(Recorder):
         columns["dead"] = [_dead(point.sums[i]) for point in self.points]
         histograms = {
             name: Histogram(
-                self._edges.tolist(),
+                _edges().tolist(),
                 [[] if pair is None else (pair[0] / pair[0].sum()).tolist() for pair in self._series(i, name)],
             )
             for name in ("histogram", "gradient_histogram")
@@ -208,7 +217,8 @@ class ActivationRecorder(Recorder):
 
     def result(self) -> ActivationStatistics:
         layers = [self._layer(i) for i in self._seen()]
-        return ActivationStatistics([point.step for point in self.points], layers, list(self._probes))
+        steps = [point.step for point in self.points]
+        return ActivationStatistics(steps, layers, [v for _, v in self._probes], [s for s, _ in self._probes])
 
 
 def activation_statistics(

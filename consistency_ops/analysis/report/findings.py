@@ -208,7 +208,7 @@ def _conditioning(conditioning: Conditioning) -> Finding | None:
 
 
 def _kappa(value: float) -> str:
-    return "infinite" if value == math.inf else f"{value:.2g}" if value < 1e5 else f"{value:.1e}"
+    return "infinite" if value == math.inf else f"{value:.2g}" if value < 100 else _times(value)
 
 
 def _direction(conditioning: Conditioning) -> Finding | None:
