@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .recorder import Layers, Point, Recorder, signalling
-from .results import COLOURS, Result, figure, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers
 from .saturation import is_activation, saturated
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ActivationStatistics(Result):
         for axis, (key, title) in zip(axes, panels, strict=False):
             for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
                 axis.plot([getattr(layer, key)[i] for layer in self.layers], color=colour, marker=".", label=label)
-            axis.set_yscale("log")
+            log_scale(axis)
             axis.set_title(title, fontsize=10)
         for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
             axes[2].plot([layer.saturation[i] for layer in self.layers], color=colour, marker="o", ls="", label=label)
@@ -96,6 +96,8 @@ class ActivationStatistics(Result):
                     density = [f / width for f in frequencies[1:-1]]  # the open bins have no width
                     axis.stairs(density, edges, color=(shade, 0.2 + 0.5 * shade, 0.7), label=layer.name)
             axis.set_title(f"{title} / root mean square", fontsize=10)
+            axis.set_yscale("log")
+            axis.set_ylim(1e-3, None)
         axes[0].legend(fontsize=8, frameon=False)
         return made
 

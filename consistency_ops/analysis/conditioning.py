@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from consistency_ops.layers import layer_type
 
 from .recorder import Layers, Point, Recorder, weighted
-from .results import COLOURS, Result, figure, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers
 from .second_moment import SecondMoment, chunks_of, unit_rows
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Conditioning(Result):
             axes[2].plot([v if v > _floor(spectrum) else math.nan for v in spectrum], color=colour, label=which)
         axes[2].set_title(f"eigenvalues of the inputs of {worst.name}", fontsize=10)
         for axis in axes:
-            axis.set_yscale("log")
+            log_scale(axis)
             axis.legend(fontsize=8, frameon=False)
         over_layers(axes[0], names)
         over_layers(axes[1], names)

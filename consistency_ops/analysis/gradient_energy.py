@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .recorder import Layers, Point, Recorder, weighted
-from .results import Result, figure, over_layers
+from .results import Result, figure, log_scale, over_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ class GradientEnergy(Result):
             axis.plot(
                 [layer.energy[i] for layer in self.layers], color=colour, marker=".", label=f"step {self.steps[i]}"
             )
-        axis.set_yscale("log")
+        log_scale(axis)
         axis.set_ylabel("mean squared gradient")
         axis.set_title("Gradient energy, from input (left) to output", fontsize=10)
         over_layers(axis, [layer.name for layer in self.layers])

@@ -15,7 +15,7 @@ from consistency_ops.nn import BatchRMSNorm
 
 from .jacobian import Block
 from .recorder import Layers, choose, first_tensor, unrecorded, weighted
-from .results import COLOURS, Result, figure, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ class Propagation(Result):
         for colour, key in zip(COLOURS, ("sigma_max", "mean_singular_value", "gain"), strict=False):
             label = {"gain": "|JᵀR| / |R|"}.get(key, key.replace("_", " "))
             axes[0].plot([getattr(b, key) for b in self.blocks], color=colour, marker=".", label=label)
-        axes[0].set_yscale("log")
+        log_scale(axes[0])
         for colour, key in zip(COLOURS[3:], ("image_fraction", "decay"), strict=False):
             label = key.replace("_", " ")
             axes[1].plot([getattr(b, key) for b in self.blocks], color=colour, marker="o", label=label)

@@ -56,3 +56,9 @@ def over_layers(axis: Axes, names: list[str]) -> None:
     step = -(-len(names) // 14)
     axis.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
     axis.set_xlim(-0.5, len(names) - 0.5)
+
+
+def log_scale(axis: Axes) -> None:
+    """Logarithmic upwards, if anything that was drawn is positive; call it after drawing."""
+    if any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
+        axis.set_yscale("log")
