@@ -1,8 +1,8 @@
 // Where the CUDA kernels run: the device of a tensor and torch's current stream there.
 //
-// One library serves CPU and CUDA builds of torch.  The only function that libtorch_cuda alone has is weak, and it is
-// called only with a CUDA tensor in hand, which a CPU build of torch cannot make.  The rest of torch's CUDA (allocator,
-// graphs, device guard) is reached through libtorch's device-independent functions.
+// One library serves CPU and CUDA builds of torch.  The one function that libtorch_cuda alone has is looked up when it
+// is first needed: a weak symbol would stay null, because nothing else of that library is linked.  The rest of torch's
+// CUDA (allocator, graphs, device guard) is reached through libtorch's device-independent functions.
 //
 // With CONSISTENCY_OPS_SIMT (tests/simt) the same bindings drive the kernels that are compiled for the host, on CPU
 // tensors.
@@ -13,9 +13,9 @@
 
 #if defined(USE_CUDA) && !defined(CONSISTENCY_OPS_SIMT)
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 #if defined(USE_CUDA) || defined(CONSISTENCY_OPS_SIMT)
 #define CO_CUDA_KERNELS 1
@@ -38,6 +38,18 @@ class CudaScope {
 
 inline bool on_cuda(const Tensor& tensor) { return tensor.is_cuda(); }
 
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+
+inline CurrentStream current_stream() {
+  static const CurrentStream function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);  // whoever made a CUDA tensor has loaded it
+    void* found = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<CurrentStream>(found);
+  }();
+  STD_TORCH_CHECK(function != nullptr, "consistency_ops: this torch has no aoti_torch_get_current_cuda_stream");
+  return function;
+}
+
 // Makes the tensor's device the current one for as long as it lives.
 class CudaScope {
  public:
@@ -45,7 +57,7 @@ class CudaScope {
 
   void* stream() const {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(device_, &stream));
     return stream;
   }
 
