@@ -118,7 +118,7 @@ def plot(figure, results):
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="xx-small")
-    figure.suptitle("F: norm bounds of network C on MNIST")
+    figure.suptitle("F: norm bounds on MNIST, network C and four hidden layers")
 
 
 def lines(results):
