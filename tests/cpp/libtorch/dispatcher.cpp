@@ -5,18 +5,22 @@
 
 #include <cstdio>
 #include <exception>
-#include <tuple>
+#include <map>
+#include <string>
 #include <vector>
 
 namespace {
 
-using Correct = std::tuple<at::Tensor, at::Tensor>(at::TensorList grads, at::TensorList bias_grads,
-                                                   at::TensorList inputs, at::TensorList permutations,
-                                                   at::TensorList row_counts, at::IntArrayRef bias_layers,
-                                                   at::IntArrayRef permutation_layers, at::IntArrayRef row_count_layers,
-                                                   at::IntArrayRef layers, at::IntArrayRef groups, double damping,
-                                                   bool trace_scaling, int64_t chunk, int64_t max_rows, int64_t seed,
-                                                   int64_t step);
+// Calls an operator with arguments by name; later versions may add arguments, which have defaults.
+c10::Stack call(const c10::OperatorHandle& op, const std::map<std::string, c10::IValue>& given) {
+  c10::Stack stack;
+  for (const c10::Argument& argument : op.schema().arguments()) {
+    const auto found = given.find(argument.name());
+    stack.push_back(found != given.end() ? found->second : argument.default_value().value());
+  }
+  op.callBoxed(stack);
+  return stack;
+}
 
 }  // namespace
 
@@ -31,7 +35,6 @@ int main() {
     std::fprintf(stderr, "consistency_ops::foreach_precondition_ is not registered\n");
     return 1;
   }
-  const auto correct = handle->typed<Correct>();
 
   at::manual_seed(0);
   const std::vector<at::Tensor> inputs = {at::randn({200, 48}), at::randn({100, 64})};
@@ -39,9 +42,30 @@ int main() {
   const std::vector<at::Tensor> grads = {original[0].clone(), original[1].clone()};
   const double damping = 0.1;
   // Optional lists (bias_grads, permutations, row_counts) hold only what there is; *_layers says whose it is.
-  const auto [info, damping_used] = correct.call(grads, {}, inputs, {}, {}, {}, {}, {}, /*layers=*/{0, 1},
-                                                 /*groups=*/{8, 8}, damping, /*trace_scaling=*/false, /*chunk=*/64,
-                                                 /*max_rows=*/10000, /*seed=*/0, /*step=*/0);
+  const std::vector<at::Tensor> no_tensors;
+  const std::vector<int64_t> no_layers;
+  // Made anew for every call: lists are handed over to the operator.
+  const auto arguments = [&](int64_t chunk) -> std::map<std::string, c10::IValue> {
+    return {
+        {"grads", grads},
+        {"bias_grads", no_tensors},
+        {"inputs", inputs},
+        {"permutations", no_tensors},
+        {"row_counts", no_tensors},
+        {"bias_layers", no_layers},
+        {"permutation_layers", no_layers},
+        {"row_count_layers", no_layers},
+        {"layers", std::vector<int64_t>{0, 1}},
+        {"groups", std::vector<int64_t>{8, 8}},
+        {"damping", damping},
+        {"trace_scaling", false},
+        {"chunk", chunk},
+        {"max_rows", 10000},
+        {"seed", 0},
+        {"step", 0},
+    };
+  };
+  const at::Tensor info = call(*handle, arguments(64))[0].toTensor();  // [1]: the damping that every chunk needed
   for (size_t i = 0; i < grads.size(); ++i) {
     const at::Tensor x = inputs[i].to(at::kDouble);
     const at::Tensor a = x.t().mm(x) / x.size(0) + damping * at::eye(x.size(1), at::kDouble);
@@ -52,7 +76,7 @@ int main() {
   }
 
   try {
-    correct.call(grads, {}, inputs, {}, {}, {}, {}, {}, {0, 1}, {8, 8}, damping, false, /*chunk=*/257, 10000, 0, 0);
+    call(*handle, arguments(257));
   } catch (const std::exception& error) {  // not a c10::Error: the library uses torch's stable ABI
     std::printf("%s\n", error.what());
     return info.any().item<bool>() ? 1 : 0;
