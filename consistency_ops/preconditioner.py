@@ -317,6 +317,7 @@ class Preconditioner:
             self.max_rows,
             self.seed,
             self.steps,
+            batch[0].grad.is_cuda and torch.get_float32_matmul_precision() != "highest",
         )
         self._note(batch, info, used)
         for item in batch:

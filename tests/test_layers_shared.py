@@ -165,7 +165,10 @@ def test_an_input_changed_in_place_is_another_input():
     check_dense((a, b), (first, x), pre)
 
 
-@pytest.mark.parametrize("calls", ["follower sees more", "follower sees less", "other order", "follower alone"])
+@pytest.mark.parametrize(
+    "calls",
+    ["follower sees more", "follower sees less", "other order", "follower alone", "one input twice", "later and less"],
+)
 def test_sharing_that_ends_is_never_silently_wrong(calls):
     """Each layer is corrected with exactly its rows, or its gradient is left for that step and the summary says so."""
     a, b = nn.Linear(6, 4), nn.Linear(6, 3)
@@ -175,6 +178,8 @@ def test_sharing_that_ends_is_never_silently_wrong(calls):
         "follower sees more": [(a, x), (b, x), (b, y)],
         "follower sees less": [(a, x), (b, x), (a, y)],
         "other order": [(a, x), (a, y), (b, y), (b, x)],
+        "one input twice": [(a, x), (a, y), (b, y), (b, y)],
+        "later and less": [(a, x), (a, y), (b, x)],
         "follower alone": [(a, x), (b, x), (b, y), (a, y)],
     }[calls]
     for step in range(3):
