@@ -189,7 +189,9 @@ class Capture:
             return
         x = self._input(args, kwargs)
         if is_dtensor(x):
-            x, self.same_rows = local_input(x, self.unit_dim)
+            x, same_rows = local_input(x, self.unit_dim)
+            if same_rows is not None:
+                self.same_rows = same_rows
         elif self.same_rows is None and not torch.compiler.is_compiling():
             self.same_rows = frozenset()
         if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:

@@ -26,9 +26,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +35,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import ops
+from . import ops, work_sharing
+from .packing import Packing, SharedPacking
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,16 +66,16 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group]]:
+def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group] | None]:
     """Rows that this rank has of a DTensor, and the dimensions of its mesh in which no other rank has others.
 
     There every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to be taken,
-    whose parts are no rows.
+    whose parts are no rows; instead of dimensions: nothing is known.
     """
     if any(p.is_partial() for p in x.placements):
-        return None, frozenset()
+        return None, None
     if torch.compiler.is_compiling():
-        return local(x), frozenset()
+        return local(x), None
     unit_dim %= x.dim()
     pairs = zip(_mesh_groups(x), x.placements, strict=True)
     return local(x), frozenset(g for g, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
@@ -116,36 +115,6 @@ class Plan:
     reason: str | None = None  # why the layer is left alone
 
 
-class Packing:
-    """Lower triangles of chunks in flat buffers, one for every size of chunk that occurs."""
-
-    def __init__(self, units: Sequence[int], lengths: list[int], chunk: int, device: torch.device) -> None:
-        self._chunk = chunk
-        self._lengths = lengths
-        self._triangles: list[tuple[list[int], Tensor, Tensor]] = []  # layers, positions, mirrored positions
-        sizes = [-(-u // -(-u // chunk)) for u in units]  # largest chunk of a layer
-        for size in sorted(set(sizes)):
-            row, column = torch.tril_indices(size, size, device=device)
-            layers = [i for i, s in enumerate(sizes) if s == size]
-            self._triangles.append((layers, row * chunk + column, column * chunk + row))
-
-    def pack(self, matrices: list[Tensor]) -> list[Tensor]:
-        """``matrices``: symmetric, (chunks, chunk, chunk) for each layer."""
-        return [
-            torch.cat([matrices[i] for i in layers]).flatten(1)[:, triangle].flatten()
-            for layers, triangle, _ in self._triangles
-        ]
-
-    def unpack(self, buffers: list[Tensor], like: Tensor) -> list[Tensor]:
-        matrices: dict[int, Tensor] = {}
-        for (layers, triangle, mirror), buffer in zip(self._triangles, buffers, strict=True):
-            lengths = [self._lengths[i] for i in layers]
-            full = like.new_zeros(sum(lengths), self._chunk, self._chunk)
-            full.flatten(1)[:, triangle] = full.flatten(1)[:, mirror] = buffer.view(len(full), -1)
-            matrices.update(zip(layers, full.split(lengths), strict=True))
-        return [matrices[i] for i in range(len(matrices))]
-
-
 class Ranks:
     """The layers of a :class:`~consistency_ops.Preconditioner` that several ranks hold, or hold shards of.
 
@@ -166,6 +135,7 @@ class Ranks:
         self._packings: dict[tuple, Packing] = {}
         self._verified: dict[tuple, int] = {}
         self._last_step = -2
+        self.sharing: bool | None = None  # whether ranks share the factorisations; None: where the cost model says so
 
     def reason(self, layer: Layer) -> str | None:
         """Why a layer is left alone, for reports."""
@@ -196,6 +166,8 @@ class Ranks:
 
     def _search(self) -> None:
         """Find the wrappers, in the first step: a trainer may have put them there after the preconditioner was made."""
+        from . import report
+
         if self._searched:
             return
         self._searched = True
@@ -210,12 +182,7 @@ class Ranks:
                     self._outer.update(dict.fromkeys(held, self._ranks_of(wrapper.process_group)))
         alone = [layer.name for layer in layers if self._plan(layer) is None]
         if alone and dist.get_world_size() > 1:
-            warnings.warn(
-                f"Preconditioner: there are {dist.get_world_size()} ranks, but layers such as {alone[0]!r} are neither "
-                "in a DistributedDataParallel nor sharded, so each rank corrects them with its own inputs. If ranks "
-                "average gradients in another way, pass their process_group.",
-                stacklevel=2,
-            )
+            report.notice_alone(self._pre, alone, dist.get_world_size())
 
     def _ranks_of(self, group: ProcessGroup) -> Group:
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -352,21 +319,65 @@ class Ranks:
         broken = rows.new_zeros(len(items))
         if pre.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of the average on all
             broken = torch.stack([_is_broken(item) for item in items]).to(rows.dtype)
-        covariances, rows, broken = self._pool(groups, items, covariances, rows, broken)
-        if pre.decay > 0:
-            counts = torch.where(broken > 0, 0, rows)
-            pairs = zip(items, counts.split(1), covariances, strict=True)
-            covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
-        inverses, info, used = ops.foreach_inverse(
-            covariances,
-            units=[item.units for item in items],
-            damping=pre._damping(),
-            scaling=pre.scaling,
-            chunk=pre.chunk,
-        )
+        if self._shares(groups, items, covariances):
+            inverses, info, used = self._inverses_of_shares(groups, items, covariances, rows)
+        else:
+            covariances, rows, broken = self._pool(groups, items, covariances, rows, broken)
+            if pre.decay > 0:
+                counts = torch.where(broken > 0, 0, rows)
+                pairs = zip(items, counts.split(1), covariances, strict=True)
+                covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
+            inverses, info, used = ops.foreach_inverse(
+                covariances,
+                units=[item.units for item in items],
+                damping=pre._damping(),
+                scaling=pre.scaling,
+                chunk=pre.chunk,
+            )
         pre._note(items, info, used)
         for item, inverse in zip(items, inverses, strict=True):
             item.layer.pending.update(inverse=inverse, info=item.layer.info)
+
+    def _shares(self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor]) -> bool:
+        """Whether each rank of the first group factors a share of the chunks."""
+        if not groups or self._pre.decay > 0:
+            return False
+        if self.sharing is not None:
+            return self.sharing
+        units = max(-(-item.units // -(-item.units // self._pre.chunk)) for item in items)
+        chunks, first = sum(map(len, covariances)), covariances[0]
+        return work_sharing.is_cheaper(first.device.type, len(groups[0]), chunks, units, first.dtype.itemsize)
+
+    def _inverses_of_shares(
+        self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor], rows: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """As ``foreach_inverse`` of the pooled covariances; each rank of the first group makes a share of it."""
+        pre, first = self._pre, self._groups[groups[0]]
+        key = tuple(item.units for item in items), tuple(map(len, covariances)), rows.device, groups[0]
+        if key not in self._packings:
+            self._packings[key] = SharedPacking(key[0], key[1], pre.chunk, first.size(), first.rank(), rows.device)
+        packing = self._packings[key]
+        sums = torch.cat(covariances) * rows[packing.owner, None, None]
+        small = torch.cat([sums.diagonal(dim1=1, dim2=2).sum(1), rows])
+        for ranks in groups:
+            dist.all_reduce(small, group=self._groups[ranks])
+        tau = packing.mean_diagonal(*small.split([len(sums), len(rows)])) if pre.scaling == "trace" else None
+        whole = packing.pack(sums)
+        mine = whole.new_empty(len(whole) // first.size(), whole.shape[1])
+        dist.reduce_scatter_tensor(mine, whole, group=first)
+        for ranks in groups[1:]:
+            dist.all_reduce(mine, group=self._groups[ranks])
+        means = packing.unpack_mine(mine, small[len(sums) :], tau)
+        inverses, info, used = ops.foreach_inverse(
+            list(means.split(1)), units=packing.my_units, damping=pre._damping(), scaling="absolute", chunk=pre.chunk
+        )
+        triangles = packing.triangles(torch.cat(inverses))
+        mine = torch.cat([triangles, info[:, None].to(triangles.dtype), used[:, None].to(triangles.dtype)], 1)
+        whole = mine.new_empty(len(whole), mine.shape[1])
+        dist.all_gather_into_tensor(whole, mine, group=first)
+        whole = whole[: len(sums)]
+        inverses = packing.full(whole[:, :-2]).split(list(map(len, covariances)))
+        return list(inverses), whole[:, -2].to(torch.int32).contiguous(), whole[:, -1].float().contiguous()
 
     def _pool(
         self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor], rows: Tensor, broken: Tensor

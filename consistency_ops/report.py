@@ -150,6 +150,16 @@ def notice_dropped(pre: Preconditioner, names: list[str]) -> None:
     )
 
 
+def notice_alone(pre: Preconditioner, names: list[str], ranks: int) -> None:
+    _notice(
+        pre,
+        "alone",
+        f"there are {ranks} ranks, but some layers are neither in a DistributedDataParallel nor sharded, so each rank "
+        f"corrects them with its own inputs: {_some(names)}. If ranks average gradients in another way, pass their "
+        "process_group.",
+    )
+
+
 def notice_lost(pre: Preconditioner, layer: Layer) -> None:
     _notice(
         pre,

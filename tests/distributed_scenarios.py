@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import tempfile
-import warnings
 from functools import partial
 
 import torch
@@ -246,10 +246,13 @@ def disagreements():
 
 def unwrapped():
     """Neither wrapper nor group: said once, and corrected with own inputs, which differ."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = averaged_by_hand(None)
-    return {**found, "messages": [str(w.message) for w in caught if "Preconditioner" in str(w.message)]}
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("consistency_ops").addHandler(handler)
+    found = averaged_by_hand(None)
+    logging.getLogger("consistency_ops").removeHandler(handler)
+    return {**found, "messages": messages}
 
 
 def join():
@@ -343,10 +346,10 @@ def fsdp_convolutions():
     return result(model, summary=pre.summary())
 
 
-def single_convolutions() -> list[torch.Tensor]:
+def single_convolutions(skip=("2",)) -> list[torch.Tensor]:
     model = _conv_net()
     optimizer = sgd(model)
-    Preconditioner(model, optimizer, chunk=8, skip=("2",))
+    Preconditioner(model, optimizer, chunk=8, skip=skip)
     _conv_step(model, optimizer)
     return [p.detach() for p in model.parameters()]
 
@@ -396,6 +399,43 @@ def flattened():
         pre.step()
         found.append((pre.summary(), bool((flat.grad == 1).all())))
     return found
+
+
+# Work sharing: each rank factors some of the chunks
+
+
+def shared(name="default"):
+    """Forced: so small a model is cheaper alone. Eight chunks on four ranks, and on two of a hybrid mesh."""
+    found = []
+    for mesh in (None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))):
+        model = DDP(mlp()) if mesh is None else _sharded(mlp(), mesh)
+        optimizer = sgd(model)
+        pre = Preconditioner(model, optimizer, chunk=8, **OPTIONS[name])
+        pre._ranks.sharing = True
+        with Traffic() as traffic:
+            train(model, optimizer, [dist.get_rank()])
+        stats = pre.stats()
+        calls = [call for call in traffic.calls if "reduce_scatter" in call or "allgather" in call]
+        found.append(result(model, calls=calls, damping=stats["max_damping"], failed=stats["failed_chunks"]))
+    return found
+
+
+def shared_absolute():
+    return shared("absolute")
+
+
+def shared_every():
+    return shared("every")
+
+
+def shared_convolutions():
+    """A grouped convolution has a mean diagonal for each group."""
+    model = DDP(_conv_net())
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    pre._ranks.sharing = True
+    _conv_step(model, optimizer, ranks=(dist.get_rank(),))
+    return result(model)
 
 
 # Checkpoints
@@ -522,11 +562,11 @@ def block(seed=0) -> Block:
     return Block().double()
 
 
-def single_split(parts: int, options: dict) -> dict[str, torch.Tensor]:
+def single_split(parts: int, options: dict, steps=STEPS) -> dict[str, torch.Tensor]:
     model = Split(block(), parts)
     optimizer = sgd(model)
     Preconditioner(model, optimizer, chunk=8, **options)
-    train(model, optimizer, range(4))
+    train(model, optimizer, range(4), steps=steps)
     found = {name: p.detach() for name, p in model.up.named_parameters(prefix="up")}
     found["down.weight"] = torch.cat([part.weight.detach() for part in model.parts], 1)
     return {**found, "down.bias": model.bias.detach()}
@@ -626,3 +666,24 @@ def single_squares() -> list[torch.Tensor]:
     Preconditioner(model, optimizer, chunk=8)
     _square_step(model, optimizer, lambda step: batch(step)[0])
     return [p.detach() for p in model.parameters()]
+
+
+# Compiled models; aot_eager has the graphs of inductor and needs no compiler
+
+
+def _compiled(model, shares) -> dict:
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    train(torch.compile(model, backend="aot_eager"), optimizer, shares, steps=3)
+    named = {n: p.detach().full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {"named": named, "parameters": list(named.values()), "summary": pre.summary()}
+
+
+def compiled():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    mine = [dist.get_rank()]
+    return {
+        "ddp": _compiled(DDP(mlp()), mine),
+        "fully_shard": _compiled(_sharded(mlp()), mine),
+        "tensor_parallel": _compiled(parallelize_module(block(), mesh, PARALLEL), range(4)),
+    }

@@ -15,10 +15,11 @@ SCENARIOS = [
     *("ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped", "join"),
     *("fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_convolutions", "fsdp_transposed", "flattened"),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
+    *("shared", "shared_absolute", "shared_every", "shared_convolutions"),
 ]
 SLOW = [
     *("ddp_absolute", "ddp_float32", "fsdp_accumulation", "fsdp_mixed_precision", "tensor_parallel_and_group"),
-    *("checkpoint_ddp", "checkpoint_tensor_parallel"),
+    *("checkpoint_ddp", "checkpoint_tensor_parallel", "compiled"),
 ]
 # Sums of 40 float64 rows in another order: eps = 2e-16, times a condition number of at most 16 / damping = 160, in each
 # of four steps.
@@ -119,7 +120,7 @@ def test_ranks_without_a_wrapper_are_noticed(results):
     for result in of(results, "unwrapped"):
         assert not result["same"]  # so pooling is what makes the others equal
         (message,) = result["messages"]
-        assert "there are 4 ranks, but layers such as '0' are neither in a DistributedDataParallel" in message
+        assert "there are 4 ranks, but some layers are neither in a DistributedDataParallel nor sharded" in message
 
 
 def test_join_is_refused(results):
@@ -251,3 +252,32 @@ def test_checkpoint_of_row_parallel_state(slow_results):
         assert fewer["weight"] == 1 - 0.5**2
         assert difference([fewer["state"]["up"]], [uninterrupted["state"]["up"]]) < 1e-3
         assert fewer["same"]
+
+
+@pytest.mark.parametrize("name", ["default", "absolute", "every"])
+def test_shared_factorisation_equals_one_process(results, name):
+    want = scenarios.single(scenarios.OPTIONS[name])
+    for both in of(results, "shared" if name == "default" else f"shared_{name}"):
+        for result in both:
+            assert difference(result["parameters"], want) < TOLERANCE
+            assert result["same"]
+            assert result["damping"] == pytest.approx(0.1)
+            assert result["failed"] == 0
+            assert any("reduce_scatter" in call for call in result["calls"])
+
+
+def test_shared_factorisation_of_convolutions(results):
+    want = scenarios.single_convolutions(skip=())
+    for result in of(results, "shared_convolutions"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+
+
+@pytest.mark.slow
+def test_compiled_models_on_several_ranks(slow_results):
+    want, split = scenarios.single({}, steps=3), scenarios.single_split(4, {}, steps=3)
+    for result in of(slow_results, "compiled"):
+        assert difference(result["ddp"]["parameters"], want) < TOLERANCE
+        assert difference(result["fully_shard"]["parameters"], want) < TOLERANCE
+        assert named_difference(result["tensor_parallel"]["named"], split) < TOLERANCE
+        assert "left as it is" not in result["tensor_parallel"]["summary"]

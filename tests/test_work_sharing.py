@@ -1,0 +1,88 @@
+"""The cost model that decides who factors the chunks, against the simulation of every message."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.distributed import simulate
+from benchmarks.micro.timing import RESULTS
+from consistency_ops import work_sharing
+from consistency_ops.packing import Packing, SharedPacking
+from consistency_ops.work_sharing import GPU
+
+
+@pytest.mark.parametrize("ranks", [8, 32, 256])
+@pytest.mark.parametrize("model", list(simulate.MODELS))
+def test_model_agrees_with_the_simulation(model, ranks):
+    """Within a half: the model has no noise and no pipelining. Its choice costs at most a tenth more than the best."""
+    row = simulate.row(model, ranks)
+    for way in ("alone", "shared"):
+        assert row[f"{way}_model_us"] == pytest.approx(row[f"{way}_simulated_us"], rel=0.5)
+    assert row["regret"] < 0.1
+
+
+def test_recorded_simulation_is_of_this_model():
+    recorded = json.loads((RESULTS / "distributed.json").read_text())
+    assert recorded["note"].startswith("SIMULATED")
+    assert {r["ranks"] for r in recorded["rows"]} == set(simulate.RANKS)
+    for r in recorded["rows"]:
+        chunks = simulate.chunks_of(simulate.MODELS[r["model"]])
+        assert r["alone_model_us"] == pytest.approx(1e6 * work_sharing.alone_seconds(GPU, r["ranks"], chunks, 128))
+        assert r["shared_model_us"] == pytest.approx(1e6 * work_sharing.shared_seconds(GPU, r["ranks"], chunks, 128))
+        assert r["regret"] < 0.1
+
+
+def test_limits():
+    assert not work_sharing.is_cheaper("cuda", 1, 10_000, 128)
+    assert not work_sharing.is_cheaper("cuda", 64, 1, 128)  # nothing to share
+    assert work_sharing.is_cheaper("cuda", 8, 8896, 128)
+    assert not work_sharing.is_cheaper("cuda", 16384, 8896, 128)  # two rings of 16384 hops
+    assert work_sharing.is_cheaper("cpu", 2, 500, 128)
+    assert not work_sharing.is_cheaper("cpu", 4, 8, 8)
+
+
+def test_a_tree_of_one_node_is_a_chain():
+    """Two ways to the same figure where there is nothing between nodes: 7 hops there and back, and all bytes twice."""
+    size = 1e9
+    seconds = work_sharing.all_reduce_seconds(GPU, 8, size)
+    assert seconds == pytest.approx(GPU.launch + 14 * GPU.node_latency + 2 * size * 7 / 8 / GPU.bandwidth)
+
+
+def symmetric(units, chunk):
+    """Chunks of layers of so many units, the tails zero."""
+    layers = []
+    for u in units:
+        count = -(-u // chunk)
+        matrices = torch.zeros(count, chunk, chunk)
+        for c in range(count):
+            size = u // count + (c < u % count)
+            square = torch.randn(size, size)
+            matrices[c, :size, :size] = square + square.T
+        layers.append(matrices)
+    return layers
+
+
+def test_packing_returns_what_it_was_given():
+    units = [5, 17, 8, 9]
+    layers = symmetric(units, 8)
+    packing = Packing(units, [len(m) for m in layers], 8, torch.device("cpu"))
+    buffers = packing.pack(layers)
+    assert sum(map(len, buffers)) == 3 * 21 + (1 + 2) * 15 + 36  # 17 is 6, 6, 5; 5 and 9 have chunks of 5; 8 is whole
+    for got, want in zip(packing.unpack(buffers, layers[0]), layers, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_shares_cover_every_chunk_once(ranks):
+    units = [5, 17, 9]
+    layers = symmetric(units, 8)
+    sums, lengths = torch.cat(layers), [len(m) for m in layers]
+    packings = [SharedPacking(units, lengths, 8, ranks, rank, torch.device("cpu")) for rank in range(ranks)]
+    whole = packings[0].pack(sums)
+    shares = [p.unpack_mine(part, torch.ones(3), None) for p, part in zip(packings, whole.chunk(ranks), strict=True)]
+    assert torch.equal(torch.cat(shares)[: len(sums)], sums)
+    assert [u for p in packings for u in p.my_units][: len(sums)] == [5, 6, 6, 5, 5, 4]
+    tau = packings[0].mean_diagonal(sums.diagonal(dim1=1, dim2=2).sum(1).abs(), torch.full((3,), 2.0))
+    want = [float(m.diagonal(dim1=1, dim2=2).sum(1).abs().sum()) / u / 2 for m, u in zip(layers, units, strict=True)]
+    assert tau.tolist() == pytest.approx([want[0], *[want[1]] * 3, *[want[2]] * 2])
