@@ -53,13 +53,16 @@ class Cluster:
     def __init__(self, ranks: int, seed: int = 0) -> None:
         self.ranks = ranks
         self._random = np.random.default_rng(seed)
+        self._pool = np.exp(DEVIATION * self._random.standard_normal(4 * ranks + 4096))
         crosses = (np.arange(ranks) + 1) % MACHINE.node == 0 if ranks > MACHINE.node else np.zeros(ranks, bool)
         self._latency = np.where(crosses, MACHINE.net_latency, MACHINE.node_latency)  # of the hop that i sends over
         per_ring = np.where(crosses, MACHINE.bandwidth, NVLINK) / MACHINE.node
         self._seconds_a_byte = 1 / per_ring
 
     def _noise(self, count: int) -> np.ndarray:
-        return np.exp(DEVIATION * self._random.standard_normal(count))
+        """From a pool: drawing anew would take most of the time."""
+        begin = int(self._random.integers(len(self._pool) - count))
+        return self._pool[begin : begin + count]
 
     def ring(self, ready: np.ndarray, size: float, trips: int) -> np.ndarray:
         """When each rank has finished; ``trips``: 1 for a reduce-scatter or an all-gather, 2 for an all-reduce."""
@@ -107,7 +110,10 @@ class Cluster:
 
     def all_reduce(self, ready: np.ndarray, size: float) -> np.ndarray:
         """The faster of the two, as a library that tunes itself would take."""
-        return min(self.ring(ready, size, 2), self.tree(ready, size), key=np.max)
+        tree = self.tree(ready, size)
+        if tree.max() < ready.min() + work_sharing.latency(MACHINE, self.ranks):
+            return tree  # the ring has twice that in latency alone
+        return min(self.ring(ready, size, 2), tree, key=np.max)
 
     def factor(self, ready: np.ndarray, chunks: int) -> np.ndarray:
         return ready + work_sharing.factor_seconds(MACHINE, chunks, CHUNK) * self._noise(self.ranks)
