@@ -152,7 +152,7 @@ CO_DEVICE void turn_rows(const CaptureProblem& p, const CaptureShared& shared, i
 }
 
 // Moves the slice of units [column, column + 32) of the kept rows down, in ascending order: what a block of 64 rows
-// overwrites is read by no later block.
+// overwrites is read by no later block, so one barrier a block is enough.
 template <typename To>
 CO_DEVICE void move_slice(const CaptureProblem& p, const CapturePlan& plan, int64_t column) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -172,7 +172,6 @@ CO_DEVICE void move_slice(const CaptureProblem& p, const CapturePlan& plan, int6
       const int64_t row = first + warp + s * kWarps;
       if (row < plan.kept && inside) rows[row * p.units] = value[s];
     }
-    __syncthreads();
   }
 }
 
