@@ -110,7 +110,7 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     colours = ("C0", "C1", "C3", "C2", "C4", "C5", "C6", "C7", "C8", "C9", "black", "navy")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
@@ -140,6 +140,9 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     start = final_runs(runs, shown[0])[0]["curve"][0][3]
     axes[0].set(ylabel=TASKS[task].metric, ylim=(0.9 * min(lowest), min(start, 12 * min(lowest))))
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].legend(fontsize="x-small", ncol=2)
     figure.suptitle(f"{task}: mean of {len(final_runs(runs, shown[0]))} seeds, each optimizer at its best trial")
     figure.tight_layout()
