@@ -196,7 +196,7 @@ class Preconditioner:
         self._correct()
         self._finish_step()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -220,7 +220,7 @@ class Preconditioner:
             return args, {**kwargs, "closure": corrected_closure}
         return (args[0], corrected_closure, *args[2:]), kwargs
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._finish_step()
 

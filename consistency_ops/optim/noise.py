@@ -67,7 +67,7 @@ class GradientNoise:
         for handle in self._handles:
             handle.remove()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -81,7 +81,7 @@ class GradientNoise:
 
         return ((*args[:1], *args[2:]), {**kwargs, "closure": noisy})
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         group = optimizer.param_groups[0]
         group[_STEP] = group.get(_STEP, 0) + 1
