@@ -434,13 +434,18 @@ class Launch {
 
   void from_dense(const T* dense, int64_t c, const ChunkPlan& chunk, T pad) {
     const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
-    T* matrix = storage_ + chunk.storage;
     const T* in = dense + c * width * width;
-    for (int64_t j = 0; j < height; ++j) {
-      T* column = matrix + j / kPanel * height * kPanel + j % kPanel;
+    for (int64_t j = 0; j < height; j += kPanel) {
+      T* panel = storage_ + chunk.storage + j * height;
+      const int64_t lanes = std::min<int64_t>(kPanel, chunk.size - j);
       for (int64_t i = 0; i < height; ++i) {
-        const bool inside = i < chunk.size && j < chunk.size;
-        column[i * kPanel] = inside ? in[j * width + i] : i == j ? pad : T(0);
+        T row[kPanel] = {};
+        if (i < chunk.size) {
+          std::copy_n(in + i * width + j, lanes, row);
+        } else if (i - j < kPanel) {
+          row[i - j] = pad;
+        }
+        std::copy_n(row, kPanel, panel + i * kPanel);
       }
     }
   }
