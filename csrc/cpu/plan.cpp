@@ -44,7 +44,7 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
     chunk.first_run = static_cast<int64_t>(plan.runs.size());
     for (int64_t q = 0; q < chunk.size; ++q) {
       const int64_t unit = unit_of(begin + q);
-      const int64_t at = (panel + q / kPanel) * kPackedPitch * kPanel + q % kPanel;
+      const int64_t at = (panel + q / kPanel) * plan.packed_panel() + q % kPanel;
       if (layer.has_bias && unit == layer.units) {
         plan.bias_chunk = static_cast<int32_t>(c);
         plan.bias_column = static_cast<int16_t>(q);
@@ -92,6 +92,8 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     const int64_t row_bytes = std::max<int64_t>(1, layer.units) * element_size(layer.g_dtype);
     const int64_t rows = std::clamp<int64_t>(kApplyBytes / row_bytes / kPanel * kPanel, kPanel, kApplyRows);
     at.outputs_per_block = std::max<int64_t>(1, rows / std::max<int64_t>(1, at.taps));
+    at.row_block = kRowBlock;
+    while (at.row_block > kLeastRowBlock && at.units * at.row_block * element > kPackedBytes) at.row_block /= 2;
     at.bias_chunk = -1;
     at.sample = {0, 1, 0};
     at.active = layer.units > 0;
@@ -116,11 +118,10 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
   // leave free of kPackedBytes a thread, and for enough chunks to keep every thread busy.
   int64_t packed = 0;
   for (const LayerPlan& layer : plan.layers) {
-    if (layer.active) packed = std::max(packed, panels_of(layer) * kPackedPitch * kPanel);
+    if (layer.active) packed = std::max(packed, panels_of(layer) * layer.packed_panel());
   }
   const int64_t room = std::max<int64_t>(0, kPackedBytes / element - packed);
   const int64_t capacity = std::max(largest_layer + threads * room, 2 * int64_t{threads} * plan.largest_matrix);
-  const int64_t panels_per_task = std::max<int64_t>(1, kPackedBytes / (kPackedPitch * kPanel * element));
 
   auto add_covariance = [&](int64_t l, int64_t parts, int64_t wave_ticket) {
     const LayerPlan& layer = plan.layers[l];
@@ -129,7 +130,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       const int64_t begin = chunks * p / parts, end = chunks * (p + 1) / parts;
       const int64_t panels =
           layer.chunks[end - 1].first_panel + layer.chunks[end - 1].panels - layer.chunks[begin].first_panel;
-      plan.packed_elements = std::max(plan.packed_elements, panels * kPanel * kPackedPitch);
+      plan.packed_elements = std::max(plan.packed_elements, panels * layer.packed_panel());
       plan.tasks.emplace_back(Phase::kCovariance, l, begin, end, wave_ticket, 0);
     }
   };
@@ -172,6 +173,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     for (int64_t l : wave) {
       const LayerPlan& layer = plan.layers[l];
       const int64_t share = (covariance_work(layer) * threads + work - 1) / std::max<int64_t>(1, work);
+      const int64_t panels_per_task = std::max<int64_t>(1, kPackedBytes / (layer.packed_panel() * element));
       const int64_t fitting = (panels_of(layer) + panels_per_task - 1) / panels_per_task;
       parts.push_back(std::clamp<int64_t>(std::max(share, fitting), 1, static_cast<int64_t>(layer.chunks.size())));
     }

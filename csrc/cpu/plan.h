@@ -9,12 +9,10 @@
 
 namespace consistency_ops::cpu {
 
-// Rows of X in one packed block.  A constant, because the sums of a block are rounded on their own: the result must not
-// depend on the number of threads.
+// Rows of X in one packed block, at most and at least.  What a layer gets follows from its width alone, because the
+// sums of a block are rounded on their own: the result must not depend on the number of threads.
 constexpr int64_t kRowBlock = 128;
-// Rows between the panels of a packed block: one more than are used, so that the same row of all panels does not fall
-// in one set of the L1 cache.
-constexpr int64_t kPackedPitch = kRowBlock + 1;
+constexpr int64_t kLeastRowBlock = 32;
 // A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
 constexpr int64_t kPackedBytes = 512 << 10;
 // Rows of G are corrected in blocks of at most so many rows and bytes: every cache line of G holds units of several
@@ -35,12 +33,17 @@ struct ChunkPlan {
 struct LayerPlan {
   bool active;  // false: no rows or no gradient; outputs are written, G is left alone
   RowSample sample;
-  int64_t units;  // with the bias
+  int64_t units;      // with the bias
+  int64_t row_block;  // the largest that fits kPackedBytes, so that a wide X is read once and not once a part
   int64_t taps, outputs_per_block;
   std::vector<ChunkPlan> chunks;
   std::vector<Run> runs;  // of the units without the bias
   int32_t bias_chunk;     // -1: none
   int16_t bias_column;
+
+  // Elements between the panels of a packed block: one row more than is used, so that the same row of all panels does
+  // not fall in one set of the L1 cache.
+  int64_t packed_panel() const { return (row_block + 1) * kPanel; }
 };
 
 // Tasks are handed out in order.  A task waits for all tasks of its layer's previous phase, or of earlier waves, whose

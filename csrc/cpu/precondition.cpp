@@ -2,8 +2,8 @@
 //
 // One parallel region a call.  The work is a list of tickets (plan.h) in three phases a layer:
 //
-//   covariance   a thread packs 128 rows of its chunks' units into panels, in one pass over X, and adds their products
-//   to
+//   covariance   a thread packs 32 to 128 rows of its chunks' units into panels, in one pass over X, and adds their
+//   products to
 //                the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
 //   apply        64 rows of G: 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
@@ -185,28 +185,28 @@ class Launch {
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
       const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
-      T* tail = s.packed + panel * kPackedPitch * kPanel;
+      T* tail = s.packed + panel * plan.packed_panel();
       for (int64_t lane = chunk.size - (chunk.panels - 1) * kPanel; lane < kPanel; ++lane) {
-        for (int64_t k = 0; k < kRowBlock; ++k) tail[k * kPanel + lane] = 0;
+        for (int64_t k = 0; k < plan.row_block; ++k) tail[k * kPanel + lane] = 0;
       }
       if (c == plan.bias_chunk) {
-        T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * kPackedPitch * kPanel +
+        T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * plan.packed_panel() +
                   plan.bias_column % kPanel;
-        for (int64_t k = 0; k < kRowBlock; ++k) ones[k * kPanel] = 1;
+        for (int64_t k = 0; k < plan.row_block; ++k) ones[k * kPanel] = 1;
         if (pairs != nullptr) {
           uint32_t* words = reinterpret_cast<uint32_t*>(ones);
-          for (int64_t k = 0; k < kRowBlock; ++k) words[k * kPanel] = kPairOfOnes;
+          for (int64_t k = 0; k < plan.row_block; ++k) words[k * kPanel] = kPairOfOnes;
         }
       }
     }
 
-    for (int64_t row = 0; row < plan.sample.count; row += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, plan.sample.count - row);
+    for (int64_t row = 0; row < plan.sample.count; row += plan.row_block) {
+      const int64_t rows = std::min(plan.row_block, plan.sample.count - row);
       for (int64_t k = 0; k < rows; ++k) {
         s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
                                     plan.sample.offset + (row + k) * plan.sample.stride);
       }
-      T* block = s.packed - first_panel * kPackedPitch * kPanel;
+      T* block = s.packed - first_panel * plan.packed_panel();
       if constexpr (std::is_same_v<T, float>) {
         if (pairs != nullptr) {
           accumulate_pairs(*pairs, task, s, rows, row > 0, runs, num_runs);
@@ -216,7 +216,7 @@ class Launch {
       gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, layer.units, runs, num_runs, block);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
-        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * kPackedPitch * kPanel, rows, kPackedPitch,
+        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * plan.packed_panel(), rows, plan.row_block + 1,
                            chunk.size, row > 0, storage_ + chunk.storage);
       }
     }
@@ -230,15 +230,15 @@ class Launch {
     const int32_t first_panel = plan.chunks[task.begin].first_panel;
     uint32_t* packed = reinterpret_cast<uint32_t*>(s.packed);
     pairs.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, layer.units, runs, num_runs,
-               packed - first_panel * kPackedPitch * kPanel);
+               packed - first_panel * plan.packed_panel());
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
-      const int64_t at = (chunk.first_panel - first_panel) * kPackedPitch * kPanel;
+      const int64_t at = (chunk.first_panel - first_panel) * plan.packed_panel();
       if (c == plan.bias_chunk && rows % 2 != 0) {
-        const int64_t bias = at + plan.bias_column / kPanel * kPackedPitch * kPanel + plan.bias_column % kPanel;
+        const int64_t bias = at + plan.bias_column / kPanel * plan.packed_panel() + plan.bias_column % kPanel;
         packed[bias + rows / 2 * kPanel] = kPairOfOnes & 0xFFFF;
       }
-      pairs.gram(packed + at, (rows + 1) / 2, kPackedPitch, chunk.panels, add, storage_ + chunk.storage);
+      pairs.gram(packed + at, (rows + 1) / 2, plan.row_block + 1, chunk.panels, add, storage_ + chunk.storage);
     }
   }
 
