@@ -2,7 +2,7 @@
 
 #include "cpu/convert.inl"
 
-constexpr int64_t kPrefetchBytes = 8 << 10;
+constexpr int64_t kPrefetchBytes = 64 << 10;
 
 template <typename S, typename T>
 struct Gather {
@@ -125,17 +125,19 @@ struct Gather {
                    const Run* runs, int64_t count, T* packed) {
     const S* source = static_cast<const S*>(x);
     if (unit_stride == 1) {
-      // The runs of a row come in random order, which no hardware prefetcher follows; fetch the rows ahead as a whole.
+      // The runs of a row come in random order, which no hardware prefetcher follows: with every run goes the fetch of
+      // its share of a row ahead.
       const int64_t row_bytes = row_units * sizeof(S);
       const int64_t ahead = 1 + kPrefetchBytes / (row_bytes + 1);
+      const int64_t share = 1 + row_bytes / (count + 1);
       for (int64_t k = 0; k < rows; ++k) {
-        if (k + ahead < rows) {
-          const char* next = reinterpret_cast<const char*>(source + row_offset[k + ahead]);
-          for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 3);
-        }
+        const char* next = reinterpret_cast<const char*>(source + row_offset[k + ahead < rows ? k + ahead : k]);
         const S* row = source + row_offset[k];
         T* to = packed + k * kPanel;
-        for (const Run* run = runs; run != runs + count; ++run) copy_in(row + run->unit, to + run->packed, run->length);
+        for (const Run* run = runs; run != runs + count; ++run, next += share) {
+          __builtin_prefetch(next, 0, 2);
+          copy_in(row + run->unit, to + run->packed, run->length);
+        }
       }
       return;
     }

@@ -56,17 +56,22 @@ inline __attribute__((always_inline)) void interleave(const uint16_t* even, cons
 void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
           const Run* runs, int64_t count, uint32_t* packed) {
   const uint16_t* source = static_cast<const uint16_t*>(x);
+  // As in gather_kernels.inl: with every run goes the fetch of its share of two rows ahead.
   const int64_t row_bytes = unit_stride == 1 ? row_units * 2 : 0;
-  const int64_t ahead = 2 + (8 << 10) / (row_bytes + 1) / 2 * 2;
+  const int64_t ahead = 2 + (64 << 10) / (row_bytes + 1) / 2 * 2;
+  const int64_t share = row_bytes == 0 ? 0 : 1 + row_bytes / (count + 1);
   for (int64_t k = 0; k + 1 < rows; k += 2) {
-    for (int64_t next = k + ahead; next < k + ahead + 2 && next < rows; ++next) {
-      const char* row = reinterpret_cast<const char*>(source + row_offset[next]);
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
-    }
+    const int64_t later = k + ahead + 1 < rows ? k + ahead : k;
+    const char* next[2] = {reinterpret_cast<const char*>(source + row_offset[later]),
+                           reinterpret_cast<const char*>(source + row_offset[later + 1])};
     const uint16_t* even = source + row_offset[k];
     const uint16_t* odd = source + row_offset[k + 1];
     uint32_t* to = packed + k / 2 * kPanel;
     for (const Run* run = runs; run != runs + count; ++run) {
+      for (const char*& line : next) {
+        __builtin_prefetch(line, 0, 2);
+        line += share;
+      }
       if (unit_stride == 1 && run->length >= 8) {  // others than 8 are two copies that overlap
         const int back = run->length - 8;
         interleave<8>(even + run->unit, odd + run->unit, to + run->packed);
