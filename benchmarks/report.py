@@ -50,8 +50,8 @@ def step() -> str:
 
 
 LAYERS = {  # workload: how README calls it, and the file that has it
-    "mlp": ("MLP 784-100-100-100-10", "precondition-quiet"),
-    "wide-mlp": ("3 x Linear 512", "precondition-quiet"),
+    "mlp": ("MLP 784-100-100-100-10", "precondition"),
+    "wide-mlp": ("3 x Linear 512", "precondition"),
     "resnet50": ("ResNet-50, bfloat16 inputs", "precondition"),
     "resnet50-fp32": ("ResNet-50, float32", "precondition"),
     "vit-b16": ("ViT-B/16, 3 blocks, bfloat16 inputs", "precondition"),
