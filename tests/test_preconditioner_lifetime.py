@@ -161,12 +161,15 @@ def test_memory_does_not_grow_over_a_thousand_steps(options):
 
     train(model, optimizer, 50)
     pre.stats()
-    tensors, objects, size = census()
-    train(model, optimizer, 1000)
-    pre.stats()
-    after = census()
-    assert after[0] <= tensors and after[1] <= objects + 50
-    assert after[2] < size + 2**20
+    counts = [census()]
+    for _ in range(2):
+        train(model, optimizer, 500)
+        pre.stats()
+        counts.append(census())
+    assert counts[2][0] <= counts[0][0] and counts[2][1] <= counts[0][1] + 50
+    # A leak shows in both halves, an allocator that settles after other tests in one of them.
+    sizes = [size for _, _, size in counts]
+    assert min(sizes[1] - sizes[0], sizes[2] - sizes[1]) < 2**18
 
 
 def test_no_memory_growth():
