@@ -34,7 +34,7 @@ def find(pattern):
 
 def edit(folder, file, number, change):
     """A copy of the sources in which one line is changed."""
-    for part in ("csrc/cuda", "csrc/include", "tests/simt"):
+    for part in ("csrc", "tests/simt"):
         shutil.copytree(simt.ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "csrc" / "cuda" / file
     lines = path.read_text().split("\n")
