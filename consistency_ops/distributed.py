@@ -301,18 +301,7 @@ class Ranks:
         """Pooled covariances, and inverses of them."""
         pre = self._pre
         captures = [item.layer.capture.source or item.layer.capture for item in items]
-        covariances = ops.foreach_covariance(
-            [item.rows for item in items],
-            grads=[item.grad for item in items],
-            bias=[item.bias_grad is not None for item in items],
-            chunk=pre.chunk,
-            group=pre.group,
-            max_rows=pre.max_rows,
-            seed=pre.seed,
-            step=pre._division_step(),
-            layers=[item.layer.index for item in items],
-            row_counts=[item.count for item in items],
-        )
+        covariances = pre._covariances(items)
         # A row stands for as many as were passed over when the buffer was full.
         states = torch.stack([capture.state[capture.index] for capture in captures])
         rows = (torch.cat([item.count for item in items]) * states[:, _STRIDE]).to(covariances[0].dtype)
@@ -327,16 +316,8 @@ class Ranks:
                 counts = torch.where(broken > 0, 0, rows)
                 pairs = zip(items, counts.split(1), covariances, strict=True)
                 covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
-            inverses, info, used = ops.foreach_inverse(
-                covariances,
-                units=[item.units for item in items],
-                damping=pre._damping(),
-                scaling=pre.scaling,
-                chunk=pre.chunk,
-            )
-        pre._note(items, info, used)
-        for item, inverse in zip(items, inverses, strict=True):
-            item.layer.pending.update(inverse=inverse, info=item.layer.info)
+            inverses, info, used = pre._invert(items, covariances)
+        pre._keep(items, inverses, info, used)
 
     def _shares(self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor]) -> bool:
         """Whether each rank of the first group factors a share of the chunks."""

@@ -326,34 +326,43 @@ class Preconditioner:
 
     def _refresh(self, batch: list[Item]) -> None:
         """New covariances and inverses."""
-        counts = [item.count for item in batch]
-        covariances = ops.foreach_covariance(
-            [item.rows for item in batch],
-            grads=[item.grad for item in batch],
-            bias=[item.bias_grad is not None for item in batch],
+        covariances = self._covariances(batch)
+        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
+        for i, item in enumerate(batch):
+            if self.decay > 0:
+                covariances[i] = self._average(item, item.count, covariances[i])
+            else:
+                covariances[i] = torch.where(item.count.view(1, 1, 1) > 0, covariances[i], math.nan)
+        self._keep(batch, *self._invert(batch, covariances))
+
+    def _covariances(self, items: list[Item]) -> list[Tensor]:
+        """Of the rows captured here, one (chunks, chunk, chunk) a layer."""
+        return ops.foreach_covariance(
+            [item.rows for item in items],
+            grads=[item.grad for item in items],
+            bias=[item.bias_grad is not None for item in items],
             chunk=self.chunk,
             group=self.group,
             max_rows=self.max_rows,
             seed=self.seed,
             step=self._division_step(),
-            layers=[item.layer.index for item in batch],
-            row_counts=counts,
+            layers=[item.layer.index for item in items],
+            row_counts=[item.count for item in items],
         )
-        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
-        for i, (item, count) in enumerate(zip(batch, counts, strict=True)):
-            if self.decay > 0:
-                covariances[i] = self._average(item, count, covariances[i])
-            else:
-                covariances[i] = torch.where(count.view(1, 1, 1) > 0, covariances[i], math.nan)
-        inverses, info, used = ops.foreach_inverse(
+
+    def _invert(self, items: list[Item], covariances: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Inverses, info and the damping used."""
+        return ops.foreach_inverse(
             covariances,
-            units=[item.units for item in batch],
+            units=[item.units for item in items],
             damping=self._damping(),
             scaling=self.scaling,
             chunk=self.chunk,
         )
-        self._note(batch, info, used)
-        for item, inverse in zip(batch, inverses, strict=True):
+
+    def _keep(self, items: list[Item], inverses: list[Tensor], info: Tensor, used: Tensor) -> None:
+        self._note(items, info, used)
+        for item, inverse in zip(items, inverses, strict=True):
             item.layer.pending.update(inverse=inverse, info=item.layer.info)
 
     def _average(self, item: Item, count: Tensor, covariance: Tensor) -> Tensor:
