@@ -39,6 +39,12 @@ inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& s
   return empty_strided(like, sizes, strides, dtype);
 }
 
+// Before torch 2.13 sizes() have no operator ==.
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
+}
+
 // Whether two tensors of one shape have their elements in the same places; the stride of a dimension of size 1 says
 // nothing.
 inline bool same_layout(const Tensor& a, const Tensor& b) {

@@ -129,7 +129,7 @@ Tensor modulus_complex_backward(const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(!on_cuda(x), "modulus_complex_backward: complex tensors have no CUDA kernel");
   STD_TORCH_CHECK(part != ScalarType::Undefined && grad.scalar_type() == part,
                   "modulus_complex_backward: x must be complex and grad have the type of its parts");
-  STD_TORCH_CHECK(grad.sizes() == x.sizes(), "modulus_complex_backward: grad and x must have one shape");
+  STD_TORCH_CHECK(same_shape(grad, x), "modulus_complex_backward: grad and x must have one shape");
   Tensor out = empty_like_of(x);
   const Tensor in = dense(x, out);
   Tensor real = grad;
