@@ -24,7 +24,6 @@ parameters stay bitwise equal on ranks of one kind of processor. What cannot be 
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import weakref
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops, work_sharing
+from .agreement import Agreement, digest
 from .packing import Packing, SharedPacking
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ class Ranks:
         self._groups: dict[Group, ProcessGroup] = {}
         self._plans: dict[int, Plan] = {}  # of this step, by index of the layer
         self._packings: dict[tuple, Packing] = {}
-        self._verified: dict[tuple, int] = {}
-        self._last_step = -2
+        self._agreements: dict[tuple, Agreement] = {}  # by bucket
         self.sharing: bool | None = None  # whether ranks share the factorisations; None: where the cost model says so
 
     def reason(self, layer: Layer) -> str | None:
@@ -157,9 +156,8 @@ class Ranks:
                     weight = layer.weight
                     key = plan.groups, weight.device, weight.dtype == torch.float64
                     buckets.setdefault(key, []).append(layer)
-        for (groups, *_), layers in buckets.items():
-            self._correct_bucket(groups, layers)
-        self._last_step = self._pre.steps
+        for key, layers in buckets.items():
+            self._correct_bucket(key, layers)
         return set(self._plans)
 
     # Who shares what
@@ -249,9 +247,9 @@ class Ranks:
 
     # One all-reduce, and the correction
 
-    def _correct_bucket(self, groups: tuple[Group, ...], layers: list[Layer]) -> None:
-        """The layers of one device that are pooled over the same groups."""
-        pre = self._pre
+    def _correct_bucket(self, key: tuple, layers: list[Layer]) -> None:
+        """The layers of one device that are pooled over the same groups: ``key[0]``."""
+        pre, groups = self._pre, key[0]
         for wrapper in self._wrappers:
             if wrapper() is not None and wrapper()._join_config.enable:
                 raise RuntimeError(
@@ -259,9 +257,14 @@ class Ranks:
                     "DistributedDataParallel.join(); a rank that has finished cannot pool its inputs"
                 )
         items = [self._item(layer) for layer in layers]
-        if pre.steps % pre.every == 0:
-            self._verify(groups, items)
-            self._refresh(groups, items)
+        if key not in self._agreements:
+            self._agreements[key] = Agreement([self._groups[ranks] for ranks in groups])
+        agreement, due = self._agreements[key], pre.steps % pre.every == 0
+        if due or agreement.expects(pre.every):
+            agreement.reach(self._fields(items), pre.every, items[0].grad.device)
+        if due:
+            self._refresh(agreement, groups, items)
+        agreement.count_step()
         # A layer without a gradient still took part: all ranks must send the same buffer.
         corrected = [item for item in items if item.layer.weight.grad is not None and item.grad.numel() > 0]
         pre._apply(corrected)
@@ -297,7 +300,7 @@ class Ranks:
         if is_dtensor(grad) and grad.placements != parameter.placements:
             parameter.grad = grad.redistribute(placements=parameter.placements)
 
-    def _refresh(self, groups: tuple[Group, ...], items: list[Item]) -> None:
+    def _refresh(self, agreement: Agreement, groups: tuple[Group, ...], items: list[Item]) -> None:
         """Pooled covariances, and inverses of them."""
         pre = self._pre
         captures = [item.layer.capture.source or item.layer.capture for item in items]
@@ -309,9 +312,9 @@ class Ranks:
         if pre.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of the average on all
             broken = torch.stack([_is_broken(item) for item in items]).to(rows.dtype)
         if self._shares(groups, items, covariances):
-            inverses, info, used = self._inverses_of_shares(groups, items, covariances, rows)
+            inverses, info, used = self._inverses_of_shares(agreement, groups, items, covariances, rows)
         else:
-            covariances, rows, broken = self._pool(groups, items, covariances, rows, broken)
+            covariances, rows, broken = self._pool(agreement, groups, items, covariances, rows, broken)
             if pre.decay > 0:
                 counts = torch.where(broken > 0, 0, rows)
                 pairs = zip(items, counts.split(1), covariances, strict=True)
@@ -330,7 +333,12 @@ class Ranks:
         return work_sharing.is_cheaper(first.device.type, len(groups[0]), chunks, units, first.dtype.itemsize)
 
     def _inverses_of_shares(
-        self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor], rows: Tensor
+        self,
+        agreement: Agreement,
+        groups: tuple[Group, ...],
+        items: list[Item],
+        covariances: list[Tensor],
+        rows: Tensor,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """As ``foreach_inverse`` of the pooled covariances; each rank of the first group makes a share of it."""
         pre, first = self._pre, self._groups[groups[0]]
@@ -339,9 +347,7 @@ class Ranks:
             self._packings[key] = SharedPacking(key[0], key[1], pre.chunk, first.size(), first.rank(), rows.device)
         packing = self._packings[key]
         sums = torch.cat(covariances) * rows[packing.owner, None, None]
-        small = torch.cat([sums.diagonal(dim1=1, dim2=2).sum(1), rows])
-        for ranks in groups:
-            dist.all_reduce(small, group=self._groups[ranks])
+        small = agreement.pool(sums.diagonal(dim1=1, dim2=2).sum(1), rows)
         tau = packing.mean_diagonal(*small.split([len(sums), len(rows)])) if pre.scaling == "trace" else None
         whole = packing.pack(sums)
         mine = whole.new_empty(len(whole) // first.size(), whole.shape[1])
@@ -361,7 +367,13 @@ class Ranks:
         return list(inverses), whole[:, -2].to(torch.int32).contiguous(), whole[:, -1].float().contiguous()
 
     def _pool(
-        self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor], rows: Tensor, broken: Tensor
+        self,
+        agreement: Agreement,
+        groups: tuple[Group, ...],
+        items: list[Item],
+        covariances: list[Tensor],
+        rows: Tensor,
+        broken: Tensor,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Averages over all ranks of the groups, weighted by rows; NaN where no rank has any.
 
@@ -372,9 +384,7 @@ class Ranks:
             return [torch.where(n > 0, covariance, math.nan) for covariance, n in pairs], rows, broken
         packing = self._packing(items, [len(covariance) for covariance in covariances], rows.device)
         packed = packing.pack([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
-        flat = torch.cat([*packed, rows, broken])
-        for ranks in groups:
-            dist.all_reduce(flat, group=self._groups[ranks])
+        flat = agreement.pool(*packed, rows, broken)
         *packed, rows, broken = flat.split([*map(len, packed), len(items), len(items)])
         sums = packing.unpack(packed, covariances[0])
         return [total / n for total, n in zip(sums, rows, strict=True)], rows, broken
@@ -386,41 +396,14 @@ class Ranks:
             self._packings[key] = Packing(units, lengths, self._pre.chunk, device)
         return self._packings[key]
 
-    # All ranks must agree
-
-    def _verify(self, groups: tuple[Group, ...], items: list[Item]) -> None:
-        """Compare seed, step, options and layers with the other ranks whenever something about them is new."""
+    def _fields(self, items: list[Item]) -> dict[str, int]:
+        """What all ranks must agree on."""
         pre = self._pre
         options = (pre.scaling, pre.chunk, pre.group, pre.decay, pre.every, pre.bias)
         layers = [(i.layer.name, i.layer.index, i.units, str(i.grad.dtype), pre._num_chunks(i)) for i in items]
-        key = groups, items[0].grad.device, items[0].weight.dtype
-        digest = _digest((pre.seed, options, layers))
-        if self._verified.get(key) == digest and pre.steps == self._last_step + 1:
-            return
-        fields = {"seed": pre.seed, "step": pre.steps, "options": _digest(options), "layers": _digest(layers)}
-        mine = torch.tensor(list(fields.values()), dtype=torch.int64, device=items[0].grad.device)
-        for ranks in groups:
-            group = self._groups[ranks]
-            gathered = [torch.empty_like(mine) for _ in range(group.size())]
-            dist.all_gather(gathered, mine, group=group)
-            for rank, theirs in enumerate(torch.stack(gathered).tolist()):
-                for (field, value), other in zip(fields.items(), theirs, strict=True):
-                    if value != other:
-                        raise RuntimeError(_disagreement(field, dist.get_global_rank(group, rank), value, other))
-        self._verified[key] = digest
+        return {"seed": pre.seed, "step": pre.steps, "options": digest(options), "layers": digest(layers)}
 
 
 def _is_broken(item: Item) -> Tensor:
     gradients = [grad for grad in (item.grad, item.bias_grad) if grad is not None]
     return ~torch.stack([grad.isfinite().all() for grad in gradients]).all()
-
-
-def _digest(value: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
-
-
-def _disagreement(field: str, rank: int, mine: int, theirs: int) -> str:
-    what = f"rank {dist.get_rank()} has {mine}, rank {rank} has {theirs}"
-    if field in ("options", "layers"):
-        what = f"those of rank {dist.get_rank()} and rank {rank} differ"
-    return f"Preconditioner: {field} must be the same on all ranks, but {what}"

@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
+from .agreement import digest
 from .capture import Capture, States
 from .coverage import Layer, find_layers, find_ties
 from .distributed import Ranks
 from .item import Item, is_plain, join
-from .state import StateStore, digest, on_host
+from .state import StateStore, on_host
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -113,10 +112,6 @@ class StateStore:
 def on_host(key: str) -> bool:
     """Whether an entry is read on the host, and lives there."""
     return key == _STEP or key.endswith("division")
-
-
-def digest(value: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
 
 
 def _prefix(layer: Layer) -> str:

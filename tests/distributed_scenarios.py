@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import tempfile
@@ -190,9 +191,7 @@ def averaged_by_hand(group=...):
         optimizer.zero_grad()
         x, y = share(step, dist.get_rank())
         F.cross_entropy(model(x), y).backward()
-        for p in model.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+        _average(model)
         optimizer.step()
     return result(model)
 
@@ -242,6 +241,70 @@ def disagreements():
         "options": _step(decay=0.5 * (rank == 1)),
         "step": _step(steps=5 * (rank == 0)),
     }
+
+
+def _average(model) -> None:
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+
+def _go_alone(who, options, change=None, sharing=None) -> str:
+    """Three steps; then the ranks of ``who`` go back to the first one, or do what ``change`` says."""
+    model = mlp()
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=8, process_group=dist.group.WORLD, **options)
+    pre._ranks.sharing = sharing
+
+    def step(i):
+        optimizer.zero_grad()
+        x, y = share(i, dist.get_rank())
+        F.cross_entropy(model(x), y).backward()
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        _average(model)
+        optimizer.step()
+
+    step(0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    step(1)
+    step(2)
+    if dist.get_rank() in who:
+        optimizer.load_state_dict(saved) if change is None else change(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    error = _error(lambda: step(3))
+    assert all(map(torch.equal, before, model.parameters()))
+    return error
+
+
+def going_alone():
+    """As few of the four ranks do what all must do."""
+    return {
+        "one": _go_alone((2,), {}),
+        "three": _go_alone((0, 1, 3), {"decay": 0.5}),
+        "shared": _go_alone((0,), {}, sharing=True),
+        "every": _go_alone((3,), {"every": 3}),
+        "frozen": _go_alone((1,), {}, lambda model: model[2].requires_grad_(False)),
+    }
+
+
+def going_back():
+    """All ranks load the state of an earlier step, and repeat its steps: the same bits."""
+    found = {}
+    for name, options in {**OPTIONS, "every three": {"every": 3}, "every four": {"every": 4, "decay": 0.5}}.items():
+        model = _sharded(mlp())
+        optimizer = sgd(model)
+        Preconditioner(model, optimizer, chunk=8, **options)
+        train(model, optimizer, [dist.get_rank()])
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train(model, optimizer, [dist.get_rank()], first=STEPS, steps=5)
+        first = result(model)["parameters"]
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        train(model, optimizer, [dist.get_rank()], first=STEPS, steps=5)
+        found[name] = all(map(torch.equal, first, result(model)["parameters"]))
+    return found
 
 
 def unwrapped():

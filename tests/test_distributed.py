@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation"),
     *("ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped", "join"),
+    *("going_alone", "going_back"),
     *("fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_convolutions", "fsdp_transposed", "flattened"),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
     *("shared", "shared_absolute", "shared_every", "shared_convolutions"),
@@ -114,6 +115,29 @@ def test_ranks_that_disagree_are_refused(results, what, message):
     for rank, errors in enumerate(of(results, "disagreements")):
         assert re.match(f"RuntimeError: Preconditioner: {message}", errors[what])
         assert f"rank {rank}" in errors[what]
+
+
+@pytest.mark.parametrize(
+    ("what", "who"),
+    [
+        ("one", "rank 2 alone"),
+        ("three", "3 of 4 ranks"),
+        ("shared", "rank 0 alone"),
+        ("every", "rank 3 alone"),
+        ("frozen", "rank 1 alone"),
+    ],
+)
+def test_ranks_that_go_alone_are_told_so_instead_of_waiting(results, what, who):
+    for errors in of(results, "going_alone"):
+        assert errors[what] == (
+            "RuntimeError: Preconditioner: states must be loaded, and layers changed, on all ranks between the same "
+            f"two steps, but {who} did so"
+        )
+
+
+def test_ranks_that_go_back_together_repeat_their_steps(results):
+    for same in of(results, "going_back"):
+        assert same == dict.fromkeys([*scenarios.OPTIONS, "every three", "every four"], True)
 
 
 def test_ranks_without_a_wrapper_are_noticed(results):
