@@ -12,7 +12,6 @@ from benchmarks.training import contractive, fit, frame, glorot, roa_depth, task
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
-WITH_SETTINGS = [name for name in frame.EXPERIMENTS if hasattr(frame.load(name), "SETTINGS")]
 
 
 def images(name):
@@ -38,7 +37,7 @@ def chosen(name, experiment):
     return [names[0], *wanted]
 
 
-@pytest.mark.parametrize("name", WITH_SETTINGS)
+@pytest.mark.parametrize("name", frame.EXPERIMENTS)
 def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, capsys):
     experiment = frame.load(name)
     runs = chosen(name, experiment)

@@ -34,11 +34,7 @@ def main(arguments: list[str]) -> None:
         for name in frame.EXPERIMENTS:
             print(f"{name:<16} {frame.load(name).TITLE}")
         return
-    experiment = frame.load(name)
-    if not hasattr(experiment, "SETTINGS"):  # has a command line of its own
-        experiment.main(arguments[1:])
-        return
-    run(name, experiment, arguments[1:])
+    run(name, frame.load(name), arguments[1:])
 
 
 def run(name: str, experiment, arguments: list[str]) -> None:
