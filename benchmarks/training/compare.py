@@ -13,11 +13,11 @@ LABELS = {"sgd2": "SGD2", "sgd": "SGD, momentum", "adam": "Adam"}
 
 
 def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
-    """Train with the optimizer of ``settings``, its rate selected as in the paper; all have as many candidates."""
+    """Train with the optimizer of ``settings``, at its "rate" or one of eight selected as in the paper."""
     method = settings["optimizer"]
     options = {} if method == "adam" else {"weight_decay": settings.get("weight_decay", 1e-4)}
-    optimizer = fit.optimizer_of(method, model, seed=seed, **options)
-    search = fit.ADAPTIVE if method == "adam" else CANDIDATES
+    optimizer = fit.optimizer_of(method, model, lr=settings.get("rate", 1.0), seed=seed, **options)
+    search = None if "rate" in settings else fit.ADAPTIVE if method == "adam" else CANDIDATES
     common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, search=search)
     return fit.train(model, optimizer, data, **common)
 
@@ -51,6 +51,6 @@ def lines(results: frame.Results) -> list[str]:
         first, last, best = (
             frame.spread(choose(r["test_error"]) for r in records) for choose in (lambda e: e[0], lambda e: e[-1], min)
         )
-        rates = [r["rates"] for r in records]
+        rates = [r["rates"] or r["settings"]["rate"] for r in records]
         text.append(f"{name}: test error {first} after one epoch, {last} at the end, best {best}; rates {rates}")
     return text

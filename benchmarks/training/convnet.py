@@ -1,8 +1,10 @@
 """B, H: the CIFAR-10 network of arXiv 1708.00631's code: 5x5 convolutions of 32, 32 and 64 channels, 4x4, 1x1.
 
 Raw pixels less their mean, weights normal of deviation 0.01, decay 5e-4, no normalisation, no augmentation, the rate
-selected as in the paper.  "sgd2, rms" has a batch RMS norm before every layer but the first.  The published errors are
-lost, and the images here are JPEG of quality 75 unless --data-dir holds the published files.
+selected as in the paper.  SGD has not left its plateau after the 30 steps of that search, and diverges later at the
+rate that chance lets win there (0.5); its rate is the best of 0.1, 0.02 and 0.005 after four epochs of 3 000 images
+instead.  "sgd2, rms" has a batch RMS norm before every layer but the first.  The published errors are lost, and the
+images here are JPEG of quality 75 unless --data-dir holds the published files.
 """
 
 from benchmarks.training import compare
@@ -12,11 +14,11 @@ TITLE = "B, H: the CIFAR-10 convnet, SGD2 against SGD and Adam"
 DATA = "cifar10"
 SETTINGS = {
     "sgd2": {"optimizer": "sgd2", "normalization": "none", "weight_decay": 5e-4},
-    "sgd": {"optimizer": "sgd", "normalization": "none", "weight_decay": 5e-4},
+    "sgd": {"optimizer": "sgd", "normalization": "none", "weight_decay": 5e-4, "rate": 0.1},
     "adam": {"optimizer": "adam", "normalization": "none"},
     "sgd2, rms": {"optimizer": "sgd2", "normalization": "rms", "weight_decay": 5e-4},
 }
-SIZE = {"epochs": 5, "train": 2_000, "test": 1_000, "batch": 100}
+SIZE = {"epochs": 8, "train": 10_000, "test": 2_000, "batch": 100}
 
 
 def run(settings, size, seed, data, tick):

@@ -12,9 +12,12 @@ TITLE = "noise in gradients or residuals of a deep narrow network"
 DATA = "mnist"
 NOISES = {
     "no noise": {},
+    "gradient 1": {"eta": 1.0},
+    "gradient 0.3": {"eta": 0.3},
     "gradient 0.01": {"eta": 0.01},
     "gradient 1e-4": {"eta": 1e-4},
     "residual 0.01": {"scale": 0.01},
+    "residual 0.1": {"scale": 0.1},
 }
 SETTINGS = {
     f"{activation}, depth {depth}, {name}": {"activation": activation, "depth": depth, **noise}
