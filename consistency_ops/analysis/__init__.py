@@ -7,6 +7,7 @@ from .lipschitz import certified_radius, lipschitz_bound
 from .propagation import propagation
 from .recorder import Recorder
 from .report.examination import analyse
+from .weight_domination import weight_domination
 
 __all__ = [
     "Recorder",
@@ -18,4 +19,5 @@ __all__ = [
     "gradient_energy",
     "lipschitz_bound",
     "propagation",
+    "weight_domination",
 ]

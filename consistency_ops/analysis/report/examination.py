@@ -17,6 +17,7 @@ from ..lipschitz import LipschitzBound, lipschitz_bound
 from ..propagation import Propagation, propagation
 from ..recorder import Layers, first_tensor
 from ..results import Result
+from ..weight_domination import WeightDomination, weight_domination
 from .findings import Finding, find
 
 
@@ -32,6 +33,7 @@ class Analysis(Result):
     statistics: ActivationStatistics
     energy: GradientEnergy
     conditioning: Conditioning
+    domination: WeightDomination
     propagation: Propagation
     lipschitz: LipschitzBound | None
     no_lipschitz: str  # why there is no bound
@@ -55,10 +57,11 @@ def analyse(
 ) -> Analysis:
     """Run every monitor on one batch and say what is wrong in this network, layer by layer, and what would help.
 
-    One forward and backward pass with :func:`activation_statistics`, :func:`gradient_energy` and :func:`conditioning`
-    attached, :func:`propagation`, and :func:`lipschitz_bound` where it exists. ``.grad`` of the parameters and running
-    statistics are as after one training step without an update; weights are untouched. Advice follows from the measured
-    numbers by the thresholds in ``consistency_ops.analysis.report.findings``, which the page repeats.
+    One forward and backward pass with :func:`activation_statistics`, :func:`gradient_energy`, :func:`conditioning` and
+    :func:`weight_domination` attached, :func:`propagation`, and :func:`lipschitz_bound` where it exists.
+    ``.grad`` of the parameters and running statistics are as after one training step without an update; weights are
+    untouched. Advice follows from the measured numbers by the thresholds in
+    ``consistency_ops.analysis.report.findings``, which the page repeats.
 
     Args:
         model, inputs: called as ``model(*inputs)``, in its present mode; dimension 0 is the batch.
@@ -79,6 +82,7 @@ def analyse(
         activation_statistics(model, layers=layers) as first,
         gradient_energy(model, layers=layers) as second,
         conditioning(model, layers=layers, damping=damping, chunk=chunk) as third,
+        weight_domination(model, layers=layers) as fourth,
     ):
         output = model(*inputs)
         value = loss(output)
@@ -92,7 +96,7 @@ def analyse(
             bound = lipschitz_bound(model, *inputs)
     except NotImplementedError as error:
         reason = str(error).removeprefix("lipschitz_bound: ")
-    results = first.result(), second.result(), third.result()
+    results = first.result(), second.result(), third.result(), fourth.result()
     number = float(value.detach())
     found = find(*results, spread, number, tensor is not None and bool(tensor.isfinite().all()))
     return Analysis(

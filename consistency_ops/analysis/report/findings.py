@@ -10,6 +10,7 @@ from ..conditioning import Conditioning, LayerConditioning
 from ..gradient_energy import GradientEnergy
 from ..propagation import Propagation
 from ..results import Result
+from ..weight_domination import DOMINATED, WeightDomination
 
 P = 0.8
 # Thresholds. They are judgements, not theorems; the page prints them.
@@ -44,6 +45,7 @@ def find(
     statistics: ActivationStatistics,
     energy: GradientEnergy,
     conditioning: Conditioning,
+    domination: WeightDomination,
     propagation: Propagation,
     loss: float,
     finite: bool,
@@ -62,6 +64,7 @@ def find(
         _conditioning(conditioning),
         _direction(conditioning),
         _curvature(conditioning),
+        _domination(domination),
         _image(propagation),
         _rows(conditioning),
     ]
@@ -250,6 +253,25 @@ def _curvature(conditioning: Conditioning) -> Finding | None:
     )
     rule = f"largest / smallest of the layers' lambda_max(Sigma_x) lambda_max(Sigma_g) < {_times(CURVATURE)}"
     return Finding(2, "No common learning rate", [steep, flat], text, rule, advice)
+
+
+def _domination(domination: WeightDomination) -> Finding | None:
+    bad = [x for x in domination.layers if 0 < x.ratio() < DOMINATED]
+    if not bad:
+        return None
+    worst = min(bad, key=lambda x: x.ratio())
+    text = (
+        f"sigma_max of the gradient is {_times(1 / worst.ratio())} times smaller than that of the weight at "
+        f"{worst.name} ({worst.gradient[-1]:.2g} against {worst.weight[-1]:.2g}); so are {len(bad)} of "
+        f"{len(domination.layers)} layers."
+    )
+    advice = (
+        "A step at an ordinary rate hardly changes such a layer, which looks like a minimum and need not be one (Huang "
+        "et al. 2020). Where the loss is still high: smaller initial weights or a smaller first learning rate, weight "
+        "decay, and Preconditioner, which undoes small inputs; where the gradient vanishes, see there."
+    )
+    rule = f"sigma_max(d loss / d W) / sigma_max(W) >= {DOMINATED:g}"
+    return Finding(2, "Weight domination", [x.name for x in bad], text, rule, advice)
 
 
 def _image(propagation: Propagation) -> Finding | None:

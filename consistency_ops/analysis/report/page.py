@@ -38,6 +38,8 @@ _CAPTIONS = {
     "at which it is flat.",
     "conditioning": "Left and middle: against the layers. Right: the whole spectrum of the worst layer, before and "
     "after each remedy: the flatter, the faster.",
+    "domination": "Largest singular values of every weight and of its gradient. Where they are very far apart, a step "
+    "at an ordinary rate does not change the layer.",
     "propagation": "For the block from each layer to the next one that depends on it.",
 }
 _SEVERITY = {3: "prevents training", 2: "slows training", 1: "worth knowing"}
@@ -62,7 +64,7 @@ def page(result: Analysis, title: str, about: dict[str, str]) -> str:
         f"(damping {result.conditioning.damping:g}, chunks of {result.conditioning.chunk}), and with "
         "both. λmax: of the "
         "inputs and of the output gradients; 2 / (their product) estimates the largest stable "
-        "learning rate. Marked cells "
+        "learning rate. ∂W / W: largest singular value of the weight's gradient over that of the weight. Marked cells "
         "crossed a threshold.</p>",
         _activations(result),
         "<h2>Gradient energy</h2>",
@@ -71,6 +73,8 @@ def page(result: Analysis, title: str, about: dict[str, str]) -> str:
         figure(result.statistics, _CAPTIONS["statistics"]),
         "<h2>Conditioning</h2>",
         figure(result.conditioning, _CAPTIONS["conditioning"]),
+        "<h2>Weight domination</h2>",
+        figure(result.domination, _CAPTIONS["domination"]),
         "<h2>Propagation of the residual</h2>",
         figure(result.propagation, _CAPTIONS["propagation"]),
         _blocks(result),
@@ -146,6 +150,7 @@ def _mark(value: float, bad: bool) -> Any:
 def _layers(result: Analysis) -> str:
     statistics = {x.name: x for x in result.statistics.layers}
     energy = {x.name: x for x in result.energy.layers}
+    ratios = {x.name: x.ratio() for x in result.domination.layers}
     rows = []
     for x in result.conditioning.layers:
         s, e = statistics.get(x.name), energy.get(x.name)
@@ -163,10 +168,11 @@ def _layers(result: Analysis) -> str:
                 *kappas[1:],
                 x.lambda_max("input"),
                 x.lambda_max("gradient"),
+                _mark(ratio := ratios.get(x.name, math.nan), 0 < ratio < rules.DOMINATED),
             ]
         )
     head = ["layer", "kind", "units", "rows", "rms", "gradient", "κ80 %", "normalised", "preconditioned", "both"]
-    return table([*head, "λmax inputs", "λmax gradients"], rows)
+    return table([*head, "λmax inputs", "λmax gradients", "∂W / W"], rows)
 
 
 _REMEDIES = ("input", "normalised", "preconditioned", "both")
@@ -254,6 +260,7 @@ def _thresholds() -> str:
         [f"κ{100 * rules.P:g} % of the inputs", f"{rules.KAPPA:g}"],
         ["share of the inputs along one direction", f"{100 * rules.ONE_DIRECTION:g} %"],
         ["largest curvature, between layers", f"factor {rules.CURVATURE:g}"],
+        ["weight domination, ∂W / W", f"{rules.DOMINATED:g}"],
         ["residual in the image of a block", f"{100 * rules.IMAGE:g} %"],
     ]
     return table(["measured", "threshold"], rows)
