@@ -33,7 +33,7 @@ class Layer:
     damping_at: tuple[Tensor, int, int] | None = None  # of the last inversion
     unfit_gradient: bool = False
     lost_rows: bool = False  # in the last step: see Capture.lost
-    inverted_units: int | None = None  # at the last inversion, the bias included
+    inverted_units: int | None = None  # of the stored matrices, or at the last inversion; the bias included
     pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
 
     @property

@@ -262,12 +262,15 @@ class Ranks:
         agreement, due = self._agreements[key], pre.steps % pre.every == 0
         if due or agreement.expects(pre.every):
             agreement.reach(self._fields(items), pre.every, items[0].grad.device)
-        if due:
-            self._refresh(agreement, groups, items)
+        # A layer without a gradient takes part all the same: all ranks must send the same buffer.
+        covariances = self._refresh(agreement, groups, items) if due else None
         agreement.count_step()
-        # A layer without a gradient still took part: all ranks must send the same buffer.
-        corrected = [item for item in items if item.layer.weight.grad is not None and item.grad.numel() > 0]
-        pre._apply(corrected)
+        here = [i for i, item in enumerate(items) if item.layer.weight.grad is not None]
+        corrected = [items[i] for i in here]
+        if covariances is None:
+            pre._apply(corrected)
+        elif corrected:  # in one launch: nobody needs the inverses
+            pre._correct_with(corrected, [covariances[i] for i in here])
         for item in corrected:
             item.write_back()
         if pre.every == 1 and pre.decay == 0:
@@ -300,8 +303,8 @@ class Ranks:
         if is_dtensor(grad) and grad.placements != parameter.placements:
             parameter.grad = grad.redistribute(placements=parameter.placements)
 
-    def _refresh(self, agreement: Agreement, groups: tuple[Group, ...], items: list[Item]) -> None:
-        """Pooled covariances, and inverses of them."""
+    def _refresh(self, agreement: Agreement, groups: tuple[Group, ...], items: list[Item]) -> list[Tensor] | None:
+        """Pooled covariances; None: they are inverted already, because all layers' inverses are needed."""
         pre = self._pre
         captures = [item.layer.capture.source or item.layer.capture for item in items]
         covariances = pre._covariances(items)
@@ -312,15 +315,17 @@ class Ranks:
         if pre.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of the average on all
             broken = torch.stack([_is_broken(item) for item in items]).to(rows.dtype)
         if self._shares(groups, items, covariances):
-            inverses, info, used = self._inverses_of_shares(agreement, groups, items, covariances, rows)
-        else:
-            covariances, rows, broken = self._pool(agreement, groups, items, covariances, rows, broken)
-            if pre.decay > 0:
-                counts = torch.where(broken > 0, 0, rows)
-                pairs = zip(items, counts.split(1), covariances, strict=True)
-                covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
-            inverses, info, used = pre._invert(items, covariances)
-        pre._keep(items, inverses, info, used)
+            pre._keep(items, *self._inverses_of_shares(agreement, groups, items, covariances, rows))
+            return None
+        covariances, rows, broken = self._pool(agreement, groups, items, covariances, rows, broken)
+        if pre.decay > 0:
+            counts = torch.where(broken > 0, 0, rows)
+            pairs = zip(items, counts.split(1), covariances, strict=True)
+            covariances = [pre._average(item, count, covariance) for item, count, covariance in pairs]
+        if pre.every == 1:
+            return covariances
+        pre._keep(items, *pre._invert(items, covariances))
+        return None
 
     def _shares(self, groups: tuple[Group, ...], items: list[Item], covariances: list[Tensor]) -> bool:
         """Whether each rank of the first group factors a share of the chunks."""

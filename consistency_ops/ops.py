@@ -35,6 +35,7 @@ __all__ = [
     "batch_rms_norm",
     "chunked_covariance",
     "foreach_apply_",
+    "foreach_correct_",
     "foreach_covariance",
     "foreach_inverse",
     "foreach_precondition_",
@@ -491,6 +492,59 @@ def foreach_apply_(
         )
 
 
+def foreach_correct_(
+    grads: Sequence[Tensor],
+    covariances: Sequence[Tensor],
+    *,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    damping: float = 1.0,
+    scaling: Scaling = "absolute",
+    chunk: int = 128,
+    group: int | None = None,
+    permutation: Sequence[Tensor | None] | None = None,
+    seed: int = 0,
+    step: int = 0,
+    layers: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Second and third stage in one launch: what :func:`foreach_inverse` and :func:`foreach_apply_` do, bit for bit,
+    without the inverses in memory.
+
+    ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.
+
+    Returns:
+        ``(info, damping_used)``, as :func:`foreach_precondition_`; a layer without outputs is not factored: 0 and
+        ``damping``.
+
+    Raises:
+        As :func:`foreach_precondition_`; nothing has been changed then.
+    """
+    op = "foreach_correct_"
+    check_options(op, damping, scaling, chunk, group, 1)
+    check_integers(op, seed=seed, step=step)
+    grads = list(grads)
+    biases, bias_layers = _dense(bias_grads)
+    check_device(op, [*grads, *biases, *covariances])
+    orders, order_layers = _dense(permutation)
+    if is_real(grads[0]):
+        check_overlap(op, [*grads, *biases], [])
+    with torch.no_grad():
+        return torch.ops.consistency_ops.foreach_correct_(
+            grads,
+            biases,
+            list(covariances),
+            orders,
+            bias_layers,
+            order_layers,
+            list(range(len(grads))) if layers is None else list(layers),
+            [default_group(g.dtype, chunk) if group is None else group for g in grads],
+            float(damping),
+            scaling == "trace",
+            chunk,
+            _signed(seed),
+            _signed(step),
+        )
+
+
 # Shapes for tracing
 
 
@@ -567,3 +621,23 @@ def _(
     grads, bias_grads, inverses, info, permutations, bias_layers, permutation_layers, layers, groups, chunk, seed, step
 ):
     return None
+
+
+@torch.library.register_fake("consistency_ops::foreach_correct_")
+def _(
+    grads,
+    bias_grads,
+    covariances,
+    permutations,
+    bias_layers,
+    permutation_layers,
+    layers,
+    groups,
+    damping,
+    trace_scaling,
+    chunk,
+    seed,
+    step,
+):
+    total = sum(c.shape[0] for c in covariances)
+    return grads[0].new_empty(total, dtype=torch.int32), grads[0].new_empty(total, dtype=torch.float32)

@@ -291,9 +291,37 @@ class Preconditioner:
         if self.every == 1 and self.decay == 0:
             self._correct_at_once(batch, self.chunk)
             return
-        if self.steps % self.every == 0:
-            self._refresh(batch)
-        self._apply(batch)
+        if self.steps % self.every != 0:
+            self._apply(batch)
+            return
+        covariances = self._covariances(batch)
+        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
+        for i, item in enumerate(batch):
+            if self.decay > 0:
+                covariances[i] = self._average(item, item.count, covariances[i])
+            else:
+                covariances[i] = torch.where(item.count.view(1, 1, 1) > 0, covariances[i], math.nan)
+        self._correct_with(batch, covariances)
+
+    def _correct_with(self, items: list[Item], covariances: list[Tensor]) -> None:
+        """Correct by these covariances; only the steps that follow, if any reuse them, need the inverses."""
+        if self.every > 1:
+            self._keep(items, *self._invert(items, covariances))
+            self._apply(items)
+            return
+        info, used = ops.foreach_correct_(
+            [item.grad for item in items],
+            covariances,
+            bias_grads=[item.bias_grad for item in items],
+            damping=self._damping(),
+            scaling=self.scaling,
+            chunk=self.chunk,
+            group=self.group,
+            seed=self.seed,
+            step=self._division_step(),
+            layers=[item.layer.index for item in items],
+        )
+        self._note(items, info, used)
 
     def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
         if any(item.layer.capture.source is not None for item in batch):
@@ -324,17 +352,6 @@ class Preconditioner:
         for item in batch:
             if item.parts:
                 item.write_back()
-
-    def _refresh(self, batch: list[Item]) -> None:
-        """New covariances and inverses."""
-        covariances = self._covariances(batch)
-        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
-        for i, item in enumerate(batch):
-            if self.decay > 0:
-                covariances[i] = self._average(item, item.count, covariances[i])
-            else:
-                covariances[i] = torch.where(item.count.view(1, 1, 1) > 0, covariances[i], math.nan)
-        self._keep(batch, *self._invert(batch, covariances))
 
     def _covariances(self, items: list[Item]) -> list[Tensor]:
         """Of the rows captured here, one (chunks, chunk, chunk) a layer."""
@@ -378,6 +395,7 @@ class Preconditioner:
         weight = torch.where(enters, self.decay * weight + (1 - self.decay), weight)
         total = torch.where(enters, self.decay * old + (1 - self.decay) * covariance, old)
         item.layer.pending.update(covariance=total, weight=weight)
+        item.layer.inverted_units = item.units
         return total / weight
 
     def _apply(self, batch: list[Item]) -> None:
@@ -473,6 +491,8 @@ class Preconditioner:
                 if key != self._division(layer):
                     self._store.drop(layer)
                     divided_otherwise.append(layer.name)
+            if self.every == 1:  # saved with a larger one
+                self._store.drop(layer, "inverse", "info")
         if divided_otherwise:
             report.notice_dropped(self, divided_otherwise)
         self._states.reset(self.steps, paused=self.steps % self.every != 0, finished=False)

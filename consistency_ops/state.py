@@ -52,12 +52,13 @@ class StateStore:
             key, value = f"{key}_of_{shards.count}", shards.assemble(value)
         self._optimizer.state[layer.weight][_prefix(layer) + key] = value
 
-    def drop(self, layer: Layer) -> None:
-        if self._optimizer is None:
-            self._own.pop(layer.name, None)
-        else:
-            for key in self._entries(layer):
-                del self._optimizer.state[layer.weight][key]
+    def drop(self, layer: Layer, *names: str) -> None:
+        """Forget these entries of a layer, or all of them."""
+        own = self._optimizer is None
+        entries = self._own.get(layer.name, {}) if own else self._optimizer.state.get(layer.weight, {})
+        for key in list(entries if own else self._entries(layer)):
+            if not names or (key if own else _name(layer, key)) in names:
+                del entries[key]
 
     def _entries(self, layer: Layer) -> dict[str, Tensor]:
         """By their keys in the optimizer's state."""

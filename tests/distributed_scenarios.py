@@ -638,15 +638,33 @@ def single_split(parts: int, options: dict, steps=STEPS) -> dict[str, torch.Tens
 PARALLEL = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the collectives of the optimizer's step."""
+def ddp_launches():
+    """Operators of ours and collectives in every step of the optimizer, by options."""
+    calls = {}
+    for name, options in OPTIONS.items():
+        model = mlp()
+        wrapped, optimizer = DDP(model), sgd(model)
+        Preconditioner(wrapped, optimizer, chunk=8, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            x, y = share(step, dist.get_rank())
+            F.cross_entropy(wrapped(x), y).backward()
+            with Traffic("consistency_ops") as traffic:
+                optimizer.step()
+            calls.setdefault(name, []).append(traffic.calls)
+    return calls
 
-    def __init__(self):
+
+class Traffic(TorchDispatchMode):
+    """Notes the collectives, and the operators of other ``namespaces``, of the optimizer's step."""
+
+    def __init__(self, *namespaces):
         super().__init__()
+        self.namespaces = "c10d", "_c10d_functional", *namespaces
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional"):
+        if function.namespace in self.namespaces:
             self.calls.append(str(function))
         return function(*args, **(kwargs or {}))
 

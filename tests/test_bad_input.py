@@ -673,6 +673,13 @@ def test_stages_check_their_arguments():
     for bad in (info[:1], info.long(), info.to("meta")):
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             ops.foreach_apply_([grad], inverses, bad, **division)
+    for bad in ([covariance[0][:1]], [covariance[0].long()], [], [covariance[0]] * 2, [covariance[0].to("meta")]):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            ops.foreach_correct_([grad], bad, **division)
+    with pytest.raises(RuntimeError, match="foreach_correct_: gradients must not overlap"):
+        ops.foreach_correct_([grad, grad], covariance * 2, **{**division, "bias_grads": None})
+    with pytest.raises(ValueError, match="foreach_correct_: damping must be finite and at least 0, got -1"):
+        ops.foreach_correct_([grad], covariance, damping=-1, **division)
     assert same_bits(grad, before)
     bad = covariance[0].clone()
     bad[1, 0, 0] = math.nan

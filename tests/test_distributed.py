@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation"),
     *("ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped", "join"),
-    *("going_alone", "going_back"),
+    *("going_alone", "going_back", "ddp_launches"),
     *("fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_convolutions", "fsdp_transposed", "flattened"),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
     *("shared", "shared_absolute", "shared_every", "shared_convolutions"),
@@ -67,6 +67,23 @@ def test_every_way_to_average_gradients(results, name):
 def test_uneven_rows_are_captured(results):
     rows = [result["rows"]["module.0"] for result in of(results, "ddp_default")]
     assert rows == list(scenarios.SHARES)
+
+
+@pytest.mark.parametrize("name", list(scenarios.OPTIONS))
+def test_one_all_reduce_between_two_launches(results, name):
+    """The first step also compares the options of the ranks."""
+    refresh = [f"consistency_ops.{op}.default" for op in ("foreach_covariance", "foreach_correct_")]
+    refresh.insert(1, "c10d.allreduce_.default")
+    for calls in of(results, "ddp_launches"):
+        if name == "every":  # two steps share the inverses
+            launches = [
+                [call.split(".")[1] for call in step if call.startswith("consistency_ops")] for step in calls[name]
+            ]
+            stages = ["foreach_covariance", "foreach_inverse", "foreach_apply_"]
+            assert launches == [stages, stages[2:], stages]
+        else:
+            assert calls[name][1:] == [refresh] * 2
+            assert calls[name][0] == ["c10d.allgather_.default", *refresh]
 
 
 @pytest.mark.slow

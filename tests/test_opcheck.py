@@ -66,6 +66,7 @@ def call_everything():
         units = [grad.shape[1] + with_bias for grad, with_bias in zip(grads, bias, strict=True)]
         inverses, info, _ = ops.foreach_inverse(covariances, units=units, damping=0.1, scaling="trace", chunk=16)
         ops.foreach_apply_(grads, inverses, info, bias_grads=biases, **options)
+        ops.foreach_correct_(grads, covariances, bias_grads=biases, damping=0.1, **options)
         ops.precondition(grads[0], inputs[0], chunk=16)
         ops.chunked_covariance(inputs[0], chunk=16)
     elementwise()

@@ -1,6 +1,7 @@
 """Bitwise promises: equal over runs, threads, layers in one call, and whether stages are fused or apart."""
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -144,6 +145,33 @@ def test_stages_apart_equal_the_fused_call(dtype):
         units = OPTIONS["chunk"]
         bound = 4 * eps * (1 + units / OPTIONS["damping"]) + rounding
         assert relative_error(got.double().numpy(), want.double().numpy()) <= bound
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "trace"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factor_and_apply_in_one_launch_give_the_same_bits(dtype, scaling):
+    """Also where a chunk needs a retry, has no inverse, or a layer has no outputs."""
+    grads, inputs, bias_grads = network(dtype)
+    grads, inputs, bias_grads = (
+        [*grads, torch.empty(0, 30).to(dtype)],
+        [*inputs, inputs[1][:, :30]],
+        [*bias_grads, None],
+    )
+    options = {"chunk": 48, "seed": 9}
+    bias = [b is not None for b in bias_grads]
+    covariances = ops.foreach_covariance(inputs, grads=grads, bias=bias, **options)
+    covariances[0][2, 7, 7] = math.nan
+    covariances[4][3] -= 0.5 * torch.eye(48)
+    units = [grad.shape[1] + with_bias for grad, with_bias in zip(grads, bias, strict=True)]
+    damping = {"damping": 0.1, "scaling": scaling}
+    got, want = (clones(grads), clones(bias_grads)), (clones(grads), clones(bias_grads))
+    inverses, info, used = ops.foreach_inverse(covariances, units=units, chunk=48, **damping)
+    ops.foreach_apply_(want[0], inverses, info, bias_grads=want[1], **options)
+    results = ops.foreach_correct_(got[0], covariances, bias_grads=got[1], **damping, **options)
+    assert_same_bits([t for ts in got for t in ts if t is not None], [t for ts in want for t in ts if t is not None])
+    assert_same_bits(results, [info, used])
+    assert (info != 0).sum() == 1 and (used > 0.1).sum() >= 2
+    assert not torch.equal(got[0][0], grads[0]) and not torch.equal(got[0][4], grads[4])
 
 
 def test_row_counts_use_the_first_rows_only():

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as checkpoint_io
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
     OPTIMIZERS,
     assert_equal,
@@ -51,6 +52,47 @@ def test_every_first_step_equals_the_one_launch():
         pre.step()
     for p, q in zip(gradients(a), gradients(b), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_inverses_are_made_and_kept_only_where_they_are_used_again(decay):
+    """``every=1``: one launch inverts and corrects, with the bits of inverting and correcting apart."""
+
+    class InStages(Preconditioner):
+        def _correct_with(self, items, covariances):
+            self._keep(items, *self._invert(items, covariances))
+            self._apply(items)
+
+    models, calls = [mlp(), mlp()], []
+    pres = [kind(m, chunk=8, decay=decay, every=1) for kind, m in zip((Preconditioner, InStages), models, strict=True)]
+    for step in range(3):
+        for model, pre in zip(models, pres, strict=True):
+            model.zero_grad()
+            backward(model, *data(seed=step))
+            with Operators() as operators:
+                pre.step()
+            calls.append(operators.names)
+        assert_equal(*map(gradients, models))
+    stages = ["foreach_covariance", "foreach_inverse", "foreach_apply_"]
+    fused = ["foreach_covariance", "foreach_correct_"] if decay else ["foreach_precondition_"]
+    assert calls == [fused, stages if decay else fused] * 3
+    assert all("inverse" not in entries for entries in pres[0].state_dict()["layers"].values())
+    if decay:  # what an older version has kept is dropped
+        pres[0].load_state_dict(pres[1].state_dict())
+        assert pres[0].state_dict()["layers"]["0"].keys() == {"covariance", "weight", "division"}
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators of the package that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "consistency_ops":
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
 
 
 def test_decay_is_a_bias_corrected_average():

@@ -21,6 +21,11 @@ CO_LIBRARY(CO_NAMESPACE, m) {
       "foreach_apply_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inverses, Tensor info, Tensor[] "
       "permutations, "
       "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, int chunk, int seed, int step) -> ()");
+  // foreach_inverse and foreach_apply_ in one launch.
+  m.def(
+      "foreach_correct_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] covariances, Tensor[] permutations, "
+      "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, float damping, bool trace_scaling, "
+      "int chunk, int seed, int step) -> (Tensor info, Tensor damping_used)");
 
   // signs: one bit an element, in the memory order of the result; strides: those of the result, if grad has others.
   m.def("modulus(Tensor x) -> Tensor");

@@ -205,6 +205,17 @@ void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOpti
   check_status(precondition_cpu(layers.data(), count, options, thread_pool()), op);
 }
 
+// `launch` with new info and damping_used, which it returns.
+std::tuple<Tensor, Tensor> launch_reporting(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
+                                            const Tensor& on, const char* op, const CudaTuning& tuning = {}) {
+  const int64_t chunks = total_chunks(layers, options);
+  Tensor info = torch::stable::new_empty(on, {chunks}, ScalarType::Int);
+  Tensor used = torch::stable::new_empty(on, {chunks}, ScalarType::Float);
+  set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
+  launch(layers, options, on, op, tuning);
+  return {info, used};
+}
+
 std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Tensors& bias_grads, Tensors inputs,
                                                  const Tensors& permutations, const Tensors& row_counts,
                                                  const Ints& bias_layers, const Ints& permutation_layers,
@@ -254,12 +265,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
       layers.push_back(layer);
     }
   }
-  const int64_t chunks = total_chunks(layers, options);
-  Tensor info = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Int);
-  Tensor used = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Float);
-  set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, grads[0], op, tuning);
-  return {info, used};
+  return launch_reporting(layers, options, grads[0], op, tuning);
 }
 
 Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Tensors& row_counts,
@@ -341,12 +347,43 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
       layers.push_back(layer);
     }
   }
-  const int64_t chunks = total_chunks(layers, options);
-  Tensor info = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Int);
-  Tensor used = torch::stable::new_empty(covariances[0], {chunks}, ScalarType::Float);
-  set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, covariances[0], op);
+  const auto [info, used] = launch_reporting(layers, options, covariances[0], op);
   return {inverses, info, used};
+}
+
+// The layers of a call that corrects by given matrices: `member`, covariances to be factored or inverses.
+std::vector<PreconditionLayer> matrix_layers(const Tensors& grads, const Tensors& bias_grads, const Tensors& matrices,
+                                             void* PreconditionLayer::* member, const Tensors& permutations,
+                                             const Ints& bias_layers, const Ints& permutation_layers,
+                                             const Ints& layer_indices, const Ints& groups,
+                                             PreconditionOptions& options, const char* op) {
+  const size_t count = grads.size();
+  STD_TORCH_CHECK(count > 0 && matrices.size() == count && layer_indices.size() == count && groups.size() == count, op,
+                  ": got ", count, " grads, ", matrices.size(), " matrices and ", layer_indices.size(),
+                  " layer indices");
+  options.float64 = matrices[0].scalar_type() == ScalarType::Double;
+  const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
+  const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
+  std::vector<PreconditionLayer> layers;
+  for (size_t l = 0; l < count; ++l) {
+    STD_TORCH_CHECK(grads[l].dim() >= 2, op, ": grad must have at least 2 dimensions, got ", grads[l].dim());
+    const int64_t units = grads[l].size(1) + (bias[l] != nullptr ? 1 : 0);
+    const int64_t conv_groups = check_matrices(matrices[l], units, options, op);
+    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups,
+                    " groups do not divide ", grads[l].size(0), " outputs");
+    STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
+                    grads[l].size(0), " elements");
+    const int64_t bytes = matrices[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    for (int64_t g = 0; g < conv_groups; ++g) {
+      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], options.chunk, op);
+      set_grad(layer, grads[l], g, conv_groups, op);
+      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
+      set_permutation(layer, permutation[l], op);
+      layer.*member = const_cast<char*>(static_cast<const char*>(matrices[l].const_data_ptr())) + g * bytes;
+      layers.push_back(layer);
+    }
+  }
+  return layers;
 }
 
 void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tensors& inverses, const Tensor& info,
@@ -355,37 +392,29 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
   const char* op = "foreach_apply_";
   PreconditionOptions options = make_options(chunk, 1, seed, step, op);
   options.stages = kStageApply;
-  const size_t count = grads.size();
-  STD_TORCH_CHECK(count > 0 && inverses.size() == count && layer_indices.size() == count && groups.size() == count, op,
-                  ": got ", count, " grads, ", inverses.size(), " inverses and ", layer_indices.size(),
-                  " layer indices");
-  options.float64 = inverses[0].scalar_type() == ScalarType::Double;
-  const auto bias = spread(bias_grads, bias_layers, count, op, "bias_grads");
-  const auto permutation = spread(permutations, permutation_layers, count, op, "permutations");
-  std::vector<PreconditionLayer> layers;
-  for (size_t l = 0; l < count; ++l) {
-    STD_TORCH_CHECK(grads[l].dim() >= 2, op, ": grad must have at least 2 dimensions, got ", grads[l].dim());
-    const int64_t units = grads[l].size(1) + (bias[l] != nullptr ? 1 : 0);
-    const int64_t conv_groups = check_matrices(inverses[l], units, options, op);
-    STD_TORCH_CHECK(conv_groups > 0 && grads[l].size(0) % conv_groups == 0, op, ": ", conv_groups,
-                    " groups do not divide ", grads[l].size(0), " outputs");
-    STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
-                    grads[l].size(0), " elements");
-    const int64_t bytes = inverses[l].numel() / conv_groups * (options.float64 ? 8 : 4);
-    for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
-      set_grad(layer, grads[l], g, conv_groups, op);
-      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
-      set_permutation(layer, permutation[l], op);
-      layer.inverse = const_cast<char*>(static_cast<const char*>(inverses[l].const_data_ptr())) + g * bytes;
-      layers.push_back(layer);
-    }
-  }
+  auto layers = matrix_layers(grads, bias_grads, inverses, &PreconditionLayer::inverse, permutations, bias_layers,
+                              permutation_layers, layer_indices, groups, options, op);
   STD_TORCH_CHECK(
       info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) && info.is_contiguous(),
       op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");
   set_outputs(layers, options, const_cast<int32_t*>(info.const_data_ptr<int32_t>()), nullptr);
   launch(layers, options, grads[0], op);
+}
+
+std::tuple<Tensor, Tensor> foreach_correct_(const Tensors& grads, const Tensors& bias_grads, const Tensors& covariances,
+                                            const Tensors& permutations, const Ints& bias_layers,
+                                            const Ints& permutation_layers, const Ints& layer_indices,
+                                            const Ints& groups, double damping, bool trace_scaling, int64_t chunk,
+                                            int64_t seed, int64_t step) {
+  const char* op = "foreach_correct_";
+  PreconditionOptions options = make_options(chunk, 1, seed, step, op);
+  options.damping = damping;
+  options.trace_scaling = trace_scaling;
+  options.stages = kStageFactor | kStageApply;
+  check_overlap(grads, bias_grads, op);
+  auto layers = matrix_layers(grads, bias_grads, covariances, &PreconditionLayer::covariance, permutations, bias_layers,
+                              permutation_layers, layer_indices, groups, options, op);
+  return launch_reporting(layers, options, grads[0], op);
 }
 
 }  // namespace
@@ -395,6 +424,7 @@ CO_REGISTER(m) {
   m.impl("foreach_covariance", TORCH_BOX(&foreach_covariance));
   m.impl("foreach_inverse", TORCH_BOX(&foreach_inverse));
   m.impl("foreach_apply_", TORCH_BOX(&foreach_apply_));
+  m.impl("foreach_correct_", TORCH_BOX(&foreach_correct_));
 }
 
 }  // namespace consistency_ops::bindings
