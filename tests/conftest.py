@@ -29,12 +29,10 @@ def device(request):
 
 def pytest_generate_tests(metafunc):
     if metafunc.function.__name__ in AGAIN.get(metafunc.module.__file__.rpartition(os.sep)[2], ()):
-        if "kernels" not in metafunc.fixturenames:
-            metafunc.fixturenames.append("kernels")
         metafunc.parametrize("kernels", KINDS, indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)  # pytest forgets a fixture that is added to a test's names when it is parametrized
 def kernels(request):
     """What computes behind the operators: the library's own CPU kernels, or others (kernels.py)."""
     kind = getattr(request, "param", "library")
@@ -45,6 +43,7 @@ def kernels(request):
 def pytest_collection_modifyitems(config, items):
     def stays(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        assert "kernels" in item.fixturenames, f"{item.nodeid} would run on the library whatever its name says"
         return is_for(parameters.get("kernels", "library"), parameters)
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])

@@ -102,7 +102,8 @@ def test_same_bits_for_a_large_layer_over_threads(threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_foreach_equals_one_call_a_layer(dtype):
+def test_foreach_equals_one_call_a_layer(dtype, kernels):
+    """On CUDA but for rounding: what else is in the launch decides how many CTAs share the rows of a layer."""
     grads, inputs, bias_grads = network(dtype)
     together = fused(grads, inputs, bias_grads)
     apart, biases, infos = [], [], []
@@ -111,7 +112,13 @@ def test_foreach_equals_one_call_a_layer(dtype):
         apart.append(result[0])
         biases += result[1:]
         infos.append(info)
-    assert_same_bits([*apart, *biases, torch.cat(infos)], together)
+    if kernels.kind == "library":
+        assert_same_bits([*apart, *biases, torch.cat(infos)], together)
+    else:
+        bound = 4 * torch.finfo(torch.float32).eps * (1 + OPTIONS["chunk"] / OPTIONS["damping"])
+        bound += torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+        for got, want in zip([*apart, *biases, torch.cat(infos)], together, strict=True):
+            assert relative_error(got.double().numpy(), want.double().numpy()) <= bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -212,7 +212,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
     if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
     if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
     if (options.stages == (kStageFactor | kStageApply) && layer.covariance == nullptr) return false;
-    if (options.stages & kStageApply && layer.has_bias && layer.bias_grad == nullptr) return false;
+    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
