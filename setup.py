@@ -142,13 +142,26 @@ def configure(extension: Extension, cpp_extension) -> Extension:
     )
 
 
+def drop_interpreter_path(command: build_ext) -> None:
+    """Old setuptools link with the interpreter's own flags, which may have its library folder for the run time."""
+    for name in ("linker_so", "linker_so_cxx"):
+        if words := getattr(command.compiler, name, None):
+            setattr(command.compiler, name, [word for word in words if not word.startswith("-Wl,-rpath")])
+
+
 class BuildExt(build_ext):
     """torch's BuildExtension, imported only when something is really built."""
 
     def run(self) -> None:
         check_compiler()
         cpp_extension = torch_cpp_extension()
-        command = cpp_extension.BuildExtension(self.distribution)
+
+        class Command(cpp_extension.BuildExtension):
+            def build_extensions(self) -> None:
+                drop_interpreter_path(self)
+                super().build_extensions()
+
+        command = Command(self.distribution)
         for name in ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "parallel"):
             setattr(command, name, getattr(self, name))
         self.distribution.ext_modules = [configure(e, cpp_extension) for e in self.extensions]

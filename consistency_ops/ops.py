@@ -577,7 +577,7 @@ def _(
     total = 0
     for i, (grad, x) in enumerate(zip(grads, inputs, strict=True)):
         conv_groups = x.shape[1] // grad.shape[1] if grad.dim() > 2 else 1
-        total = total + conv_groups * _chunks(grad.shape[1] + (i in bias_layers), chunk)
+        total = total + conv_groups * _chunks(grad.shape[1] + int(i in bias_layers), chunk)
     return grads[0].new_empty(total, dtype=torch.int32), grads[0].new_empty(total, dtype=torch.float32)
 
 
@@ -600,7 +600,7 @@ def _(
 ):
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     return [
-        x.new_empty(x.shape[dim] // u * _chunks(u + b, chunk), chunk, chunk, dtype=dtype)
+        x.new_empty(x.shape[dim] // u * _chunks(u + int(b), chunk), chunk, chunk, dtype=dtype)
         for x, dim, u, b in zip(inputs, unit_dims, units, bias, strict=True)
     ]
 
