@@ -21,20 +21,28 @@ struct ChunkShared {
   float warp_sum[32];
   int32_t warp_count[32];
   Division division;
-  RowSample rows;                 // of X, the share of this CTA
-  int64_t all_rows;               // of all shares
+  RowSample rows;    // of X, the share of this CTA
+  int64_t all_rows;  // of all shares
+  const void* x;     // where this task reads X: as the caller has it, or packed (permute.cuh)
+  int64_t x_unit_stride;
+  char* packed;                   // first row of this task's share in the workspace
+  int64_t packed_pitch;           // elements
   int64_t first_output, outputs;  // of G, the share of this CTA
   float* sum_records;             // of the layer, in the workspace: [chunks, sums, record]
   float* inverse_record;          // of the chunk: the inverse, then failed_minor
   int32_t role, layer, chunk, stages;
-  int32_t ticket, part;   // of the launch; of the tasks of the same role and chunk
-  int32_t rank, cluster;  // of this CTA among the CTAs of its cluster
-  int32_t sums, slabs;    // LayerShares
-  int32_t record;         // floats
-  uint32_t awaited;       // value of the counter that the task waits for
-  int32_t size;           // units of the chunk
-  int32_t x_stage;        // rows of X in a stage
-  bool tf32;              // CudaTuning
+  int32_t ticket, part;               // of the launch; of the tasks of the same role and chunk
+  int32_t rank, cluster;              // of this CTA among the CTAs of its cluster
+  int32_t sums, slabs, packs, moves;  // LayerShares
+  int32_t record;                     // floats
+  uint32_t awaited;                   // value of `counter` that the task waits for
+  uint32_t* counter;                  // in the workspace
+  uint32_t* published;                // counts the CTAs whose results others wait for, or null
+  int32_t bias_position, last_unit;   // permute.cuh
+  int32_t size;                       // units of the chunk
+  int32_t x_stage;                    // rows of X in a stage
+  bool tf32;                          // CudaTuning
+  bool x_rows_are_fast;
   int32_t failed_minor, failed_tries;
 };
 

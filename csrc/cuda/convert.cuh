@@ -19,6 +19,13 @@ CO_DEVICE Raw from_float(DType dtype, float value) {
   return dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
 
+// 1, the input of the bias.
+template <typename Raw>
+CO_DEVICE Raw one_bits(DType dtype) {
+  if (sizeof(Raw) == 4) return static_cast<Raw>(0x3f800000u);
+  return dtype == DType::kBFloat16 ? 0x3f80 : 0x3c00;
+}
+
 CO_DEVICE float load_element(DType dtype, const void* base, int64_t offset) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(base)[offset];
   return to_float<uint16_t>(dtype, static_cast<const uint16_t*>(base)[offset]);

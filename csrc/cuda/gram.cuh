@@ -17,23 +17,21 @@ constexpr int kPartialRows = 512;
 
 template <int kWarps, typename Raw, int kLoads>
 CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
-  const Raw* x = static_cast<const Raw*>(layer.x);
-  const uint32_t one = sizeof(Raw) == 4 ? 0x3f800000u : layer.x_dtype == DType::kBFloat16 ? 0x3f80u : 0x3c00u;
-  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
-                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+  const Raw* x = global_memory(static_cast<const Raw*>(chunk.shared.x));
+  const uint32_t one = one_bits<Raw>(layer.x_dtype);
+  StageWalk<kWarps> walk(chunk.padded(), chunk.shared.x_rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
     const int32_t unit = row < rows ? chunk.shared.unit[walk.position(i)] : kNoUnit;
     raw[i] = unit == kBiasUnit ? one : 0;
-    if (unit >= 0) raw[i] = x[chunk.shared.row_offset[row] + unit * layer.x_unit_stride];
+    if (unit >= 0) raw[i] = x[chunk.shared.row_offset[row] + unit * chunk.shared.x_unit_stride];
   }
 }
 
 template <int kWarps, typename Raw, int kLoads>
-CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk) {
-  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.x_row_stride[kMaxRowDims - 1],
-                                                       layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride));
+CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk) {
+  StageWalk<kWarps> walk(chunk.padded(), chunk.shared.x_rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
@@ -148,7 +146,8 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
       const int64_t row = chunk.shared.rows.offset + (first + thread) * chunk.shared.rows.stride;
       chunk.shared.row_offset[thread] =
-          strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride);
+          chunk.shared.x == layer.x ? strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride)
+                                    : row * chunk.shared.packed_pitch;
     }
   };
 
@@ -159,7 +158,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
   CO_NO_UNROLL
   for (int next = 0;; next += chunk.x_stage()) {
     __syncthreads();  // stage t - 2 has been read, and the row offsets of stage t - 1
-    if (next > 0) stage_x<kWarps, Raw>(raw, layer, chunk);
+    if (next > 0) stage_x<kWarps, Raw>(raw, chunk);
     locate(next);
     __syncthreads();
     if (next == 0 || next < chunk.x_rows())

@@ -22,7 +22,8 @@
 // What all rungs pay: the random cyclic offset of random.h counts units, so groups of one sector straddle two, and a
 // CTA touches up to twice the bytes of its own columns.  Neighbouring chunks run at the same time on the same rows
 // (V2), so the other half is usually an L2 hit and DRAM sees every sector once; L2 traffic is what doubles.  For
-// group = 1 an L2 sector carries one element that is wanted, and 3.6 to 10 times the bytes pass L2.
+// group = 1 a gather moves 4 to 15 times the bytes through L2, so V2 permutes the rows of large matrices first, which
+// makes that 3 (permute.cuh).
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -33,6 +34,7 @@
 #include "cuda/factor.cuh"
 #include "cuda/gram.cuh"
 #include "cuda/matrices.cuh"
+#include "cuda/permute.cuh"
 #include "cuda/precondition_plan.h"
 #include "cuda/tasks.cuh"
 
@@ -116,7 +118,7 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
 template <typename Traits>
 CO_DEVICE void load_inverse(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
   int32_t* status = reinterpret_cast<int32_t*>(chunk.shared.inverse_record + chunk.shared.record);
-  if (chunk.shared.role == kSlabTask && chunk.shared.awaited != 0) {
+  if (chunk.shared.role == kSlabTask && (params.options.stages & kStageFactor)) {
     if (threadIdx.x == 0) chunk.shared.failed_minor = *status;
     load_tiles(chunk, chunk.shared.inverse_record, 1, Traits::kThreads);
   } else if (!(chunk.shared.stages & kStageFactor)) {
@@ -138,6 +140,15 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Precondition
 template <typename Traits>
 CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   const PreconditionLayer& layer = params.layers[chunk.shared.layer];
+  if (chunk.shared.stages == 0) {
+    const DType dtype = chunk.shared.role == kPackTask ? layer.x_dtype : layer.g_dtype;
+    if (dtype == DType::kFloat32) {
+      permute_rows<Traits::kThreads, uint32_t>(layer, chunk, params.shared_bytes);
+    } else {
+      permute_rows<Traits::kThreads, uint16_t>(layer, chunk, params.shared_bytes);
+    }
+    return;
+  }
   if (chunk.shared.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
   if (chunk.shared.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, layer, chunk);
   if (!(chunk.shared.stages & kStageApply) || chunk.shared.failed_minor != 0) return;
@@ -154,12 +165,16 @@ CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLa
          ((options.stages & kStageApply) && rows_of_g(layer) == 0);
 }
 
+// Where the unit at a position of the chunk lies in the rows that this task reads.
 CO_DEVICE int32_t unit_of(const PreconditionLayer& layer, const Chunk& chunk, int position) {
   if (position >= chunk.size()) return kNoUnit;
   const Division& division = chunk.shared.division;
   const int64_t at = chunk_begin(division.units, division.chunks, chunk.shared.chunk) + position;
-  const int64_t unit = layer.permutation != nullptr ? layer.permutation[at] : unit_at(division, at);
-  return unit == layer.units ? kBiasUnit : static_cast<int32_t>(unit);
+  if (chunk.shared.role == kSumTask && chunk.shared.packs > 0) return static_cast<int32_t>(at);
+  const int64_t unit = unit_at_position(layer, chunk, at);
+  if (unit == layer.units) return kBiasUnit;
+  if (chunk.shared.role != kSlabTask || chunk.shared.moves == 0) return static_cast<int32_t>(unit);
+  return at < layer.units ? static_cast<int32_t>(at) : chunk.shared.bias_position;
 }
 
 template <typename Traits>
@@ -171,12 +186,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   take_task(params, shared);
   const PreconditionLayer& layer = params.layers[shared.layer];
   const Chunk chunk{shared, dynamic, dynamic + params.tile_floats};
+  if (shared.role == kSlabTask && shared.moves > 0 && layer.has_bias && shared.chunk == shared.division.chunks - 1) {
+    find_bias(layer, chunk, Traits::kThreads);
+    __syncthreads();
+  }
   if (const int thread = fresh_thread(); thread < chunk.padded()) shared.unit[thread] = unit_of(layer, chunk, thread);
-  if (shared.awaited != 0 && (shared.stages & kStageApply)) {
+  if (shared.awaited != 0 && shared.moves == 0 && (shared.stages & kStageApply)) {
     __syncthreads();  // the units
     prefetch_g<Traits::kWarps>(layer, chunk);
   }
-  wait_for_others(params, shared);
+  wait_for_others(shared);
 
   if (!is_empty(params.options, layer, shared.all_rows)) {
     run_task<Traits>(params, chunk);
@@ -221,50 +240,85 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
 struct Launch {
   LaunchShape shape;
   LayerShares shares[kMaxLaunchLayers];
-  uint32_t records[kMaxLaunchLayers];  // as in PreconditionParams
-  int64_t bytes;                       // of the workspace
+  uint32_t records[kMaxLaunchLayers], packed[kMaxLaunchLayers];  // as in PreconditionParams
+  int64_t slab_bytes;                                            // of shared memory
+  int64_t bytes;                                                 // of the workspace
 };
 
-LayerWork work_of(const PreconditionLayer& layer, const PreconditionOptions& options) {
-  LayerWork work{num_chunks(layer, options), 0, 0, waits_for_trace(layer, options)};
-  if (options.stages & kStageCovariance) work.x_rows = std::min(rows_of_x(layer), options.max_rows);
-  if (options.stages & kStageApply) work.g_rows = rows_of_g(layer);
-  return work;
+RowMatrix matrix_of_x(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  const int64_t rows = options.stages & kStageCovariance ? std::min(rows_of_x(layer), options.max_rows) : 0;
+  const int64_t bytes = element_size(layer.x_dtype), run = layer.permutation != nullptr ? 1 : layer.group;
+  return {rows, layer.units, num_chunks(layer, options), run * bytes, bytes, layer.x_unit_stride == 1};
+}
+
+RowMatrix matrix_of_g(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  const int64_t rows = options.stages & kStageApply ? rows_of_g(layer) : 0;
+  const int64_t bytes = element_size(layer.g_dtype), run = layer.permutation != nullptr ? 1 : layer.group;
+  const bool unit_rows = layer.g_unit_stride == 1 && rows == layer.outputs;  // one tap
+  return {rows, layer.units, num_chunks(layer, options), run * bytes, bytes, unit_rows};
+}
+
+LayerWork work_of(const PreconditionLayer& layer, const PreconditionOptions& options, const CudaTuning& tuning) {
+  const RowMatrix x = matrix_of_x(layer, options), g = matrix_of_g(layer, options);
+  return {x.chunks, x.rows, g.rows, waits_for_trace(layer, options), permutes(x, tuning), permutes(g, tuning)};
 }
 
 // False if the workspace would be larger than 64 GiB.
 bool cut(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, const CudaTuning& tuning,
          bool clusters, Launch& launch) {
-  int64_t chunks = 0, longest = 0;
+  int64_t chunks = 0, longest = 0, permuted = 0;
   for (int64_t l = 0; l < count; ++l) {
-    const LayerWork work = work_of(layers[l], options);
+    const LayerWork work = work_of(layers[l], options, tuning);
     chunks += work.chunks;
     if (work.chunks > 0) longest = std::max({longest, work.x_rows, work.g_rows});
+    if (work.packs_x) permuted += work.x_rows * layers[l].units * element_size(layers[l].x_dtype);
+    if (work.permutes_g) permuted += work.g_rows * layers[l].units * element_size(layers[l].g_dtype);
   }
-  launch.shape = choose_rung(chunks, longest, clusters, tuning);
-  launch.bytes = 0;
+  launch.shape = choose_rung(chunks, longest, permuted, clusters, tuning);
+  launch.bytes = launch.slab_bytes = 0;
+  int64_t packed_layers = 0, packed_bytes = 0;
   bool meet = false;
   for (int64_t l = 0; l < count; ++l) {
-    const LayerWork work = work_of(layers[l], options);
+    const PreconditionLayer& layer = layers[l];
+    const LayerWork work = work_of(layer, options, tuning);
     const LayerShares shares = launch.shares[l] = share_layer(work, launch.shape, tuning);
-    launch.records[l] = 0;
+    launch.records[l] = launch.packed[l] = 0;
+    const auto want_slab = [&](int64_t element_bytes) {
+      const int64_t row = slab_bytes(layer.units, element_bytes, 1), rows = slab_bytes(layer.units, element_bytes, 0);
+      launch.slab_bytes = std::max(launch.slab_bytes, std::max(row, rows + kWantedSlabBytes));
+    };
+    if (shares.moves > 0) want_slab(element_size(layer.g_dtype));
+    if (shares.packs > 0) {
+      want_slab(element_size(layer.x_dtype));
+      packed_bytes = std::max(packed_bytes, work.x_rows * packed_pitch(layer) * element_size(layer.x_dtype));
+      ++packed_layers;
+    }
     if (work.chunks == 0 || (shares.sums == 0 && shares.slabs == 0)) continue;
     meet = true;
-    const int64_t at = kCudaCounterBytes + launch.bytes, record = record_floats(all_units(layers[l]), work.chunks);
+    const int64_t at = kCudaCounterBytes + launch.bytes, record = record_floats(all_units(layer), work.chunks);
     if (at / 16 > UINT32_MAX) return false;
     launch.records[l] = static_cast<uint32_t>(at / 16);
     const int64_t floats = shares.sums * record + (shares.slabs > 0 ? record + kStatusFloats : 0);
     launch.bytes += work.chunks * floats * static_cast<int64_t>(sizeof(float));
   }
   if (meet) launch.bytes += kCudaCounterBytes;
+  for (int64_t l = 0, turn = 0; l < count; ++l) {
+    if (launch.shares[l].packs == 0) continue;
+    const int64_t at = launch.bytes + turn++ % 2 * packed_bytes;
+    if (at / 16 > UINT32_MAX) return false;
+    launch.packed[l] = static_cast<uint32_t>(at / 16);
+  }
+  launch.bytes += std::min<int64_t>(packed_layers, 2) * packed_bytes;
+  launch.slab_bytes = std::min<int64_t>(launch.slab_bytes, kMaxSlabBytes);
   return true;
 }
 
 // Large layers first, because the last CTAs to start decide when the launch ends; layers that wait go last.
-void launch_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int64_t* order) {
+void launch_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                  const CudaTuning& tuning, int64_t* order) {
   std::iota(order, order + count, int64_t{0});
   std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
-    const LayerWork work_a = work_of(layers[a], options), work_b = work_of(layers[b], options);
+    const LayerWork work_a = work_of(layers[a], options, tuning), work_b = work_of(layers[b], options, tuning);
     if (work_a.waits_for_trace != work_b.waits_for_trace) return work_b.waits_for_trace;
     return work_a.x_rows + work_a.g_rows > work_b.x_rows + work_b.g_rows;
   });
@@ -275,7 +329,7 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
   static thread_local PreconditionParams params;  // 32 KB: not on the caller's stack
   static thread_local Launch cuts;
   int64_t order[kMaxLaunchLayers];
-  launch_order(layers, count, options, order);
+  launch_order(layers, count, options, tuning, order);
   for (int64_t l = 0; l < count; ++l) params.layers[l] = layers[order[l]];
   if (!cut(params.layers, count, options, tuning, device.compute_capability >= 90, cuts)) {
     return Status::kInvalidArgument;
@@ -287,25 +341,28 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
   params.tf32 = tuning.tf32;
   std::copy(cuts.shares, cuts.shares + count, params.shares);
   std::copy(cuts.records, cuts.records + count, params.records);
+  std::copy(cuts.packed, cuts.packed + count, params.packed);
   int64_t tasks = 0, units = 1;
-  for (int64_t round = 0; round < count + 2; ++round) {
+  for (int64_t round = 0; round < count + kRounds - 1; ++round) {
     params.first_task[round] = static_cast<int32_t>(tasks);
-    for (int role = kSumTask; role <= kSlabTask; ++role) {
-      const int64_t l = round - role;
+    for (int role = 0; role < kRoles; ++role) {
+      const int64_t l = round - layers_behind(role);
       if (l < 0 || l >= count) continue;
       const int64_t chunks = num_chunks(params.layers[l], options);
       if (chunks > 0) units = std::max(units, (all_units(params.layers[l]) + chunks - 1) / chunks);
-      tasks += chunks * tasks_per_chunk(params.shares[l], options.stages, role);
+      tasks += count_tasks(params.shares[l], chunks, options.stages, role);
       if (tasks * params.cluster > INT32_MAX) return Status::kInvalidArgument;
     }
   }
-  params.first_task[count + 2] = static_cast<int32_t>(tasks);
+  params.first_task[count + kRounds - 1] = static_cast<int32_t>(tasks);
   if (tasks == 0) return Status::kOk;
-  const PreconditionPlan plan = plan_precondition(static_cast<int>(units), device.shared_bytes);
+  const PreconditionPlan plan =
+      plan_precondition(static_cast<int>(units), device.shared_bytes, static_cast<int>(cuts.slab_bytes));
   if (plan.threads == 0) return Status::kInvalidArgument;
   params.tile_floats = plan.tile_floats;
   params.arena_floats = plan.arena_floats;
   params.apply_rows = plan.apply_rows;
+  params.shared_bytes = plan.shared_bytes;
   auto* kernel = plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
   return launch(kernel, dim3(static_cast<unsigned>(tasks * params.cluster)), dim3(static_cast<unsigned>(plan.threads)),
                 static_cast<size_t>(plan.shared_bytes), stream, params, params.cluster);

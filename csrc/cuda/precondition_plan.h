@@ -12,6 +12,8 @@
 //    256    36       149         34 (16, 32)            1                  1, stages of 8     does not fit
 #pragma once
 
+#include <algorithm>
+
 #include "consistency_ops/precondition_cuda.h"
 
 namespace consistency_ops {
@@ -23,7 +25,7 @@ constexpr int kMaxStageRows = 128;      // of X
 constexpr int kMaxApplyRows = 64;       // of G
 constexpr int kStageElements = 4096;    // of X, in flight in the registers of a CTA
 constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
-constexpr int kMaxLaunchLayers = 120;   // descriptors that fit the 32,764 bytes of kernel parameters
+constexpr int kMaxLaunchLayers = 118;   // descriptors that fit the 32,764 bytes of kernel parameters
 
 CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1) / kTile * kTile; }
 CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
@@ -48,8 +50,9 @@ CO_HOST_DEVICE inline int stage_rows(int padded, int arena) {
   return rows;
 }
 
-// For chunks of at most `units` units on a device with `shared_bytes` of shared memory a block.
-inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
+// For chunks of at most `units` units on a device with `shared_bytes` of shared memory a block; tasks that permute rows
+// (permute.cuh) want `slab_bytes`.
+inline PreconditionPlan plan_precondition(int units, int shared_bytes, int slab_bytes = 0) {
   PreconditionPlan plan{};
   const int padded = padded_units(units), side = padded / kTile;
   const int threads = side <= 4 ? 256 : 512;
@@ -69,8 +72,19 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
   plan.tile_floats = tiles;
   plan.arena_floats = arena;
   plan.apply_rows = apply_rows;
-  plan.shared_bytes = (tiles + arena) * 4;
+  plan.shared_bytes = std::max((tiles + arena) * 4, slab_bytes);
   return plan;
+}
+
+// Shared memory of the tasks that permute rows: the unit of every position, and full rows with one element more.
+constexpr int kMaxSlabBytes = 92 << 10;     // of sm_86, beside the fixed arrays
+constexpr int kWantedSlabBytes = 32 << 10;  // of rows
+CO_HOST_DEVICE constexpr int64_t table_units(int64_t units) { return (units / 8 + 1) * 8; }
+CO_HOST_DEVICE constexpr int64_t slab_pitch(int64_t units, int64_t element_bytes) {
+  return (units * element_bytes / 16 + 1) * 16 / element_bytes;
+}
+CO_HOST_DEVICE constexpr int64_t slab_bytes(int64_t units, int64_t element_bytes, int64_t rows) {
+  return 2 * table_units(units) + rows * slab_pitch(units, element_bytes) * element_bytes;
 }
 
 // How many CTAs work on a chunk.  All bounds are constants and not the size of the device, because the shares of the
@@ -83,6 +97,7 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes) {
 //     32    4096  V1, clusters of 8         256 CTAs
 //    181    4096  V2, 3 shares a chunk      the chunks fill the device, but its last wave would be half empty
 //    504    4096  V2, 2 shares a chunk
+//     32    4096  V2, group = 1             128 tasks pack X, as many permute G and restore it (permutes(), below)
 constexpr int kTargetCtas = 264;
 constexpr int kMaxCluster = 8;     // what every device with clusters can launch
 constexpr int kClusterRows = 128;  // of X or G, at least, for a CTA of a cluster
@@ -92,9 +107,34 @@ constexpr int kSumRows = 512;      // of X, at least, for a task of V2
 constexpr int kSlabRows = 128;     // of G, at least, for a task of V2
 constexpr int kMaxShares = 1024;   // of a chunk
 
+// Whether the rows of X or of G are permuted (permute.cuh): that moves their bytes three times.  A gather moves a
+// sector once for every chunk that has a unit in it: at most `chunks` times, and at most once for every run of units.
+constexpr int kGatherPasses = 4;                    // are better than three, because they wait for no other task
+constexpr int64_t kPermutedBytes = 1 << 20;         // of a matrix, at least
+constexpr int64_t kPermutedLaunchBytes = 16 << 20;  // of all, at least, for a launch to be V2 for it
+constexpr int kPermuteRows = 32;                    // of a task, at least: the table of units costs as much as 5 rows
+
+struct RowMatrix {
+  int64_t rows, units, chunks;
+  int64_t run_bytes;  // of units that are dealt together
+  int64_t element_bytes;
+  bool unit_rows;  // the units of a row are neighbours in memory, and no row shares them
+};
+
+inline bool permutes(const RowMatrix& matrix, const CudaTuning& tuning) {
+  constexpr int64_t kSector = 32;
+  if (tuning.packing == Packing::kNever || !matrix.unit_rows || matrix.rows == 0 || matrix.chunks < 2) return false;
+  if (slab_bytes(matrix.units, matrix.element_bytes, 1) > kMaxSlabBytes) return false;
+  if (tuning.packing == Packing::kAlways) return true;
+  return matrix.chunks > kGatherPasses &&
+         matrix.run_bytes + kSector - matrix.element_bytes > kGatherPasses * matrix.run_bytes &&
+         matrix.rows * matrix.units * matrix.element_bytes >= kPermutedBytes;
+}
+
 struct LayerWork {
   int64_t chunks, x_rows, g_rows;  // rows that the launch sums and corrects; 0 without that stage
   bool waits_for_trace;
+  bool packs_x, permutes_g;  // on V2
 };
 
 struct LaunchShape {
@@ -107,9 +147,12 @@ struct LaunchShape {
 struct LayerShares {
   int16_t sums;   // sum a covariance, each over its share of the rows; 0: the factoring task does it
   int16_t slabs;  // correct, each its share of the outputs; 0: the factoring task does it
+  int16_t packs;  // pack X for the sums, each its share of the rows, for all chunks
+  int16_t moves;  // permute G for the slabs, and as many restore it, each its share of the outputs
 };
 
-inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, bool clusters, const CudaTuning& tuning) {
+inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, bool clusters,
+                               const CudaTuning& tuning) {
   int32_t cluster = 1;
   while (clusters && cluster < kMaxCluster && chunks * cluster * 2 <= kTargetCtas &&
          longest_rows >= cluster * 2 * kClusterRows) {
@@ -117,7 +160,8 @@ inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, bool cluste
   }
   PreconditionRung rung = tuning.rung;
   if (rung == PreconditionRung::kAutomatic) {
-    rung = longest_rows > int64_t{cluster} * kLongRows ? PreconditionRung::kV2 : PreconditionRung::kV1;
+    const bool tasks = longest_rows > int64_t{cluster} * kLongRows || permuted_bytes >= kPermutedLaunchBytes;
+    rung = tasks ? PreconditionRung::kV2 : PreconditionRung::kV1;
   }
   if (rung == PreconditionRung::kV1 && tuning.ctas > 0) cluster = clusters ? tuning.ctas : 1;
   if (rung != PreconditionRung::kV1) cluster = 1;
@@ -127,7 +171,7 @@ inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, bool cluste
 }
 
 inline LayerShares share_layer(const LayerWork& work, const LaunchShape& shape, const CudaTuning& tuning) {
-  LayerShares shares{static_cast<int16_t>(work.waits_for_trace), 0};
+  LayerShares shares{static_cast<int16_t>(work.waits_for_trace), 0, 0, 0};
   if (shape.rung != PreconditionRung::kV2) return shares;
   const auto cut = [&](int64_t rows, int64_t least) {
     const int64_t most = (rows + least - 1) / least, fewest = (rows + kTaskRows - 1) / kTaskRows;
@@ -136,8 +180,14 @@ inline LayerShares share_layer(const LayerWork& work, const LaunchShape& shape, 
     return static_cast<int>(parts < kMaxShares ? parts : kMaxShares);
   };
   const int sums = cut(work.x_rows, kSumRows), slabs = cut(work.g_rows, kSlabRows);
-  if (work.x_rows > 0 && sums > 1) shares.sums = static_cast<int16_t>(sums);
-  if (work.g_rows > 0 && slabs > 1) shares.slabs = static_cast<int16_t>(slabs);
+  if (work.x_rows > 0 && (sums > 1 || work.packs_x)) shares.sums = static_cast<int16_t>(sums);
+  if (work.g_rows > 0 && (slabs > 1 || work.permutes_g)) shares.slabs = static_cast<int16_t>(slabs);
+  const auto permuting = [&](int64_t rows) {
+    const int64_t most = std::min<int64_t>((rows + kPermuteRows - 1) / kPermuteRows, kTargetCtas);
+    return static_cast<int16_t>(tuning.ctas > 0 ? tuning.ctas : most);
+  };
+  if (work.packs_x) shares.packs = permuting(work.x_rows);
+  if (work.permutes_g) shares.moves = permuting(work.g_rows);
   return shares;
 }
 

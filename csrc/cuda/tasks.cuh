@@ -3,12 +3,15 @@
 // Layer l has up to three kinds of tasks: sums (a share of the rows of X -> a partial covariance in the workspace),
 // finishing tasks (one a chunk: covariance -> inverse -> G) and slabs (a share of the rows of G, with the inverse that
 // a finishing task left in the workspace).  LayerShares says how many; V0 and V1 have finishing tasks only, and sums
-// where the trace of a layer must be known before its first chunk is factored.
+// where the trace of a layer must be known before its first chunk is factored.  Three more kinds serve the exact
+// division (permute.cuh), each with a share of the rows and all chunks: pack X for the sums, permute G for the slabs,
+// and restore G after them.
 //
-// Tasks are numbered in rounds: round r has the sums of layer r, then the finishing tasks of layer r - 1, then the
-// slabs of layer r - 2, so that the factors of one layer, which are bound by latency, run beside the reads of the next.
-// In a round the share counts slowest: CTAs that run side by side read the same rows for different chunks, whose units
-// share sectors.
+// Tasks are numbered in rounds: round r packs X of layer r, sums layer r - 1, finishes layer r - 2 and permutes its G,
+// has the slabs of layer r - 3, and restores G of layer r - 4; so the factors of one layer, which are bound by latency,
+// run beside the reads of the next.  In a round the share counts slowest: CTAs that run side by side read the same rows
+// for different chunks, whose units share sectors.  Two places in the workspace hold packed X: a layer waits until the
+// sums of the last but one have read theirs.
 //
 // Where tasks wait, CTAs take numbers from a ticket counter when they start, so every smaller number is held by a CTA
 // that runs or has run; and a task waits for smaller numbers only.  So there is progress at any number of resident
@@ -20,24 +23,38 @@
 
 namespace consistency_ops {
 
-enum TaskRole : int32_t { kSumTask = 0, kFinishTask = 1, kSlabTask = 2 };
+enum TaskRole : int32_t {
+  kPackTask = 0,
+  kSumTask = 1,
+  kFinishTask = 2,
+  kPermuteTask = 3,
+  kSlabTask = 4,
+  kRestoreTask = 5,
+};
+constexpr int kRoles = 6, kRounds = 5;
+
+CO_HOST_DEVICE constexpr int layers_behind(int role) { return role < kPermuteTask ? role : role - 1; }
 
 struct Counters {
   uint32_t ticket, finished;
-  uint32_t summed[kMaxLaunchLayers];    // CTAs of the layer that have written their part of the covariances
-  uint32_t inverted[kMaxLaunchLayers];  // and of the inverses
+  // CTAs of a layer that have written their part
+  uint32_t packed[kMaxLaunchLayers];     // of X
+  uint32_t summed[kMaxLaunchLayers];     // of the covariances
+  uint32_t inverted[kMaxLaunchLayers];   // of the inverses, and of the permuted G
+  uint32_t corrected[kMaxLaunchLayers];  // of the permuted G
 };
 static_assert(sizeof(Counters) <= kCudaCounterBytes, "the workspace begins with the counters");
 
 struct PreconditionParams {
   PreconditionLayer layers[kMaxLaunchLayers];
-  int32_t first_task[kMaxLaunchLayers + 3];  // of every round
+  int32_t first_task[kMaxLaunchLayers + kRounds];  // of every round
   LayerShares shares[kMaxLaunchLayers];
   uint32_t records[kMaxLaunchLayers];  // where a layer's part of the workspace begins, in units of 16 bytes
+  uint32_t packed[kMaxLaunchLayers];   // and its packed X
   PreconditionOptions options;
   char* workspace;  // null where no task waits; begins with the counters
   int32_t count, cluster;
-  int32_t tile_floats, arena_floats, apply_rows;
+  int32_t tile_floats, arena_floats, apply_rows, shared_bytes;
   bool tf32;
 };
 static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
@@ -65,16 +82,24 @@ CO_HOST_DEVICE inline int32_t record_floats(int64_t units, int64_t chunks) {
 
 constexpr int kStatusFloats = 4;  // failed_minor after the inverse, and what keeps the next record on 16 bytes
 
-// Tasks of a layer, a chunk.
-CO_HOST_DEVICE inline int tasks_per_chunk(const LayerShares& shares, int32_t stages, int role) {
-  if (role == kSumTask) return shares.sums;
-  if (role == kSlabTask) return shares.slabs;
-  return stages == kStageApply && shares.slabs > 0 ? 0 : 1;
+// Elements of a packed row of X, which begins on 16 bytes.
+CO_HOST_DEVICE inline int64_t packed_pitch(const PreconditionLayer& layer) {
+  const int64_t vector = 16 / element_size(layer.x_dtype);
+  return (all_units(layer) + vector - 1) / vector * vector;
+}
+
+// Tasks of a layer.
+CO_HOST_DEVICE inline int64_t count_tasks(const LayerShares& shares, int64_t chunks, int32_t stages, int role) {
+  if (role == kPackTask) return shares.packs;
+  if (role == kPermuteTask || role == kRestoreTask) return shares.moves;
+  if (role == kSumTask) return chunks * shares.sums;
+  if (role == kSlabTask) return chunks * shares.slabs;
+  return stages == kStageApply && shares.slabs > 0 ? 0 : chunks;
 }
 
 // The round r with first_task[r] <= task < first_task[r + 1].
 CO_DEVICE int find_round(const PreconditionParams& params, int task) {
-  int low = 0, high = params.count + 2;
+  int low = 0, high = params.count + kRounds - 1;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (params.first_task[middle] <= task) {
@@ -93,51 +118,108 @@ CO_DEVICE void share_of(int64_t n, int part, int parts, int64_t& first, int64_t&
   count = min(n, first + size) - first;
 }
 
+// One thread: which CTAs a task of layer l waits for, and where it says that it is done.
+CO_DEVICE void link_task(const PreconditionParams& params, ChunkShared& shared, int l, uint32_t ctas) {
+  Counters* const counters = reinterpret_cast<Counters*>(params.workspace);
+  shared.awaited = 0;
+  shared.counter = shared.published = nullptr;
+  if (counters == nullptr) return;
+  if (shared.role == kPackTask) {
+    int user = l - 1;  // of the same place in the workspace
+    while (user >= 0 && (params.shares[user].packs == 0 || params.packed[user] != params.packed[l])) --user;
+    if (user >= 0) {
+      shared.awaited = static_cast<uint32_t>(count_chunks(params.layers[user], params.options)) *
+                       static_cast<uint32_t>(params.shares[user].sums);
+      shared.counter = &counters->summed[user];
+    }
+    shared.published = &counters->packed[l];
+  } else if (shared.role == kSumTask) {
+    shared.awaited = static_cast<uint32_t>(shared.packs);
+    shared.counter = &counters->packed[l];
+    shared.published = &counters->summed[l];
+  } else if (shared.role == kFinishTask) {
+    shared.awaited = ctas * static_cast<uint32_t>(shared.sums);
+    shared.counter = &counters->summed[l];
+    if (shared.slabs > 0) shared.published = &counters->inverted[l];
+  } else if (shared.role == kPermuteTask) {
+    shared.published = &counters->inverted[l];
+  } else if (shared.role == kSlabTask) {
+    shared.awaited = static_cast<uint32_t>(shared.moves);
+    if (params.options.stages != kStageApply) shared.awaited += ctas;
+    shared.counter = &counters->inverted[l];
+    if (shared.moves > 0) shared.published = &counters->corrected[l];
+  } else {
+    shared.awaited = ctas * static_cast<uint32_t>(shared.slabs);
+    shared.counter = &counters->corrected[l];
+  }
+}
+
 // One thread: the task of number shared.ticket, and what it needs of random.h.
 CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared) {
   const PreconditionOptions& options = params.options;
   const int round = find_round(params, shared.ticket);
-  int task = shared.ticket - params.first_task[round], role = kSumTask, l = round, chunks = 1;
-  for (; role <= kSlabTask; ++role, --l) {
-    if (l >= params.count) continue;
+  int task = shared.ticket - params.first_task[round], role = kPackTask, l = round, chunks = 1;
+  for (; role < kRoles; ++role) {
+    l = round - layers_behind(role);
+    if (l < 0 || l >= params.count) continue;
     chunks = static_cast<int>(count_chunks(params.layers[l], options));
-    const int tasks = chunks * tasks_per_chunk(params.shares[l], options.stages, role);
+    const int tasks = static_cast<int>(count_tasks(params.shares[l], chunks, options.stages, role));
     if (task < tasks) break;
     task -= tasks;
   }
   const PreconditionLayer& layer = params.layers[l];
+  const bool whole_rows = role == kPackTask || role == kPermuteTask || role == kRestoreTask;
   shared.role = role;
   shared.layer = l;
-  shared.chunk = task % chunks;
-  shared.part = task / chunks;
+  shared.chunk = whole_rows ? 0 : task % chunks;
+  shared.part = whole_rows ? task : task / chunks;
   shared.sums = params.shares[l].sums;
   shared.slabs = params.shares[l].slabs;
+  shared.packs = params.shares[l].packs;
+  shared.moves = params.shares[l].moves;
   shared.cluster = params.cluster;
   shared.tf32 = params.tf32;
   shared.failed_tries = shared.failed_minor = 0;
-  shared.awaited = 0;
   shared.stages = options.stages;
-  const uint32_t ctas = static_cast<uint32_t>(chunks * params.cluster);
-  if (role == kSumTask) {
+  if (whole_rows) {
+    shared.stages = 0;
+  } else if (role == kSumTask) {
     shared.stages = kStageCovariance;
   } else if (role == kSlabTask) {
     shared.stages = kStageApply;
-    if (options.stages != kStageApply) shared.awaited = ctas;
-  } else {
-    if (shared.slabs > 0) shared.stages &= ~kStageApply;
-    shared.awaited = ctas * static_cast<uint32_t>(shared.sums);
+  } else if (shared.slabs > 0) {
+    shared.stages &= ~kStageApply;
   }
+  link_task(params, shared, l, static_cast<uint32_t>(chunks * params.cluster));
 
   int64_t rows = rows_of_x(layer);
   if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
   shared.rows = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
   shared.all_rows = shared.rows.count;
+  const int part = shared.part * params.cluster + shared.rank;
+  const int x_parts = role == kSumTask ? shared.sums : role == kPackTask ? shared.packs : 1;
+  const int g_parts = role == kSlabTask ? shared.slabs : whole_rows && role != kPackTask ? shared.moves : 1;
   int64_t first;
-  share_of(shared.all_rows, shared.part * params.cluster + shared.rank,
-           role == kSumTask ? shared.sums * params.cluster : params.cluster, first, shared.rows.count);
+  share_of(shared.all_rows, part, x_parts * params.cluster, first, shared.rows.count);
+  share_of(layer.outputs, part, g_parts * params.cluster, shared.first_output, shared.outputs);
   shared.rows.offset += first * shared.rows.stride;
-  share_of(layer.outputs, shared.part * params.cluster + shared.rank,
-           role == kSlabTask ? shared.slabs * params.cluster : params.cluster, shared.first_output, shared.outputs);
+  shared.x = layer.x;
+  shared.x_unit_stride = layer.x_unit_stride;
+  shared.x_rows_are_fast =
+      rows_are_fast(layer.x_row_stride[kMaxRowDims - 1], layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride);
+  if (shared.packs > 0) {
+    shared.packed_pitch = packed_pitch(layer);
+    shared.packed = params.workspace + static_cast<int64_t>(params.packed[l]) * 16;
+    if (role == kPackTask) {
+      shared.packed += first * shared.packed_pitch * element_size(layer.x_dtype);
+    } else {
+      shared.x = shared.packed;
+      shared.x_unit_stride = 1;
+      shared.x_rows_are_fast = false;
+      shared.rows.offset = first;
+      shared.rows.stride = 1;
+    }
+  }
 
   shared.division =
       make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
@@ -169,12 +251,9 @@ CO_DEVICE void take_task(const PreconditionParams& params, ChunkShared& shared) 
 }
 
 // Until the tasks that this one needs have published.  Ends with a barrier.
-CO_DEVICE void wait_for_others(const PreconditionParams& params, const ChunkShared& shared) {
+CO_DEVICE void wait_for_others(const ChunkShared& shared) {
   if (threadIdx.x == 0 && shared.awaited != 0) {
-    Counters* counters = reinterpret_cast<Counters*>(params.workspace);
-    const uint32_t* counter =
-        shared.role == kFinishTask ? &counters->summed[shared.layer] : &counters->inverted[shared.layer];
-    while (load_acquire(counter) < shared.awaited) __nanosleep(64);
+    while (load_acquire(shared.counter) < shared.awaited) __nanosleep(64);
   }
   __syncthreads();
 }
@@ -185,10 +264,11 @@ CO_DEVICE void end_task(const PreconditionParams& params, const ChunkShared& sha
   __syncthreads();
   if (threadIdx.x != 0) return;
   Counters* counters = reinterpret_cast<Counters*>(params.workspace);
-  if (shared.role == kSumTask) add_release(&counters->summed[shared.layer], 1);
-  if (shared.role == kFinishTask && shared.slabs > 0) add_release(&counters->inverted[shared.layer], 1);
+  if (shared.published != nullptr) add_release(shared.published, 1);
   if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return;
-  for (int l = 0; l < params.count; ++l) counters->summed[l] = counters->inverted[l] = 0;
+  for (int l = 0; l < params.count; ++l) {
+    counters->packed[l] = counters->summed[l] = counters->inverted[l] = counters->corrected[l] = 0;
+  }
   counters->ticket = 0;
   atomicExch(&counters->finished, 0u);
 }

@@ -51,6 +51,7 @@ API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "CudaDevice") == 0) return sizeof(CudaDevice);
   if (std::strcmp(name, "CudaTuning") == 0) return sizeof(CudaTuning);
   if (std::strcmp(name, "LayerWork") == 0) return sizeof(LayerWork);
+  if (std::strcmp(name, "RowMatrix") == 0) return sizeof(RowMatrix);
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
   if (std::strcmp(name, "BatchRmsNormParams") == 0) return sizeof(BatchRmsNormParams);
   if (std::strcmp(name, "ChannelDivideParams") == 0) return sizeof(ChannelDivideParams);
@@ -97,15 +98,20 @@ API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t
   return precondition_workspace_cuda(layers, count, *options, *tuning);
 }
 
-API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int32_t clusters, const CudaTuning* tuning) {
-  return choose_rung(chunks, longest_rows, clusters != 0, *tuning);
+API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, int32_t clusters,
+                                 const CudaTuning* tuning) {
+  return choose_rung(chunks, longest_rows, permuted_bytes, clusters != 0, *tuning);
 }
+
+API bool simt_permutes(const RowMatrix* matrix, const CudaTuning* tuning) { return permutes(*matrix, *tuning); }
 
 API LayerShares simt_share_layer(const LayerWork* work, const LaunchShape* shape, const CudaTuning* tuning) {
   return share_layer(*work, *shape, *tuning);
 }
 
-API PreconditionPlan simt_plan(int32_t units, int32_t shared_bytes) { return plan_precondition(units, shared_bytes); }
+API PreconditionPlan simt_plan(int32_t units, int32_t shared_bytes, int32_t slab_bytes) {
+  return plan_precondition(units, shared_bytes, slab_bytes);
+}
 
 API void simt_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step, uint32_t layer,
                        int64_t* units_out) {

@@ -13,7 +13,7 @@ import numpy as np
 import simt_library as simt
 
 MAX_TRIES = 3
-COUNTER_BYTES = 1024
+COUNTER_BYTES = 2048
 EPS = {simt.FLOAT32: 2.0**-23, simt.BFLOAT16: 2.0**-7, simt.FLOAT16: 2.0**-10}
 
 
@@ -57,6 +57,7 @@ class Case:
     rung: int = simt.AUTOMATIC
     ctas: int = 0
     tf32: bool = False
+    packing: int = 0
 
 
 class Problem:
@@ -183,7 +184,7 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     """Corrects fresh copies of the case's arrays in one launch."""
     problems = problems_of(case)
     options = options_of(case)
-    tuning = simt.Tuning(case.rung, case.ctas, case.tf32)
+    tuning = simt.Tuning(case.rung, case.ctas, case.tf32, case.packing)
     layers = [p.describe(num_chunks(p.all_units, case.chunk)) for p in problems]
     if len(case.stages) > 1:
         for problem, layer in zip(problems, layers, strict=True):
@@ -341,10 +342,32 @@ RUNGS = {  # of the ladder, with several CTAs a chunk although the cases are sma
     "V0": dict(rung=simt.V0),
     "V1": dict(rung=simt.V1, ctas=4),
     "V2": dict(rung=simt.V2, ctas=3),
+    "packed": dict(rung=simt.V2, ctas=3, packing=simt.ALWAYS),
 }
+
+
+# Permuted rows (permute.cuh): rows on 16 bytes and not, blocks of rows that fill the shared memory, matrices that can
+# only be gathered beside others, and more layers than there are places for packed rows.
+PERMUTED = {
+    "aligned": Case([L(64, 40, rows=70), L(96, 33, x_dtype=B, g_dtype=H, layer=1)]),
+    "aligned, bias": Case([L(64, 9, bias=True), L(72, 9, x_dtype=H, g_dtype=B, bias=True, layer=1)], trace=True),
+    "not aligned": Case([L(67, 9, x_dtype=B, g_dtype=B, bias=True), L(66, 9, layer=1)]),
+    "blocks": Case([L(516, 50, rows=60)], chunk=128),
+    "X alone": Case([L(48, 5, layout="nhwc", taps=(3, 3), rows=50), L(40, 9, taps=(2,), layer=1)]),
+    "G alone": Case([L(48, 5, rows=50, layout="nchw"), L(40, 9, layout="columns", rows=37, layer=1)]),
+    "four layers": Case([L(40 + 8 * i, 12, rows=50, layer=i) for i in range(4)], trace=True),
+    "given": Case([L(68, 7, bias=True, permuted=True), L(64, 7, permuted=True, group=8, layer=1)]),
+    "row count": Case([L(40, 6, rows=75, row_count=31), L(40, 5, row_count=0, layer=1)], max_rows=20),
+    "failed chunk": Case([L(72, 6, bias=True, spoil=("x", 33, math.nan)), L(64, 5, spoil=("g", 1, math.nan), layer=1)]),
+    "launches": Case([L(72, 6, bias=True), L(64, 5, x_dtype=B, g_dtype=B, layer=1)], stages=(1, 2, 4)),
+    "inverse apart": Case([L(72, 6, bias=True)], stages=(3, 4), trace=True),
+    "16 chunks": Case([L(512, 24, rows=24)]),
+    "16 chunks of bfloat16": Case([L(512, 24, rows=24, x_dtype=B, g_dtype=B)]),
+}
+PERMUTED = {f"permuted, {name}": case for name, case in PERMUTED.items()}
 
 
 def named(name: str) -> Case:
     """A case of SMALL or LARGE; "trace@V2" is one on a rung, "trace" leaves the choice to the launcher."""
     case, _, rung = name.partition("@")
-    return dataclasses.replace({**SMALL, **LARGE}[case], **RUNGS.get(rung, {}))
+    return dataclasses.replace({**SMALL, **LARGE, **PERMUTED}[case], **RUNGS.get(rung, {}))

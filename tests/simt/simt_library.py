@@ -25,6 +25,7 @@ INCLUDES = ("tests", "csrc", "csrc/include")
 COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 AUTOMATIC, V0, V1, V2 = range(4)  # PreconditionRung
+NEVER, ALWAYS = 1, 2  # Packing, where 0 is automatic too
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {  # flags of the kernels, flags of the runtime
@@ -260,7 +261,23 @@ class Device(ctypes.Structure):
 class Tuning(ctypes.Structure):
     """CudaTuning."""
 
-    _fields_ = (("rung", ctypes.c_int32), ("ctas", ctypes.c_int32), ("tf32", ctypes.c_bool))
+    _fields_ = (
+        ("rung", ctypes.c_int32),
+        ("ctas", ctypes.c_int32),
+        ("tf32", ctypes.c_bool),
+        ("packing", ctypes.c_int32),
+    )
+
+
+class RowMatrix(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("run_bytes", ctypes.c_int64),
+        ("element_bytes", ctypes.c_int64),
+        ("unit_rows", ctypes.c_bool),
+    )
 
 
 class LayerWork(ctypes.Structure):
@@ -269,6 +286,8 @@ class LayerWork(ctypes.Structure):
         ("x_rows", ctypes.c_int64),
         ("g_rows", ctypes.c_int64),
         ("waits_for_trace", ctypes.c_bool),
+        ("packs_x", ctypes.c_bool),
+        ("permutes_g", ctypes.c_bool),
     )
 
 
@@ -277,7 +296,7 @@ class LaunchShape(ctypes.Structure):
 
 
 class LayerShares(ctypes.Structure):
-    _fields_ = (("sums", ctypes.c_int16), ("slabs", ctypes.c_int16))
+    _fields_ = tuple((name, ctypes.c_int16) for name in ("sums", "slabs", "packs", "moves"))
 
 
 class Plan(ctypes.Structure):
@@ -382,6 +401,7 @@ class Library:
         self._library.simt_plan.restype = Plan
         self._library.simt_choose_rung.restype = LaunchShape
         self._library.simt_share_layer.restype = LayerShares
+        self._library.simt_permutes.restype = ctypes.c_bool
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
         mirrors = {
@@ -390,6 +410,7 @@ class Library:
             b"CudaDevice": Device,
             b"CudaTuning": Tuning,
             b"LayerWork": LayerWork,
+            b"RowMatrix": RowMatrix,
             b"ModulusParams": Modulus,
             b"BatchRmsNormParams": BatchRmsNorm,
             b"ChannelDivideParams": ChannelDivide,
@@ -482,24 +503,36 @@ class Library:
         how = tuning or Tuning()
         return self._library.simt_precondition_workspace(array, count, ctypes.byref(options), ctypes.byref(how))
 
+    def permutes(self, matrix: RowMatrix, tuning: Tuning | None = None) -> bool:
+        return self._library.simt_permutes(ctypes.byref(matrix), ctypes.byref(tuning or Tuning()))
+
     def shares(
-        self, layers: list[tuple[int, int, int]], clusters: bool, trace: bool = False, tuning: Tuning | None = None
-    ) -> tuple[int, int, list[tuple[int, int]]]:
-        """(rung, cluster, (sums, slabs) a layer) of layers with (chunks, rows of X, rows of G)."""
+        self,
+        layers: list[tuple[int, int, int]],
+        clusters: bool,
+        trace: bool = False,
+        tuning: Tuning | None = None,
+        permuted_bytes: int = 0,
+    ) -> tuple[int, int, list[LayerShares]]:
+        """(rung, cluster, shares a layer) of layers with (chunks, rows of X, rows of G), which are permuted if
+        ``permuted_bytes`` are."""
         how = tuning or Tuning()
         chunks, longest = sum(layer[0] for layer in layers), max(max(layer[1:]) for layer in layers)
         shape = self._library.simt_choose_rung(
-            ctypes.c_int64(chunks), ctypes.c_int64(longest), int(clusters), ctypes.byref(how)
+            ctypes.c_int64(chunks),
+            ctypes.c_int64(longest),
+            ctypes.c_int64(permuted_bytes),
+            int(clusters),
+            ctypes.byref(how),
         )
         shares = []
         for layer in layers:
-            work = LayerWork(*layer, trace)
-            share = self._library.simt_share_layer(ctypes.byref(work), ctypes.byref(shape), ctypes.byref(how))
-            shares.append((share.sums, share.slabs))
+            work = LayerWork(*layer, trace, permuted_bytes > 0, permuted_bytes > 0)
+            shares.append(self._library.simt_share_layer(ctypes.byref(work), ctypes.byref(shape), ctypes.byref(how)))
         return shape.rung, shape.cluster, shares
 
-    def plan(self, units: int, device: str) -> Plan:
-        return self._library.simt_plan(units, SHARED_BYTES[device])
+    def plan(self, units: int, device: str, slab_bytes: int = 0) -> Plan:
+        return self._library.simt_plan(units, SHARED_BYTES[device], slab_bytes)
 
     def division(self, units: int, chunk: int, group: int, seed: int, step: int, layer: int) -> np.ndarray:
         order = np.empty(units, np.int64)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import precondition_cases as cases
 import pytest
 import simt_library as simt
 
@@ -42,14 +43,18 @@ GLOBAL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory):
-    report = tmp_path_factory.mktemp("accesses") / "report"
-    library = simt.build("accesses")
-    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", "64"]
+def count(folder, case):
+    """What simt.accesses says of one case."""
+    library, report = simt.build("accesses"), folder / "report"
+    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", case]
     done = subprocess.run(command, env={**os.environ, "SIMT_ACCESS_OUT": str(report)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return simt.accesses(library, report)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return count(tmp_path_factory.mktemp("accesses"), "64")
 
 
 @pytest.mark.parametrize(
@@ -57,10 +62,58 @@ def counted(tmp_path_factory):
     [("shared", *row) for row in SHARED] + [("global", *row) for row in GLOBAL],
 )
 def test_cost_of_a_line(counted, space, file, snippet, most):
+    assert_cost(counted, space, file, snippet, most)
+
+
+def numbers_of(file, snippet):
     text = (simt.ROOT / "csrc" / "cuda" / file).read_text().splitlines()
     numbers = [n for n, line in enumerate(text, 1) if snippet in line and not line.lstrip().startswith("//")]
     assert numbers, "the line is still there"
-    found = [row for n in numbers for row in counted.get((file, n), []) if row[0] == space]
+    return numbers
+
+
+def assert_cost(counted, space, file, snippet, most):
+    found = [row for n in numbers_of(file, snippet) for row in counted.get((file, n), []) if row[0] == space]
     assert found, "the line was run"
     requests = sum(row[1] for row in found)
     assert sum(row[1] * row[2] for row in found) / requests <= most
+
+
+# Of permute.cuh, 16 bytes a lane: 16 sectors a request, one more where an array does not begin on a sector.
+VECTORS = [
+    ("global", "batch[i] = *reinterpret_cast<const Vector*>(global_memory(work.from)", 17.0),
+    ("global", "*reinterpret_cast<Vector*>(global_memory(work.to)", 17.0),
+    ("shared", "*reinterpret_cast<Vector*>(work.slab", 4.0),  # 512 bytes are 4 passes
+    ("shared", "const auto unit = *reinterpret_cast<const RowVector<uint16_t, kWidth>*>(work.table", 4.0),
+    ("shared", "out.v[i] = work.slab[", 4.0),  # 32 random elements: 3.5 words in the fullest bank
+]
+ROWS_OF_X = ("gram.cuh", "raw[i] = x[")
+ROWS_OF_G = ("apply.cuh", "value = to_float<Raw>(layer.g_dtype, g["), ("apply.cuh", "g[chunk.shared.row_offset[row]")
+
+
+def moved_sectors(counted):
+    """Of the lines that read and write X and G."""
+    total = 0
+    for file, snippet in (ROWS_OF_X, *ROWS_OF_G, *(("permute.cuh", row[1]) for row in VECTORS if row[0] == "global")):
+        rows = [row for n in numbers_of(file, snippet) for row in counted.get((file, n), [])]
+        total += sum(requests * sectors for space, requests, sectors, _ in rows if space == "global")
+    return total
+
+
+@pytest.mark.parametrize(
+    ("case", "element", "gathered", "permuted"),
+    [("permuted, 16 chunks", 4, 6.0, 3.5), ("permuted, 16 chunks of bfloat16", 2, 10.0, 4.0)],
+)
+def test_exact_division_reads_whole_sectors(tmp_path, case, element, gathered, permuted):
+    """Sectors moved for every sector of X, read, and of G, read and written: at least ``gathered`` where the units of a
+    chunk are gathered, at most ``permuted`` with permuted rows, three passes.
+
+    Arrays begin on 16 bytes here, so that 64 bytes of a row may touch three sectors.
+    """
+    layer = cases.named(case).layers[0]
+    ideal = (layer.rows + 2 * layer.outputs) * layer.units * element / 32
+    assert moved_sectors(count(tmp_path, case + "@V2")) >= gathered * ideal
+    counted = count(tmp_path, case + "@packed")
+    assert 3 * ideal <= moved_sectors(counted) <= permuted * ideal
+    for space, snippet, most in VECTORS:
+        assert_cost(counted, space, "permute.cuh", snippet, most)

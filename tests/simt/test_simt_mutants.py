@@ -19,7 +19,8 @@ CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "Na
 CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "bfloat16", "float16")
 CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2")
 CASES += ("96", "128", "128@V0")
-FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "tasks.cuh", "precondition.cu")
+CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
+FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "permute.cuh", "tasks.cuh", "precondition.cu")
 
 
 def find(pattern):

@@ -37,6 +37,11 @@ def test_large(library, name):
     run_cases.check_schedules(library, cases.LARGE[name], seeds=2)
 
 
+@pytest.mark.parametrize("name", cases.PERMUTED)
+def test_permuted_rows(library, name):
+    run_cases.check_schedules(library, cases.named(f"{name}@packed"), seeds=4)
+
+
 @pytest.mark.parametrize("rung", ["V1", "V2"])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128 bfloat16", "256 on sm_80"])
 def test_rungs(library, name, rung):
@@ -45,7 +50,7 @@ def test_rungs(library, name, rung):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rung", "seeds"), [("", 40), ("@V1", 12), ("@V2", 12)])
+@pytest.mark.parametrize(("rung", "seeds"), [("", 40), ("@V1", 12), ("@V2", 12), ("@packed", 12)])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128", "256"])
 def test_many_schedules(library, name, rung, seeds):
     run_cases.check_schedules(library, cases.named(name + rung), seeds)
@@ -66,6 +71,10 @@ def test_rungs_launch_what_they_say(library):
     assert launched(library, case + "@V1") == 6 * 4
     assert launched(library, case + "@V1", device="sm_80") == 6, "no clusters"
     assert launched(library, case + "@V2") == 6 * (3 + 1 + 3)
+    moves = 2 * (3 + 2 * 3)  # pack, permute and restore, of the two layers with several chunks
+    assert launched(library, case + "@packed") == 6 * (3 + 1 + 3) + moves
+    assert launched(library, "permuted, X alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 3, "kernel taps are gathered"
+    assert launched(library, "permuted, G alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 2 * 3, "and images in planes"
     assert launched(library, "trace@V0") == 3 + 2 + (3 + 1 + 2), "sums of the layers with several chunks"
     assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
 
@@ -124,7 +133,9 @@ def test_choice_of_the_rung(library, name, clusters, rung, cluster):
     assert (got_rung, got_cluster) == (rung, cluster)
     chunks = sum(layer[0] for layer in WORKLOADS[name])
     assert rung == simt.V2 or chunks * cluster <= 264
-    for (_, x_rows, g_rows), (sums, slabs) in zip(WORKLOADS[name], shares, strict=True):
+    for (_, x_rows, g_rows), share in zip(WORKLOADS[name], shares, strict=True):
+        sums, slabs = share.sums, share.slabs
+        assert (share.packs, share.moves) == (0, 0)
         if rung != simt.V2:
             assert (sums, slabs) == (0, 0)
             assert max(x_rows, g_rows) <= 1024 * cluster
@@ -132,7 +143,7 @@ def test_choice_of_the_rung(library, name, clusters, rung, cluster):
         assert sums <= 1 or x_rows / sums >= 256, "at least half of the least share"
         assert x_rows / max(sums, 1) <= 4096
         assert g_rows / max(slabs, 1) <= 4096
-    assert library.shares(WORKLOADS[name], clusters, trace=True)[2][0][0] >= 1, "a trace needs sums of their own"
+    assert library.shares(WORKLOADS[name], clusters, trace=True)[2][0].sums >= 1, "a trace needs sums of their own"
 
 
 def test_tasks_of_a_large_launch(library):
@@ -140,9 +151,71 @@ def test_tasks_of_a_large_launch(library):
     for name in ("iii", "iv", "vi"):
         layers = WORKLOADS[name]
         shares = library.shares(layers, True)[2]
-        for kind in (0, 1):
-            tasks = sum(layer[0] * max(share[kind], 1) for layer, share in zip(layers, shares, strict=True))
+        for kind in ("sums", "slabs"):
+            tasks = sum(layer[0] * max(getattr(share, kind), 1) for layer, share in zip(layers, shares, strict=True))
             assert 400 <= tasks <= 1600, (name, kind, tasks)
+
+
+ROWS = dict(rows=4096, units=4096, chunks=32, run_bytes=4, element_bytes=4, unit_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "automatic", "always"),
+    [
+        ({}, True, True),
+        ({"run_bytes": 2, "element_bytes": 2}, True, True),
+        ({"run_bytes": 8}, True, True),
+        ({"run_bytes": 8, "element_bytes": 2}, True, True),
+        ({"run_bytes": 16}, False, True),  # pairs of sectors, 16 bytes wanted: 2.75 times the bytes
+        ({"run_bytes": 32}, False, True),  # the default: a sector
+        ({"chunks": 4, "units": 512}, False, True),
+        ({"rows": 60}, False, True),  # 960 KiB
+        ({"units": 15_600}, True, True),
+        ({"units": 15_800}, False, False),  # the rows do not fit in shared memory
+        ({"units": 23_400, "run_bytes": 2, "element_bytes": 2}, True, True),
+        ({"units": 23_700, "run_bytes": 2, "element_bytes": 2}, False, False),
+        ({"units": 2**31 - 2}, False, False),
+        ({"unit_rows": False}, False, False),
+        ({"rows": 0}, False, False),
+        ({"chunks": 1, "units": 100}, False, False),
+    ],
+    ids=str,
+)
+def test_choice_of_permuted_rows(library, change, automatic, always):
+    matrix = simt.RowMatrix(**{**ROWS, **change})
+    assert library.permutes(matrix) == automatic
+    assert library.permutes(matrix, simt.Tuning(packing=simt.ALWAYS)) == always
+    assert not library.permutes(matrix, simt.Tuning(packing=simt.NEVER))
+
+
+def test_rung_of_permuted_rows(library):
+    """Tickets from 16 MiB on; tasks for whole rows, enough of them, and sums and slabs of their own."""
+    layer = [(32, 4096, 4096)]
+    assert library.shares(layer, True, permuted_bytes=15 << 20)[0] == simt.V1
+    rung, _, (share,) = library.shares(layer, True, permuted_bytes=96 << 20)
+    assert rung == simt.V2
+    assert (share.packs, share.moves) == (128, 128)
+    assert share.sums > 1
+    assert share.slabs > 1
+    (share,) = library.shares([(8, 100, 10_000)], True, permuted_bytes=96 << 20)[2]
+    assert (share.sums, share.packs, share.moves) == (1, 4, 264)
+
+
+def test_workspace_of_permuted_rows(library):
+    """Two places for packed X, each as large as the largest needs, however many layers there are; G needs none."""
+    layers = [cases.LayerCase(64, 2, rows=50, layer=i) for i in range(4)] + [cases.LayerCase(68, 2, rows=30, layer=4)]
+
+    def workspace(count, **change):
+        case = cases.Case(layers[:count], **cases.RUNGS["packed"], **change)
+        problems = [p.describe(3) for p in cases.problems_of(case)]
+        options, tuning = cases.options_of(case), simt.Tuning(case.rung, case.ctas)
+        options.stages = COVARIANCE | FACTOR | APPLY
+        gathered = library.workspace_bytes(problems, options, tuning)
+        tuning.packing = simt.ALWAYS
+        return library.workspace_bytes(problems, options, tuning) - gathered
+
+    assert [workspace(count) for count in (1, 2, 4, 5)] == [50 * 64 * 4, *[2 * 50 * 64 * 4] * 3]
+    assert workspace(1, max_rows=7) == 7 * 64 * 4
 
 
 @pytest.mark.slow
@@ -151,6 +224,7 @@ def test_sanitizers(kind):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
     rungs = [f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("V1", "V2")]
+    rungs += [f"{name}@packed" for name in cases.PERMUTED if "16 chunks" not in name]
     command = [sys.executable, script, simt.build(kind), "2", *cases.SMALL, "96", "128", "256 on sm_80", *rungs]
     done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
@@ -349,6 +423,7 @@ def test_plan(library, device):
         assert plan.tile_floats == side * (side + 1) // 2 * 32 * 33
         assert plan.shared_bytes == 4 * (plan.tile_floats + plan.arena_floats)
         assert plan.shared_bytes + 6 * 1024 <= simt.SHARED_BYTES[device]
+        assert library.plan(units, device, 90 << 10).shared_bytes == max(plan.shared_bytes, 90 << 10)
         assert plan.arena_floats >= max(8 * (padded + 8), plan.apply_rows * (padded + 5))
         assert plan.apply_rows in (8, 16, 32, 64)
     assert library.plan(128, "sm_90").apply_rows == 64

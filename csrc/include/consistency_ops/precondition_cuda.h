@@ -19,16 +19,27 @@ enum class PreconditionRung : int32_t {
   kV2 = 3,  // tasks for shares of X, for the inverse and for shares of G, which meet in the workspace
 };
 
+// Whether the rows of X and G are permuted first, so that the units of a chunk are neighbours in memory.  It is for the
+// exact division (group = 1, or a given permutation), where a warp that gathers the units of one chunk moves a sector
+// of 32 bytes for every element.  Needs V2, and rows whose units are neighbours: linear layers, channels-last inputs,
+// 1 x 1 convolutions; others are gathered.  G is permuted in place and back.
+enum class Packing : int32_t {
+  kAutomatic = 0,  // matrices of 1 MiB and more, with more than 4 chunks, whose gather would move 4 times their bytes
+  kNever = 1,
+  kAlways = 2,  // wherever it is possible
+};
+
 // What a benchmark or a caller with other needs may choose.  The defaults are float32-accurate and, on one
 // architecture, the same bit for bit whatever the size of the device.
 struct CudaTuning {
   PreconditionRung rung = PreconditionRung::kAutomatic;
   int32_t ctas = 0;   // of a chunk: the cluster of V1 (1 .. 8), the shares of V2 (1 .. 1024); 0: automatic
   bool tf32 = false;  // one TF32 pass for every product: torch's float32 matmul precision "high"
+  Packing packing = Packing::kAutomatic;
 };
 
 // Queues the correction on `stream` (a cudaStream_t) and returns at once: no synchronisation, no allocation, no copy.
-// One kernel launch for every 120 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16
+// One kernel launch for every 118 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16
 // and everything is computed in float32 (kInvalidArgument otherwise); chunks above 192 units need a device with 163 KiB
 // of shared memory a block.
 //
@@ -39,10 +50,11 @@ struct CudaTuning {
 Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                          const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning = {});
 
-constexpr int64_t kCudaCounterBytes = 1024;
+constexpr int64_t kCudaCounterBytes = 2048;
 
 // Enough for every device.  Non-zero where CTAs meet in device memory: on V2, and for trace scaling of layers with
-// several chunks in the fused call.
+// several chunks in the fused call.  Packing adds the sampled rows of the largest X that is packed, twice where there
+// are several.
 int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                                     const CudaTuning& tuning = {});
 
