@@ -97,6 +97,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),
+    "peers-variants": lambda: peers.variants(stored("ablations")),
     **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},
 }
 

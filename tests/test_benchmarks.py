@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import report
-from benchmarks.peers import runs, tables
+from benchmarks.peers import ablations, ideas, runs, tables
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.references import Foof, Isaac, rows
-from benchmarks.peers.tasks import CHARACTERS, CONTEXT, TASKS, Split, characters
+from benchmarks.peers.tasks import CHARACTERS, CONTEXT, TASKS, VARIANTS, Split, characters
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {"cifar-convnet": (3, 32, 32), "cifar-resnet": (3, 32, 32), "autoencoder": (784,)}
+SHAPES = {"cifar-convnet": (3, 16, 16), "cifar-resnet": (3, 16, 16), "autoencoder": (784,)}
 
 
 def random_split(task: str, count: int = 20) -> Split:
@@ -61,10 +61,7 @@ def test_every_installed_optimizer_changes_all_parameters(task, peer):
 
 
 def test_equal_number_of_trials():
-    counts = {
-        name: len(peer.trials) + (len(runs.DAMPINGS) if "damping" in peer.trials[0] else 0)
-        for name, peer in PEERS.items()
-    }
+    counts = {name: len(peer.trials) + (len(runs.DAMPINGS) if peer.damped else 0) for name, peer in PEERS.items()}
     assert set(counts.values()) == {8}, counts
 
 
@@ -102,6 +99,61 @@ def test_foof_averages_and_keeps_its_inverse():
         torch.testing.assert_close(model.weight.grad.double(), (gradient @ inverse)[:, :4], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", [0, 11])  # of small and of large variance: the correction lengthens and shortens
+@pytest.mark.parametrize("graft", ["norm", "clip", "metric"])
+def test_grafts_set_the_norm_of_the_corrected_gradient(graft, unit):
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 12) * torch.linspace(0.1, 3, 12), nn.Linear(12, 5)
+    steps, _ = ideas.actions(model, graft=graft, bias=False)
+    (model(x) * x[:, unit : unit + 1]).mean().backward()
+    raw = model.weight.grad.clone()
+    for step in steps:
+        step()
+    moment = x.T @ x / len(x)
+    expected = raw @ torch.linalg.inv(12 * moment / moment.trace() + 0.1 * torch.eye(12))
+    length = (raw * expected).sum().sqrt() if graft == "metric" else expected.norm()
+    scale = raw.norm() / length
+    assert (scale < 1) == (unit == 0)
+    torch.testing.assert_close(model.weight.grad, expected * (scale.clamp(max=1) if graft == "clip" else scale))
+
+
+def test_momentum_before_the_correction_and_annealed_damping():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 2, bias=False), torch.randn(50, 6)
+    steps, (preconditioner,) = ideas.actions(model, momentum_first=0.5, anneal=(1.0, 4.0, 2), scaling="absolute")
+    used, total = [], torch.zeros(2, 6)
+    for _ in range(3):
+        model.zero_grad()
+        model(x).sum().backward()
+        total = 0.5 * total + model.weight.grad
+        for step in steps:
+            step()
+        used.append(preconditioner.last_damping)
+        damped = x.T @ x / len(x) + used[-1] * torch.eye(6)
+        torch.testing.assert_close(model.weight.grad, total @ torch.linalg.inv(damped))
+    assert used == [1.0, 2.0, 4.0]
+
+
+def test_ledoit_wolf_agrees_with_scikit_learn():
+    covariance = pytest.importorskip("sklearn.covariance")
+    torch.manual_seed(0)
+    for n, d in ((20, 30), (500, 10)):
+        x = torch.randn(n, d) * torch.linspace(0.5, 2, d)
+        share = covariance.ledoit_wolf_shrinkage(x.double().numpy(), assume_centered=True)
+        assert ideas.ledoit_wolf(x, 0.0) == pytest.approx(share / (1 - share), rel=1e-3)
+
+
+def test_shrinkage_gives_every_layer_its_own_damping():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(40, 8)
+    steps, parts = ideas.actions(model, shrinkage=True)
+    model(x).sum().backward()
+    for step in steps:
+        step()
+    inputs = x, model[:2](x).detach()
+    assert [part.last_damping for part in parts] == pytest.approx([ideas.ledoit_wolf(t) for t in inputs])
+
+
 def test_rows_of_a_convolution_are_its_patches():
     layer, x = nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 8, 8)
     outputs = rows(layer, x) @ layer.weight.flatten(1).T + layer.bias
@@ -117,7 +169,7 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     for peer in ("sgd", "isaac"):
         mine = [line for line in lines if line["optimizer"] == peer]
         assert [line["phase"] for line in mine] == ["trial"] * 8 + ["final"] * 2
-        assert {line["steps"] for line in mine} == {2, 6}
+        assert {line["steps"] for line in mine} == {3, 6}
         best = min((line for line in mine if line["phase"] == "trial"), key=runs.last)
         assert all(line["setting"] == best["setting"] for line in mine if line["phase"] == "final")
     monkeypatch.setattr(runs, "train", None)
@@ -167,6 +219,25 @@ def test_summary_and_tables():
     assert "every trial failed" in tables.finals(found + trials, "fashion-mlp").splitlines()[-1]
     overview = tables.overview({"fashion-mlp": found})
     assert "15 (0.8)" in overview and "ends at 0.700" in overview
+
+
+def test_ablations_choose_the_rate_with_seed_0_and_report_the_others(tmp_path, monkeypatch):
+    monkeypatch.setitem(runs.TASKS, "fashion-mlp", dataclasses.replace(TASKS["fashion-mlp"], batch=10))
+    store, split = runs.Store(tmp_path / "x.jsonl"), random_split("fashion-mlp")
+    settings = [{"lr": 1e6, "graft": "norm"}, {"lr": 0.01, "graft": "norm"}]
+    ablations.try_out(store, "fashion-mlp", "sgd+pre", "graft", settings, split, 2, 4)
+    assert [(run["seed"], run["setting"]["lr"]) for run in store.runs] == [(0, 1e6), (0, 0.01), (1, 0.01), (2, 0.01)]
+    ends = [runs.last(run) for run in store.runs[2:]]
+    cell = ablations.table(store.runs)["graft"]["fashion-mlp, sgd+pre"]
+    assert cell == pytest.approx((sum(ends) / 2, abs(ends[0] - ends[1]) / 2))
+    store.runs[-1]["failure"] = "step 3: loss nan"
+    assert "| graft | diverges |" in tables.ablations(store.runs)
+
+
+def test_table_of_variants():
+    run = fake("sgd", 1, [0.9, 0.5]) | {"phase": ablations.VARIANT_PHASE, "task": next(iter(VARIANTS))}
+    lines = tables.variants([run]).splitlines()
+    assert len(lines) == 2 + len(VARIANTS) and "| 0.500 ± 0.000 |  |" in lines[2]
 
 
 def test_numbers_have_significant_digits():

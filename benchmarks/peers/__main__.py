@@ -1,8 +1,7 @@
 """The comparison with other optimizers: runs what is not in benchmarks/results/peers yet, and prints the tables.
 
-Every optimizer gets the same number of trials (a third to half of the steps, seed 0, judged on held-out training
-examples), then the best setting is run with each seed and judged on test examples.  One thread; seconds are CPU
-seconds of the steps alone.
+Every optimizer gets eight trials (half of the steps, seed 0, judged on held-out training examples), then the best
+setting is run with three other seeds, judged on test examples.  One thread; seconds are CPU seconds of the steps alone.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m benchmarks.peers.ablations [--tasks NAME ...] [--bases NAME ...] [--seeds 2] [--data-dir DIR]
 
-The rate is the best of the base's trials with the defaults (``python -m benchmarks.peers`` must have run).  A change of
-damping or scaling moves the best rate, so these rows have the best of three: a third, the same, and three times it.
+The rate is the best of the base's trials with the defaults (``python -m benchmarks.peers`` must have run).  A change
+that may move the best rate has the best of three: a third, the same, and three times it, chosen with seed 0.  All are
+judged on held-out training examples.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.runs import RESULTS, Store, last, run_once
-from benchmarks.peers.tasks import DEFAULT_DATA, TASKS, VARIANTS
+from benchmarks.peers.runs import RESULTS, Store, best_curve, last, run_once
+from benchmarks.peers.tasks import DEFAULT_DATA, TASKS, VARIANTS, Split
 
-CHANGES: dict[str, dict[str, object]] = {
+SAME_RATE: dict[str, dict[str, object]] = {
     "defaults": {},
     "chunk 32": {"chunk": 32},
     "chunk 64": {"chunk": 64},
@@ -26,28 +27,36 @@ CHANGES: dict[str, dict[str, object]] = {
     "group 1": {"group": 1},
     "group 16": {"group": 16},
     "max_rows 128": {"max_rows": 128},
+    "bias left alone": {"bias": False},
+}
+BEST_RATE: dict[str, dict[str, object]] = {
+    **{f"trace, damping {value:g}": {"damping": value} for value in (1.0, 0.3, 0.1, 0.03, 0.01)},
+    **{f"absolute, damping {value:g}": {"damping": value, "scaling": "absolute"} for value in (1.0, 0.01)},
+    "decay 0.5": {"decay": 0.5},
     "decay 0.9": {"decay": 0.9},
     "every 4": {"every": 4},
     "every 10": {"every": 10},
     "decay 0.9, every 10": {"decay": 0.9, "every": 10},
-    "bias left alone": {"bias": False},
+    "damping 0.1 to 1 over the run": {"anneal": [0.1, 1.0, 80]},
+    "damping by Ledoit and Wolf": {"shrinkage": True},
+    "norm of the raw gradient": {"graft": "norm"},
+    "norm at most the raw gradient's": {"graft": "clip"},
+    "norm of the outputs' change": {"graft": "metric"},
 }
-DAMPINGS: dict[str, dict[str, object]] = {
-    **{f"trace, damping {value:g}": {"damping": value} for value in (1.0, 0.3, 0.1, 0.01)},
-    **{f"absolute, damping {value:g}": {"damping": value, "scaling": "absolute"} for value in (1.0, 0.01)},
-}
-TASK_NAMES = ("autoencoder", "fashion-mlp", "deep-mlp")
+SGD_ONLY = {"correction after the momentum": {"momentum_first": 0.9}}
+TASK_NAMES = ("autoencoder", "deep-mlp")
 BASES = ("sgd+pre", "adamw+pre", "muon+pre")
 STEPS = 80
+VARIANT_PHASE = "activation and norm"
 
 
 def best_rate(task: str, base: str) -> float:
-    runs = [
-        run for run in Store(RESULTS / f"{task}.jsonl").runs if run["optimizer"] == base and run["phase"] == "trial"
-    ]
-    if not runs:
+    """Of the trials at the default damping."""
+    runs = [run for run in Store(RESULTS / f"{task}.jsonl").runs if run["optimizer"] == base]
+    trials = [run for run in runs if run["phase"] == "trial" and "damping" not in run["setting"]]
+    if not trials:
         raise SystemExit(f"ablations: {task} has no trials of {base} yet; run python -m benchmarks.peers {task}")
-    return min(runs, key=last)["setting"]["lr"]
+    return min(trials, key=last)["setting"]["lr"]
 
 
 def nearby(rate: float) -> list[float]:
@@ -55,25 +64,26 @@ def nearby(rate: float) -> list[float]:
 
 
 def table(runs: list[dict]) -> dict[str, dict[str, tuple[float, float] | None]]:
-    """{change: {"task, base": (mean of the metric over seeds at the best rate, its half spread)}}, None: all failed."""
-    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+    """{change: {"task, base": (mean of the metric over the seeds from 1 on, its half range)}}, None: a seed failed."""
+    found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
-        cell = found.setdefault(run["phase"], {}).setdefault(f"{run['task']}, {run['optimizer']}", {})
-        cell.setdefault(run["setting"]["lr"], []).append(last(run))
-    result: dict[str, dict[str, tuple[float, float] | None]] = {}
-    for change, cells in found.items():
-        for column, by_rate in cells.items():
-            ends = min(by_rate.values(), key=statistics.mean)
-            failed = math.isinf(max(ends))
-            value = None if failed else (statistics.mean(ends), (max(ends) - min(ends)) / 2)
-            result.setdefault(change, {})[column] = value
-    return result
+        if run["seed"] > 0:
+            cells = found.setdefault(run["phase"], {})
+            cells.setdefault(f"{run['task']}, {run['optimizer']}", []).append(last(run))
+    return {
+        change: {
+            column: None if math.isinf(max(ends)) else (statistics.mean(ends), (max(ends) - min(ends)) / 2)
+            for column, ends in cells.items()
+        }
+        for change, cells in found.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "variants"], default=[*TASK_NAMES, "variants"])
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["sgd+pre"])
+    parser.add_argument("--changes", nargs="+", choices=[*SAME_RATE, *BEST_RATE, *SGD_ONLY], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA)
@@ -81,30 +91,44 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     store = Store(arguments.out)
-    seeds = range(1, arguments.seeds + 1)
     for task in arguments.tasks:
         if task == "variants":
-            run_variants(store, arguments.data_dir, seeds, arguments.steps)
+            run_variants(store, arguments.data_dir, arguments.seeds, arguments.steps)
             continue
         split = TASKS[task].load(arguments.data_dir)
         for base in arguments.bases:
             rate = best_rate(task, base)
-            plans = [(name, options, [rate]) for name, options in CHANGES.items()]
-            plans += [(name, options, nearby(rate)) for name, options in DAMPINGS.items()]
+            moved = BEST_RATE | (SGD_ONLY if base == "sgd+pre" else {})
+            plans = [(name, options, [rate]) for name, options in SAME_RATE.items()]
+            plans += [(name, options, nearby(rate)) for name, options in moved.items()]
             for name, options, rates in plans:
-                for lr in rates:
-                    for seed in seeds:
-                        run_once(store, task, base, name, {"lr": lr, **options}, split, seed, arguments.steps)
+                if arguments.changes and name not in arguments.changes:
+                    continue
+                settings = [{"lr": lr, **options} for lr in rates]
+                try_out(store, task, base, name, settings, split, arguments.seeds, arguments.steps)
 
 
-def run_variants(store: Store, directory: Path, seeds: range, steps: int) -> None:
+def try_out(
+    store: Store, task: str, peer: str, name: str, settings: list[dict], split: Split, seeds: int, steps: int
+) -> None:
+    """The best of ``settings`` with seed 0, then that one with the seeds 1, 2, ..."""
+    best = settings[0]
+    if len(settings) > 1:
+        tried: list[dict] = []
+        for setting in settings:
+            tried.append(run_once(store, task, peer, name, setting, split, 0, steps, best_curve(tried)))
+        best = min(tried, key=last)["setting"]
+    for seed in range(1, seeds + 1):
+        run_once(store, task, peer, name, best, split, seed, steps)
+
+
+def run_variants(store: Store, directory: Path, seeds: int, steps: int) -> None:
     """Activation and normalisation, with and without the correction, each at the best of three rates."""
     split = next(iter(VARIANTS.values())).load(directory)
     for task in VARIANTS:
         for peer in ("sgd", "sgd+pre"):
-            for lr in (0.1, 0.03, 0.01):
-                for seed in seeds:
-                    run_once(store, task, peer, "activation and norm", {"lr": lr}, split, seed, steps)
+            settings = [{"lr": lr} for lr in (0.1, 0.03, 0.01)]
+            try_out(store, task, peer, VARIANT_PHASE, settings, split, seeds, steps)
 
 
 if __name__ == "__main__":

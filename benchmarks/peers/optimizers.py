@@ -13,7 +13,7 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
-import consistency_ops as co
+from benchmarks.peers import ideas
 from benchmarks.peers.references import Foof, Isaac
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -32,6 +32,7 @@ class Peer:
     order: int  # 1: gradients only, 2: with curvature, 3: this package's
     trials: list[dict[str, float]]
     build: Callable[..., Step]
+    damped: bool = False  # the best of the trials is then tried with each of DAMPINGS
 
     @property
     def version(self) -> str | None:
@@ -111,14 +112,17 @@ def plain(base: str) -> Callable[..., Step]:
     return build
 
 
-def corrected(base: str, **options: object) -> Callable[..., Step]:
+def corrected(base: str) -> Callable[..., Step]:
     """The correction in front of ``base``; all its settings at their defaults but for ``options``."""
 
-    def build(model: nn.Module, loss_type: str, lr: float, **more: object) -> Step:
-        optimizer = BASES[base](model, lr)
-        preconditioner = co.Preconditioner(model, **options, **more)
-        step = stepper(model, preconditioner.step, optimizer.step)
-        step.keep = [optimizer, preconditioner]
+    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
+        if "momentum_first" in options:
+            optimizer: object = torch.optim.SGD(model.parameters(), lr=lr)
+        else:
+            optimizer = BASES[base](model, lr)
+        correct, parts = ideas.actions(model, **options)
+        step = stepper(model, *correct, optimizer.step)
+        step.keep = [optimizer, parts]
         return step
 
     return build
@@ -229,7 +233,7 @@ def rates(*values: float) -> list[dict[str, float]]:
 
 GRADIENT = rates(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 ADAPTIVE = rates(0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003)
-# Two settings: six rates at the first damping, then the best of them at the two others.
+# Two settings: six rates at damping 0.1 (our default), then the best of them at the two others.
 DAMPED = [{**setting, "damping": 0.1} for setting in GRADIENT[1:-1]]
 DAMPINGS = (1.0, 0.01)
 
@@ -238,9 +242,9 @@ PEERS = {
     "adam": Peer("torch Adam", "torch", 1, ADAPTIVE, plain("adam")),
     "adamw": Peer("torch AdamW", "torch", 1, ADAPTIVE, plain("adamw")),
     "muon": Peer("torch Muon, AdamW for the rest", "torch", 1, ADAPTIVE, plain("muon")),
-    "sgd+pre": Peer("SGD, preconditioned", "torch", 3, GRADIENT, corrected("sgd")),
-    "adamw+pre": Peer("AdamW, preconditioned", "torch", 3, ADAPTIVE, corrected("adamw")),
-    "muon+pre": Peer("Muon, preconditioned", "torch", 3, ADAPTIVE, corrected("muon")),
+    "sgd+pre": Peer("SGD, preconditioned", "torch", 3, GRADIENT[1:-1], corrected("sgd"), True),
+    "adamw+pre": Peer("AdamW, preconditioned", "torch", 3, ADAPTIVE[1:-1], corrected("adamw"), True),
+    "muon+pre": Peer("Muon, preconditioned", "torch", 3, ADAPTIVE[1:-1], corrected("muon"), True),
     "soap": Peer("heavyball SOAP, every 10", "heavyball", 2, ADAPTIVE, heavyball("SOAP", precondition_frequency=10)),
     "shampoo": Peer(
         "pytorch_optimizer ScalableShampoo, SGD graft, inverses every 10", "pytorch-optimizer", 2, GRADIENT, shampoo
@@ -249,10 +253,10 @@ PEERS = {
         "heavyball KLShampoo, every 10", "heavyball", 2, ADAPTIVE, heavyball("KLShampoo", precondition_frequency=10)
     ),
     "psgd": Peer("heavyball PSGDKron", "heavyball", 2, ADAPTIVE, heavyball("PSGDKron")),
-    "kfac": Peer("asdfghjkl K-FAC, inverses every 10", "asdfghjkl", 2, DAMPED, kfac),
-    "singd": Peer("SINGD, dense: inverse-free K-FAC, every 10", "singd", 2, DAMPED, singd),
-    "foof": Peer("FOOF, our reference, inverses every 10", "reference", 2, DAMPED, reference(Foof)),
-    "isaac": Peer("ISAAC, our reference", "reference", 2, DAMPED, reference(Isaac)),
+    "kfac": Peer("asdfghjkl K-FAC, inverses every 10", "asdfghjkl", 2, DAMPED, kfac, True),
+    "singd": Peer("SINGD, dense: inverse-free K-FAC, every 10", "singd", 2, DAMPED, singd, True),
+    "foof": Peer("FOOF, our reference, inverses every 10", "reference", 2, DAMPED, reference(Foof), True),
+    "isaac": Peer("ISAAC, our reference", "reference", 2, DAMPED, reference(Isaac), True),
 }
 MISSING = {
     "kfac-pytorch": "not in the package index",

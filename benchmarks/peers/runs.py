@@ -147,20 +147,17 @@ def run_once(
 
 
 def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int, steps: int | None = None) -> None:
-    """Trials with seed 0, then the best setting with the seeds 1, 2, ...; ``steps``: instead of the task's own.
+    """Trials of half the steps with seed 0, then the best setting with the seeds 1, 2, ...
 
-    Trials keep their share of the steps.
+    ``steps``: instead of the task's own.
     """
-    trial = TASKS[task].trial if steps is None else max(1, steps * TASKS[task].trial // TASKS[task].steps)
     steps = steps or TASKS[task].steps
     for peer in peers:
         trials: list[dict] = []
         settings = list(PEERS[peer].trials)
         for setting in settings:
-            rival = min(trials, key=last) if trials else None
-            curve = None if rival is None or rival["failure"] else rival["curve"]
-            trials.append(run_once(store, task, peer, "trial", setting, split, 0, trial, curve))
-            if "damping" in setting and len(trials) == len(PEERS[peer].trials):
+            trials.append(run_once(store, task, peer, "trial", setting, split, 0, steps // 2, best_curve(trials)))
+            if PEERS[peer].damped and len(trials) == len(PEERS[peer].trials):
                 rate = min(trials, key=last)["setting"]["lr"]
                 settings += [{"lr": rate, "damping": damping} for damping in DAMPINGS]
         best = min(trials, key=last)
@@ -169,3 +166,9 @@ def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int,
             continue
         for seed in range(1, seeds + 1):
             run_once(store, task, peer, "final", best["setting"], split, seed, steps)
+
+
+def best_curve(runs: list[dict]) -> list | None:
+    """Of those that came to their end."""
+    best = min(runs, key=last, default=None)
+    return None if best is None or best["failure"] else best["curve"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from benchmarks.peers.ablations import VARIANT_PHASE, table
 from benchmarks.peers.optimizers import PEERS
-from benchmarks.peers.tasks import TASKS
+from benchmarks.peers.tasks import TASKS, VARIANTS
 
 STYLES = {1: "--", 2: ":", 3: "-"}  # by Peer.order
 
@@ -205,14 +206,23 @@ def cost(results: dict) -> str:
 
 def ablations(runs: list[dict]) -> str:
     """One row a change, one column a task and base optimizer."""
-    from benchmarks.peers.ablations import table
-
-    found = table([run for run in runs if run["phase"] != "activation and norm"])
+    found = table([run for run in runs if run["phase"] != VARIANT_PHASE])
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
     lines = ["| change | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for change, cells in found.items():
         shown = [_cell(cells, column) for column in columns]
         lines.append(f"| {change} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def variants(runs: list[dict]) -> str:
+    """Activation and normalisation, with and without the correction."""
+    found = table([run for run in runs if run["phase"] == VARIANT_PHASE]).get(VARIANT_PHASE, {})
+    peers = ("sgd", "sgd+pre")
+    lines = ["| " + " | ".join(["network", *(PEERS[peer].text for peer in peers)]) + " |", "| --- | --- | --- |"]
+    for task in VARIANTS:
+        cells = [_cell(found, f"{task}, {peer}") for peer in peers]
+        lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 
 
