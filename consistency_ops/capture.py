@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from . import ops  # noqa: F401  (loading registers the operators)
-from .distributed import Group, is_dtensor, local_input
 from .layers import LayerType
+from .sharding import Group, is_dtensor, local_input
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 10
@@ -136,7 +136,7 @@ class Capture:
         self.rows: Tensor | None = None
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
-        self.same_rows: frozenset[Group] | None = None  # eager only: see distributed.local_input; None: no call yet
+        self.same_rows: frozenset[Group] | None = None  # eager only: see sharding.local_input; None: no call yet
         self.calls = 0  # eager, in this step
         self.source: Capture | None = None  # whose rows are those of this layer, too
         self.last_source = index  # index of the layer that captured the rows of the last finished step

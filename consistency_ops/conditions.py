@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .distributed import local
 
 if TYPE_CHECKING:
     from .coverage import Layer
@@ -28,7 +27,7 @@ def conditions(pre: Preconditioner, layers: list[Layer]) -> dict[str, float]:
     batches: dict[tuple, list[Layer]] = {}
     for layer in layers:
         capture, module = layer.capture, layer.module()
-        weight = local(layer.kind.view(module, layer.weight.detach()))
+        weight = layer.kind.local_view(module, layer.weight.detach())
         if pre.chunk_of(layer.units) <= ops.MAX_CHUNK and weight.numel() > 0:
             key = capture.rows.device, capture.rows.dtype, pre.chunk_of(layer.units)
             batches.setdefault(key, []).append(layer)
@@ -40,7 +39,7 @@ def conditions(pre: Preconditioner, layers: list[Layer]) -> dict[str, float]:
 
 
 def _conditions(pre: Preconditioner, layers: list[Layer], chunk: int) -> dict[str, Tensor]:
-    weights = [local(layer.kind.view(layer.module(), layer.weight.detach())) for layer in layers]
+    weights = [layer.kind.local_view(layer.module(), layer.weight.detach()) for layer in layers]
     biases = [layer.joins_bias for layer in layers]
     covariances = _averages(pre, layers)
     if covariances is None:

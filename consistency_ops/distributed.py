@@ -37,73 +37,17 @@ from torch.nn.parameter import is_lazy
 from . import ops, work_sharing
 from .agreement import Agreement, digest
 from .packing import Packing, SharedPacking
+from .sharding import Group, Shards, is_dtensor, mesh_groups, shards_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
     from .coverage import Layer
     from .item import Item
     from .preconditioner import Preconditioner
 
-# Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
-Group = tuple[int, ...]
-
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 _STRIDE = 2  # column of CaptureState in csrc/include/consistency_ops/capture.h
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
-    return type(tensor) is not Tensor and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without autograd."""
-    if not is_dtensor(tensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
-
-
-def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group] | None]:
-    """Rows that this rank has of a DTensor, and the dimensions of its mesh in which no other rank has others.
-
-    There every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to be taken,
-    whose parts are no rows; instead of dimensions: nothing is known.
-    """
-    if any(p.is_partial() for p in x.placements):
-        return None, None
-    if torch.compiler.is_compiling():
-        return local(x), None
-    unit_dim %= x.dim()
-    pairs = zip(_mesh_groups(x), x.placements, strict=True)
-    return local(x), frozenset(g for g, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
-
-
-def _mesh_groups(tensor: Tensor) -> list[Group]:
-    """This rank's group in every mesh dimension."""
-    mesh = tensor.device_mesh
-    return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Where the chunks of a row-parallel layer are: the same number on every rank of some mesh dimensions."""
-
-    mesh: DeviceMesh
-    columns: tuple[bool, ...]  # whether the weight is sharded over its units, a mesh dimension each
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.mesh.size(dim) for dim, sharded in enumerate(self.columns) if sharded)
-
-    def assemble(self, entry: Tensor) -> Tensor:
-        """This rank's chunks as its part of a DTensor, (chunks of all ranks, ...)."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
-
-        placements = [Shard(0) if sharded else Replicate() for sharded in self.columns]
-        return DTensor.from_local(entry, self.mesh, placements, run_check=False)
 
 
 @dataclass(frozen=True)
@@ -181,6 +125,8 @@ class Ranks:
         alone = [layer.name for layer in layers if self._plan(layer) is None]
         if alone and dist.get_world_size() > 1:
             report.notice_alone(self._pre, alone, dist.get_world_size())
+        if len(alone) < len(layers) and not self._pre.pools:
+            report.notice_not_pooled(self._pre, type(self._pre._optimizer).__name__)
 
     def _ranks_of(self, group: ProcessGroup) -> Group:
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -208,13 +154,15 @@ class Ranks:
         return plan
 
     def _plan_sharded(self, layer: Layer, weight: Tensor, outer: tuple[Group, ...]) -> Plan:
-        if getattr(layer.kind, "packed", False):
-            return Plan(reason="query, key and value share one sharded weight")
+        packed = getattr(layer.kind, "packed", False)
+        if packed and not shards_rows(weight):
+            return Plan(reason="query, key and value share one weight that is not sharded over whole rows")
         if layer.kind.copies(layer.module()):
             return Plan(reason="groups of a convolution are sharded")
-        view, mesh, same_rows = layer.kind.view(layer.module(), weight), weight.device_mesh, layer.capture.same_rows
+        view = weight if packed else layer.kind.view(layer.module(), weight)
+        mesh, same_rows = weight.device_mesh, layer.capture.same_rows
         sharded, replicated, columns = [], [], [False] * mesh.ndim
-        for dim, (group, placement) in enumerate(zip(_mesh_groups(weight), view.placements, strict=True)):
+        for dim, (group, placement) in enumerate(zip(mesh_groups(weight), view.placements, strict=True)):
             if mesh.size(dim) == 1:
                 continue
             shard = getattr(placement, "dim", None)
@@ -235,7 +183,8 @@ class Ranks:
                 return Plan(reason=f"{view.shape[1]} units are sharded unevenly over {shards.count} ranks")
             self._pre._store.shards[layer.index] = shards
         bias = self._bias_of(layer)
-        fits = not (any(columns) or layer.kind.part) and is_dtensor(bias) and bias.placements == view.placements
+        whole = packed or not layer.kind.part
+        fits = whole and not any(columns) and is_dtensor(bias) and bias.placements == view.placements
         if bias is not None and not fits:
             layer.joins_bias, bias = False, None
         # Replicas must end with the same bits, so their dimensions are reduced last.
@@ -285,11 +234,11 @@ class Ranks:
         layer.capture.follow(layer.module(), weight)
         bias = self._bias_of(layer) if self._plans[layer.index].joins_bias else None
         self._settle(weight)
-        grad = local(kind.view(layer.module(), weight.detach() if weight.grad is None else weight.grad))
+        grad = kind.local_view(layer.module(), weight.detach() if weight.grad is None else weight.grad)
         bias_grad = None
         if bias is not None:
             self._settle(bias)
-            bias_grad = local(kind.bias_view(torch.zeros_like(bias) if bias.grad is None else bias.grad))
+            bias_grad = kind.local_bias_view(torch.zeros_like(bias) if bias.grad is None else bias.grad)
         capture = layer.capture
         layer.lost_rows = capture.lost
         source = capture.source or capture

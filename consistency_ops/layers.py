@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .distributed import local
+from .sharding import is_dtensor, local, local_rows, shards_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class LayerType:
         """The bias, or its gradient, as (out,)."""
         return bias
 
+    def local_view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """What this rank holds of :meth:`view`."""
+        return local(self.view(module, weight))
+
+    def local_bias_view(self, bias: Tensor) -> Tensor:
+        """What this rank holds of :meth:`bias_view`."""
+        return local(self.bias_view(bias))
+
     def copies(self, module: nn.Module) -> bool:
         """Whether :meth:`view` is a copy, which :meth:`write_back` must return to its place."""
         return False
@@ -45,7 +53,7 @@ class LayerType:
 
     def units(self, module: nn.Module) -> int:
         """Length of an input row, without the bias."""
-        return local(self.view(module, module._parameters[self.weight])).shape[1] * self.groups(module)
+        return self.local_view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
 
 
 class TransposedConvolution(LayerType):
@@ -78,6 +86,19 @@ class InProjection(LayerType):
 
     def bias_view(self, bias: Tensor) -> Tensor:
         return bias.unflatten(0, (3, -1))[self.position]
+
+    def local_view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return self._local_part(weight) if self.packed and is_dtensor(weight) else super().local_view(module, weight)
+
+    def local_bias_view(self, bias: Tensor) -> Tensor:
+        return self._local_part(bias) if is_dtensor(bias) else self.bias_view(bias)
+
+    def _local_part(self, tensor: Tensor) -> Tensor:
+        """A part may begin and end inside of a shard, so it is no DTensor of its own."""
+        if not shards_rows(tensor):
+            return local(tensor)  # such a layer is left alone
+        size = len(tensor) // 3
+        return local_rows(tensor, self.position * size, (self.position + 1) * size)
 
 
 _TYPES: dict[type[nn.Module], LayerType] = {}

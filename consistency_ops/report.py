@@ -160,6 +160,15 @@ def notice_alone(pre: Preconditioner, names: list[str], ranks: int) -> None:
     )
 
 
+def notice_not_pooled(pre: Preconditioner, optimizer: str) -> None:
+    _notice(
+        pre,
+        "not pooled",
+        f"{optimizer} does not pool covariances over ranks, so gradients that ranks share are left as they are. On "
+        "several ranks use Preconditioner with an optimizer of torch.optim.",
+    )
+
+
 def notice_lost(pre: Preconditioner, layer: Layer) -> None:
     _notice(
         pre,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .distributed import local
+from .sharding import local
 
 if TYPE_CHECKING:
     from .coverage import Layer
-    from .distributed import Shards
+    from .sharding import Shards
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"

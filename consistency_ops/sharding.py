@@ -1,0 +1,85 @@
+"""What a rank holds of a ``DTensor``: its shard, its rows of it, its groups of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
+Group = tuple[int, ...]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
+    return type(tensor) is not Tensor and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without autograd."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def shards_rows(tensor: Tensor) -> bool:
+    """Whether one mesh dimension has runs of rows and all others have copies, as ``fully_shard`` makes them."""
+    sharded = [p for p in tensor.placements if not p.is_replicate()]
+    return len(sharded) == 1 and sharded[0].is_shard(0) and not hasattr(sharded[0], "split_factor")
+
+
+def local_rows(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """Those of the rows from ``begin`` to ``end`` that this rank holds of a tensor that :func:`shards_rows`."""
+    shard, mesh = local(tensor), tensor.device_mesh
+    (dim,) = (i for i, p in enumerate(tensor.placements) if not p.is_replicate())
+    first = mesh.get_local_rank(dim) * -(-len(tensor) // mesh.size(dim))
+    begin, end = (min(max(row - first, 0), len(shard)) for row in (begin, end))
+    return shard[begin:end]
+
+
+def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group] | None]:
+    """Rows that this rank has of a DTensor, and the dimensions of its mesh in which no other rank has others.
+
+    There every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to be taken,
+    whose parts are no rows; instead of dimensions: nothing is known.
+    """
+    if any(p.is_partial() for p in x.placements):
+        return None, None
+    if torch.compiler.is_compiling():
+        return local(x), None
+    unit_dim %= x.dim()
+    pairs = zip(mesh_groups(x), x.placements, strict=True)
+    return local(x), frozenset(g for g, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
+
+
+def mesh_groups(tensor: Tensor) -> list[Group]:
+    """This rank's group in every mesh dimension."""
+    mesh = tensor.device_mesh
+    return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the chunks of a row-parallel layer are: the same number on every rank of some mesh dimensions."""
+
+    mesh: DeviceMesh
+    columns: tuple[bool, ...]  # whether the weight is sharded over its units, a mesh dimension each
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.mesh.size(dim) for dim, sharded in enumerate(self.columns) if sharded)
+
+    def assemble(self, entry: Tensor) -> Tensor:
+        """This rank's chunks as its part of a DTensor, (chunks of all ranks, ...)."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        placements = [Shard(0) if sharded else Replicate() for sharded in self.columns]
+        return DTensor.from_local(entry, self.mesh, placements, run_check=False)
