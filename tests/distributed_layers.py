@@ -203,7 +203,7 @@ def bfloat16():
     """Parameters, gradients and their all-reduce in bfloat16; statistics and theirs in float32."""
     model = mlp(torch.bfloat16)
     state = _bfloat16(model, DDP(model), [dist.get_rank()])
-    return result(model, dtypes={str(state[key].dtype) for key in ("covariance", "inverse")})
+    return result(model, dtypes={key: str(value.dtype) for key, value in state.items() if value.is_floating_point()})
 
 
 def single_bfloat16() -> list[torch.Tensor]:
