@@ -80,6 +80,26 @@ def precondition() -> str:
     return "\n".join(lines)
 
 
+FRAMEWORKS = {"gpt2": "GPT-2", "vit": "ViT", "resnet": "ResNet"}
+
+
+def frameworks() -> str:
+    """GPT-2, ViT and ResNet: the loss after 50 steps of tiny ones, the time added to a step of larger ones."""
+    lines = [
+        "| | trainer, optimizer | loss without | loss with | model of the timing | capture | launch | both |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    losses = {row["name"]: row for row in read("trainers")["rows"]}
+    times = {row["name"]: row for row in read("frameworks")["rows"]}
+    for name, text in FRAMEWORKS.items():
+        loss, time = losses[name], times[name]
+        means = [f"{statistics.mean(loss[key]):.3g}" for key in ("without", "with")]
+        added = [f"{time[key]:+.1%}" for key in ("added_by_capture", "added_by_launch", "added")]
+        model = time["model"].rstrip(".").replace("; AdamW", "").replace("; SGD with momentum", "")
+        lines.append(f"| {text} | {loss['trainer']} | {' | '.join(means)} | {model} | {' | '.join(added)} |")
+    return "\n".join(lines)
+
+
 def stored(task: str) -> list[dict]:
     path = RESULTS / "peers" / f"{task}.jsonl"
     if not path.exists():
@@ -94,6 +114,7 @@ def measured_tasks() -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "precondition": precondition,
+    "frameworks": frameworks,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),

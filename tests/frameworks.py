@@ -17,6 +17,11 @@ def used_by(source):
     return [name for name in NAMES if re.search(rf"^\s*(import|from) {name}\b", source, re.MULTILINE)]
 
 
+def missing():
+    """The frameworks that are not installed."""
+    return [name for name in NAMES if importlib.util.find_spec(name) is None]
+
+
 def require(*names):
     """Import the modules, or skip the test with the first that is not installed."""
     for name in names:

@@ -1,18 +1,17 @@
 """What the preconditioner adds to a training step of GPT-2, ViT and ResNet: capture, launch and both, every step.
 
-    python -m benchmarks.micro.bench_frameworks [--models gpt2 vit resnet] [--seconds 20] [--json FILE]
+    python -m benchmarks.micro.bench_frameworks [--models gpt2 vit resnet] [--clock cpu|wall] [--seconds 20]
 
 Needs requirements-frameworks.txt.  Models are built from their configuration with random weights, the data is random:
-time does not depend on values.  A step is zero_grad, forward, backward and the optimizer's step.  Interleaved, CPU time
-of one thread: the share of a step is reproducible beside other work, the milliseconds less so.  "capture": rows are
-copied in the forward pass, but no gradient is corrected; the launch is the rest.  Medians of the ratio to the plain
-step of the same round.
+time does not depend on values.  A step is zero_grad, forward, backward and the optimizer's step, on one thread.  The
+three kinds of step take turns.  "capture": rows are copied in the forward pass, but no gradient is corrected; the
+launch is the rest.  Medians of the ratio to the plain step of the same round, and between which two values the middle
+half of the rounds lies.  ``--clock cpu``: on a busy machine; shares of a step are reproducible, milliseconds less so.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
@@ -75,50 +74,56 @@ def step_of(build, preconditioned: bool, corrects: bool = True):
     return step
 
 
-def measure(name: str, seconds: float) -> dict:
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+
+
+def measure(name: str, seconds: float, clock: str = "cpu", rounds: tuple[int, int] = (9, 500)) -> dict:
     build = MODELS[name]
     steps = {
         "plain": step_of(build, False),
         "capture": step_of(build, True, corrects=False),
         "preconditioned": step_of(build, True),
     }
-    times = interleaved(steps, seconds=seconds, rounds=(9, 500), clock=time.process_time)
-    rounds = list(zip(*times.values(), strict=True))
-    capture = statistics.median(c / plain - 1 for plain, c, _ in rounds)
-    both = statistics.median(p / plain - 1 for plain, _, p in rounds)
-    layers = steps["preconditioned"].preconditioner.layers
+    times = interleaved(steps, seconds=seconds, rounds=rounds, clock=CLOCKS[clock])
+    capture, both = (
+        [with_it / plain - 1 for with_it, plain in zip(times[kind], times["plain"], strict=True)]
+        for kind in ("capture", "preconditioned")
+    )
+    pre = steps["preconditioned"].preconditioner
     return {
         "name": name,
         "model": build.__doc__,
         "parameters": sum(p.numel() for p in build()[0].parameters()),
-        "layers": sum(layer.capture is not None for layer in layers),
-        "rounds": len(rounds),
+        "layers": sum(layer.capture is not None for layer in pre.layers),
+        "rounds": len(both),
         "ms": {key: 1e3 * value for key, value in medians(times).items()},
-        "added_by_capture": capture,
-        "added_by_launch": both - capture,
-        "added": both,
+        "added_by_capture": statistics.median(capture),
+        "added_by_launch": statistics.median(both) - statistics.median(capture),
+        "added": statistics.median(both),
+        "added_quartiles": statistics.quantiles(both, n=4)[::2] if len(both) > 1 else [],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time for every model")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for every model, all three kinds of step together")
     parser.add_argument("--json", help="write here instead of benchmarks/results/frameworks.json")
     arguments = parser.parse_args()
-    missing = [name for name in ("timm", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := frameworks.missing():
         parser.error(f"{missing[0]} is not installed: pip install -r requirements-frameworks.txt")
     torch.set_num_threads(1)  # CPU time is fair for one thread only
     torch.manual_seed(0)
     rows = []
     for name in arguments.models:
-        rows.append(row := measure(name, arguments.seconds))
+        rows.append(row := measure(name, arguments.seconds, arguments.clock))
         print(
             f"{name:<8} {row['ms']['plain']:7.1f} ms a step, capture {row['added_by_capture']:+.1%}, "
             f"launch {row['added_by_launch']:+.1%}, both {row['added']:+.1%}"
         )
-    save("frameworks", {"clock": "CPU time of one thread, interleaved", "rows": rows}, arguments.json)
+    clock = {"cpu": "CPU time of one thread", "wall": "wall clock, one thread"}[arguments.clock]
+    save("frameworks", {"clock": f"{clock}, interleaved", "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":
