@@ -92,7 +92,9 @@ def test_forward_and_backward_compile_once(options, micro_batches):
 
 def test_step_compiles_as_it_does_without():
     """Two graphs as for the optimizer alone: before and after its momentum exists."""
-    compare({}, backend="aot_eager", compile_step=True)
+    # Before torch 2.13 the compiled SGD rounds otherwise than the eager one, without a preconditioner too.
+    exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    compare({}, tolerance=0.0 if exact else 1e-6, backend="aot_eager", compile_step=True)
     assert counters["stats"]["unique_graphs"] == 1 + 2
 
 
