@@ -29,7 +29,7 @@ def chosen(name, experiment):
     wanted = {
         "deep-narrow": ["relu, as released, depth 50"],
         "contractive": ["modulus, decay 0.001, clip"],
-        "roa-memory": ["adding, lstm", "copying, rnn"],
+        "roa-memory": ["adding, roa, corrected", "copying, rnn"],
         "pixelwise": ["im2col", "fft"],
         "noise": ["relu, depth 50, residual 0.01", "relu, depth 50, gradient 0.01"],
         "glorot": ["tanh, glorot"],

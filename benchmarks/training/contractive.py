@@ -27,8 +27,11 @@ SETTINGS = {
     for activation in ("modulus", "relu")
 } | {
     "modulus, decay 0.001, clip": {"activation": "modulus", "decay": 1e-3, "depth": 11, "clip": 1.0},
+    "modulus, decay 0.0005, depth 4": {"activation": "modulus", "decay": 5e-4, "depth": 4},
     "modulus, decay 0.001, depth 4": {"activation": "modulus", "decay": 1e-3, "depth": 4},
     "relu, decay 0.001, depth 4": {"activation": "relu", "decay": 1e-3, "depth": 4},
+    "modulus, decay 0.001, depth 6": {"activation": "modulus", "decay": 1e-3, "depth": 6},
+    "modulus, decay 0.002, depth 6": {"activation": "modulus", "decay": 2e-3, "depth": 6},
 }
 SIZE = {"epochs": 12, "train": 15_000, "test": 10_000, "batch": 250}
 RADII = (2.55, 10.0, 25.5, 51.0)  # l2, raw pixel values: 0.01, 0.04, 0.1 and 0.2 in units of [0, 1]
