@@ -9,8 +9,6 @@ from torch import nn
 from benchmarks.training import fit, frame
 from consistency_ops.optim.learning_rate import CANDIDATES
 
-LABELS = {"sgd2": "SGD2", "sgd": "SGD, momentum", "adam": "Adam"}
-
 
 def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
     """Train with the optimizer of ``settings``, at its "rate" or one of eight selected as in the paper."""
@@ -26,6 +24,8 @@ def curves(
     figure, results: frame.Results, published: dict[str, dict[int, float]] | None = None, source: str = ""
 ) -> None:
     """Training loss and test error against epochs; ``published`` test errors by run and epoch as crosses."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     left, right = figure.subplots(1, 2)
     for i, (name, records) in enumerate(results.items()):
         for axis, key in ((left, "train_loss"), (right, "test_error")):
@@ -33,7 +33,8 @@ def curves(
                 values = record[key]
                 axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.8)
             values = frame.mean(records, key)
-            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", label=name)
+            label = name.replace("sgd2", "SGD2").replace("sgd", "SGD").replace("adam", "Adam")
+            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", label=label)
         if published and name in published:
             points = published[name]
             right.plot(list(points), list(points.values()), "x", color=f"C{i}")
@@ -41,8 +42,14 @@ def curves(
     right.set(yscale="log", xlabel="epoch", ylabel="test error")
     left.plot([], [], "kx", label=source) if published else None
     left.legend(fontsize="small")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
 
 
 def lines(results: frame.Results) -> list[str]:

@@ -89,15 +89,18 @@ def plot(figure, results):
         axes[0].plot([x["kappa_preconditioned"][-1] for x in layers], ":", color=colour, label=f"{name}, corrected")
         axes[1].plot([x["lambda_max_x"][-1] for x in layers], color=colour, label=f"{name}, input")
         axes[1].plot([x["lambda_max_g"][-1] for x in layers], ":", color=colour, label=f"{name}, gradient")
-        axes[2].plot(layers[-1]["kappa_x"], color=colour, marker=".", label=f"{name}, kappa of the input")
-        axes[2].plot(layers[-1]["lambda_max_x"], ":", color=colour, marker=".", label=f"{name}, its lambda max")
-    axes[0].set(title="kappa (80 %) by layer, last epoch", xlabel="layer")
-    axes[1].set(title="lambda max by layer, last epoch", xlabel="layer")
-    axes[2].set(title="the last linear layer", xlabel="epoch")
+        for record in records:
+            last, first = record["layers"][-1], record is records[0]
+            axes[2].plot(last["kappa_x"], color=colour, marker=".", label=f"{name}, kappa (80 %)" if first else None)
+            label = f"{name}, lambda max" if first else None
+            axes[2].plot(last["lambda_max_x"], ":", color=colour, marker=".", label=label)
+    axes[0].set(title="condition number by layer, last epoch", xlabel="layer", ylabel="kappa (80 %) of the inputs")
+    axes[1].set(title="largest eigenvalue by layer, last epoch", xlabel="layer", ylabel="lambda max")
+    axes[2].set(title="inputs of the last linear layer, all seeds", xlabel="epoch")
     for axis in axes:
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(f"J: ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of 16x16")
 

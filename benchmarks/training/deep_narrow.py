@@ -35,7 +35,7 @@ SETTINGS = {
     for activation in ("modulus", "relu")
 }
 SIZE = {"epochs": 8, "train": 5_000, "test": 2_000, "batch": 100, "width": 10}
-FIGSIZE = (10, 4)
+FIGSIZE = (11, 4.8)
 
 
 def run(settings, size, seed, data, tick):
@@ -73,20 +73,26 @@ def plot(figure, results):
                     losses = frame.mean(records, "train_loss")
                     label = f"{activation}, depth {depth}"
                     axis.plot(range(1, len(losses) + 1), losses, line, color=f"C{i}", label=label)
-        axis.set(xlabel="epoch", ylabel="mean training loss", title=optimizer, ylim=(0, 2.5))
+        axis.set(
+            xlabel="epoch",
+            ylabel="mean training loss",
+            title={"adam": "Adam", "sgd2": "SGD2"}[optimizer],
+            ylim=(0, 2.5),
+        )
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     for optimizer, marker in (("adam", "o"), ("sgd2", "s")):
         for activation, colour in (("modulus", "C0"), ("relu", "C3")):
             pairs = [(d, results.get(f"{activation}, {optimizer}, depth {d}")) for d in DEPTHS]
             points = [(d, sum(min(r["test_error"]) for r in rs) / len(rs)) for d, rs in pairs if rs]
             if points:
                 axes[2].plot(*zip(*points, strict=True), marker + "-", color=colour, label=f"{activation}, {optimizer}")
-    axes[2].axhline(0.9, color="grey", linewidth=0.8)
-    axes[2].set(xlabel="hidden layers", ylabel="best test error", xscale="log", ylim=(0, 1), title="chance: 0.9")
+    axes[2].axhline(0.9, color="grey", linewidth=0.8, label="chance")
+    axes[2].set(xlabel="hidden layers", ylabel="best test error", xscale="log", ylim=(0, 1), title="by depth")
+    axes[2].grid(alpha=0.3)
     axes[2].set_xticks(DEPTHS, DEPTHS)
     axes[2].set_xticks([], minor=True)
-    axes[2].legend(fontsize="x-small")
+    axes[2].legend(fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(f"E: {size['width']} units a layer, {size['train']} MNIST images, no normalisation")
 

@@ -51,6 +51,7 @@ def plot(figure, results):
                 label = noise if record is records[0] else None
                 axis.plot(range(1, len(losses) + 1), losses, color=f"C{i}", label=label)
         axis.set(xlabel="epoch", title=network)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean training loss")
     axes[0].legend(fontsize="small")

@@ -90,7 +90,7 @@ def plot(figure, results):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     size = next(iter(results.values()))[0]["size"]
-    figure.suptitle(f"K: networks of {size['width']} units on the digits, {size['epochs']} epochs")
+    figure.suptitle(f"K: networks of {size['width']} units on the digits, {size['epochs']} epochs (5000 layers: 1)")
 
 
 def lines(results):

@@ -21,14 +21,18 @@ from consistency_ops.nn import ROARNN
 
 TITLE = "K: roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
 DATA = "mnist"
-STEPS = {"copying": 50, "adding": 100, "psmnist": 784}
+STEPS = {"copying": 50, "adding": 50, "psmnist": 784}
 KINDS = {
     "roa": {"kind": "roa", "beta_steps": 2.0, "scale": 10.0, "lr": 3e-3},
     "roa, corrected": {"kind": "roa", "beta_steps": 2.0, "scale": 10.0, "lr": 3e-3, "damping": 0.1},
     "rnn": {"kind": "rnn", "lr": 1e-3},
     "lstm": {"kind": "lstm", "lr": 3e-3},
 }
-SETTINGS = {f"{task}, {name}": {"task": task, **kind} for task in STEPS for name, kind in KINDS.items()}
+SETTINGS = {
+    f"{task}, {name}": {"task": task, "steps": steps, **kind}
+    for task, steps in STEPS.items()
+    for name, kind in KINDS.items()
+}
 SIZE = {
     "epochs": 20,
     "iterations": 1_500,
@@ -58,8 +62,8 @@ class Network(nn.Module):
 
 
 def run(settings, size, seed, data, tick):
-    task, hidden = settings["task"], size["hidden"]
-    steps = STEPS[task] + (2 * tasks.LENGTH if task == "copying" else 0)
+    task, hidden, length = settings["task"], size["hidden"], settings["steps"]
+    steps = length + (2 * tasks.LENGTH if task == "copying" else 0)
     if task == "psmnist":
         steps //= size["pool"] ** 2
     inputs, outputs = {"copying": (10, 10), "adding": (2, 1), "psmnist": (1, 10)}[task]
@@ -83,7 +87,7 @@ def run(settings, size, seed, data, tick):
     for _ in range(size["epochs"]):
         total = 0.0
         for _ in range(per_point):
-            u, target = getattr(tasks, task)(size["batch"], STEPS[task], generator)
+            u, target = getattr(tasks, task)(size["batch"], length, generator)
             if task == "copying":
                 loss = functional.cross_entropy(model(u, last=False).flatten(0, 1), target.flatten())
             else:
@@ -110,24 +114,26 @@ def _pixels(model, step, size, seed, data, tick):
 
 
 def plot(figure, results):
-    size = next(iter(results.values()))[0]["size"]
     baselines = {"copying": tasks.copying_baseline(STEPS["copying"]), "adding": tasks.ADDING_BASELINE, "psmnist": 0.9}
     for axis, task in zip(figure.subplots(1, 3), STEPS, strict=True):
         key = "test_error" if task == "psmnist" else "loss"
+        size = {}
         for i, name in enumerate(KINDS):
             records = results.get(f"{task}, {name}", [])
             if records:
+                size = records[0]["size"]
                 values = frame.mean(records, key)
-                unit = 1 if task == "psmnist" else records[0]["size"]["iterations"] // len(values)
+                unit = 1 if task == "psmnist" else size["iterations"] // len(values)
                 axis.plot([unit * (k + 1) for k in range(len(values))], values, color=f"C{i}", marker=".", label=name)
         axis.axhline(baselines[task], color="grey", linewidth=0.8, label="without memory")
-        shown = [r for name, rs in results.items() for r in rs if name.startswith(task)]
-        steps = STEPS[task] // (shown[0]["size"]["pool"] ** 2 if shown and task == "psmnist" else 1)
-        axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=f"{task}, {steps} steps")
-        axis.set(ylabel="test error" if task == "psmnist" else "loss", ylim=(0, None))
+        steps = STEPS[task] // (size.get("pool", 1) ** 2 if task == "psmnist" else 1)
+        title = f"{task}, {steps} {'blanks' if task == 'copying' else 'steps'}, {size.get('hidden')} units"
+        axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=title)
+        axis.set(ylabel={"copying": "cross-entropy", "adding": "mean square error", "psmnist": "test error"}[task])
+        axis.set_ylim(0, 1 if task == "psmnist" else 2.5 * baselines[task])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.suptitle(f"K: {size['hidden']} hidden units, batch {size['batch']}")
+    figure.suptitle("K: memory tasks, Adam with and without the correction; batches of 50")
 
 
 def lines(results):
