@@ -96,7 +96,7 @@ def plot(figure, results):
             axes[2].plot(last["lambda_max_x"], ":", color=colour, marker=".", label=label)
     axes[0].set(title="condition number by layer, last epoch", xlabel="layer", ylabel="kappa (80 %) of the inputs")
     axes[1].set(title="largest eigenvalue by layer, last epoch", xlabel="layer", ylabel="lambda max")
-    axes[2].set(title="inputs of the last linear layer, all seeds", xlabel="epoch")
+    axes[2].set(title="last linear layer, all seeds (gaps: infinite)", xlabel="epoch")
     for axis in axes:
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
