@@ -1,5 +1,6 @@
 """What is shipped: one abi3 library that needs only torch's stable symbols, headers, types, and commands that exist."""
 
+import ast
 import ctypes
 import re
 import shutil
@@ -123,6 +124,46 @@ def test_the_examples_of_the_readme_run(capsys):
         if not frameworks.used_by(example):
             exec(compile(example, "README.md", "exec"), namespace)
     assert capsys.readouterr().out
+
+
+def named_tests(text):
+    """What a text names in backticks: a file or folder of tests, and a function or None.
+
+    ``::test_name`` and ``test_name`` alone are of the file that was named last.
+    """
+    file = None
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if match := re.fullmatch(r"(tests/[\w./]*\w)/?(?:::(\w+))?(?:\[.*\])?", span):
+            file = match[1]
+            yield file, match[2]
+        elif match := re.fullmatch(r"(?:::)?(test_\w+)(?:\[.*\])?", span):
+            yield file, match[1]
+
+
+def functions_of(path):
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
+def test_the_tests_of_the_readme_exist():
+    named = list(named_tests((ROOT / "README.md").read_text()))
+    assert len([name for _, name in named if name]) > 50
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not (ROOT / file).exists() or (name is not None and name not in functions_of(ROOT / file))
+    ]
+    assert not missing
+
+
+def test_a_test_that_is_gone_would_be_noticed():
+    text = "| `tests/test_package.py::test_build_info`, `::test_gone` | `tests/gone.py` |\n```\n`test_other`\n```"
+    assert list(named_tests(text)) == [
+        ("tests/test_package.py", "test_build_info"),
+        ("tests/test_package.py", "test_gone"),
+        ("tests/gone.py", None),
+    ]
+    assert "test_build_info" in functions_of(Path(__file__)) and "test_gone" not in functions_of(Path(__file__))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import frameworks
 import pytest
+import ranks
 import torch
 import trainers
 from torch.nn import functional
@@ -108,6 +109,19 @@ def test_accelerate(first):
         pre = co.Preconditioner(model, optimizer)
     assert all(map(torch.equal, train(model, optimizer, backward=accelerator.backward), expected))
     assert pre.steps == 4
+
+
+@pytest.mark.slow
+def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path):
+    """Data parallel: covariances are pooled, so parameters are the same bits, though each rank saw other data."""
+    frameworks.require("accelerate", "lightning", "transformers")
+    rows = {"accelerated": (8, 2), "lightened": (32, 2), "transformed": (32 * 32, 8)}  # on a rank, and layers
+    results = ranks.run("trainers_ranks", list(rows), 2, tmp_path)
+    for name in rows:
+        for found in results[name]:
+            assert not isinstance(found, str), found
+            assert found["same"] and found["steps"] == 6 and found["messages"] == []
+            assert (set(found["rows"].values()), found["layers"]) == ({rows[name][0]}, rows[name][1])
 
 
 def readme_examples():
