@@ -11,7 +11,7 @@ ARGS ?=
 BENCH ?= modulus memory step precondition peers decorrelation orthogonal
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
-SOURCES := setup.py $(wildcard csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
+SOURCES := setup.py $(wildcard csrc/autograd/* csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
 	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 
@@ -66,7 +66,7 @@ format: $(VENV)/.installed ## ruff and clang-format, in place
 	@clang-format -i $(CXX_FILES)
 
 clean: ## remove what was built; .venv and runs/ stay
-	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(LIBRARY) consistency_ops/_autograd_* .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(LIBRARY): $(VENV)/.installed $(SOURCES)
 	@flock .build.lock python setup.py -q build_ext --inplace

@@ -4,9 +4,11 @@
     pip install --no-build-isolation .   # with the installed torch, setuptools, wheel and ninja
     make build                           # in place, for development
 
-CONSISTENCY_OPS_CUDA=0|1   never | always build the CUDA kernels (default: if a CUDA toolkit is found)
-TORCH_CUDA_ARCH_LIST       architectures to build, e.g. "9.0a;10.0+PTX"
-MAX_JOBS                   parallel compile jobs
+CONSISTENCY_OPS_CUDA=0|1       never | always build the CUDA kernels (default: if a CUDA toolkit is found)
+CONSISTENCY_OPS_AUTOGRAD=0|1   never | always build csrc/autograd, which serves one torch and one Python
+                               (default: in place only; a wheel with it is tagged for that Python, not abi3)
+TORCH_CUDA_ARCH_LIST           architectures to build, e.g. "9.0a;10.0+PTX"
+MAX_JOBS                       parallel compile jobs
 """
 
 import os
@@ -50,6 +52,14 @@ def torch_cpp_extension():
     return cpp_extension
 
 
+def switch(name: str) -> str:
+    """An environment variable: "0", "1", or "" for the default."""
+    value = os.getenv(name, "")
+    if value not in ("", "0", "1"):
+        fail(f"{name} must be 0 or 1, got {value!r}.")
+    return value
+
+
 def check_compiler() -> None:
     compiler = shlex.split(os.getenv("CXX", "c++"))
     cure = "install g++ 11 or newer (Debian, Ubuntu: `apt-get install g++`) or set CXX to one."
@@ -73,9 +83,7 @@ def cuda_home() -> Path:
 
 def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
     """(root, version) of the CUDA toolkit; None to build for the CPU only."""
-    wanted = os.getenv("CONSISTENCY_OPS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        fail(f"CONSISTENCY_OPS_CUDA must be 0 or 1, got {wanted!r}.")
+    wanted = switch("CONSISTENCY_OPS_CUDA")
     if wanted == "0":
         return None
     home = cuda_home()
@@ -100,17 +108,39 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
     return None
 
 
+HIDDEN = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+
+
+def torch_include(cpp_extension) -> Path:
+    return Path(cpp_extension.__file__).parents[1] / "include"
+
+
+def prefix_maps(cpp_extension) -> list[str]:
+    """Messages show csrc/..., not the build machine's paths.  The last map that fits counts."""
+    return [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include(cpp_extension)}/="]
+
+
+def autograd_extension(cpp_extension) -> Extension:
+    """The nodes of autograd in C++.  The name says the one torch that it may be loaded with (_library.py)."""
+    import torch
+
+    return cpp_extension.CppExtension(
+        "consistency_ops._autograd_torch_" + re.sub(r"\W", "_", torch.__version__),
+        sorted(str(s.relative_to(ROOT)) for s in ROOT.glob("csrc/autograd/*.cpp")),
+        extra_compile_args=[
+            *("-O2", *HIDDEN, "-Wall", "-Wextra", "-g0", *prefix_maps(cpp_extension)),
+            *("-isystem", str(torch_include(cpp_extension))),
+        ],
+    )
+
+
 def configure(extension: Extension, cpp_extension) -> Extension:
     """The extension with sources, flags and torch's paths; called only when something is compiled."""
-    # Messages show csrc/..., not the build machine's paths.  The last map that fits counts.
-    torch_include = Path(cpp_extension.__file__).parents[1] / "include"
-    prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    hidden = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     # No -march=native and no -ffast-math: one binary for every CPU.  Files for one instruction set say so themselves.
     floating_point = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    warnings = ["-Wall", "-Wextra", "-isystem", str(torch_include)]  # in our code, not in torch's
-    args = {"cxx": [*common, *hidden, *floating_point, *warnings, *prefix_maps, "-g0"]}
+    warnings = ["-Wall", "-Wextra", "-isystem", str(torch_include(cpp_extension))]  # in our code, not in torch's
+    args = {"cxx": [*common, *HIDDEN, *floating_point, *warnings, *prefix_maps(cpp_extension), "-g0"]}
     sources = [*ROOT.glob("csrc/bindings/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
@@ -124,7 +154,7 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         )
         sources += kernels
         define = ["-DUSE_CUDA", f'-DCONSISTENCY_OPS_CUDA_ARCHS="{archs}"']
-        host = [f"-Xcompiler={flag}" for flag in (*hidden, *prefix_maps)]
+        host = [f"-Xcompiler={flag}" for flag in (*HIDDEN, *prefix_maps(cpp_extension))]
         args["cxx"] += define
         # torch switches the operators of half and bfloat16 off.  (NVCC_APPEND_FLAGS=-lineinfo for a profiler.)
         undo = [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
@@ -155,6 +185,26 @@ class BuildExt(build_ext):
     def run(self) -> None:
         check_compiler()
         cpp_extension = torch_cpp_extension()
+        try:
+            self.build([configure(e, cpp_extension) for e in self.extensions], cpp_extension)
+        except RuntimeError as error:  # torch's word for a compiler that failed, and for a toolkit unlike torch's own
+            fail(f"the build failed ({error}): the lines above say where.")
+        wanted = switch("CONSISTENCY_OPS_AUTOGRAD")
+        if wanted == "0" or (wanted == "" and not self.inplace) or not (ROOT / "csrc" / "autograd").is_dir():
+            return
+        try:
+            self.build([autograd_extension(cpp_extension)], cpp_extension)
+        except RuntimeError as error:
+            if wanted == "1":
+                fail(f"csrc/autograd does not build with this torch ({error}): set CONSISTENCY_OPS_AUTOGRAD=0.")
+            print(
+                "consistency_ops: without nodes of autograd in C++, which this torch does not build; small calls of "
+                "modulus take some microseconds more.",
+                file=sys.stderr,
+            )
+
+    def build(self, extensions: list[Extension], cpp_extension) -> None:
+        self.distribution.ext_modules = extensions
 
         class Command(cpp_extension.BuildExtension):
             def build_extensions(self) -> None:
@@ -164,12 +214,8 @@ class BuildExt(build_ext):
         command = Command(self.distribution)
         for name in ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "parallel"):
             setattr(command, name, getattr(self, name))
-        self.distribution.ext_modules = [configure(e, cpp_extension) for e in self.extensions]
         command.ensure_finalized()
-        try:
-            command.run()
-        except RuntimeError as error:  # torch's word for a compiler that failed, and for a toolkit unlike torch's own
-            fail(f"the build failed ({error}): the lines above say where.")
+        command.run()
 
 
 setup(
@@ -193,5 +239,5 @@ setup(
     },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if switch("CONSISTENCY_OPS_AUTOGRAD") == "1" else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

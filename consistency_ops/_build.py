@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from consistency_ops._library import library
+from consistency_ops._library import autograd, library
 
 
 def _csrc() -> Path:
@@ -55,7 +55,9 @@ def build_info() -> dict[str, object]:
     dict with the keys ``version``, ``torch`` (the one that runs), ``torch_build`` (the one it was compiled with),
     ``compiler``, ``cuda_toolkit`` and ``cuda_archs`` (None in a build without CUDA kernels), ``cpu``, ``cpu_isa``
     ("avx512bf16", "avx512", "avx2" or "portable": the kernels in use), ``threads`` (of torch), ``omp_wait_policy``,
-    ``gpus`` (names; empty without a CUDA device), ``os``, ``python`` and ``library`` (path of the compiled file).
+    ``gpus`` (names; empty without a CUDA device), ``os``, ``python``, ``library`` (path of the compiled file) and
+    ``autograd`` ("C++": small calls of ``modulus`` use the optional extension that was built for this torch; else
+    "Python").
     """
     from consistency_ops import __version__
 
@@ -77,6 +79,7 @@ def build_info() -> dict[str, object]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "library": library._name,
+        "autograd": "Python" if autograd is None else "C++",
     }
 
 

@@ -1,11 +1,14 @@
 """Loads the compiled library, which registers `torch.ops.consistency_ops`, or says in one sentence what is missing.
 
-`library` is the same file through ctypes: the functions of `consistency_ops/c_api.h`.
+`library` is the same file through ctypes: the functions of `consistency_ops/c_api.h`.  `autograd` is the optional
+extension with nodes of autograd in C++ (`csrc/autograd`), or None.
 """
 
 import ctypes
 import importlib
+import re
 from pathlib import Path
+from types import ModuleType
 
 TORCH_MIN = (2, 10)  # the stable ABI that the library targets; setup.py compiles for the same
 
@@ -35,4 +38,15 @@ def _load() -> ctypes.CDLL:
     return ctypes.CDLL(module.__file__)
 
 
+def _load_autograd() -> ModuleType | None:
+    """None unless it was built for exactly this torch (its name says which) and this Python (its suffix does)."""
+    import torch
+
+    try:  # setup.py makes the same name
+        return importlib.import_module("consistency_ops._autograd_torch_" + re.sub(r"\W", "_", torch.__version__))
+    except ImportError:
+        return None
+
+
 library = _load()
+autograd = _load_autograd()

@@ -130,7 +130,9 @@ class _Division(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or _transforming():
+        if torch.compiler.is_compiling():
+            return _plain_division(grad, *ctx.saved_tensors), None
+        if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
             return _Division.apply(grad, *ctx.saved_tensors), None
         with _below_autograd():
             return _divide(grad, *ctx.saved_tensors), None

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,8 @@ def checkout(tmp_path):
 
 
 def python(checkout, *arguments, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA")}
+    ours = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_AUTOGRAD")
+    clean = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, *arguments], cwd=checkout, env={**clean, **environment}, capture_output=True, text=True
     )
@@ -95,7 +98,53 @@ def test_old_torch(checkout, tmp_path):
 
 
 def test_bad_switch(checkout):
-    assert_one_sentence(build(checkout, CONSISTENCY_OPS_CUDA="yes"), "must be 0 or 1, got 'yes'")
+    for name in ("CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_AUTOGRAD"):
+        assert_one_sentence(build(checkout, **{name: "yes"}), f"{name} must be 0 or 1, got 'yes'")
+
+
+NODE = """
+#include <Python.h>
+#define NAME_(name) PyInit_##name
+#define NAME(name) NAME_(name)
+PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)(void) { static PyModuleDef m = {}; return PyModule_Create(&m); }
+"""
+
+
+def with_node(checkout, content=NODE):
+    """A checkout with one small file in csrc/autograd, which is built for one torch and one Python."""
+    (checkout / "csrc" / "autograd").mkdir()
+    (checkout / "csrc" / "autograd" / "node.cpp").write_text(content)
+    return checkout
+
+
+def test_nodes_of_autograd_are_built_in_place(checkout):
+    done = build(with_node(checkout))
+    assert done.returncode == 0, done.stderr
+    (node,) = (checkout / "consistency_ops").glob("_autograd_torch_*.so")
+    assert node.name.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
+    (checkout / "csrc" / "autograd" / "node.cpp").write_text("#error nothing is compiled\n")
+    assert build(checkout, CONSISTENCY_OPS_AUTOGRAD="0").returncode == 0
+
+
+def test_a_torch_that_does_not_build_the_nodes(checkout):
+    done = build(with_node(checkout, "#error another torch\n"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("consistency_ops: without nodes of autograd in C++")
+    assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
+    done = build(checkout, CONSISTENCY_OPS_AUTOGRAD="1")
+    assert_one_sentence(done, "csrc/autograd does not build with this torch", "CONSISTENCY_OPS_AUTOGRAD=0")
+
+
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_a_wheel_says_what_it_holds(checkout, switch):
+    """Nodes of autograd serve one Python: a wheel with them is not tagged abi3, and by default there are none."""
+    done = python(with_node(checkout), "setup.py", "-q", "bdist_wheel", CONSISTENCY_OPS_AUTOGRAD=switch)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    nodes = [name for name in zipfile.ZipFile(wheel).namelist() if "_autograd" in name]
+    python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{python_tag}-{python_tag}-" in wheel.name if switch else "-cp310-abi3-" in wheel.name
+    assert len(nodes) == (1 if switch else 0)
 
 
 def test_no_toolkit(checkout, tmp_path):

@@ -57,6 +57,16 @@ def test_gradcheck(case, layout):
 
 
 @both
+def test_compiled_autograd_of_an_eager_forward(case):
+    ours, expected, x = sample(case)
+    x = x.requires_grad_()
+    (wanted,) = torch.autograd.grad((expected(x) ** 2).sum(), x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        (ours(x) ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, wanted)
+
+
+@both
 def test_gradgradcheck(case):
     ours, _, x = sample(case)
     assert gradgradcheck(ours, (x.requires_grad_(),), check_fwd_over_rev=True, check_rev_over_rev=True)
