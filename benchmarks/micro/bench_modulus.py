@@ -84,7 +84,8 @@ def main() -> None:
                 results.append(row)
                 print(
                     f"{size:>10}  {row['dtype']:<9} {threads:>7} {row['modulus_us']:>12.1f} {row['abs_us']:>12.1f} "
-                    f"{row['ratio']:>6.2f} {row['python_ratio']:>7.2f} {row['modulus_kept_bytes']:>10} {row['abs_kept_bytes']:>10}"
+                    f"{row['ratio']:>6.2f} {row['python_ratio']:>7.2f} {row['modulus_kept_bytes']:>10} "
+                    f"{row['abs_kept_bytes']:>10}"
                 )
     save("modulus", {"rows": results}, arguments.json)
 
