@@ -5,7 +5,8 @@ inputs and nothing else. So the ranks that see different data pool their covaria
 all-reduce of one flat buffer, and then every rank corrects what it has:
 
 * ``DistributedDataParallel``: every rank has the whole gradient, averaged already; pooled over the wrapper's group.
-* ``fully_shard`` (FSDP2, also hybrid): every rank has some output rows; pooled over the mesh of the parameter.
+* ``fully_shard`` (FSDP2, also hybrid): every rank has some output rows; pooled over the mesh of the parameter. Of a
+  weight that query, key and value share, a rank corrects the rows that it has of each.
 * column-parallel (``ColwiseParallel``): some output rows, and all ranks see the same input. Nothing is sent.
 * row-parallel (``RowwiseParallel``): some input columns, which are divided into chunks of their own, with their own
   mean diagonal (``scaling="trace"``). Nothing is sent. The bias is replicated and keeps its gradient.
