@@ -4,8 +4,8 @@
 
 A: gather, bmm, cholesky and cholesky_solve, a layer after the other, eager.  B: expert.py in one CUDA graph.  C:
 MathDx; there is no kernel for it yet, and a line says whether it is installed.  Ours: foreach_precondition_, in a graph
-(what the device does) and eager (what a training loop sees), with groups of a sector and with the exact division, and
-on the rungs V0, V1, V2.
+(what the device does) and eager (what a training loop sees), with groups of a sector and with the exact division, both
+on the rungs V0, V1, V2 too.  V0 and V1 gather the units of the exact division, V2 permutes the rows of large layers.
 
 Times are of CUDA events around one call, medians over interleaved rounds.  Gradients are restored before every call.
 `cold`: then 512 MiB are written, so that L2 holds nothing of the operands; `warm`: nothing.  `floor`: X read once, G
@@ -188,6 +188,7 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float) -> 
     }
     for rung, value in RUNGS.items():
         candidates[f"ours, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, workload.group, chunk, v))
+        candidates[f"ours, exact division, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, 1, chunk, v))
     cold_us = event_medians(candidates, cold, seconds)
     warm_us = event_medians(candidates, restore, seconds)
     floor_us = 1e6 * moved_bytes(layers, setting.rows, workload.inputs.itemsize, workload.grads.itemsize) / bandwidth

@@ -141,6 +141,8 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
   const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
   const int last_row = static_cast<int>(chunk.shared.first_output + chunk.shared.outputs) * taps;
   Raw* const g = static_cast<Raw*>(layer.g);
+  const int64_t unit_stride = layer.g_unit_stride;
+  const DType dtype = layer.g_dtype;
   int bias_position = -1;
   for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
     if (chunk.shared.unit[p] == kBiasUnit) bias_position = p;
@@ -162,7 +164,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
       float value = 0.0f;
       if (unit >= 0) {
-        value = to_float<Raw>(layer.g_dtype, g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride]);
+        value = to_float<Raw>(dtype, g[chunk.shared.row_offset[row] + unit * unit_stride]);
       } else if (unit == kBiasUnit) {
         value = load_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row]);
       }
@@ -196,7 +198,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
       }
     }
     for_each_result([&](int row, int, float& value) {
-      value = to_float<Raw>(layer.g_dtype, from_float<Raw>(layer.g_dtype, value));
+      value = to_float<Raw>(dtype, from_float<Raw>(dtype, value));
       if (!is_finite(value)) atomicOr(&chunk.shared.not_finite[row], 1);
     });
     __syncthreads();  // the stage has been read, and the flags are complete
@@ -206,7 +208,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
     __syncthreads();
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
       if (unit < 0 || chunk.shared.not_finite[row] != 0) return;
-      g[chunk.shared.row_offset[row] + unit * layer.g_unit_stride] = from_float<Raw>(layer.g_dtype, chunk.arena[at]);
+      g[chunk.shared.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
     });
     if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
   }
