@@ -201,6 +201,27 @@ def test_rung_of_permuted_rows(library):
     assert (share.sums, share.packs, share.moves) == (1, 4, 264)
 
 
+def test_large_inputs_are_packed_without_being_asked(library):
+    """1 MiB in 256 chunks on V2; 31 rows are less."""
+
+    def run(rows):
+        case = cases.Case([cases.LayerCase(8192, 0, rows=rows)], rung=simt.V2)
+        (problem,), options = cases.problems_of(case), cases.options_of(case)
+        options.stages = COVARIANCE
+        layer, tuning = problem.describe(256), simt.Tuning(case.rung)
+        problem.keep_matrices(layer, case.chunk)
+        workspace = np.zeros(library.workspace_bytes([layer], options, tuning), np.uint8)
+        library.schedule()
+        library.precondition([layer], options, case.device, workspace, tuning)
+        values = problem.values()[:, library.division(8192, 32, 1, case.seed, 0, 0)].reshape(rows, 256, 32)
+        want = np.einsum("rcu,rcv->cuv", values, values) / rows
+        assert cases.relative_error(problem.covariance, want) < 1e-5
+        return library.stats().ctas
+
+    assert run(31) == 256
+    assert run(32) == 256 + 256 + 1, "a task that packs, sums in tasks of their own"
+
+
 def test_workspace_of_permuted_rows(library):
     """Two places for packed X, each as large as the largest needs, however many layers there are; G needs none."""
     layers = [cases.LayerCase(64, 2, rows=50, layer=i) for i in range(4)] + [cases.LayerCase(68, 2, rows=30, layer=4)]
