@@ -8,7 +8,7 @@ import torch
 
 import consistency_ops as co
 from benchmarks.training import __main__ as command
-from benchmarks.training import contractive, fit, frame, glorot, roa_depth, tasks
+from benchmarks.training import contractive, fit, frame, glorot, init_tolerance, roa_depth, tasks
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
@@ -149,6 +149,17 @@ def test_pixels_of_all_images_have_one_order():
     assert u.shape == (784, 2, 1) and not torch.equal(u[:, 0, 0], x[0].flatten())
     torch.testing.assert_close(u[:, 1] - u[:, 0], torch.full((784, 1), 784.0))
     assert torch.equal(u[:, 0, 0].sort().values, x[0].flatten())
+
+
+def test_init_tolerance_says_which_epoch_left_the_recorded_band():
+    errors = [0.30, 0.107, 0.06, 0.04, 0.036, 0.034, 0.03, 0.026, 0.026, 0.026] + [0.0195] * 10
+    record = {"settings": {"std": 1.0}, "test_error": errors}
+    assert init_tolerance.outside(record) == []
+    assert init_tolerance.outside({**record, "test_error": errors[:5]}) == []
+    assert init_tolerance.outside({**record, "test_error": [0.38, *errors[1:]]}) == [
+        "epoch 1: 0.3800, recorded 0.277 to 0.319"
+    ]
+    assert [x[:8] for x in init_tolerance.outside({**record, "test_error": [*errors[:-1], 0.03]})] == ["epoch 20"]
 
 
 def test_contractive_networks_are_contractive_and_decide_the_same():

@@ -28,6 +28,7 @@ KINDS = {
     "rnn": {"kind": "rnn", "lr": 1e-3},
     "lstm": {"kind": "lstm", "lr": 3e-3},
 }
+LABELS = {"roa": "roaRNN", "roa, corrected": "roaRNN, corrected", "rnn": "tanh RNN", "lstm": "LSTM"}
 SETTINGS = {
     f"{task}, {name}": {"task": task, "steps": steps, **kind}
     for task, steps in STEPS.items()
@@ -124,15 +125,19 @@ def plot(figure, results):
                 size = records[0]["size"]
                 values = frame.mean(records, key)
                 unit = 1 if task == "psmnist" else size["iterations"] // len(values)
-                axis.plot([unit * (k + 1) for k in range(len(values))], values, color=f"C{i}", marker=".", label=name)
+                axis.plot(
+                    [unit * (k + 1) for k in range(len(values))], values, color=f"C{i}", marker=".", label=LABELS[name]
+                )
         axis.axhline(baselines[task], color="grey", linewidth=0.8, label="without memory")
         steps = STEPS[task] // (size.get("pool", 1) ** 2 if task == "psmnist" else 1)
         title = f"{task}, {steps} {'blanks' if task == 'copying' else 'steps'}, {size.get('hidden')} units"
         axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=title)
         axis.set(ylabel={"copying": "cross-entropy", "adding": "mean square error", "psmnist": "test error"}[task])
         axis.set_ylim(0, 1 if task == "psmnist" else 2.5 * baselines[task])
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize="small")
     figure.suptitle("K: memory tasks, Adam with and without the correction; batches of 50")
 
 

@@ -69,7 +69,7 @@ class WeightDomination(Result):
             axes[1].axhline(DOMINATED, color="grey", linewidth=0.8, linestyle="--")
             axes[1].set_xlabel("step")
             axes[1].set_ylabel("gradient / weight")
-            axes[1].set_title("Ratio over time; dashed: dominated", fontsize=10)
+            axes[1].set_title("Ratio over time; dashed: threshold", fontsize=10)
             axes[1].legend(fontsize=8, frameon=False)
         return made
 

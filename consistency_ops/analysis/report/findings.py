@@ -262,8 +262,8 @@ def _domination(domination: WeightDomination) -> Finding | None:
     worst = min(bad, key=lambda x: x.ratio())
     text = (
         f"sigma_max of the gradient is {_times(1 / worst.ratio())} times smaller than that of the weight at "
-        f"{worst.name} ({worst.gradient[-1]:.2g} against {worst.weight[-1]:.2g}); so are {len(bad)} of "
-        f"{len(domination.layers)} layers."
+        f"{worst.name} ({worst.gradient[-1]:.2g} against {worst.weight[-1]:.2g}). Layers like this: "
+        f"{len(bad)} of {len(domination.layers)}."
     )
     advice = (
         "A step at an ordinary rate hardly changes such a layer, which looks like a minimum and need not be one (Huang "
