@@ -46,7 +46,7 @@ def mixed() -> Mixed:
     return Mixed().double()
 
 
-LAYERS = {"default": {}, "decay": {"decay": 0.5}, "every": {"every": 2}}
+LAYERS = {"default": {}, "stored": {"decay": 0.5, "every": 2}}
 
 
 def single_mixed(options: dict, skip=()) -> list[torch.Tensor]:

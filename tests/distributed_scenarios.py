@@ -291,19 +291,20 @@ def going_alone():
 
 def going_back():
     """All ranks load the state of an earlier step, and repeat its steps: the same bits."""
-    found = {}
-    for name, options in {**OPTIONS, "every three": {"every": 3}, "every four": {"every": 4, "decay": 0.5}}.items():
+    found = []
+    # The first refresh after it: was expected by the old count, was not, comes after one that was.
+    for options in ({}, {"every": 3}, {"every": 4, "decay": 0.5}):
         model = _sharded(mlp())
         optimizer = sgd(model)
         Preconditioner(model, optimizer, chunk=8, **options)
-        train(model, optimizer, [dist.get_rank()])
+        train(model, optimizer, [dist.get_rank()], steps=2)
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        train(model, optimizer, [dist.get_rank()], first=STEPS, steps=5)
+        train(model, optimizer, [dist.get_rank()], first=2, steps=5)
         first = result(model)["parameters"]
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
-        train(model, optimizer, [dist.get_rank()], first=STEPS, steps=5)
-        found[name] = all(map(torch.equal, first, result(model)["parameters"]))
+        train(model, optimizer, [dist.get_rank()], first=2, steps=5)
+        found.append(all(map(torch.equal, first, result(model)["parameters"])))
     return found
 
 
