@@ -141,6 +141,9 @@ class ROARNN(nn.Module):
         activation, filter, generator: as for :class:`ROAFeedForward`.
         batch_first: inputs and outputs are (N, T, ...) instead of (T, N, ...).
 
+    The states are of the size of beta: a read-out learns far sooner from ``10 * states``, or with its gradients
+    corrected by :class:`consistency_ops.Preconditioner`, best with both (``benchmarks/training/roa_memory.py``).
+
     Forward: ``u`` (T, N, input_size) and optionally ``h_0`` (N, hidden_size), by default zeros; returns all states
     (T, N, hidden_size) and the last one (N, hidden_size).
 
