@@ -76,6 +76,12 @@ AGAIN = {
         "test_row_counts_use_the_first_rows_only",
         "test_damping_used_is_returned_in_layer_order",
     },
+    "test_same_input.py": {
+        "test_the_same_numbers_as_one_copy_of_the_input_each",
+        "test_a_covariance_given_several_times",
+        "test_a_chunk_that_fails_fails_for_all",
+        "test_rows_that_are_counted",
+    },
     "test_bad_input.py": {
         "test_nan_or_inf_in_one_unit_spares_the_other_chunks",
         "test_a_nan_row_leaves_the_layer_as_it_is",

@@ -154,6 +154,24 @@ PreconditionLayer empty_layer(int64_t layer_index, int64_t group, int64_t chunk,
   return layer;
 }
 
+// Marks the layers that have the input, or the covariance, and the division of the one before them.
+void find_same_inputs(std::vector<PreconditionLayer>& layers) {
+  constexpr int kMostLayers = 64;  // of a run: the CUDA launcher takes kMaxLaunchLayers
+  int run = 1;
+  for (size_t l = 1; l < layers.size(); ++l) {
+    PreconditionLayer& layer = layers[l];
+    const PreconditionLayer& before = layers[l - 1];
+    layer.same_input = run < kMostLayers && layer.x == before.x && layer.x_dtype == before.x_dtype &&
+                       std::equal(layer.x_row_size, layer.x_row_size + kMaxRowDims, before.x_row_size) &&
+                       std::equal(layer.x_row_stride, layer.x_row_stride + kMaxRowDims, before.x_row_stride) &&
+                       layer.x_unit_stride == before.x_unit_stride && layer.covariance == before.covariance &&
+                       layer.units == before.units && layer.has_bias == before.has_bias &&
+                       layer.permutation == before.permutation && layer.row_count == before.row_count &&
+                       layer.layer == before.layer && layer.group == before.group;
+    run = layer.same_input ? run + 1 : 1;
+  }
+}
+
 int64_t total_chunks(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options) {
   int64_t total = 0;
   for (const PreconditionLayer& layer : layers) total += num_chunks(layer, options);
@@ -265,6 +283,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
       layers.push_back(layer);
     }
   }
+  find_same_inputs(layers);
   return launch_reporting(layers, options, grads[0], op, tuning);
 }
 
@@ -414,6 +433,7 @@ std::tuple<Tensor, Tensor> foreach_correct_(const Tensors& grads, const Tensors&
   check_overlap(grads, bias_grads, op);
   auto layers = matrix_layers(grads, bias_grads, covariances, &PreconditionLayer::covariance, permutations, bias_layers,
                               permutation_layers, layer_indices, groups, options, op);
+  find_same_inputs(layers);
   return launch_reporting(layers, options, grads[0], op);
 }
 

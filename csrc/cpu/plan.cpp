@@ -96,12 +96,20 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     while (at.row_block > kLeastRowBlock && at.units * at.row_block * element > kPackedBytes) at.row_block /= 2;
     at.bias_chunk = -1;
     at.sample = {0, 1, 0};
-    at.active = layer.units > 0;
-    if (options.stages & kStageCovariance) {
+    at.head = layer.same_input ? plan.layers[l - 1].head : l;
+    LayerPlan& head = plan.layers[at.head];
+    ++head.members;
+    if (!(options.stages & kStageApply) || (layer.outputs > 0 && at.taps > 0)) head.active = layer.units > 0;
+    if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_block * at.taps);
+  }
+
+  for (int64_t l = 0; l < count; ++l) {
+    const PreconditionLayer& layer = layers[l];
+    LayerPlan& at = plan.layers[l];
+    if (at.active && (options.stages & kStageCovariance)) {
       at.sample = sample_rows(row_count(layer), options.max_rows, options.seed, options.step, layer.layer);
-      at.active = at.active && at.sample.count > 0;
+      at.active = at.sample.count > 0;
     }
-    if (options.stages & kStageApply) at.active = at.active && layer.outputs > 0 && at.taps > 0;
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));
     divide(layer, options, at);
@@ -111,7 +119,6 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     for (const ChunkPlan& chunk : at.chunks) {
       plan.largest_matrix = std::max(plan.largest_matrix, int64_t{chunk.panels} * chunk.panels * kPanel * kPanel);
     }
-    if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_block * at.taps);
   }
 
   // Layers share a wave and its storage.  A wave has room for the largest layer, for what the largest packed blocks
@@ -142,12 +149,13 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
   };
   auto add_apply = [&](int64_t l, int64_t wave_ticket) {
     const LayerPlan& layer = plan.layers[l];
+    if (layer.taps == 0) return;
     const int64_t blocks = (layers[l].outputs + layer.outputs_per_block - 1) / layer.outputs_per_block;
     const int64_t outputs =
         layer.outputs_per_block * std::clamp<int64_t>(blocks / (4 * int64_t{threads}), 1, kApplyBlocks);
     for (int64_t o = 0; o < layers[l].outputs; o += outputs) {
       plan.tasks.emplace_back(Phase::kApply, l, o, std::min(layers[l].outputs, o + outputs), wave_ticket,
-                              layer.chunks.size());
+                              plan.layers[layer.head].chunks.size());
     }
   };
 
@@ -185,7 +193,10 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       if (stage >= 1 && stage - 1 < length && (options.stages & (kStageFactor | kStageApply))) {
         add_factor(wave[stage - 1], parts[stage - 1], ticket);
       }
-      if (stage >= 2 && (options.stages & kStageApply)) add_apply(wave[stage - 2], ticket);
+      if (stage >= 2 && (options.stages & kStageApply)) {
+        const int64_t head = wave[stage - 2];
+        for (int64_t l = head; l < head + plan.layers[head].members; ++l) add_apply(l, ticket);
+      }
     }
   }
   return plan;

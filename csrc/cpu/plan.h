@@ -30,8 +30,11 @@ struct ChunkPlan {
   int64_t storage;  // offset of the matrix in the workspace of the wave, in elements
 };
 
+// Layers with the same input are one run: the first, its head, has the division, and the tasks but for the correction.
 struct LayerPlan {
-  bool active;  // false: no rows or no gradient; outputs are written, G is left alone
+  int64_t head;     // index of the first layer of the run
+  int64_t members;  // of a head: layers of the run
+  bool active;      // false: no rows, no gradient in the whole run, or no head; outputs are written, G is left alone
   RowSample sample;
   int64_t units;      // with the bias
   int64_t row_block;  // the largest that fits kPackedBytes, so that a wide X is read once and not once a part
@@ -60,7 +63,7 @@ struct Task {
         wait_in_phase(static_cast<int32_t>(tasks)) {}
 
   Phase phase;
-  int32_t layer;
+  int32_t layer;          // the head of a run, but when applying
   int32_t begin, end;     // chunks, or outputs when applying
   int32_t wait_ticket;    // all tasks before this ticket must have finished, and
   int32_t wait_in_phase;  // so many tasks of the layer's previous phase

@@ -104,7 +104,7 @@ class Launch {
       const int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
       if (ticket >= tickets) return;
       const Task& task = plan_.tasks[ticket];
-      LayerState& state = states_[task.layer];
+      LayerState& state = states_[plan_.layers[task.layer].head];
       const int phase = static_cast<int>(task.phase);
       wait_until([&] {
         return finished_.load(std::memory_order_acquire) >= task.wait_ticket &&
@@ -260,8 +260,9 @@ class Launch {
 
   void factor(const Task& task, const Scratch<T>& s) {
     const PreconditionLayer& layer = layers_[task.layer];
+    const LayerPlan& plan = plan_.layers[task.layer];
     const int64_t c = task.begin;
-    const ChunkPlan& chunk = plan_.layers[task.layer].chunks[c];
+    const ChunkPlan& chunk = plan.chunks[c];
     LayerState& state = states_[task.layer];
     if (!(options_.stages & kStageFactor)) {
       state.info[c] = layer.info[c];
@@ -273,7 +274,7 @@ class Launch {
     const T factor_of = static_cast<T>(scale(task));
     double damping = options_.damping;
     int info = 0;
-    for (int tries = 0; tries < kMaxTries; ++tries, damping *= 10) {
+    for (int tries = 1;; ++tries, damping *= 10) {
       for (int64_t j = 0; j < height; j += kPanel) {  // the upper blocks, a panel at a time
         const int64_t begin = j * height, end = begin + (j + kPanel) * kPanel;
         for (int64_t e = begin; e < end; ++e) s.factor[e] = matrix[e] * factor_of;
@@ -283,11 +284,13 @@ class Launch {
         pivot = k < chunk.size ? pivot + static_cast<T>(damping) : T(1);
       }
       info = kernels.factor(s.factor, chunk.panels, s.inverse_diagonal);
-      if (layer.damping_used != nullptr) layer.damping_used[c] = static_cast<float>(damping);
-      if (info == 0) break;
+      if (info == 0 || tries == kMaxTries) break;
     }
     state.info[c] = info;
-    if (layer.info != nullptr) layer.info[c] = info;
+    for (const PreconditionLayer* member = &layer; member != &layer + plan.members; ++member) {
+      if (member->damping_used != nullptr) member->damping_used[c] = static_cast<float>(damping);
+      if (member->info != nullptr) member->info[c] = info;
+    }
     if (info == 0) kernels.invert(s.factor, s.inverse_diagonal, chunk.panels, s.inverse_factor, matrix);
     if (layer.inverse != nullptr) {
       if (info != 0) std::fill(matrix, matrix + elements, T(0));
@@ -307,17 +310,18 @@ class Launch {
   // Corrects some outputs; `more`: as many come next.
   void apply_block(int32_t index, int64_t first_output, int64_t outputs, bool more, const Scratch<T>& s) {
     const PreconditionLayer& layer = layers_[index];
-    const LayerPlan& plan = plan_.layers[index];
+    const int64_t taps = plan_.layers[index].taps, head = plan_.layers[index].head;
+    const LayerPlan& plan = plan_.layers[head];
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
     const T largest =
         std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
-    const int64_t first = first_output * plan.taps, rows = outputs * plan.taps;
+    const int64_t first = first_output * taps, rows = outputs * taps;
     const int64_t ahead = more ? outputs * layer.g_output_stride : 0;
 
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
-      if (states_[index].info[c] != 0) continue;
+      if (states_[head].info[c] != 0) continue;
       const ChunkPlan& chunk = plan.chunks[c];
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
@@ -328,15 +332,15 @@ class Launch {
       for (int64_t at = 0; at < rows; at += kPanel) {
         const int here = static_cast<int>(std::min<int64_t>(kPanel, rows - at));
         int64_t row_offset[kPanel], bias_offset[kPanel];
-        row_offsets(layer, plan.taps, first + at, here, row_offset, bias_offset);
+        row_offsets(layer, taps, first + at, here, row_offset, bias_offset);
         g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, ahead, s.tile);
         if (with_bias) {
           bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, s.tile);
         }
         if (at + kPanel < rows) {
-          prefetch_tile(layer, plan.taps, first + at + kPanel, rows - at - kPanel, runs, chunk.num_runs);
+          prefetch_tile(layer, taps, first + at + kPanel, rows - at - kPanel, runs, chunk.num_runs);
         } else if (c + 1 < plan.chunks.size()) {
-          prefetch_tile(layer, plan.taps, first, rows, runs + chunk.num_runs, plan.chunks[c + 1].num_runs);
+          prefetch_tile(layer, taps, first, rows, runs + chunk.num_runs, plan.chunks[c + 1].num_runs);
         }
         const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.size, largest, s.product);
         g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
@@ -346,7 +350,7 @@ class Launch {
           }
         }
       }
-      if (with_bias) average_bias(layer, plan, first_output, outputs, s);
+      if (with_bias) average_bias(layer, taps, first_output, outputs, s);
     }
   }
 
@@ -396,13 +400,13 @@ class Launch {
   }
 
   // Every tap of an output has corrected a copy of its bias; the bias becomes their mean (METHOD 1.5).
-  void average_bias(const PreconditionLayer& layer, const LayerPlan& plan, int64_t first_output, int64_t outputs,
+  void average_bias(const PreconditionLayer& layer, int64_t taps, int64_t first_output, int64_t outputs,
                     const Scratch<T>& s) {
     const Run run{0, 0, 0, 1};
     for (int64_t o = first_output; o < first_output + outputs; ++o) {
-      const T* copies = s.bias + (o - first_output) * plan.taps;
+      const T* copies = s.bias + (o - first_output) * taps;
       T mean = copies[0];
-      for (int64_t t = 1; t < plan.taps; ++t) {
+      for (int64_t t = 1; t < taps; ++t) {
         const T difference = copies[t] - mean;  // NaN between infinities: all copies are the infinity that came in
         if (difference == difference) mean += difference / static_cast<T>(t + 1);
       }
@@ -467,18 +471,25 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0 || layer.outputs >= INT32_MAX) return false;
-    if (layer.group < 1 || layer.group > options.chunk) return false;
-    for (int64_t size : layer.x_row_size) {
+    for (int64_t size : layer.g_tap_size) {
       if (size < 0) return false;
     }
-    for (int64_t size : layer.g_tap_size) {
+    if (options.stages & kStageApply && layer.outputs > 0 && layer.units > 0 && layer.has_bias &&
+        layer.bias_grad == nullptr) {
+      return false;
+    }
+    if (layer.same_input) {
+      if (l == 0 || layer.units != layers[l - 1].units || layer.has_bias != layers[l - 1].has_bias) return false;
+      continue;
+    }
+    if (layer.group < 1 || layer.group > options.chunk) return false;
+    for (int64_t size : layer.x_row_size) {
       if (size < 0) return false;
     }
     if (layer.units == 0) continue;
     if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
     if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
     if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
-    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
@@ -496,8 +507,9 @@ int64_t work_of(const Plan& plan, const PreconditionLayer* layers) {
   int64_t work = 0;
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const LayerPlan& layer = plan.layers[l];
-    for (const ChunkPlan& chunk : layer.chunks) {
-      work += chunk.size * chunk.size * (layer.sample.count / 2 + chunk.size + layers[l].outputs * layer.taps);
+    for (const ChunkPlan& chunk : layer.chunks) work += chunk.size * chunk.size * (layer.sample.count / 2 + chunk.size);
+    for (const ChunkPlan& chunk : plan.layers[layer.head].chunks) {
+      work += chunk.size * chunk.size * layers[l].outputs * layer.taps;
     }
   }
   return work;
@@ -531,7 +543,7 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
   try {
     const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads));
     for (int64_t l = 0; l < count; ++l) {
-      if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
+      if (!plan.layers[plan.layers[l].head].active) cpu::write_defaults(layers[l], options);
     }
     if (plan.tasks.empty()) return Status::kOk;
     return options.float64 ? cpu::run<double>(layers, options, plan, pool)

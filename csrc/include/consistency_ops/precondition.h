@@ -38,6 +38,12 @@ struct PreconditionLayer {
   DType x_dtype, g_dtype, bias_dtype;
   // With `has_bias` the covariance has the bias unit; set without bias_grad only where there is no G.
   bool has_bias;
+  // This layer has the rows, the division and so the inverse of the layer before it in the array; any number of such
+  // layers may follow one another (query, key and value; gate and up).  The covariance is summed and factored once, and
+  // the G of all of them are corrected where they lie.  `units` and `has_bias` must be those of the layer before; x and
+  // its sizes, strides and dtype, permutation, row_count, layer, group, covariance and inverse are not looked at; info
+  // and damping_used get what those of the first layer get.
+  bool same_input;
   // A bijection of the units (with the bias), or null: the division is drawn from (seed, step, layer).
   const int64_t* permutation;
   // Only the first *row_count rows of X are used (fewer than `rows`, read when the kernel runs); null: all.
@@ -82,8 +88,9 @@ inline int64_t num_chunks(const PreconditionLayer& layer, const PreconditionOpti
 //
 // kInvalidArgument: chunk not in 1 .. kMaxChunk; a group not in 1 .. chunk; max_rows < 1; damping negative or NaN;
 // stages not a combination of neighbouring stages; covariance, inverse or info null where the stages need it; has_bias
-// without bias_grad where there is a G to correct; a negative size; 2^31 - 1 or more units or outputs.  Pointers,
-// strides and dtypes are taken as they are; set float64 where any of the data are float64.
+// without bias_grad where there is a G to correct; a negative size; 2^31 - 1 or more units or outputs; same_input of
+// the first layer, or with other units or has_bias than the layer before.  Pointers, strides and dtypes are taken as
+// they are; set float64 where any of the data are float64.
 Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                         const ThreadPool& pool);
 
