@@ -1,4 +1,4 @@
-// G[:, c] <- G[:, c] A_c^-1 for this CTA's share of the rows of G, in place.
+// G[:, c] <- G[:, c] A_c^-1 for this CTA's share of the rows of G of one layer, in place.
 //
 // Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
 // columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
@@ -7,7 +7,7 @@
 // chunk only.
 #pragma once
 
-#include "cuda/chunk.cuh"
+#include "cuda/tasks.cuh"
 
 namespace consistency_ops {
 
@@ -29,19 +29,19 @@ CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, in
 
 constexpr int kPrefetchRows = 256;  // 128 KiB of float32 a CTA, 34 MB in all: what L2 holds beside the rest
 
-// Asks L2 for the first rows of this CTA's share of G, a sector at a time, a row a warp.
+// Asks L2 for the first rows of these outputs, a sector at a time, a row a warp.
 template <int kWarps>
-CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk) {
+CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk, const OutputRange& outputs) {
   constexpr uintptr_t kSector = 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t taps = static_cast<uint32_t>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
-  const int rows = static_cast<int>(min(int64_t{kPrefetchRows}, chunk.shared.outputs * taps));
+  const int rows = static_cast<int>(min(int64_t{kPrefetchRows}, (outputs.end - outputs.begin) * taps));
   const int64_t bytes = element_size(layer.g_dtype);
   CO_NO_UNROLL
   for (int r = warp; r < rows; r += kWarps) {
     const uint32_t output = static_cast<uint32_t>(r) / taps;
     const int64_t offset =
-        (chunk.shared.first_output + output) * layer.g_output_stride +
+        (outputs.begin + output) * layer.g_output_stride +
         strided_offset(static_cast<uint32_t>(r) - output * taps, layer.g_tap_size, layer.g_tap_stride);
     const uintptr_t row = reinterpret_cast<uintptr_t>(layer.g) + static_cast<uintptr_t>(offset * bytes);
     const auto sector = [&](int32_t unit) {
@@ -134,12 +134,12 @@ struct BiasMean {
 
 // All threads.  `Raw` is uint32_t for float32 gradients, uint16_t for 16-bit ones.
 template <int kWarps, typename Raw>
-CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int stage) {
+CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const OutputRange& outputs, int stage) {
   constexpr int kProducts = sizeof(Raw) == 4 ? 3 : 2;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int pitch = g_pitch(chunk.padded());
   const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
-  const int last_row = static_cast<int>(chunk.shared.first_output + chunk.shared.outputs) * taps;
+  const int last_row = static_cast<int>(outputs.end) * taps;
   Raw* const g = static_cast<Raw*>(layer.g);
   const int64_t unit_stride = layer.g_unit_stride;
   const DType dtype = layer.g_dtype;
@@ -149,7 +149,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, int sta
   }
   BiasMean bias;
 
-  for (int first = static_cast<int>(chunk.shared.first_output) * taps; first < last_row; first += stage) {
+  for (int first = static_cast<int>(outputs.begin) * taps; first < last_row; first += stage) {
     const int rows = min(stage, last_row - first);
     __syncthreads();  // the last stage has been written back
     if (const int thread = fresh_thread(); thread < rows) {

@@ -27,10 +27,11 @@ struct ChunkShared {
   int64_t x_unit_stride;
   char* packed;                   // first row of this task's share in the workspace
   int64_t packed_pitch;           // elements
-  int64_t first_output, outputs;  // of G, the share of this CTA
+  int64_t first_output, outputs;  // of G, of all layers with this input, the share of this CTA
   float* sum_records;             // of the layer, in the workspace: [chunks, sums, record]
   float* inverse_record;          // of the chunk: the inverse, then failed_minor
   int32_t role, layer, chunk, stages;
+  int32_t members;                    // layers with this input, from `layer` on
   int32_t ticket, part;               // of the launch; of the tasks of the same role and chunk
   int32_t rank, cluster;              // of this CTA among the CTAs of its cluster
   int32_t sums, slabs, packs, moves;  // LayerShares
@@ -42,6 +43,7 @@ struct ChunkShared {
   int32_t size;                       // units of the chunk
   int32_t x_stage;                    // rows of X in a stage
   bool tf32;                          // CudaTuning
+  bool empty;                         // nothing was seen, or there is nothing to correct: everything stays as it is
   bool x_rows_are_fast;
   int32_t failed_minor, failed_tries;
 };

@@ -134,15 +134,15 @@ CO_DEVICE void tabulate(const PreconditionLayer& layer, const Chunk& chunk, uint
   }
 }
 
-// All threads.  This task's share of the rows: of X to the workspace, or of G in place, there or back.
+// All threads.  This task's share of the rows: of X to the workspace, or of the G of all members in place, there or
+// back.
 template <int kThreads, typename Raw>
-CO_DEVICE void permute_rows(const PreconditionLayer& layer, const Chunk& chunk, int shared_bytes) {
+CO_DEVICE void permute_rows(const PreconditionLayer* members, const Chunk& chunk, int shared_bytes) {
   constexpr int kWide = 16 / sizeof(Raw);
   const bool pack = chunk.shared.role == kPackTask;
-  const int units = static_cast<int>(layer.units), table_size = static_cast<int>(table_units(units));
+  const PreconditionLayer& first_layer = members[0];
+  const int units = static_cast<int>(first_layer.units), table_size = static_cast<int>(table_units(units));
   RowPermutation<Raw> work{};
-  work.from = static_cast<const Raw*>(pack ? layer.x : layer.g);
-  work.to = static_cast<Raw*>(pack ? chunk.shared.packed : layer.g);
   work.to_pitch = pack ? chunk.shared.packed_pitch : 0;
   uint16_t* const table = reinterpret_cast<uint16_t*>(chunk.tiles);
   work.table = table;
@@ -150,36 +150,43 @@ CO_DEVICE void permute_rows(const PreconditionLayer& layer, const Chunk& chunk, 
   work.slab_pitch = static_cast<int>(slab_pitch(units, sizeof(Raw)));
   work.in_units = units;
   work.out_units = pack ? static_cast<int>(chunk.shared.division.units) : units;
-  tabulate(layer, chunk, table, kThreads);
-
-  uintptr_t bits = reinterpret_cast<uintptr_t>(work.from) / sizeof(Raw) | static_cast<uintptr_t>(units);
-  if (!pack) bits |= static_cast<uintptr_t>(layer.g_output_stride);
-  CO_UNROLL
-  for (int i = 0; i < kMaxRowDims; ++i) {
-    if (pack && layer.x_row_size[i] > 1) bits |= static_cast<uintptr_t>(layer.x_row_stride[i]);
-  }
-  const int rows = pack ? chunk.x_rows() : static_cast<int>(chunk.shared.outputs);
+  tabulate(first_layer, chunk, table, kThreads);
   const int row_bytes = work.slab_pitch * static_cast<int>(sizeof(Raw));
   const int stage = min(kMaxStageRows, (shared_bytes - table_size * 2) / row_bytes);
+
   CO_NO_UNROLL
-  for (int first = 0; first < rows; first += stage) {
-    const int count = min(stage, rows - first);
-    __syncthreads();  // the table is complete, and the last stage has been written
-    if (const int thread = fresh_thread(); thread < count) {
-      const int64_t row = first + thread;
-      chunk.shared.row_offset[thread] =
-          pack ? strided_offset(static_cast<uint32_t>(chunk.shared.rows.offset + row * chunk.shared.rows.stride),
-                                layer.x_row_size, layer.x_row_stride)
-               : (chunk.shared.first_output + row) * layer.g_output_stride;
-      work.slab[thread * work.slab_pitch + units] = one_bits<Raw>(layer.x_dtype);
+  for (int m = 0; m < (pack ? 1 : chunk.shared.members); ++m) {
+    const PreconditionLayer& layer = members[m];
+    const OutputRange outputs = outputs_of(members, m, chunk.shared);
+    work.from = static_cast<const Raw*>(pack ? layer.x : layer.g);
+    work.to = static_cast<Raw*>(pack ? chunk.shared.packed : layer.g);
+    uintptr_t bits = reinterpret_cast<uintptr_t>(work.from) / sizeof(Raw) | static_cast<uintptr_t>(units);
+    if (!pack) bits |= static_cast<uintptr_t>(layer.g_output_stride);
+    CO_UNROLL
+    for (int i = 0; i < kMaxRowDims; ++i) {
+      if (pack && layer.x_row_size[i] > 1) bits |= static_cast<uintptr_t>(layer.x_row_stride[i]);
     }
-    __syncthreads();
-    if (bits % kWide == 0) {
-      permute_block<kThreads, kWide>(work, chunk, count);
-    } else {
-      permute_block<kThreads, 1>(work, chunk, count);
+    const int rows = pack ? chunk.x_rows() : static_cast<int>(outputs.end - outputs.begin);
+    CO_NO_UNROLL
+    for (int first = 0; first < rows; first += stage) {
+      const int count = min(stage, rows - first);
+      __syncthreads();  // the table is complete, and the last stage has been written
+      if (const int thread = fresh_thread(); thread < count) {
+        const int64_t row = first + thread;
+        chunk.shared.row_offset[thread] =
+            pack ? strided_offset(static_cast<uint32_t>(chunk.shared.rows.offset + row * chunk.shared.rows.stride),
+                                  layer.x_row_size, layer.x_row_stride)
+                 : (outputs.begin + row) * layer.g_output_stride;
+        work.slab[thread * work.slab_pitch + units] = one_bits<Raw>(first_layer.x_dtype);
+      }
+      __syncthreads();
+      if (bits % kWide == 0) {
+        permute_block<kThreads, kWide>(work, chunk, count);
+      } else {
+        permute_block<kThreads, 1>(work, chunk, count);
+      }
+      if (pack) work.to += count * work.to_pitch;
     }
-    if (pack) work.to += count * work.to_pitch;
   }
 }
 

@@ -26,7 +26,6 @@
 // makes that 3 (permute.cuh).
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "consistency_ops/precondition_cuda.h"
 #include "cuda/apply.cuh"
@@ -53,6 +52,17 @@ struct PreconditionTraits {
 };
 using UpTo128 = PreconditionTraits<256, 3, 2>;  // 20 blocks for 8 warps
 using UpTo256 = PreconditionTraits<512, 5, 1>;  // 72 blocks for 16 warps
+
+// The same for all layers with the same input.
+CO_DEVICE void report(const PreconditionParams& params, const ChunkShared& shared, int32_t info, float damping) {
+  if (threadIdx.x != 0 || shared.rank != 0) return;
+  CO_NO_UNROLL
+  for (int m = 0; m < shared.members; ++m) {
+    const PreconditionLayer& layer = params.layers[shared.layer + m];
+    if (layer.info != nullptr) layer.info[shared.chunk] = info;
+    if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = damping;
+  }
+}
 
 // tiles <- the covariance, not yet divided by the rows, of this task's rows or of all; or a given one.
 template <typename Traits>
@@ -103,10 +113,7 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
     damp(chunk, scale, damping, Traits::kThreads);
     factor<Traits::kWarps>(chunk);
     if (chunk.shared.failed_minor == 0 || chunk.shared.failed_tries == kMaxTries - 1) {
-      if (threadIdx.x == 0 && chunk.shared.rank == 0) {
-        if (layer.info != nullptr) layer.info[chunk.shared.chunk] = chunk.shared.failed_minor;
-        if (layer.damping_used != nullptr) layer.damping_used[chunk.shared.chunk] = damping;
-      }
+      report(params, chunk.shared, chunk.shared.failed_minor, damping);
       return;
     }
     __syncthreads();  // every thread has read failed_tries and failed_minor
@@ -143,26 +150,25 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   if (chunk.shared.stages == 0) {
     const DType dtype = chunk.shared.role == kPackTask ? layer.x_dtype : layer.g_dtype;
     if (dtype == DType::kFloat32) {
-      permute_rows<Traits::kThreads, uint32_t>(layer, chunk, params.shared_bytes);
+      permute_rows<Traits::kThreads, uint32_t>(&layer, chunk, params.shared_bytes);
     } else {
-      permute_rows<Traits::kThreads, uint16_t>(layer, chunk, params.shared_bytes);
+      permute_rows<Traits::kThreads, uint16_t>(&layer, chunk, params.shared_bytes);
     }
     return;
   }
   if (chunk.shared.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
   if (chunk.shared.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, layer, chunk);
   if (!(chunk.shared.stages & kStageApply) || chunk.shared.failed_minor != 0) return;
-  if (layer.g_dtype == DType::kFloat32) {
-    apply<Traits::kWarps, uint32_t>(layer, chunk, params.apply_rows);
-  } else {
-    apply<Traits::kWarps, uint16_t>(layer, chunk, params.apply_rows);
+  const PreconditionLayer* members = params.layers + chunk.shared.layer;
+  CO_NO_UNROLL
+  for (int m = 0; m < chunk.shared.members; ++m) {
+    const OutputRange outputs = outputs_of(members, m, chunk.shared);
+    if (members[m].g_dtype == DType::kFloat32) {
+      apply<Traits::kWarps, uint32_t>(members[m], chunk, outputs, params.apply_rows);
+    } else {
+      apply<Traits::kWarps, uint16_t>(members[m], chunk, outputs, params.apply_rows);
+    }
   }
-}
-
-// Nothing was seen, or there is nothing to correct: everything stays as it is.
-CO_DEVICE bool is_empty(const PreconditionOptions& options, const PreconditionLayer& layer, int64_t rows) {
-  return layer.units == 0 || ((options.stages & kStageCovariance) && rows == 0) ||
-         ((options.stages & kStageApply) && rows_of_g(layer) == 0);
 }
 
 // Where the unit at a position of the chunk lies in the rows that this task reads.
@@ -193,15 +199,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   if (const int thread = fresh_thread(); thread < chunk.padded()) shared.unit[thread] = unit_of(layer, chunk, thread);
   if (shared.awaited != 0 && shared.moves == 0 && (shared.stages & kStageApply)) {
     __syncthreads();  // the units
-    prefetch_g<Traits::kWarps>(layer, chunk);
+    int member = 0;   // the first that this CTA corrects
+    OutputRange outputs = outputs_of(params.layers + shared.layer, member, shared);
+    while (outputs.begin >= outputs.end && ++member < shared.members) {
+      outputs = outputs_of(params.layers + shared.layer, member, shared);
+    }
+    if (member < shared.members) prefetch_g<Traits::kWarps>(params.layers[shared.layer + member], chunk, outputs);
   }
   wait_for_others(shared);
 
-  if (!is_empty(params.options, layer, shared.all_rows)) {
+  if (!shared.empty) {
     run_task<Traits>(params, chunk);
-  } else if (threadIdx.x == 0 && shared.rank == 0 && (shared.stages & kStageFactor)) {
-    if (layer.info != nullptr) layer.info[shared.chunk] = 0;
-    if (layer.damping_used != nullptr) layer.damping_used[shared.chunk] = static_cast<float>(params.options.damping);
+  } else if (shared.stages & kStageFactor) {
+    report(params, shared, 0, static_cast<float>(params.options.damping));
   }
   end_task(params, shared);
 }
@@ -219,19 +229,25 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   if (options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
   if (tuning.ctas < 0 || tuning.ctas > (tuning.rung == PreconditionRung::kV1 ? kMaxCluster : kMaxShares)) return false;
+  int run = 0;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0) return false;
-    if (layer.group < 1 || layer.group > options.chunk) return false;
-    if (rows_of_x(layer) > kMaxRows || rows_of_g(layer) > kMaxRows) return false;
-    if (layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64 || layer.bias_dtype == DType::kFloat64) {
-      return false;
+    if (rows_of_g(layer) > kMaxRows) return false;
+    if (layer.g_dtype == DType::kFloat64 || layer.bias_dtype == DType::kFloat64) return false;
+    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
+    run = layer.same_input ? run + 1 : 1;
+    if (layer.same_input) {
+      if (l == 0 || run > kMaxLaunchLayers) return false;
+      if (layer.units != layers[l - 1].units || layer.has_bias != layers[l - 1].has_bias) return false;
+      continue;
     }
+    if (layer.group < 1 || layer.group > options.chunk) return false;
+    if (rows_of_x(layer) > kMaxRows || layer.x_dtype == DType::kFloat64) return false;
     if (options.stages == kStageCovariance && layer.covariance == nullptr) return false;
     if (options.stages == kStageFactor && (layer.covariance == nullptr || layer.inverse == nullptr)) return false;
     if (options.stages == kStageApply && (layer.inverse == nullptr || layer.info == nullptr)) return false;
     if (options.stages == (kStageFactor | kStageApply) && layer.covariance == nullptr) return false;
-    if (options.stages & kStageApply && layer.outputs > 0 && layer.has_bias && layer.bias_grad == nullptr) return false;
   }
   return true;
 }
@@ -251,16 +267,25 @@ RowMatrix matrix_of_x(const PreconditionLayer& layer, const PreconditionOptions&
   return {rows, layer.units, num_chunks(layer, options), run * bytes, bytes, layer.x_unit_stride == 1};
 }
 
-RowMatrix matrix_of_g(const PreconditionLayer& layer, const PreconditionOptions& options) {
-  const int64_t rows = options.stages & kStageApply ? rows_of_g(layer) : 0;
-  const int64_t bytes = element_size(layer.g_dtype), run = layer.permutation != nullptr ? 1 : layer.group;
-  const bool unit_rows = layer.g_unit_stride == 1 && rows == layer.outputs;  // one tap
-  return {rows, layer.units, num_chunks(layer, options), run * bytes, bytes, unit_rows};
+// Of the G of `members` layers with the same input.
+RowMatrix matrix_of_g(const PreconditionLayer* layers, int members, const PreconditionOptions& options) {
+  const int64_t bytes = element_size(layers->g_dtype), run = layers->permutation != nullptr ? 1 : layers->group;
+  RowMatrix matrix{0, layers->units, num_chunks(*layers, options), run * bytes, bytes, true};
+  for (int m = 0; (options.stages & kStageApply) && m < members; ++m) {
+    const PreconditionLayer& layer = layers[m];
+    const bool one_tap = rows_of_g(layer) == layer.outputs;
+    matrix.rows += rows_of_g(layer);
+    matrix.unit_rows = matrix.unit_rows && layer.g_unit_stride == 1 && one_tap && layer.g_dtype == layers->g_dtype;
+  }
+  return matrix;
 }
 
-LayerWork work_of(const PreconditionLayer& layer, const PreconditionOptions& options, const CudaTuning& tuning) {
-  const RowMatrix x = matrix_of_x(layer, options), g = matrix_of_g(layer, options);
-  return {x.chunks, x.rows, g.rows, waits_for_trace(layer, options), permutes(x, tuning), permutes(g, tuning)};
+// Of the first of `layers` and those that have its input; nothing for one of those.
+LayerWork work_of(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                  const CudaTuning& tuning) {
+  if (layers->same_input) return {};
+  const RowMatrix x = matrix_of_x(*layers, options), g = matrix_of_g(layers, run_length(layers, count), options);
+  return {x.chunks, x.rows, g.rows, waits_for_trace(*layers, options), permutes(x, tuning), permutes(g, tuning)};
 }
 
 // False if the workspace would be larger than 64 GiB.
@@ -268,7 +293,7 @@ bool cut(const PreconditionLayer* layers, int64_t count, const PreconditionOptio
          bool clusters, Launch& launch) {
   int64_t chunks = 0, longest = 0, permuted = 0;
   for (int64_t l = 0; l < count; ++l) {
-    const LayerWork work = work_of(layers[l], options, tuning);
+    const LayerWork work = work_of(layers + l, count - l, options, tuning);
     chunks += work.chunks;
     if (work.chunks > 0) longest = std::max({longest, work.x_rows, work.g_rows});
     if (work.packs_x) permuted += work.x_rows * layers[l].units * element_size(layers[l].x_dtype);
@@ -280,7 +305,7 @@ bool cut(const PreconditionLayer* layers, int64_t count, const PreconditionOptio
   bool meet = false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
-    const LayerWork work = work_of(layer, options, tuning);
+    const LayerWork work = work_of(layers + l, count - l, options, tuning);
     const LayerShares shares = launch.shares[l] = share_layer(work, launch.shape, tuning);
     launch.records[l] = launch.packed[l] = 0;
     const auto want_slab = [&](int64_t element_bytes) {
@@ -313,24 +338,41 @@ bool cut(const PreconditionLayer* layers, int64_t count, const PreconditionOptio
   return true;
 }
 
-// Large layers first, because the last CTAs to start decide when the launch ends; layers that wait go last.
-void launch_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                  const CudaTuning& tuning, int64_t* order) {
-  std::iota(order, order + count, int64_t{0});
-  std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
-    const LayerWork work_a = work_of(layers[a], options, tuning), work_b = work_of(layers[b], options, tuning);
-    if (work_a.waits_for_trace != work_b.waits_for_trace) return work_b.waits_for_trace;
-    return work_a.x_rows + work_a.g_rows > work_b.x_rows + work_b.g_rows;
+// Large layers first, because the last CTAs to start decide when the launch ends; layers that wait go last.  Layers
+// with the same input stay together.
+void put_in_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                  const CudaTuning& tuning, PreconditionLayer* ordered) {
+  int64_t firsts[kMaxLaunchLayers], runs = 0;
+  LayerWork works[kMaxLaunchLayers];
+  for (int64_t l = 0; l < count; l += run_length(layers + l, count - l)) {
+    firsts[runs++] = l;
+    works[l] = work_of(layers + l, count - l, options, tuning);
+  }
+  std::stable_sort(firsts, firsts + runs, [&](int64_t a, int64_t b) {
+    if (works[a].waits_for_trace != works[b].waits_for_trace) return works[b].waits_for_trace;
+    return works[a].x_rows + works[a].g_rows > works[b].x_rows + works[b].g_rows;
   });
+  for (int64_t r = 0; r < runs; ++r) {
+    ordered = std::copy_n(layers + firsts[r], run_length(layers + firsts[r], count - firsts[r]), ordered);
+  }
+}
+
+// Layers of the next launch: as many as it can describe, without parting those with the same input.
+int64_t next_launch(const PreconditionLayer* layers, int64_t count) {
+  int64_t length = 0;
+  while (length < count) {
+    const int run = run_length(layers + length, count - length);
+    if (length + run > kMaxLaunchLayers) break;
+    length += run;
+  }
+  return length;
 }
 
 Status launch_layers(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                      const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
   static thread_local PreconditionParams params;  // 32 KB: not on the caller's stack
   static thread_local Launch cuts;
-  int64_t order[kMaxLaunchLayers];
-  launch_order(layers, count, options, tuning, order);
-  for (int64_t l = 0; l < count; ++l) params.layers[l] = layers[order[l]];
+  put_in_order(layers, count, options, tuning, params.layers);
   if (!cut(params.layers, count, options, tuning, device.compute_capability >= 90, cuts)) {
     return Status::kInvalidArgument;
   }
@@ -348,7 +390,7 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
     for (int role = 0; role < kRoles; ++role) {
       const int64_t l = round - layers_behind(role);
       if (l < 0 || l >= count) continue;
-      const int64_t chunks = num_chunks(params.layers[l], options);
+      const int64_t chunks = own_chunks(params.layers[l], options);
       if (chunks > 0) units = std::max(units, (all_units(params.layers[l]) + chunks - 1) / chunks);
       tasks += count_tasks(params.shares[l], chunks, options.stages, role);
       if (tasks * params.cluster > INT32_MAX) return Status::kInvalidArgument;
@@ -374,9 +416,11 @@ int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t cou
                                     const CudaTuning& tuning) {
   static thread_local Launch cuts;
   int64_t largest = 0;
-  for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
+  for (int64_t first = 0, length; first < count; first += length) {
+    length = next_launch(layers + first, count - first);
+    if (length == 0) return 0;  // refused by precondition_cuda
     for (const bool clusters : {false, true}) {
-      cut(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options, tuning, clusters, cuts);
+      cut(layers + first, length, options, tuning, clusters, cuts);
       largest = std::max(largest, cuts.bytes);
     }
   }
@@ -389,9 +433,9 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
   if (workspace == nullptr && precondition_workspace_cuda(layers, count, options, tuning) > 0) {
     return Status::kInvalidArgument;
   }
-  for (int64_t first = 0; first < count; first += kMaxLaunchLayers) {
-    const Status status = launch_layers(layers + first, std::min<int64_t>(kMaxLaunchLayers, count - first), options,
-                                        device, workspace, stream, tuning);
+  for (int64_t first = 0, length; first < count; first += length) {
+    length = next_launch(layers + first, count - first);
+    const Status status = launch_layers(layers + first, length, options, device, workspace, stream, tuning);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;

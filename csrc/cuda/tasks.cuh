@@ -7,6 +7,9 @@
 // division (permute.cuh), each with a share of the rows and all chunks: pack X for the sums, permute G for the slabs,
 // and restore G after them.
 //
+// Layers with the same input are one run.  The first has all the tasks; those that work on G take the G of the whole
+// run for one, so that a share may begin in one layer and end in another.
+//
 // Tasks are numbered in rounds: round r packs X of layer r, sums layer r - 1, finishes layer r - 2 and permutes its G,
 // has the slabs of layer r - 3, and restores G of layer r - 4; so the factors of one layer, which are bound by latency,
 // run beside the reads of the next.  In a round the share counts slowest: CTAs that run side by side read the same rows
@@ -78,6 +81,18 @@ CO_HOST_DEVICE inline int64_t count_chunks(const PreconditionLayer& layer, const
 // Floats of the tiles of a layer's largest chunk.
 CO_HOST_DEVICE inline int32_t record_floats(int64_t units, int64_t chunks) {
   return lower_tiles(padded_units(static_cast<int>((units + chunks - 1) / chunks)) / kTile) * kTileFloats;
+}
+
+// Layers with the input of the first of `layers`.
+CO_HOST_DEVICE inline int run_length(const PreconditionLayer* layers, int64_t count) {
+  int length = 1;
+  while (length < count && layers[length].same_input) ++length;
+  return length;
+}
+
+// Chunks that are tasks of this layer.
+CO_HOST_DEVICE inline int64_t own_chunks(const PreconditionLayer& layer, const PreconditionOptions& options) {
+  return layer.same_input ? 0 : count_chunks(layer, options);
 }
 
 constexpr int kStatusFloats = 4;  // failed_minor after the inverse, and what keeps the next record on 16 bytes
@@ -154,6 +169,19 @@ CO_DEVICE void link_task(const PreconditionParams& params, ChunkShared& shared, 
   }
 }
 
+struct OutputRange {
+  int64_t begin, end;
+};
+
+// The outputs of member `member` of the run that this CTA corrects.
+CO_DEVICE OutputRange outputs_of(const PreconditionLayer* members, int member, const ChunkShared& shared) {
+  int64_t before = 0;
+  CO_NO_UNROLL
+  for (int m = 0; m < member; ++m) before += members[m].outputs;
+  const int64_t begin = shared.first_output - before;
+  return {max(int64_t{0}, begin), min(members[member].outputs, begin + shared.outputs)};
+}
+
 // One thread: the task of number shared.ticket, and what it needs of random.h.
 CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared) {
   const PreconditionOptions& options = params.options;
@@ -162,7 +190,7 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
   for (; role < kRoles; ++role) {
     l = round - layers_behind(role);
     if (l < 0 || l >= params.count) continue;
-    chunks = static_cast<int>(count_chunks(params.layers[l], options));
+    chunks = static_cast<int>(own_chunks(params.layers[l], options));
     const int tasks = static_cast<int>(count_tasks(params.shares[l], chunks, options.stages, role));
     if (task < tasks) break;
     task -= tasks;
@@ -171,6 +199,7 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
   const bool whole_rows = role == kPackTask || role == kPermuteTask || role == kRestoreTask;
   shared.role = role;
   shared.layer = l;
+  shared.members = run_length(params.layers + l, params.count - l);
   shared.chunk = whole_rows ? 0 : task % chunks;
   shared.part = whole_rows ? task : task / chunks;
   shared.sums = params.shares[l].sums;
@@ -201,7 +230,14 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
   const int g_parts = role == kSlabTask ? shared.slabs : whole_rows && role != kPackTask ? shared.moves : 1;
   int64_t first;
   share_of(shared.all_rows, part, x_parts * params.cluster, first, shared.rows.count);
-  share_of(layer.outputs, part, g_parts * params.cluster, shared.first_output, shared.outputs);
+  int64_t all_outputs = 0, all_rows_of_g = 0;
+  for (int m = 0; m < shared.members; ++m) {
+    all_outputs += params.layers[l + m].outputs;
+    all_rows_of_g += rows_of_g(params.layers[l + m]);
+  }
+  shared.empty = layer.units == 0 || ((options.stages & kStageCovariance) && shared.all_rows == 0) ||
+                 ((options.stages & kStageApply) && all_rows_of_g == 0);
+  share_of(all_outputs, part, g_parts * params.cluster, shared.first_output, shared.outputs);
   shared.rows.offset += first * shared.rows.stride;
   shared.x = layer.x;
   shared.x_unit_stride = layer.x_unit_stride;

@@ -36,9 +36,11 @@ class LayerCase:
     spoil: tuple[str, int, float] | None = None  # ("x", unit, value) or ("g", output, value)
     scale: float = 1.0
     layer: int = 0
+    same_input: bool = False  # the rows and the division are those of the layer before
 
-    def make(self, rng: np.random.Generator) -> Problem:
-        return Problem(self, rng)
+    def also(self, outputs: int, **change) -> LayerCase:
+        """A layer with the same input."""
+        return dataclasses.replace(self, outputs=outputs, same_input=True, **change)
 
 
 @dataclasses.dataclass
@@ -63,7 +65,7 @@ class Case:
 class Problem:
     """The arrays of one layer."""
 
-    def __init__(self, case: LayerCase, rng: np.random.Generator):
+    def __init__(self, case: LayerCase, rng: np.random.Generator, before: Problem | None):
         self.case = case
         # Correlated units with a mean, as activations have, so that the condition is in the hundreds.
         values = rng.standard_normal((case.rows, case.units)) + 0.5 * rng.standard_normal((case.rows, 1)) + 0.3
@@ -90,6 +92,8 @@ class Problem:
         self.all_units = case.units + case.bias
         self.permutation = rng.permutation(self.all_units) if case.permuted else None
         self.row_count = None if case.row_count is None else np.array([case.row_count], np.int64)
+        if case.same_input:
+            self.x, self.permutation, self.row_count = before.x, before.permutation, before.row_count
 
     def values(self) -> np.ndarray:
         """X as (rows, units) float64."""
@@ -143,6 +147,11 @@ class Problem:
             layer.row_count = self.row_count.ctypes.data
         layer.layer = case.layer
         layer.group = case.group
+        if case.same_input:  # what must not be looked at would be noticed
+            layer.same_input = True
+            layer.x = layer.permutation = layer.row_count = None
+            layer.x_row_size, layer.x_row_stride, layer.x_unit_stride = (0,) * 4, (1 << 40,) * 4, 1 << 40
+            layer.x_dtype, layer.layer, layer.group = 1, 99, 0
         self.info = np.full(chunks, -9, np.int32)
         self.damping_used = np.full(chunks, np.nan, np.float32)
         layer.info = self.info.ctypes.data
@@ -177,7 +186,10 @@ def options_of(case: Case) -> simt.Options:
 
 def problems_of(case: Case) -> list[Problem]:
     rng = np.random.default_rng(11)
-    return [layer.make(rng) for layer in case.layers]
+    problems: list[Problem] = []
+    for layer in case.layers:
+        problems.append(Problem(layer, rng, problems[-1] if problems else None))
+    return problems
 
 
 def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) -> list[Problem]:
@@ -319,6 +331,22 @@ SMALL = {
     "inverse apart": Case([L(40, 6, bias=True)], stages=(3, 4)),
     "covariance apart": Case([L(40, 6, g_dtype=B)], stages=(1, 6)),
     "no outputs": Case([L(40, 0)]),
+    "same input": Case([L(70, 9), L(70, 9).also(40), L(70, 9).also(5, taps=(3,)), L(33, 7, rows=60, layer=1)]),
+    "same input, bias, trace": Case(
+        [
+            L(8, 3),
+            (q := L(50, 6, bias=True, permuted=True, layer=2)),
+            q.also(0),
+            q.also(35, g_dtype=B),
+            L(40, 4, layer=1),
+        ],
+        trace=True,
+    ),
+    "same input, no outputs of the first": Case([L(40, 0, row_count=30), L(40, 0, row_count=30).also(7)]),
+    "same input, nothing to correct": Case([L(40, 0), L(40, 0).also(0)]),
+    "same input, covariance apart": Case([(q := L(70, 6, bias=True)), q.also(9, taps=(2,))], stages=(1, 6)),
+    "same input, inverse apart": Case([L(40, 6, g_dtype=B), L(40, 6, g_dtype=B).also(5)], stages=(3, 4)),
+    "same input, NaN": Case([(q := L(70, 9, spoil=("x", 33, math.nan))), q.also(8, spoil=None)]),
     "NaN in X": Case([L(40, 4, spoil=("x", 33, math.nan))]),
     "infinity in X, trace": Case([L(40, 4, spoil=("x", 3, math.inf)), L(40, 3, layer=1)], trace=True),
     "NaN in G": Case([L(40, 4, spoil=("g", 2, math.nan))]),
@@ -361,6 +389,8 @@ PERMUTED = {
     "failed chunk": Case([L(72, 6, bias=True, spoil=("x", 33, math.nan)), L(64, 5, spoil=("g", 1, math.nan), layer=1)]),
     "launches": Case([L(72, 6, bias=True), L(64, 5, x_dtype=B, g_dtype=B, layer=1)], stages=(1, 2, 4)),
     "inverse apart": Case([L(72, 6, bias=True)], stages=(3, 4), trace=True),
+    "same input": Case([(q := L(72, 20, bias=True)), q.also(33), q.also(7), L(64, 5, layer=1)]),
+    "same input, another dtype": Case([(q := L(64, 20)), q.also(9, g_dtype=B)]),
     "16 chunks": Case([L(512, 24, rows=24)]),
     "16 chunks of bfloat16": Case([L(512, 24, rows=24, x_dtype=B, g_dtype=B)]),
 }

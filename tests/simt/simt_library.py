@@ -226,6 +226,7 @@ class Layer(ctypes.Structure):
         ("g_dtype", ctypes.c_int32),
         ("bias_dtype", ctypes.c_int32),
         ("has_bias", ctypes.c_bool),
+        ("same_input", ctypes.c_bool),
         ("permutation", ctypes.c_void_p),
         ("row_count", ctypes.c_void_p),
         ("layer", ctypes.c_uint32),

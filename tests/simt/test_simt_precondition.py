@@ -75,6 +75,12 @@ def test_rungs_launch_what_they_say(library):
     assert launched(library, case + "@packed") == 6 * (3 + 1 + 3) + moves
     assert launched(library, "permuted, X alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 3, "kernel taps are gathered"
     assert launched(library, "permuted, G alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 2 * 3, "and images in planes"
+    same = "same input"  # 3 chunks for three layers, 2 for another one
+    assert launched(library, same) == launched(library, same + "@V0") == 3 + 2
+    assert launched(library, same + "@V1") == (3 + 2) * 4
+    assert launched(library, same + "@V2") == (3 + 2) * (3 + 1 + 3)
+    assert launched(library, f"permuted, {same}@packed") == (3 + 2) * (3 + 1 + 3) + 2 * (3 + 2 * 3)
+    assert launched(library, f"permuted, {same}, another dtype@packed") == 2 * (3 + 1 + 3) + 3, "its G is gathered"
     assert launched(library, "trace@V0") == 3 + 2 + (3 + 1 + 2), "sums of the layers with several chunks"
     assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
 
@@ -90,6 +96,54 @@ def test_rungs_agree(library):
         for got, want in zip(other, first, strict=True):
             assert 0 < cases.relative_error(got.grads(), want.grads()) < 1e-5
             assert cases.relative_error(got.bias, want.bias) < 1e-5 if got.bias is not None else True
+
+
+@pytest.mark.parametrize("rung", cases.RUNGS)
+@pytest.mark.parametrize("trace", [False, True])
+def test_the_same_input_gives_the_bits_of_an_input_of_its_own(library, rung, trace):
+    """Where as many CTAs share the rows."""
+    query = cases.LayerCase(70, 20, rows=90, bias=True, layer=3)
+    together = cases.Case([query, query.also(9), query.also(33)], trace=trace, **cases.RUNGS[rung])
+    library.schedule()
+    problems = cases.run(library, together)
+    for position, problem in enumerate(problems):
+        alone = dataclasses.replace(problem.case, same_input=False)
+        fillers = [dataclasses.replace(layer, same_input=False) for layer in together.layers[:position]]  # draw numbers
+        case = dataclasses.replace(together, layers=[*fillers, alone])
+        own = cases.problems_of(case)[-1]
+        own.x[:] = problems[0].x
+        options = cases.options_of(case)
+        options.stages = COVARIANCE | FACTOR | APPLY
+        layers, tuning = [own.describe(3)], simt.Tuning(case.rung, case.ctas, False, case.packing)
+        workspace = np.zeros(library.workspace_bytes(layers, options, tuning), np.uint8)
+        library.precondition(layers, options, case.device, workspace, tuning)
+        assert cases.written([own]) == cases.written([problem])
+
+
+@pytest.mark.parametrize(("before", "run"), [(0, 118), (3, 117), (0, 119)])
+def test_layers_with_the_same_input_are_in_one_launch(library, before, run):
+    first = cases.LayerCase(6, 2, rows=9)
+    layers = [cases.LayerCase(5, 2, rows=9, layer=1 + i) for i in range(before)]
+    layers += [first, *(first.also(1 + i % 3) for i in range(run - 1))]
+    library.schedule()
+    case = cases.Case(layers, chunk=4)
+    if run > 118:
+        with pytest.raises(RuntimeError, match="status 1"):
+            cases.run(library, case)
+        return
+    cases.check(library, case)
+    assert library.stats().ctas == 2, "of the last launch: the chunks of the run"
+
+
+@pytest.mark.parametrize("change", [{"units": 41}, {"has_bias": True}, {"same_input": True}])
+def test_refused_same_input(library, change):
+    """Other units than the layer before, or none before."""
+    case = cases.SMALL["same input, no outputs of the first"]
+    layers = [p.describe(2) for p in cases.problems_of(case)]
+    for name, value in change.items():
+        setattr(layers["same_input" not in change], name, value)
+    with pytest.raises(RuntimeError, match="status 1"):
+        library.precondition(layers, cases.options_of(case), case.device, np.zeros(0, np.uint8))
 
 
 @pytest.mark.parametrize("rung", cases.RUNGS)
