@@ -53,7 +53,7 @@ def _conditions(pre: Preconditioner, layers: list[Layer], chunk: int) -> dict[st
             max_rows=pre.max_rows,
             seed=pre.seed,
             step=pre.last_division,
-            layers=[layer.index for layer in layers],
+            layers=[layer.divided_as for layer in layers],
             row_counts=[source.states.last_count(source.rows.device, source.index) for source in sources],
         )
     units = [weight.shape[1] + bias for weight, bias in zip(weights, biases, strict=True)]

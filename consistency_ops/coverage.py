@@ -34,7 +34,11 @@ class Layer:
     unfit_gradient: bool = False
     lost_rows: bool = False  # in the last step: see Capture.lost
     inverted_units: int | None = None  # of the stored matrices, or at the last inversion; the bias included
+    divided_as: int = field(init=False)  # layer number of the division of the last inversion
     pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
+
+    def __post_init__(self) -> None:
+        self.divided_as = self.index
 
     @property
     def module_name(self) -> str:

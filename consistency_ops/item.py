@@ -21,7 +21,10 @@ class Item:
     bias_grad: Tensor | None  # (out,)
     rows: Tensor  # (max_rows, in); the first `count` count
     count: Tensor
-    parts: list[Item] = field(default_factory=list)  # layers with the same rows, whose gradients `grad` joins
+    division: int = field(init=False)  # layer number of the random division
+
+    def __post_init__(self) -> None:
+        self.division = self.layer.index
 
     @property
     def units(self) -> int:
@@ -34,33 +37,20 @@ class Item:
 
     def write_back(self) -> None:
         """Where ``grad`` is a copy, not a view: return it to its place."""
-        if self.parts:
-            sizes = [len(part.grad) for part in self.parts]
-            torch._foreach_copy_([part.grad for part in self.parts], self.grad.split(sizes))
-            if self.bias_grad is not None:
-                torch._foreach_copy_([part.bias_grad for part in self.parts], self.bias_grad.split(sizes))
-        elif self.layer.kind.copies(module := self.layer.module()):
+        if self.layer.kind.copies(module := self.layer.module()):
             self.layer.kind.write_back(module, self.grad, self.weight.grad)
 
 
-def join(batch: list[Item]) -> list[Item]:
-    """Layers with the same rows become one, with their gradients one above the other: one covariance, one inverse."""
-    joined: dict[tuple, list[Item]] = {}
+def side_by_side(batch: list[Item]) -> list[Item]:
+    """Layers with the same rows one after the other, with one division: the operator makes one inverse for all."""
+    runs: dict[tuple, list[Item]] = {}
     for item in batch:
-        grad, bias = item.grad, item.bias_grad
-        whole = grad.shape[1] == item.rows.shape[1]  # else the outputs are divided into convolution groups
-        key = id(item.rows) if whole else id(item), grad.shape[1:], grad.dtype, None if bias is None else bias.dtype
-        joined.setdefault(key, []).append(item)
-    result = []
-    for first, *others in joined.values():
-        if not others:
-            result.append(first)
-            continue
-        parts = [first, *others]
-        bias = None if first.bias_grad is None else torch.cat([item.bias_grad for item in parts])
-        grad = torch.cat([item.grad for item in parts])
-        result.append(Item(first.layer, first.weight, grad, bias, first.rows, first.count, parts))
-    return result
+        whole = item.grad.shape[1] == item.rows.shape[1]  # else the outputs are divided into convolution groups
+        key = id(item.rows) if whole else id(item), item.bias_grad is None, item.grad.dtype
+        run = runs.setdefault(key, [])
+        run.append(item)
+        item.division = run[0].layer.index
+    return [item for run in runs.values() for item in run]
 
 
 def is_plain(grad: Tensor) -> bool:

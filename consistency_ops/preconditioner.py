@@ -17,7 +17,7 @@ from .agreement import digest
 from .capture import Capture, States
 from .coverage import Layer, find_layers, find_ties
 from .distributed import Ranks
-from .item import Item, is_plain, join
+from .item import Item, is_plain, side_by_side
 from .state import StateStore, on_host
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class Preconditioner:
 
     def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
         if any(item.layer.capture.source is not None for item in batch):
-            batch = join(batch)
+            batch = side_by_side(batch)
         # Straight to the operator: what ops.foreach_precondition_ would check holds for captured layers, or is checked
         # by the operator, and this runs in every step.
         joined = [(i, item.bias_grad) for i, item in enumerate(batch) if item.bias_grad is not None]
@@ -338,7 +338,7 @@ class Preconditioner:
             [i for i, _ in joined],
             [],
             list(range(len(batch))),
-            [item.layer.index for item in batch],
+            [item.division for item in batch],
             [ops.default_group(item.grad.dtype, chunk) if self.group is None else self.group for item in batch],
             self._damping(),
             self.scaling == "trace",
@@ -349,9 +349,6 @@ class Preconditioner:
             batch[0].grad.is_cuda and torch.get_float32_matmul_precision() != "highest",
         )
         self._note(batch, info, used)
-        for item in batch:
-            if item.parts:
-                item.write_back()
 
     def _covariances(self, items: list[Item]) -> list[Tensor]:
         """Of the rows captured here, one (chunks, chunk, chunk) a layer."""
@@ -439,9 +436,9 @@ class Preconditioner:
         begin = 0
         for item in batch:
             end = begin + self._num_chunks(item)
-            for part in item.parts or (item,):
-                part.layer.info_at, part.layer.damping_at = (info, begin, end), (used, begin, end)
-                part.layer.inverted_units = item.units
+            layer = item.layer
+            layer.info_at, layer.damping_at = (info, begin, end), (used, begin, end)
+            layer.inverted_units, layer.divided_as = item.units, item.division
             begin = end
 
     def _finish_step(self) -> None:

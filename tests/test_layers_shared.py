@@ -1,11 +1,13 @@
 """One input for several layers, one weight for several modules, adapters: correct, or left alone and reported."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import DAMPING, corrected_layers, dense, train
 
@@ -26,16 +28,19 @@ class Projections(nn.Module):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Shapes of the gradients in every launch."""
-    shapes = []
+    """Of every launch, the outputs of the layers that follow each other with one input and one division."""
+    launches = []
     launch = preconditioner._foreach_precondition_
 
-    def record(grads, *args):
-        shapes.append([tuple(grad.shape) for grad in grads])
-        return launch(grads, *args)
+    def record(grads, biases, inputs, *args):
+        bias_layers, numbers = args[2], args[5]
+        keys = [(inputs[i].data_ptr(), numbers[i], i in bias_layers) for i in range(len(grads))]
+        runs = itertools.groupby(range(len(grads)), key=keys.__getitem__)
+        launches.append([tuple(len(grads[i]) for i in run) for _, run in runs])
+        return launch(grads, biases, inputs, *args)
 
     monkeypatch.setattr(preconditioner, "_foreach_precondition_", record)
-    return shapes
+    return launches
 
 
 def check_dense(layers, rows, pre):
@@ -70,8 +75,30 @@ def test_one_input_is_captured_and_factored_once(biases, micro_batches, launched
         rows = torch.cat([x.flatten(0, -2) for x in xs])
         check_dense((model.q, model.k, model.v), [rows] * 3, pre)
         assert pre.stats()["rows"] == dict.fromkeys("qkv", 30 * micro_batches) and pre.stats()["layers"] == 3
-    alike = [[(21, 12)], [(13, 12), (8, 12)]][len(set(biases)) > 1]  # joined where both have a bias, or neither
+    alike = [[(8, 8, 5)], [(8, 5), (8,)]][len(set(biases)) > 1]  # together where both have a bias, or neither
     assert launched == [alike] * 3
+
+
+def test_no_gradient_is_copied():
+    """The step makes no tensor as large as a gradient."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            new = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            given = {t.data_ptr() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)}
+            self.largest = max([self.largest, *(t.numel() for t in new if t.data_ptr() not in given)])
+            return result
+
+    model = Projections(units=64)
+    pre = Preconditioner(model)
+    for _ in range(2):
+        model(torch.randn(30, 64)).square().sum().backward()
+        with Sizes() as sizes:
+            pre.step()
+    assert 0 < sizes.largest < 5 * 64
 
 
 def test_every_gradient_keeps_its_place_and_division():
@@ -243,7 +270,7 @@ def test_adapters_are_corrected_and_the_frozen_base_costs_nothing(launched):
         optimizer.step()
     rows = pre.stats()["rows"]
     assert {name for name, count in rows.items() if count} == {n for n in rows if "lora" in n}
-    assert launched[-1] == [(6, 12), (8, 2), (8, 2), (5, 2)]  # the three lora_A have one input
+    assert launched[-1] == [(2, 2, 2), (8,), (8,), (5,)]  # the three lora_A have one input
     assert pre.summary().count("frozen") == 3
     assert all(torch.equal(v, frozen[k]) for k, v in model.q.base_layer.state_dict().items())
     model.q.base_layer.requires_grad_(True)

@@ -90,6 +90,7 @@ def test_a_covariance_given_several_times(dtype, kernels):
 def test_a_chunk_that_fails_fails_for_all(kernels):
     grads, inputs, biases, layers = projections(torch.float32)
     inputs[0][2:4, 7] = torch.nan  # every second row is used
+    grads[1], biases[1] = torch.ones(2, 130), torch.ones(2)  # without outputs it would say nothing of its own
     results = together(grads, inputs, biases, layers)
     info = results[-2].split([3, 3, 3, 2, 2, 2, 2, 1, 1])
     assert info[0].count_nonzero() == 1 and torch.equal(info[0], info[1]) and torch.equal(info[0], info[2])
@@ -101,7 +102,7 @@ def test_a_chunk_that_fails_fails_for_all(kernels):
 
 @pytest.mark.parametrize("rows", [0, 5])
 def test_rows_that_are_counted(rows, kernels):
-    grads, inputs, biases, layers = (values[:3] for values in projections(torch.float32))
+    grads, inputs, _, layers = (values[:3] for values in projections(torch.float32))
     counts = [torch.tensor([rows])] * 3
     got, want = clones(grads), clones(grads)
     info = co.foreach_precondition_(got, inputs, layers=layers, row_counts=counts, **OPTIONS)

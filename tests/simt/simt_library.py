@@ -61,8 +61,16 @@ def build_operators() -> Path:
     units += [(f"csrc/cuda/{name}", ["-O2", "-x", "c++"]) for name in KERNELS]
     names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
     units += [(f"csrc/bindings/{name}", flags) for name in names]
+    units += [("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     return link("operators", ROOT, units, ["-O2"], libraries)
+
+
+def operators_stats() -> Stats:
+    """Of the last launch that an operator of build_operators made."""
+    library = ctypes.CDLL(str(build_operators()))
+    library.simt_stats.restype = Stats
+    return library.simt_stats()
 
 
 def link(

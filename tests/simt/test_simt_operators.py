@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import simt_library
 import torch
 from kernels import OPERATORS, behind_the_operators, elsewhere
 
@@ -73,6 +74,32 @@ def test_every_rung_is_reached_and_agrees(simt, rung):
     assert torch.equal(results[0][0], results[1][0])
     with pytest.raises(RuntimeError, match="rung must be in"):
         simt.foreach_precondition_([got], *lists, 0.1, True, 16, 100, 0, 0, False, 4)
+
+
+def test_one_input_given_several_times_is_one_covariance(simt):
+    """Counted in CTAs of V0, one a chunk: neighbours with one tensor and one layer number, and nothing else alike."""
+    x, counts = torch.randn(30, 40), [torch.tensor([20]), torch.tensor([20])]
+    orders = [torch.randperm(40), torch.randperm(40)]
+
+    def ctas(inputs=(x, x, x), numbers=(5, 5, 5), groups=(8, 8, 8), biases=(), counts=(), orders=(), shape=(6, 40)):
+        lists = [torch.randn(len(biases), 6).unbind(), inputs, orders, counts, biases]
+        lists += [range(len(orders)), range(len(counts)), numbers, groups]
+        grads = torch.randn(len(inputs), *shape).unbind()
+        simt.foreach_precondition_(grads, *map(list, lists), 0.1, False, 16, 100, 0, 0, False, 1)
+        return simt_library.operators_stats().ctas
+
+    assert ctas() == ctas(biases=(0, 1, 2)) == 3
+    assert ctas(counts=(counts[0],) * 3) == ctas(orders=(orders[0],) * 3) == 3
+    assert ctas(numbers=(5, 5, 6)) == ctas(groups=(8, 8, 4)) == ctas(biases=(0, 1)) == 6
+    assert ctas(counts=counts) == ctas(orders=orders) == ctas((x, x.clone(), x)) == 9
+    assert ctas((x, x[:29], x[:29])) == ctas((x, x, x.view(5, 6, 40)[:, ::2])) == 6
+    assert ctas((x, x.view(5, 6, 40), x.view(torch.int32).view(torch.float32))) == 3, "the same elements"
+    assert ctas((torch.randn(2, 80, 5),) * 3, shape=(6, 40, 1)) == 3 * 2 * 3, "groups of a convolution are layers"
+    covariance = torch.eye(16).repeat(3, 1, 1)
+    for given, expected in (([covariance] * 3, 3), ([covariance, covariance, covariance.clone()], 6)):
+        grads = torch.randn(3, 6, 40).unbind()
+        simt.foreach_correct_(grads, [], given, [], [], [], [5] * 3, [8] * 3, 0.1, False, 16, 0, 0)
+        assert simt_library.operators_stats().ctas == expected
 
 
 def test_arguments_go_to_a_device_and_back_as_they_are():
