@@ -92,6 +92,10 @@ def foreach_precondition_(
 
     Args:
         layers: third argument of the random division, next to ``seed`` and ``step``; default: the position in the list.
+            Neighbours in the list with one input (query, key and value projections) and one number here share one
+            covariance and one inverse, if their ``group``, ``permutation``, ``row_counts`` and having a bias are the
+            same, too; not the groups of a convolution. Results are those of an input each, but for rounding on CUDA;
+            a layer without outputs has the ``info`` of the first.
         row_counts: one-element int64 tensors; only so many leading rows of that input are used.
         return_damping: also return the damping used.
 
@@ -510,6 +514,7 @@ def foreach_correct_(
     without the inverses in memory.
 
     ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.
+    Neighbours with one covariance share its inverse, as in :func:`foreach_precondition_`.
 
     Returns:
         ``(info, damping_used)``, as :func:`foreach_precondition_`; a layer without outputs is not factored: 0 and

@@ -79,6 +79,16 @@ def test_one_input_is_captured_and_factored_once(biases, micro_batches, launched
     assert launched == [alike] * 3
 
 
+def test_layers_of_one_inverse_report_one_condition():
+    """Of the division that they had, which is that of the first."""
+    model = Projections(units=40)
+    pre = Preconditioner(model, chunk=8)
+    model(torch.randn(50, 40)).square().sum().backward()
+    pre.step()
+    condition = pre.stats()["condition"]
+    assert condition["q"] == condition["k"] == condition["v"] > 1
+
+
 def test_no_gradient_is_copied():
     """The step makes no tensor as large as a gradient."""
 

@@ -1,4 +1,5 @@
-// Corrects two layers through the C++ interface, on two threads, and compares with a solve in double.
+// Corrects three layers, two of them with one input, through the C++ interface, on two threads, and compares with a
+// solve in double.
 #include <consistency_ops/precondition.h>
 
 #include <cmath>
@@ -83,19 +84,27 @@ double residual(const Layer& layer, double damping) {
 }  // namespace
 
 int main() {
-  Layer layers[] = {make_layer(300, 40, 7), make_layer(50, 61, 20)};
-  const co::PreconditionLayer problems[] = {describe(layers[0], 0), describe(layers[1], 1)};
+  Layer layers[] = {make_layer(300, 40, 7), make_layer(50, 61, 20), make_layer(50, 61, 9)};
+  co::PreconditionLayer problems[] = {describe(layers[0], 0), describe(layers[1], 1), describe(layers[2], 1)};
+  problems[2].same_input = true;  // make_layer gave it the same numbers
+  problems[2].x = nullptr;
   co::PreconditionOptions options;
   options.damping = 0.1;
   options.chunk = 64;
   const co::ThreadPool pool{run, nullptr, 2};
-  if (co::precondition_cpu(problems, 2, options, pool) != co::Status::kOk) return 1;
+  if (co::precondition_cpu(problems, 3, options, pool) != co::Status::kOk) return 1;
   for (const Layer& layer : layers) {
     const double worst = residual(layer, options.damping);
     std::printf("units %d: info %d, damping %g, residual %g\n", static_cast<int>(layer.units), layer.info[0],
                 layer.damping_used[0], worst);
     if (layer.info[0] != 0 || layer.damping_used[0] != 0.1f || !(worst < 1e-4) || layer.g == layer.original) return 1;
   }
+  const auto refused = [&](const co::PreconditionLayer* first, int64_t count) {
+    return co::precondition_cpu(first, count, options, pool) == co::Status::kInvalidArgument;
+  };
+  if (!refused(problems + 2, 1)) return 1;  // the same input as what?
+  problems[2].units = 60;
+  if (!refused(problems, 3)) return 1;
   options.chunk = 257;
-  return co::precondition_cpu(problems, 2, options, pool) == co::Status::kInvalidArgument ? 0 : 1;
+  return refused(problems, 2) ? 0 : 1;
 }
