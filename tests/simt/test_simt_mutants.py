@@ -20,6 +20,7 @@ CASES += ("three launches", "three launches, trace of one chunk", "inverse apart
 CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2")
 CASES += ("96", "128", "128@V0")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
+CASES += ("same input@V2", "same input, bias, trace@V2", "permuted, same input@packed")
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "permute.cuh", "tasks.cuh", "precondition.cu")
 
 
@@ -105,6 +106,10 @@ PLANTED = [
     plant("precondition.cu", "? static_cast<int32_t>(at) : chunk.shared.bias_position;", "? at : layer.units - 1;"),
     plant("precondition.cu", "turn++ % 2 * packed_bytes", "turn++ % 1 * packed_bytes"),
     plant("tasks.cuh", "count = min(n, first + size) - first;", "count = size;"),
+    plant("tasks.cuh", "before += members[m].outputs;", "before = members[m].outputs;"),
+    plant("tasks.cuh", "min(members[member].outputs, begin + shared.outputs)", "members[member].outputs"),
+    plant("tasks.cuh", "all_outputs += params.layers[l + m].outputs;", "all_outputs = params.layers[l + m].outputs;"),
+    plant("precondition.cu", "for (int m = 0; m < shared.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
     plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.shared.failed_minor;", ""),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"),
