@@ -219,6 +219,7 @@ class Ranks:
                     "Preconditioner: all ranks must make the same number of steps, got "
                     "DistributedDataParallel.join(); a rank that has finished cannot pool its inputs"
                 )
+        self._moved.clear()
         items = [self._item(layer) for layer in layers]
         if key not in self._agreements:
             self._agreements[key] = Agreement([self._groups[ranks] for ranks in groups])
@@ -238,7 +239,6 @@ class Ranks:
             item.write_back()
         for view, moved in self._moved:
             local(view).copy_(local(moved.redistribute(placements=view.placements)))
-        self._moved.clear()
         if pre.every == 1 and pre.decay == 0:
             for item in items:
                 item.layer.pending.clear()
