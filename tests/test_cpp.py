@@ -23,7 +23,7 @@ def build_and_run(build, prefix, *options, problems=12, train=True):
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCONSISTENCY_OPS_CUDA=OFF", *options)
     cmake("--build", build, "--parallel", "2")
     outputs = []
-    programs = [["cholesky"], ["correct"], ["stress", str(problems)]] + [["train"]] * train
+    programs = [["cholesky"], ["correct"], ["launchers"], ["stress", str(problems)]] + [["train"]] * train
     for name, *arguments in programs:
         done = subprocess.run([build / name, *arguments], capture_output=True, text=True, env={})
         assert done.returncode == 0, f"{name}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -47,11 +47,11 @@ def test_another_minor_version_is_refused(tmp_path):
 
 
 def test_headers_are_c_and_cpp(tmp_path):
-    """Every public header compiles alone; the C interface also as C99."""
+    """Every public header compiles alone; the C interfaces also as C99."""
     headers = sorted((Path(co.include_dir()) / "consistency_ops").glob("*.h"))
     assert len(headers) >= 5
     for header in headers:
-        languages = [("c++", "-std=c++17")] + [("c", "-std=c99")] * (header.name == "c_api.h")
+        languages = [("c++", "-std=c++17")] + [("c", "-std=c99")] * header.name.startswith("c_api")
         for language, standard in languages:
             source = tmp_path / f"{header.stem}.{language}"
             source.write_text(f"#include <consistency_ops/{header.name}>\n")
@@ -87,12 +87,13 @@ def test_cuda_launcher_links(tmp_path):
     build = tmp_path / "build"
     options = ["-DCONSISTENCY_OPS_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=75-real;80-real"]  # the kernels need sm_80
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={co.cmake_prefix_path()}", *options)
-    cmake("--build", build, "--parallel", "2", "--target", "correct_cuda")
-    done = subprocess.run([build / "correct_cuda"], capture_output=True, text=True)
-    if done.returncode == 77:
-        assert done.stdout == "no CUDA device\n"
-    else:
-        assert done.returncode == 0, done.stdout + done.stderr
+    cmake("--build", build, "--parallel", "2", "--target", "correct_cuda", "launchers_cuda")
+    for program in ("correct_cuda", "launchers_cuda"):
+        done = subprocess.run([build / program], capture_output=True, text=True)
+        if done.returncode == 77:
+            assert done.stdout == "no CUDA device\n"
+        else:
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -172,5 +172,5 @@ def test_budgets(compiled):
 
 
 def test_every_file_has_a_budget():
-    files = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    files = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu") if "__global__" in path.read_text()}
     assert files == {file for file, _ in KERNELS}

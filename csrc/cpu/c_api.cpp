@@ -1,4 +1,4 @@
-// The C interface (c_api.h): LAPACK's storage to panels and back, around the chunk kernels.
+// The C interface (c_api.h): the launchers, and LAPACK's storage to panels and back, around the chunk kernels.
 #include "consistency_ops/c_api.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include "consistency_ops/random.h"
 #include "consistency_ops/types.h"
 #include "consistency_ops/version.h"
+#include "cpu/c_api_structs.h"
 #include "cpu/chunk_kernels.h"
 
 namespace {
@@ -90,6 +91,23 @@ int cholesky_solve(int64_t n, int64_t nrhs, const T* l, int64_t lda, T* b, int64
   return 0;
 }
 
+using c_api::code;
+using c_api::known;
+using c_api::type;
+
+ThreadPool pool_of(const co_thread_pool* from) {
+  ThreadPool pool;
+  if (from != nullptr && from->run != nullptr) {
+    pool.run = from->run;
+    pool.context = from->context;
+    pool.threads = from->threads;
+  }
+  return pool;
+}
+
+// numel elements as one row: without elements there is no row.
+int64_t rows_of(int64_t numel) { return numel == 0 ? 0 : 1; }
+
 }  // namespace
 
 int32_t co_version(void) {
@@ -122,4 +140,60 @@ int co_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step,
   out[1] = sample.stride;
   out[2] = sample.count;
   return 0;
+}
+
+int co_precondition_cpu(const co_precondition_layer* layers, int64_t count, const co_precondition_options* options,
+                        const co_thread_pool* pool) {
+  return c_api::with_layers<int>(layers, count, options,
+                                 [&](const PreconditionLayer* described, const PreconditionOptions& chosen) {
+                                   return code(precondition_cpu(described, count, chosen, pool_of(pool)));
+                                 });
+}
+
+int64_t co_precondition_workspace_cpu(const co_precondition_layer* layers, int64_t count,
+                                      const co_precondition_options* options, int32_t threads) {
+  return c_api::with_layers<int64_t>(layers, count, options,
+                                     [&](const PreconditionLayer* described, const PreconditionOptions& chosen) {
+                                       return precondition_workspace_cpu(described, count, chosen, threads);
+                                     });
+}
+
+int co_modulus_cpu(int32_t dtype, int64_t numel, const void* x, void* y, uint8_t* signs, const co_thread_pool* pool) {
+  if (!known(dtype)) return CO_ERROR_INVALID_ARGUMENT;
+  return code(modulus_cpu({x, y, signs, rows_of(numel), numel, type(dtype)}, pool_of(pool)));
+}
+
+int co_modulus_backward_cpu(int32_t dtype, int64_t numel, const void* grad, const uint8_t* signs, void* grad_x,
+                            const co_thread_pool* pool) {
+  if (!known(dtype)) return CO_ERROR_INVALID_ARGUMENT;
+  return code(modulus_backward_cpu({grad, signs, grad_x, rows_of(numel), numel, type(dtype)}, pool_of(pool)));
+}
+
+int co_complex_modulus_cpu(int32_t dtype, int64_t numel, const void* x, void* y, const co_thread_pool* pool) {
+  if (!known(dtype)) return CO_ERROR_INVALID_ARGUMENT;
+  return code(complex_modulus_cpu({x, y, numel, type(dtype)}, pool_of(pool)));
+}
+
+int co_complex_modulus_backward_cpu(int32_t dtype, int64_t numel, const void* grad, const void* x, void* grad_x,
+                                    const co_thread_pool* pool) {
+  if (!known(dtype)) return CO_ERROR_INVALID_ARGUMENT;
+  return code(complex_modulus_backward_cpu({grad, x, grad_x, numel, type(dtype)}, pool_of(pool)));
+}
+
+int co_batch_rms_norm_denominator_cpu(int32_t dtype, const void* x, const co_channel_view* view, int32_t running_dtype,
+                                      void* running_ms, int64_t* num_batches, int32_t denominator_dtype,
+                                      void* denominator, double momentum, double eps, const co_thread_pool* pool) {
+  if (!known(dtype) || !known(running_dtype) || !known(denominator_dtype) || view == nullptr) {
+    return CO_ERROR_INVALID_ARGUMENT;
+  }
+  return code(batch_rms_norm_denominator_cpu({x, c_api::view_of(*view), type(dtype), running_ms, type(running_dtype),
+                                              num_batches, denominator, type(denominator_dtype), momentum, eps},
+                                             pool_of(pool)));
+}
+
+int co_channel_divide_cpu(int32_t dtype, const void* x, const co_channel_view* x_view, void* y,
+                          const co_channel_view* y_view, const void* denominator, const co_thread_pool* pool) {
+  if (!known(dtype) || x_view == nullptr || y_view == nullptr) return CO_ERROR_INVALID_ARGUMENT;
+  return code(channel_divide_cpu({x, c_api::view_of(*x_view), y, c_api::view_of(*y_view), type(dtype), denominator},
+                                 pool_of(pool)));
 }
