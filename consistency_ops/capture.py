@@ -137,6 +137,8 @@ class Capture:
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
         self.same_rows: frozenset[Group] | None = None  # eager only: see sharding.local_input; None: no call yet
+        self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them
+        self._width: int | None = None  # of the inputs, eager
         self.calls = 0  # eager, in this step
         self.source: Capture | None = None  # whose rows are those of this layer, too
         self.last_source = index  # index of the layer that captured the rows of the last finished step
@@ -176,9 +178,10 @@ class Capture:
         self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
         # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        units, rows = self.kind.units(module), self.rows
-        if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != units:
-            self.rows = torch.empty(self.max_rows, units, dtype=dtype, device=weight.device)
+        self._units, self._all_units, rows = self.kind.units(module), self.kind.all_units(module), self.rows
+        width = self._width if self._width in (self._units, self._all_units) else self._units
+        if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != width:
+            self.rows = torch.empty(self.max_rows, width, dtype=dtype, device=weight.device)
             self.state = self.states.on(weight.device)
             self.count = self.state[self.index, USED : USED + 1]
             self.count.zero_()
@@ -204,6 +207,7 @@ class Capture:
             return
         if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
             self.follow(module, weight)
+        self._make_room(x)
         if self._takes(x) and not self._shares(x):
             in_backward = torch._C._current_graph_task_id() != -1
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
@@ -213,6 +217,15 @@ class Capture:
         if len(args) > kind.position:
             return args[kind.position]
         return next(iter(kwargs.values()), None) if kind.keyword is None else kwargs.get(kind.keyword)
+
+    def _make_room(self, x: Tensor) -> None:
+        """For all units, where it turns out that they are sharded in the weight and not in the input."""
+        dim, rows = self.unit_dim, self.rows
+        if x.dim() < -dim or (self.same_rows and x.shape[dim] != self._units):
+            return
+        self._width = x.shape[dim]
+        if rows is not None and self._width != rows.shape[1] and self._width in (self._units, self._all_units):
+            self.rows = rows.new_empty(self.max_rows, self._width)
 
     def _takes(self, x: Tensor) -> bool:
         """Where this is false, the layer itself will say what is wrong with its input."""

@@ -26,8 +26,8 @@ def conditions(pre: Preconditioner, layers: list[Layer]) -> dict[str, float]:
     found: dict[str, Tensor] = {}
     batches: dict[tuple, list[Layer]] = {}
     for layer in layers:
-        capture, module = layer.capture, layer.module()
-        weight = layer.kind.local_view(module, layer.weight.detach())
+        capture = layer.capture
+        weight = _matrix(layer)
         if pre.chunk_of(layer.units) <= ops.MAX_CHUNK and weight.numel() > 0:
             key = capture.rows.device, capture.rows.dtype, pre.chunk_of(layer.units)
             batches.setdefault(key, []).append(layer)
@@ -39,7 +39,7 @@ def conditions(pre: Preconditioner, layers: list[Layer]) -> dict[str, float]:
 
 
 def _conditions(pre: Preconditioner, layers: list[Layer], chunk: int) -> dict[str, Tensor]:
-    weights = [layer.kind.local_view(layer.module(), layer.weight.detach()) for layer in layers]
+    weights = [_matrix(layer) for layer in layers]
     biases = [layer.joins_bias for layer in layers]
     covariances = _averages(pre, layers)
     if covariances is None:
@@ -73,6 +73,13 @@ def _conditions(pre: Preconditioner, layers: list[Layer], chunk: int) -> dict[st
         number = damped.abs().sum(1).amax(1) * inverse.abs().sum(1).amax(1)
         found[layer.name] = torch.where(failed == 0, number, math.inf).max()
     return found
+
+
+def _matrix(layer: Layer) -> Tensor:
+    """Of the shape that this rank corrects, but for the number of rows; empty where it has none."""
+    weight = layer.kind.local_view(layer.module(), layer.weight.detach())
+    units = layer.units - layer.joins_bias
+    return weight if weight.shape[1] == units else weight.new_empty(1, units, *weight.shape[2:])
 
 
 def _averages(pre: Preconditioner, layers: list[Layer]) -> list[Tensor] | None:

@@ -58,8 +58,9 @@ class Layer:
     @property
     def units(self) -> int:
         """Of one convolution group, the bias included; the weight must be initialised."""
-        module = self.module()
-        return self.kind.units(module) // self.kind.groups(module) + self.joins_bias
+        module, rows = self.module(), None if self.capture is None else self.capture.rows
+        units = self.kind.units(module) if rows is None else rows.shape[1]
+        return units // self.kind.groups(module) + self.joins_bias
 
     @property
     def weight(self) -> Parameter | None:

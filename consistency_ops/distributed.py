@@ -7,6 +7,8 @@ all-reduce of one flat buffer, and then every rank corrects what it has:
 * ``DistributedDataParallel``: every rank has the whole gradient, averaged already; pooled over the wrapper's group.
 * ``fully_shard`` (FSDP2, also hybrid): every rank has some output rows; pooled over the mesh of the parameter. Of a
   weight that query, key and value share, a rank corrects the rows that it has of each.
+* a layer under ``fully_shard`` whose weight is stored as (in, out): every rank has some units of all output rows. The
+  gradient is exchanged for whole rows, corrected, and returned: two all-to-alls of the shards.
 * column-parallel (``ColwiseParallel``): some output rows, and all ranks see the same input. Nothing is sent.
 * row-parallel (``RowwiseParallel``): some input columns, which are divided into chunks of their own, with their own
   mean diagonal (``scaling="trace"``). Nothing is sent. The bias is replicated and keeps its gradient.
@@ -38,7 +40,7 @@ from torch.nn.parameter import is_lazy
 from . import ops, work_sharing
 from .agreement import Agreement, digest
 from .packing import Packing, SharedPacking
-from .sharding import Group, Shards, is_dtensor, mesh_groups, shards_rows
+from .sharding import Group, Shards, is_dtensor, local, mesh_groups, row_placements, sharded_units, shards_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,6 +59,7 @@ class Plan:
 
     groups: tuple[Group, ...] = ()  # over which covariances are pooled, in this order
     joins_bias: bool = False
+    moves: bool = False  # whether the gradient's units are dealt to ranks, and are exchanged for whole rows
     reason: str | None = None  # why the layer is left alone
 
 
@@ -79,6 +82,7 @@ class Ranks:
         self._plans: dict[int, Plan] = {}  # of this step, by index of the layer
         self._packings: dict[tuple, Packing] = {}
         self._agreements: dict[tuple, Agreement] = {}  # by bucket
+        self._moved: list[tuple[Tensor, Tensor]] = []  # gradients of this bucket, where they belong and with whole rows
         self.sharing: bool | None = None  # whether ranks share the factorisations; None: where the cost model says so
 
     def reason(self, layer: Layer) -> str | None:
@@ -162,8 +166,10 @@ class Ranks:
             return Plan(reason="groups of a convolution are sharded")
         view = weight if packed else layer.kind.view(layer.module(), weight)
         mesh, same_rows = weight.device_mesh, layer.capture.same_rows
+        moves = self._moves(layer, view)
+        placements = row_placements(view) if moves else list(view.placements)
         sharded, replicated, columns = [], [], [False] * mesh.ndim
-        for dim, (group, placement) in enumerate(zip(mesh_groups(weight), view.placements, strict=True)):
+        for dim, (group, placement) in enumerate(zip(mesh_groups(weight), placements, strict=True)):
             if mesh.size(dim) == 1:
                 continue
             shard = getattr(placement, "dim", None)
@@ -185,11 +191,18 @@ class Ranks:
             self._pre._store.shards[layer.index] = shards
         bias = self._bias_of(layer)
         whole = packed or not layer.kind.part
-        fits = whole and not any(columns) and is_dtensor(bias) and bias.placements == view.placements
+        fits = whole and not any(columns) and is_dtensor(bias) and list(bias.placements) == placements
         if bias is not None and not fits:
             layer.joins_bias, bias = False, None
         # Replicas must end with the same bits, so their dimensions are reduced last.
-        return Plan((*sharded, *replicated, *outer), bias is not None)
+        return Plan((*sharded, *replicated, *outer), bias is not None, moves)
+
+    def _moves(self, layer: Layer, view: Tensor) -> bool:
+        """Whether the weight is sharded over its units, and every rank has seen inputs of its own with all of them."""
+        dim, capture = sharded_units(view), layer.capture
+        if dim is None or capture.rows is None or capture.same_rows is None or layer.kind.groups(layer.module()) > 1:
+            return False
+        return mesh_groups(view)[dim] not in capture.same_rows and capture.rows.shape[1] == view.shape[1]
 
     def _bias_of(self, layer: Layer) -> Tensor | None:
         bias = layer.module()._parameters.get(layer.kind.bias) if layer.joins_bias else None
@@ -206,6 +219,7 @@ class Ranks:
                     "Preconditioner: all ranks must make the same number of steps, got "
                     "DistributedDataParallel.join(); a rank that has finished cannot pool its inputs"
                 )
+        self._moved.clear()
         items = [self._item(layer) for layer in layers]
         if key not in self._agreements:
             self._agreements[key] = Agreement([self._groups[ranks] for ranks in groups])
@@ -223,6 +237,8 @@ class Ranks:
             pre._correct_with(corrected, [covariances[i] for i in here])
         for item in corrected:
             item.write_back()
+        for view, moved in self._moved:
+            local(view).copy_(local(moved.redistribute(placements=view.placements)))
         if pre.every == 1 and pre.decay == 0:
             for item in items:
                 item.layer.pending.clear()
@@ -235,7 +251,15 @@ class Ranks:
         layer.capture.follow(layer.module(), weight)
         bias = self._bias_of(layer) if self._plans[layer.index].joins_bias else None
         self._settle(weight)
-        grad = kind.local_view(layer.module(), weight.detach() if weight.grad is None else weight.grad)
+        grad = weight.detach() if weight.grad is None else weight.grad
+        if self._plans[layer.index].moves:
+            view = kind.view(layer.module(), grad)
+            moved = view.redistribute(placements=row_placements(view))
+            if weight.grad is not None:
+                self._moved.append((view, moved))
+            grad = local(moved)
+        else:
+            grad = kind.local_view(layer.module(), grad)
         bias_grad = None
         if bias is not None:
             self._settle(bias)

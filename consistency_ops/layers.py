@@ -52,8 +52,12 @@ class LayerType:
         return getattr(module, "groups", 1)
 
     def units(self, module: nn.Module) -> int:
-        """Length of an input row, without the bias."""
+        """Length of an input row of this rank, without the bias."""
         return self.local_view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
+
+    def all_units(self, module: nn.Module) -> int:
+        """Also those that other ranks hold."""
+        return self.view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
 
 
 class TransposedConvolution(LayerType):
@@ -74,6 +78,9 @@ class TransposedConvolution(LayerType):
     def units(self, module: nn.Module) -> int:
         return local(module._parameters[self.weight]).shape[0]
 
+    def all_units(self, module: nn.Module) -> int:
+        return module._parameters[self.weight].shape[0]
+
 
 @dataclass(frozen=True)
 class InProjection(LayerType):
@@ -92,6 +99,9 @@ class InProjection(LayerType):
 
     def local_bias_view(self, bias: Tensor) -> Tensor:
         return self._local_part(bias) if is_dtensor(bias) else self.bias_view(bias)
+
+    def all_units(self, module: nn.Module) -> int:
+        return module._parameters[self.weight].shape[1]
 
     def _local_part(self, tensor: Tensor) -> Tensor:
         """A part may begin and end inside of a shard, so it is no DTensor of its own."""

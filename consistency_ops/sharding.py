@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 # Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
 Group = tuple[int, ...]
@@ -34,6 +35,21 @@ def shards_rows(tensor: Tensor) -> bool:
     """Whether one mesh dimension has runs of rows and all others have copies, as ``fully_shard`` makes them."""
     sharded = [p for p in tensor.placements if not p.is_replicate()]
     return len(sharded) == 1 and sharded[0].is_shard(0) and not hasattr(sharded[0], "split_factor")
+
+
+def sharded_units(matrix: Tensor) -> int | None:
+    """The mesh dimension over which columns, the units, are dealt to ranks, if all others have copies."""
+    sharded = [(dim, p) for dim, p in enumerate(matrix.placements) if not p.is_replicate()]
+    if len(sharded) != 1 or not sharded[0][1].is_shard(1) or hasattr(sharded[0][1], "split_factor"):
+        return None
+    return sharded[0][0] if matrix.device_mesh.size(sharded[0][0]) > 1 else None
+
+
+def row_placements(matrix: Tensor) -> list[Placement]:
+    """Rows dealt to ranks instead of the units: the ranks then hold whole rows, as they need to."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(0) if p.is_shard(1) else p for p in matrix.placements]
 
 
 def local_rows(tensor: Tensor, begin: int, end: int) -> Tensor:

@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.distributed as dist
-from distributed_scenarios import STEPS, _sharded, mlp, result, sgd, share, train
+from distributed_scenarios import STEPS, STORED, _sharded, mlp, result, sgd, share, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +46,7 @@ def mixed() -> Mixed:
     return Mixed().double()
 
 
-LAYERS = {"default": {}, "stored": {"decay": 0.5, "every": 2}}
+LAYERS = {"default": {}, "stored": STORED}
 
 
 def single_mixed(options: dict, skip=()) -> list[torch.Tensor]:
@@ -239,13 +239,13 @@ def resumed_layers():
     """DDP, attention and all: the state of every part is found again."""
     model = mixed()
     wrapped, optimizer = DDP(model), sgd(model)
-    Preconditioner(wrapped, optimizer, chunk=8, decay=0.5, every=2)
+    Preconditioner(wrapped, optimizer, chunk=8, **STORED)
     train(wrapped, optimizer, [dist.get_rank()], steps=3)
     saved = copy.deepcopy((wrapped.state_dict(), optimizer.state_dict()))
     train(wrapped, optimizer, [dist.get_rank()], first=3, steps=3)
     other = mixed()
     again, optimizer = DDP(other), sgd(other)
-    Preconditioner(again, optimizer, chunk=8, decay=0.5, every=2)
+    Preconditioner(again, optimizer, chunk=8, **STORED)
     again.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     train(again, optimizer, [dist.get_rank()], first=3, steps=3)

@@ -16,7 +16,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -26,6 +26,7 @@ from consistency_ops import Preconditioner, layers
 
 STEPS = 4
 SHARES = (16, 4, 12, 8)  # rows of each rank, of a batch of 40
+STORED = {"decay": 0.5, "every": 2}
 OPTIONS = {"default": {}, "decay": {"decay": 0.5}, "every": {"every": 2}, "absolute": {"scaling": "absolute"}}
 
 
@@ -435,18 +436,57 @@ class Transposed(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(12, 5, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.zeros(5, dtype=torch.float64))
 
     def forward(self, x):
-        return x @ self.weight
+        return x @ self.weight + self.bias
+
+
+layers.register(Transposed, matrix=lambda weight: weight.T)
+
+
+def _transposed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Transposed(), nn.Linear(5, 5).double())
+
+
+def single_transposed(options: dict) -> list[torch.Tensor]:
+    model = _transposed()
+    optimizer = sgd(model)
+    Preconditioner(model, optimizer, chunk=8, **options)
+    train(model, optimizer, range(4))
+    return [p.detach() for p in model.parameters()]
 
 
 def fsdp_transposed():
-    layers.register(Transposed, bias=None, matrix=lambda weight: weight.T)
-    model = fully_shard(nn.Sequential(Transposed(), nn.Linear(5, 5).double()), mesh=init_device_mesh("cpu", (4,)))
-    optimizer = sgd(model)
-    pre = Preconditioner(model, optimizer, chunk=8)
-    train(model, optimizer, [dist.get_rank()], steps=2)
-    return result(model, summary=pre.summary())
+    """The preconditioner is constructed after sharding, or before."""
+    found = {}
+    for name, options, early in (("late", {}, False), ("early", {}, True), ("stored", STORED, False)):
+        model = _transposed()
+        if early:
+            pre = Preconditioner(model, chunk=8, **options)
+            hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        model = fully_shard(model, mesh=hybrid if early else init_device_mesh("cpu", (4,)))
+        optimizer = sgd(model)
+        if early:
+            optimizer.register_step_pre_hook(lambda *_, pre=pre: pre.step())
+        else:
+            pre = Preconditioner(model, optimizer, chunk=8, **options)
+        train(model, optimizer, [dist.get_rank()])
+        found[name] = result(model, summary=pre.summary(), failed=pre.stats()["failed_chunks"])
+    return found
+
+
+def units_in_two_dimensions():
+    """Rows of the input over both dimensions of a mesh, and units of the weight."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    model = nn.Linear(12, 5, bias=False).double()
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(1), Shard(1)]))
+    pre = Preconditioner(model)
+    model(distribute_tensor(batch(0)[0], mesh, [Shard(0), Shard(0)])).square().sum().backward()
+    before = model.weight.grad.full_tensor()
+    pre.step()
+    return pre.summary(), torch.equal(before, model.weight.grad.full_tensor())
 
 
 def flattened():

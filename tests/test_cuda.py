@@ -83,6 +83,8 @@ def test_nothing_waits_for_the_device():
         covariances = ops.foreach_covariance(inputs, grads=grads)
         inverses, info, _ = ops.foreach_inverse(covariances, units=[300, 33, 24])
         ops.foreach_apply_(grads, inverses, info)
+        ops.foreach_correct_(grads, covariances)
+        co.foreach_precondition_([grads[0], grads[0].clone()], [inputs[0]] * 2, layers=[0, 0])
         y = co.modulus(inputs[2].requires_grad_())
         co.batch_rms_norm(y, running, training=True, num_batches=count).sum().backward()
     finally:

@@ -14,7 +14,16 @@ SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation"),
     *("ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped", "join"),
     *("going_alone", "going_back", "ddp_launches"),
-    *("fsdp_default", "fsdp_decay", "fsdp_every", "fsdp_hybrid", "fsdp_convolutions", "fsdp_transposed", "flattened"),
+    *(
+        "fsdp_default",
+        "fsdp_decay",
+        "fsdp_every",
+        "fsdp_hybrid",
+        "fsdp_convolutions",
+        "fsdp_transposed",
+        "units_in_two_dimensions",
+        "flattened",
+    ),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
     *("shared", "shared_absolute", "shared_every", "shared_convolutions"),
 ]
@@ -207,9 +216,20 @@ def test_fully_shard_in_mixed_precision(slow_results):
         assert result["failed"] == 0
 
 
+@pytest.mark.parametrize("name", ["late", "early", "stored"])
+def test_fully_shard_of_a_weight_stored_as_in_out(results, name):
+    """Its shards are units: the gradient is exchanged for whole rows, corrected, and returned."""
+    want = scenarios.single_transposed(scenarios.STORED if name == "stored" else {})
+    for found in of(results, "fsdp_transposed"):
+        assert difference(found[name]["parameters"], want) < TOLERANCE
+        assert found[name]["same"] and found[name]["failed"] == 0
+        assert found[name]["summary"].count("  ok") == 2
+
+
 def test_what_cannot_be_supported_is_reported(results):
-    for result in of(results, "fsdp_transposed"):
-        assert "weight is sharded over its units, the input is not; gradient left as it is" in result["summary"]
+    for summary, unchanged in of(results, "units_in_two_dimensions"):
+        assert "weight is sharded over its units, the input is not; gradient left as it is" in summary
+        assert unchanged
     for both in of(results, "flattened"):
         for summary, unchanged in both:
             assert "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)" in summary

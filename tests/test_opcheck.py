@@ -67,6 +67,7 @@ def call_everything():
         inverses, info, _ = ops.foreach_inverse(covariances, units=units, damping=0.1, scaling="trace", chunk=16)
         ops.foreach_apply_(grads, inverses, info, bias_grads=biases, **options)
         ops.foreach_correct_(grads, covariances, bias_grads=biases, damping=0.1, **options)
+        ops.foreach_precondition_([grads[0], grads[0].clone()], [inputs[0]] * 2, layers=[0, 0], chunk=16)
         ops.precondition(grads[0], inputs[0], chunk=16)
         ops.chunked_covariance(inputs[0], chunk=16)
     elementwise()

@@ -145,8 +145,9 @@ def functions_of(path):
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
-def test_the_tests_of_the_readme_exist():
-    named = list(named_tests((ROOT / "README.md").read_text()))
+@pytest.mark.parametrize("document", ["README.md", "tests/README.md"])
+def test_the_tests_of_the_readme_exist(document):
+    named = list(named_tests((ROOT / document).read_text()))
     assert len([name for _, name in named if name]) > 50
     missing = [
         f"{file}::{name}"

@@ -99,3 +99,17 @@ def test_bad_values_stay_in_their_layer():
     assert_equal(before[2:4], after[2:4])
     assert not torch.equal(before[0], after[0]) and not torch.equal(before[4], after[4])
     assert pre.stats()["failed_chunks"] == 1 and "1 of 1 chunks failed" in pre.summary()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_embedding_keeps_its_gradient(sparse):
+    """Its input is a number, not a row of units."""
+    model = nn.Sequential(nn.Embedding(7, 6, sparse=sparse), nn.Linear(6, 3))
+    pre = Preconditioner(model)
+    model(torch.arange(5)).square().sum().backward()
+    before = model[0].weight.grad.clone()
+    pre.step()
+    after = model[0].weight.grad
+    assert torch.equal(*(grad.to_dense() if sparse else grad for grad in (before, after)))
+    assert pre.stats()["layers"] == 1
+    assert "unsupported type; gradient left as it is" in pre.summary()

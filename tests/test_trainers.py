@@ -113,15 +113,19 @@ def test_accelerate(first):
 
 @pytest.mark.slow
 def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path):
-    """Data parallel: covariances are pooled, so parameters are the same bits, though each rank saw other data."""
+    """Covariances are pooled, so parameters are the same bits though each rank saw other data.
+
+    Accelerate, Lightning and Trainer, which use DistributedDataParallel, and GPT-2 in fully_shard.
+    """
     frameworks.require("accelerate", "lightning", "transformers")
-    rows = {"accelerated": (8, 2), "lightened": (32, 2), "transformed": (32 * 32, 8)}  # on a rank, and layers
+    rows = {"accelerated": (8, 2), "lightened": (32, 2), "transformed": (32 * 32, 8), "sharded": (4 * 32, 8)}
     results = ranks.run("trainers_ranks", list(rows), 2, tmp_path)
     for name in rows:
         for found in results[name]:
             assert not isinstance(found, str), found
             assert found["same"] and found["steps"] == 6 and found["messages"] == []
             assert (set(found["rows"].values()), found["layers"]) == ({rows[name][0]}, rows[name][1])
+            assert found.get("difference", 0.0) < 1e-4  # of fully_shard from DistributedDataParallel, float32
 
 
 def readme_examples():

@@ -1,6 +1,7 @@
 """What the two ranks of tests/test_trainers.py do: other people's trainers, launched for data parallelism."""
 
 import contextlib
+import copy
 import logging
 import os
 import tempfile
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 import trainers
 from ranks import same_bits
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import consistency_ops as co
 
@@ -96,3 +100,31 @@ def lightened():
         )
         trainer.fit(model, loader)
         return report(model, model.pre, messages)
+
+
+def _steps(model, wrapped):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = co.Preconditioner(wrapped, optimizer)
+    torch.manual_seed(dist.get_rank())  # the same dropout in both runs
+    for part in trainers.sentences(count=8 * STEPS).chunk(STEPS):
+        optimizer.zero_grad()
+        ids = part.chunk(dist.get_world_size())[dist.get_rank()]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [p.detach() for p in parameters], pre
+
+
+def sharded():
+    """GPT-2, whose weights are stored as (in, out), under fully_shard and under DistributedDataParallel."""
+    with launched() as (folder, messages):
+        model = trainers.gpt2_trainer(folder, 0).model
+        other = copy.deepcopy(model)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        got, pre = _steps(model, fully_shard(model, mesh=mesh))
+        want, _ = _steps(other, DistributedDataParallel(other))
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+        found = report(other, pre, messages)
+        return {**found, "same": same_bits(got), "layers": pre.stats()["layers"], "difference": difference}

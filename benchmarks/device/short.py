@@ -28,6 +28,8 @@ def main() -> None:
         covariances = ops.foreach_covariance(inputs, grads=grads)
         inverses, info, _ = ops.foreach_inverse(covariances, units=[300, 33, 24], scaling="trace")
         ops.foreach_apply_(grads, inverses, info)
+        ops.foreach_correct_(grads, covariances, scaling="trace")
+        co.foreach_precondition_([grads[0], grads[0].clone()], [inputs[0]] * 2, layers=[0, 0])
         x = inputs[2].requires_grad_()
         running, count = torch.zeros(24, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
         for layout in (torch.contiguous_format, torch.channels_last):

@@ -380,7 +380,7 @@ PERMUTED = {
     "aligned": Case([L(64, 40, rows=70), L(96, 33, x_dtype=B, g_dtype=H, layer=1)]),
     "aligned, bias": Case([L(64, 9, bias=True), L(72, 9, x_dtype=H, g_dtype=B, bias=True, layer=1)], trace=True),
     "not aligned": Case([L(67, 9, x_dtype=B, g_dtype=B, bias=True), L(66, 9, layer=1)]),
-    "blocks": Case([L(516, 50, rows=60)], chunk=128),
+    "blocks": Case([L(644, 60, rows=60)], chunk=64),
     "X alone": Case([L(48, 5, layout="nhwc", taps=(3, 3), rows=50), L(40, 9, taps=(2,), layer=1)]),
     "G alone": Case([L(48, 5, rows=50, layout="nchw"), L(40, 9, layout="columns", rows=37, layer=1)]),
     "four layers": Case([L(40 + 8 * i, 12, rows=50, layer=i) for i in range(4)], trace=True),
