@@ -47,7 +47,9 @@ def test_the_library_exports_its_entry_points_only():
     defined = symbols("--defined-only")
     assert {name for name in defined if not name.startswith(("co_", "_"))} == {"PyInit__C"}
     assert not [name for name in defined if "consistency_ops" in name]  # mangled C++ names
-    declared = set(re.findall(r"\b(co_\w+)\(", (Path(co.include_dir()) / "consistency_ops" / "c_api.h").read_text()))
+    headers = ["c_api.h"] + ["c_api_cuda.h"] * (co.build_info()["cuda_toolkit"] is not None)
+    text = "".join((Path(co.include_dir()) / "consistency_ops" / header).read_text() for header in headers)
+    declared = set(re.findall(r"\b(co_\w+)\(", text))
     assert declared <= defined
 
 
