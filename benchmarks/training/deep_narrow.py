@@ -86,9 +86,18 @@ def plot(figure, results):
             pairs = [(d, results.get(f"{activation}, {optimizer}, depth {d}")) for d in DEPTHS]
             points = [(d, sum(min(r["test_error"]) for r in rs) / len(rs)) for d, rs in pairs if rs]
             if points:
-                axes[2].plot(*zip(*points, strict=True), marker + "-", color=colour, label=f"{activation}, {optimizer}")
+                axes[2].plot(*zip(*points, strict=True), "-", color=colour, linewidth=0.8)
+                single = [(d, min(r["test_error"])) for d, rs in pairs for r in rs or []]
+                style = dict(color=colour, alpha=0.6, label=f"{activation}, {optimizer}")
+                axes[2].plot(*zip(*single, strict=True), marker, **style)
     axes[2].axhline(0.9, color="grey", linewidth=0.8, label="chance")
-    axes[2].set(xlabel="hidden layers", ylabel="best test error", xscale="log", ylim=(0, 1), title="by depth")
+    axes[2].set(
+        xlabel="hidden layers",
+        ylabel="best test error",
+        xscale="log",
+        ylim=(0, 1),
+        title="by depth, every seed, lines: means",
+    )
     axes[2].grid(alpha=0.3)
     axes[2].set_xticks(DEPTHS, DEPTHS)
     axes[2].set_xticks([], minor=True)
