@@ -255,7 +255,7 @@ TASKS = {
         "MNIST, 784, 49 x 32, 10, ReLU, He start, no normalisation: 50 weight layers",
         images("mnist", "standard"),
         mlp([784, *[32] * 49, 10], nn.ReLU, 2.0),
-        *(250, 150, (0.5, 0.3), 10),
+        *(250, 100, (0.5, 0.3), 10),
     ),
 }
 
