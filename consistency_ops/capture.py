@@ -227,6 +227,14 @@ class Capture:
         if rows is not None and self._width != rows.shape[1] and self._width in (self._units, self._all_units):
             self.rows = rows.new_empty(self.max_rows, self._width)
 
+    def expect_all_units(self) -> None:
+        """As :meth:`_make_room` for a compiled model, which cannot: if no call of the first step fitted. Waits once."""
+        if self._width is None and self.rows is not None:
+            self._width = self.rows.shape[1]
+            if int(self.count) == 0:
+                self._width, self.same_rows = self._all_units, frozenset()
+                self.rows = self.rows.new_empty(self.max_rows, self._width)
+
     def _takes(self, x: Tensor) -> bool:
         """Where this is false, the layer itself will say what is wrong with its input."""
         rows = self.rows

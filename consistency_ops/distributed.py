@@ -8,7 +8,8 @@ all-reduce of one flat buffer, and then every rank corrects what it has:
 * ``fully_shard`` (FSDP2, also hybrid): every rank has some output rows; pooled over the mesh of the parameter. Of a
   weight that query, key and value share, a rank corrects the rows that it has of each.
 * a layer under ``fully_shard`` whose weight is stored as (in, out): every rank has some units of all output rows. The
-  gradient is exchanged for whole rows, corrected, and returned: two all-to-alls of the shards.
+  gradient is exchanged for whole rows, corrected, and returned: two all-to-alls of the shards. (A compiled model finds
+  out in its first step, in which these layers keep their gradient.)
 * column-parallel (``ColwiseParallel``): some output rows, and all ranks see the same input. Nothing is sent.
 * row-parallel (``RowwiseParallel``): some input columns, which are divided into chunks of their own, with their own
   mean diagonal (``scaling="trace"``). Nothing is sent. The bias is replicated and keeps its gradient.
@@ -165,6 +166,8 @@ class Ranks:
         if layer.kind.copies(layer.module()):
             return Plan(reason="groups of a convolution are sharded")
         view = weight if packed else layer.kind.view(layer.module(), weight)
+        if layer.capture.same_rows is None and weight.grad is not None and sharded_units(view) is not None:
+            layer.capture.expect_all_units()
         mesh, same_rows = weight.device_mesh, layer.capture.same_rows
         moves = self._moves(layer, view)
         placements = row_placements(view) if moves else list(view.placements)

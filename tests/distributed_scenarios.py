@@ -450,11 +450,22 @@ def _transposed() -> nn.Sequential:
     return nn.Sequential(Transposed(), nn.Linear(5, 5).double())
 
 
-def single_transposed(options: dict) -> list[torch.Tensor]:
+def single_transposed(options: dict, steps=STEPS, left=0) -> list[torch.Tensor]:
+    """``left``: so many first steps leave the transposed weight and its bias alone."""
     model = _transposed()
     optimizer = sgd(model)
-    Preconditioner(model, optimizer, chunk=8, **options)
-    train(model, optimizer, range(4))
+    pre = Preconditioner(model, chunk=8, **options)
+
+    def correct(*_):
+        kept = [p.grad.clone() for p in model[0].parameters()]
+        leave = pre.steps < left
+        pre.step()
+        if leave:
+            for p, grad in zip(model[0].parameters(), kept, strict=True):
+                p.grad.copy_(grad)
+
+    optimizer.register_step_pre_hook(correct)
+    train(model, optimizer, range(4), steps=steps)
     return [p.detach() for p in model.parameters()]
 
 
@@ -808,4 +819,5 @@ def compiled():
         "ddp": _compiled(DDP(mlp()), mine),
         "fully_shard": _compiled(_sharded(mlp()), mine),
         "tensor_parallel": _compiled(parallelize_module(block(), mesh, PARALLEL), range(4)),
+        "transposed": _compiled(fully_shard(_transposed(), mesh=mesh), mine),
     }

@@ -337,8 +337,12 @@ def test_shared_factorisation_of_convolutions(results):
 @pytest.mark.slow
 def test_compiled_models_on_several_ranks(slow_results):
     want, split = scenarios.single({}, steps=3), scenarios.single_split(4, {}, steps=3)
+    transposed = scenarios.single_transposed({}, steps=3, left=1)
     for result in of(slow_results, "compiled"):
         assert difference(result["ddp"]["parameters"], want) < TOLERANCE
         assert difference(result["fully_shard"]["parameters"], want) < TOLERANCE
         assert named_difference(result["tensor_parallel"]["named"], split) < TOLERANCE
         assert "left as it is" not in result["tensor_parallel"]["summary"]
+        # A compiled model finds out in its first step that units are sharded in a weight and not in its input.
+        assert difference(result["transposed"]["parameters"], transposed) < TOLERANCE
+        assert result["transposed"]["summary"].count("  ok") == 2
