@@ -41,7 +41,17 @@ from torch.nn.parameter import is_lazy
 from . import ops, work_sharing
 from .agreement import Agreement, digest
 from .packing import Packing, SharedPacking
-from .sharding import Group, Shards, is_dtensor, local, mesh_groups, row_placements, sharded_units, shards_rows
+from .sharding import (
+    Group,
+    Shards,
+    is_dtensor,
+    is_fully_sharded,
+    local,
+    mesh_groups,
+    row_placements,
+    sharded_units,
+    shards_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,7 +86,7 @@ class Ranks:
     def __init__(self, pre: Preconditioner, group: ProcessGroup | None) -> None:
         self._pre: Preconditioner = weakref.proxy(pre)
         self._group = group
-        self._searched = False
+        self._searched = self._fully_sharded = False
         self._wrappers: list[weakref.ref[nn.Module]] = []  # DistributedDataParallel
         self._outer: dict[int, Group] = {}  # their ranks, by id of the parameter
         self._groups: dict[Group, ProcessGroup] = {}
@@ -119,6 +129,7 @@ class Ranks:
         if self._searched:
             return
         self._searched = True
+        self._fully_sharded = is_fully_sharded(self._pre._model())
         layers = [layer for layer in self._pre.layers if layer.capture is not None]
         ours = {id(layer.weight) for layer in layers}
         for wrapper in gc.get_objects():
@@ -166,7 +177,8 @@ class Ranks:
         if layer.kind.copies(layer.module()):
             return Plan(reason="groups of a convolution are sharded")
         view = weight if packed else layer.kind.view(layer.module(), weight)
-        if layer.capture.same_rows is None and weight.grad is not None and sharded_units(view) is not None:
+        unseen = self._fully_sharded and layer.capture.same_rows is None and weight.grad is not None
+        if unseen and sharded_units(view) is not None:
             layer.capture.expect_all_units()
         mesh, same_rows = weight.device_mesh, layer.capture.same_rows
         moves = self._moves(layer, view)

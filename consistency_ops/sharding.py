@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +29,15 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def is_fully_sharded(model: nn.Module | None) -> bool:
+    """Whether ``fully_shard`` has been applied to a part of it: inputs are then plain, and have all units."""
+    if model is None or not any(map(is_dtensor, model.parameters())):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def shards_rows(tensor: Tensor) -> bool:
