@@ -213,8 +213,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) capture_kernel(CO_KERNEL_PARA
       }
     }
   }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return;                                    // the only one of this CTA that has read the state
   auto* arrived = reinterpret_cast<uint32_t*>(&p.state->arrived);  // little-endian: the low half
   if (add_acquire_release(arrived, 1) != gridDim.x - 1) return;
   *p.state = plan.after;  // with arrived = 0

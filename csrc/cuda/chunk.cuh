@@ -87,23 +87,24 @@ CO_DEVICE int64_t strided_offset(uint32_t index, const int64_t (&size)[kDims], c
 
 // How the lanes of a CTA cover a stage of rows x padded units: a warp takes 1 x 32 elements where units are the fast
 // dimension in memory, 8 x 4 where rows are (NCHW inputs, convolution weights), so that it touches whole sectors.  Step
-// i of a warp is block warp + i * kWarps, counted along the rows; there are at most 1024.
+// i of a warp is block warp + i * kWarps, counted along the rows; there are at most 1024.  Made anew after a barrier.
 template <int kWarps>
 struct StageWalk {
   int columns, reciprocal;  // blocks along a row; ceil(2^16 / columns) divides numbers up to 1024 exactly
+  int warp, lane;
   bool tall;
 
   CO_DEVICE StageWalk(int padded, bool rows_are_fast)
       : columns(rows_are_fast ? padded / 4 : padded / 32),
         reciprocal(((1 << 16) + columns - 1) / columns),
+        warp(fresh_thread() / 32),
+        lane(fresh_thread() % 32),
         tall(rows_are_fast) {}
   CO_DEVICE int row(int step) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int block = ((warp + step * kWarps) * reciprocal) >> 16;
     return tall ? block * 8 + lane % 8 : block;
   }
   CO_DEVICE int position(int step) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int index = warp + step * kWarps, column = index - ((index * reciprocal) >> 16) * columns;
     return tall ? column * 4 + lane / 8 : column * 32 + lane;
   }

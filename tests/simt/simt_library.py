@@ -166,8 +166,9 @@ def digest(*parts: str) -> str:
 
 
 def load() -> Library:
-    """The plain build, or the one that SIMT_BUILD names."""
-    return Library(build(os.environ.get("SIMT_BUILD", "plain")))
+    """The plain build, or the one that SIMT_BUILD names; or the file that SIMT_LIBRARY names."""
+    file = os.environ.get("SIMT_LIBRARY")
+    return Library(Path(file) if file else build(os.environ.get("SIMT_BUILD", "plain")))
 
 
 def sanitizer_environment(kind: str) -> dict[str, str]:

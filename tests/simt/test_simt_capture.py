@@ -163,6 +163,13 @@ def test_many_tiles(library):
     both(library, 350, 700, simt.FLOAT32, [rows_of(library, x, simt.BFLOAT16, 0)])
 
 
+def test_more_tiles_than_ctas(library):
+    """A CTA takes several tiles of 64 rows, whose offsets are in the same shared memory."""
+    x = numbers((64 * 2100, 1), simt.FLOAT32, np.random.default_rng(0))
+    both(library, len(x), 1, simt.FLOAT32, [rows_of(library, x, simt.FLOAT32, 1)])
+    assert library.stats().ctas == 2048
+
+
 def test_refused(library):
     x = np.ones((6, 4))
     with pytest.raises(RuntimeError, match="status 1"):

@@ -24,10 +24,10 @@ CASES += ("same input@V2", "same input, bias, trace@V2", "permuted, same input@p
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "permute.cuh", "tasks.cuh", "precondition.cu")
 
 
-def find(pattern):
+def find(pattern, files=FILES):
     """(file, line number) of every match outside comments."""
     found = []
-    for name in FILES:
+    for name in files:
         lines = (simt.ROOT / "csrc" / "cuda" / name).read_text().splitlines()
         for number, line in enumerate(lines, 1):
             if pattern.search(line) and not line.lstrip().startswith("//") and "// redundant: " not in line:
@@ -59,10 +59,28 @@ def noticed(folder):
     return outcome(folder, "plain", 4)[0] != 0 or outcome(folder, "races", 2)[0] != 0
 
 
+def capture_noticed(folder):
+    """The same by the tests of the row capture."""
+    file = simt.ROOT / "tests" / "simt" / "test_simt_capture.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", file]
+    for kind, selection in (("plain", ""), ("races", "tiles or restart or thin")):
+        environment = {**simt.sanitizer_environment(kind), "SIMT_LIBRARY": str(simt.build(kind, folder))}
+        done = subprocess.run([*command, "-k", selection], env=environment, capture_output=True, timeout=900)
+        if done.returncode != 0:
+            return True
+    return False
+
+
 @pytest.mark.parametrize(("file", "number"), find(SYNCHRONISATION))
 def test_deleted_synchronisation_is_noticed(tmp_path, file, number):
     edit(tmp_path, file, number, lambda line: SYNCHRONISATION.sub(";", line))
     assert noticed(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "number"), find(SYNCHRONISATION, ["capture.cu"]))
+def test_deleted_synchronisation_of_the_capture_is_noticed(tmp_path, file, number):
+    edit(tmp_path, file, number, lambda line: SYNCHRONISATION.sub(";", line))
+    assert capture_noticed(tmp_path)
 
 
 def plant(file, original, mutant):
@@ -121,3 +139,20 @@ PLANTED = [
 def test_planted_mistake_is_noticed(tmp_path, file, number, original, mutant):
     edit(tmp_path, file, number, lambda line: line.replace(original, mutant))
     assert noticed(tmp_path)
+
+
+CAPTURE = [
+    plant("capture.cu", "(warp + s * kWarps) % 2 * 32 + lane", "lane"),
+    plant("capture.cu", "first < plan.kept; first += kRows", "first + kRows <= plan.kept; first += kRows"),
+    plant(
+        "capture.cu",
+        "if (add_acquire_release(arrived, 1) != gridDim.x - 1)",
+        "if (add_acquire_release(arrived, 1) != 0)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "number", "original", "mutant"), CAPTURE)
+def test_planted_mistake_of_the_capture_is_noticed(tmp_path, file, number, original, mutant):
+    edit(tmp_path, file, number, lambda line: line.replace(original, mutant))
+    assert capture_noticed(tmp_path)
