@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.runs import RESULTS, Store, best_curve, last, run_once
+from benchmarks.peers.runs import RESULTS, Store, last, run_once
 from benchmarks.peers.tasks import DEFAULT_DATA, TASKS, VARIANTS, Split
 
 SAME_RATE: dict[str, dict[str, object]] = {
@@ -60,7 +60,7 @@ def best_rate(task: str, base: str) -> float:
 
 
 def nearby(rate: float) -> list[float]:
-    return [rate, rate / 3, rate * 3]  # the likely best first: it stops the others
+    return [rate, rate / 3, rate * 3]
 
 
 def table(runs: list[dict]) -> dict[str, dict[str, tuple[float, float] | None]]:
@@ -114,9 +114,7 @@ def try_out(
     """The best of ``settings`` with seed 0, then that one with the seeds 1, 2, ..."""
     best = settings[0]
     if len(settings) > 1:
-        tried: list[dict] = []
-        for setting in settings:
-            tried.append(run_once(store, task, peer, name, setting, split, 0, steps, best_curve(tried)))
+        tried = [run_once(store, task, peer, name, setting, split, 0, steps) for setting in settings]
         best = min(tried, key=last)["setting"]
     for seed in range(1, seeds + 1):
         run_once(store, task, peer, name, best, split, seed, steps)
