@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-BENCH ?= modulus memory step precondition peers decorrelation orthogonal
+BENCH ?= modulus memory step precondition scaling peers decorrelation orthogonal
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(wildcard csrc/autograd/* csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.micro import bench_scaling
 from benchmarks.peers import tables as peers
 from benchmarks.peers.runs import Store
 from benchmarks.peers.tasks import TASKS
@@ -128,7 +129,7 @@ def plots() -> dict[Path, Callable[[Path], None]]:
     return {
         RESULTS / "peers" / f"{task}.png": (lambda path, task=task: peers.plot(stored(task), task, path))
         for task in measured_tasks()
-    }
+    } | {RESULTS / "scaling.png": lambda path: bench_scaling.plot(read("scaling"), path)}
 
 
 def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import report
+from benchmarks.micro import bench_scaling
+from benchmarks.micro.workloads import LayerShape, useful_flops
 from benchmarks.peers import ablations, ideas, runs, tables
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.references import Foof, Isaac, rows
@@ -291,3 +293,33 @@ def test_committed_results_follow_the_rules(task):
         assert len(trials) == 8 and all(run["setting"] == best for run in mine), peer
         seeds[peer] = sorted(run["seed"] for run in mine)
     assert len(set(map(tuple, seeds.values()))) == 1, seeds
+
+
+def test_slope_of_a_power_law():
+    assert bench_scaling.slope([1, 2, 4], [3.0, 0.75, 0.1875]) == pytest.approx(-2)
+    assert bench_scaling.slope([1], [3.0]) is None
+
+
+def test_series_change_the_operation_count_by_the_expected_slope():
+    for name, points in bench_scaling.series(1, 2).items():
+        counts = [
+            useful_flops([LayerShape(p.outputs, p.width)] * p.layers, p.rows, bench_scaling.CHUNK) / p.threads
+            for p in points
+        ]
+        found = bench_scaling.slope([getattr(p, name) for p in points], counts)
+        assert found == pytest.approx(bench_scaling.EXPECTED[name], abs=0.05), name
+
+
+def test_scaling_benchmark_writes_its_json_and_plot(tmp_path, monkeypatch):
+    target, threads = tmp_path / "scaling.json", torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench_scaling", "--points", "2", "--seconds", "0", "--json", str(target)])
+    try:
+        bench_scaling.main()
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(target.read_text())
+    assert [row["series"] for row in results["rows"]] == list(bench_scaling.EXPECTED)
+    for row in results["rows"]:
+        assert len(row["x"]) == len(row["ms"]) <= 2 and min(row["ms"]) > 0
+        assert row["slope"] == pytest.approx(bench_scaling.slope(row["x"], row["ms"]))
+    assert target.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
