@@ -124,7 +124,6 @@ PLANTED = [
     plant("precondition.cu", "? static_cast<int32_t>(at) : chunk.shared.bias_position;", "? at : layer.units - 1;"),
     plant("precondition.cu", "turn++ % 2 * packed_bytes", "turn++ % 1 * packed_bytes"),
     plant("tasks.cuh", "count = min(n, first + size) - first;", "count = size;"),
-    plant("tasks.cuh", "before += members[m].outputs;", "before = members[m].outputs;"),
     plant("tasks.cuh", "min(members[member].outputs, begin + shared.outputs)", "members[member].outputs"),
     plant("tasks.cuh", "all_outputs += params.layers[l + m].outputs;", "all_outputs = params.layers[l + m].outputs;"),
     plant("precondition.cu", "for (int m = 0; m < shared.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
