@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -51,11 +52,17 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def command() -> str:
+    """This run's, as it is typed."""
+    spec = sys.modules["__main__"].__spec__
+    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
+
+
 def machine() -> dict:
     """What a figure depends on."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(["-m", __package__ + "." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": command(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         **{key: value for key, value in co.build_info().items() if key != "library"},

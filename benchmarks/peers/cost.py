@@ -10,6 +10,7 @@ nor data, over the bytes of the parameters; work space inside a call is not seen
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import statistics
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.micro.timing import interleaved, save
+from benchmarks.micro.timing import command, interleaved, save
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.runs import RESULTS
 from benchmarks.peers.tasks import Block, named, resnet
@@ -105,6 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     peers = [name for name in dict.fromkeys(["sgd", *arguments.optimizers]) if PEERS[name].version]
     rows, failures = kept_rows(arguments.json, arguments.models)
+    how = {"command": command(), "date": datetime.date.today().isoformat()}  # models are measured on different days
     for name in arguments.models:
         build, shape = MODELS[name]
         torch.manual_seed(0)
@@ -124,7 +126,7 @@ def main() -> None:
         mean = {peer: statistics.mean(values) for peer, values in times.items()}
         for peer, seconds in mean.items():
             row = {"model": name, "optimizer": peer, "ms": 1e3 * seconds, "ratio": seconds / mean["sgd"]}
-            rows.append(row | {"memory": memory[peer], "rounds": len(times[peer])})
+            rows.append(row | {"memory": memory[peer], "rounds": len(times[peer]), **how})
             print(
                 f"{name:<40} {peer:<12} {1e3 * seconds:9.1f} ms  x{row['ratio']:.2f}  +{memory[peer]:.1f}", flush=True
             )
