@@ -15,9 +15,15 @@
 namespace consistency_ops::cpu {
 
 constexpr int kPanel = 16;
-// Row pitch of the 16-row tile of G that `apply` multiplies.  A compile-time constant lets the 16 broadcasts be
-// addressed by displacement alone; 16 elements above the largest chunk keep the rows off the same cache set.
+// Row pitch of the tile of G that `apply` multiplies.  A compile-time constant lets the broadcasts be addressed by
+// displacement alone; 16 elements above the largest chunk keep the rows off the same cache set.
 constexpr int kTilePitch = 256 + 16;
+// Rows of a tile.  Few for chunks of few panels, because rows of G are often a multiple of 4096 bytes apart: the lines
+// of one piece of each fall into one set of the L1 cache, which must keep them from the load to the store.  More for
+// larger chunks, whose inverse is read from L2 once a tile.
+constexpr int kTileRows = 4;
+constexpr int kFewPanels = 4;
+constexpr int kMaxTileRows = 16;
 
 template <typename T>
 struct ChunkKernels {
@@ -30,9 +36,10 @@ struct ChunkKernels {
   int (*factor)(T* a, int panels, T* inverse_diagonal);
   // inverse = (U^T U)^-1, all blocks; w: scratch of the same size.
   void (*invert)(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse);
-  // out[16 x size] = g[16 x size] * inverse, rows kTilePitch apart, padded with zeros.  Returns a mask of the rows with
-  // a result that is NaN or of larger magnitude than `largest`.
-  uint32_t (*apply)(const T* g, const T* inverse, int64_t size, T largest, T* out);
+  // out[rows x size] = g[rows x size] * inverse, padded with zeros; rows <= kMaxTileRows.  Rows of `out` are kTilePitch
+  // apart, those of `g` likewise, or, `by_unit`, g[unit * kMaxTileRows + row].
+  // Returns a mask of the rows with a result that is NaN or of larger magnitude than `limit`.
+  uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* inverse, int64_t size, T limit, T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };
@@ -53,9 +60,10 @@ struct GatherKernels {
   // layer.
   void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
                const Run* runs, int64_t count, T* packed);
-  // tile[r * kTilePitch + run.column + i], for at most 16 rows of G.  Prefetches what lies `ahead` elements further.
+  // tile[r * kTilePitch + run.column + i], or, `by_unit`, tile[(run.column + i) * kMaxTileRows + r], for some rows of
+  // G; only by unit may the units lie apart.  Prefetches what lies `ahead` elements further.
   void (*load_tile)(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
-                    int64_t count, int64_t ahead, T* tile);
+                    int64_t count, int64_t ahead, bool by_unit, T* tile);
   // Back into G, without the rows whose bit in `skip` is set.
   void (*store_tile)(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
                      const Run* runs, int64_t count);

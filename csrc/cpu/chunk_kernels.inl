@@ -17,6 +17,11 @@ struct IntegerOf<8> {
   using type = int64_t;
 };
 
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
 template <typename T>
 struct Kernels {
   using V = typename VectorOf<T>::type;
@@ -42,15 +47,14 @@ struct Kernels {
 
   // c[16 x 16] (start) +/- sum_k a_k b_k^T with a_k[r] = a[r * kRowStride + k * kStepStride].
   template <int kRowStride, int kStepStride, bool kSubtract>
-  static inline __attribute__((always_inline)) void tile(const T* a, const T* b, int64_t steps, Start start, T* c,
-                                                         int c_pitch) {
+  static inline __attribute__((always_inline)) void tile(const T* a, const T* b, int64_t steps, Start start, T* c) {
     for (int r0 = 0; r0 < kPanel; r0 += kRows) {
       V acc[kRows][kVectors];
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = start == kLoad ? vector(c + (r0 + r) * c_pitch, v) : V{};
+          acc[r][v] = start == kLoad ? vector(c + (r0 + r) * kPanel, v) : V{};
         }
       }
       const T* ar = a + r0 * kRowStride;
@@ -76,7 +80,7 @@ struct Kernels {
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          V& to = vector(c + (r0 + r) * c_pitch, v);
+          V& to = vector(c + (r0 + r) * kPanel, v);
           to = start == kAdd ? to + acc[r][v] : acc[r][v];
         }
       }
@@ -86,7 +90,7 @@ struct Kernels {
   // Both operands are panels.
   template <bool kSubtract>
   static void panel_tile(const T* a, const T* b, int64_t steps, Start start, T* c) {
-    tile<1, kPanel, kSubtract>(a, b, steps, start, c, kPanel);
+    tile<1, kPanel, kSubtract>(a, b, steps, start, c);
   }
 
   // As panel_tile of a panel with itself, without the 8 x 8 block below the diagonal.
@@ -284,9 +288,9 @@ struct Kernels {
   }
 
   // Columns of the product that a panel with few units leaves: rows of g with rows of the symmetric inverse.
-  static void apply_column(const T* g, const T* inverse, int panels, int64_t column, T* out) {
+  static void apply_column(const T* g, int rows, const T* inverse, int panels, int64_t column, T* out) {
     const int64_t height = int64_t{kPanel} * panels;
-    for (int r = 0; r < kPanel; ++r) {
+    for (int r = 0; r < rows; ++r) {
       V sum{};
       for (int j = 0; j < panels; ++j) {
         for (int v = 0; v < kVectors; ++v) {
@@ -299,46 +303,142 @@ struct Kernels {
     }
   }
 
-  static uint32_t apply(const T* g, const T* inverse, int64_t size, T largest, T* out) {
+  // The same of g by unit: all rows at once.
+  static void apply_column_by_unit(const T* g, int rows, const T* inverse, int64_t height, int64_t size, int64_t column,
+                                   T* out) {
+    static_assert(kMaxTileRows == kPanel);
+    const T* factors = inverse + column / kPanel * height * kPanel + column % kPanel;
+    V sum[kVectors] = {};
+    for (int64_t k = 0; k < size; ++k) {
+      for (int v = 0; v < kVectors; ++v) sum[v] += factors[k * kPanel] * vector(g + k * kMaxTileRows, v);
+    }
+    for (int r = 0; r < rows; ++r) out[r * kTilePitch + column] = sum[r / kLanes][r % kLanes];
+  }
+
+  // Magnitudes compare as their bits do, NaN above infinity above all others.
+  static inline __attribute__((always_inline)) void keep_largest(V x, VectorOfBits& largest) {
+    constexpr Bits kMagnitude = sizeof(T) == 4 ? 0x7FFFFFFF : static_cast<Bits>(0x7FFFFFFFFFFFFFFF);
+    const VectorOfBits bits = __builtin_bit_cast(VectorOfBits, x) & kMagnitude;
+    largest = bits > largest ? bits : largest;
+  }
+
+  // out = g * kPanels neighbouring panels of the inverse.
+  template <int kOfRows, int kPanels, int kRowStride, int kStepStride>
+  static inline __attribute__((always_inline)) void multiply(const T* g, const T* inverse, int64_t height,
+                                                             int64_t steps, T* out, VectorOfBits& largest) {
+    V acc[kOfRows][kPanels][kVectors] = {};
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < steps; ++k) {
+      V row[kPanels][kVectors];
+#pragma GCC unroll 16
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) row[p][v] = vector(inverse + (p * height + k) * kPanel, v);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kOfRows; ++r) {
+        const T scalar = g[r * kRowStride + k * kStepStride];
+#pragma GCC unroll 16
+        for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) acc[r][p][v] += scalar * row[p][v];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kOfRows; ++r) {
+#pragma GCC unroll 16
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          vector(out + r * kTilePitch + p * kPanel, v) = acc[r][p][v];
+          keep_largest(acc[r][p][v], largest);
+        }
+      }
+    }
+  }
+
+  // All rows, a few at a time.
+  template <int kPanels, int kRowStride, int kStepStride>
+  static void multiply_rows(const T* g, int rows, const T* inverse, int64_t height, int64_t steps, T* out,
+                            VectorOfBits& largest) {
+    VectorOfBits kept = largest;
+    int r = 0;
+    auto block = [&](auto count) __attribute__((always_inline)) {
+      multiply<count.value, kPanels, kRowStride, kStepStride>(g + r * kRowStride, inverse, height, steps,
+                                                              out + r * kTilePitch, kept);
+      r += count.value;
+    };
+    if constexpr (kRegisters / kVectors / kPanels >= 8) {
+      while (rows - r >= 8 && rows - r != 9) block(Count<8>{});
+    }
+    if constexpr (kRows >= 4) {
+      // 9 rows, the taps of most kernels, are 3 + 3 + 3: a single row would wait for its own sums.
+      while (rows - r >= 4 && rows - r != 9 && rows - r != 6) block(Count<4>{});
+      while (rows - r >= 3) block(Count<3>{});
+    }
+    if constexpr (kRows >= 2) {
+      while (rows - r >= 2) block(Count<2>{});
+    }
+    while (rows - r >= 1) block(Count<1>{});
+    largest = kept;
+  }
+
+  template <int kRowStride, int kStepStride>
+  static void multiply_panels(const T* g, int rows, const T* inverse, int panels, int64_t height, int64_t steps, T* out,
+                              VectorOfBits& largest) {
+    constexpr int kPair = 2 * 4 * kVectors <= kRegisters ? 2 : 1;
+    int j = 0;
+    for (; j + kPair <= panels; j += kPair) {
+      multiply_rows<kPair, kRowStride, kStepStride>(g, rows, inverse + j * height * kPanel, height, steps,
+                                                    out + j * kPanel, largest);
+    }
+    if (kPair > 1 && j < panels) {
+      multiply_rows<1, kRowStride, kStepStride>(g, rows, inverse + j * height * kPanel, height, steps, out + j * kPanel,
+                                                largest);
+    }
+  }
+
+  static uint32_t apply(const T* g, bool by_unit, int rows, const T* inverse, int64_t size, T limit, T* out) {
     const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
     const int tail = static_cast<int>(size - int64_t{kPanel} * (panels - 1));
     const int64_t height = int64_t{kPanel} * panels;
     const bool by_column = tail <= kFewLanes && panels > 1;
-    for (int j = 0; j < panels - by_column; ++j) {
-      tile<kTilePitch, 1, false>(g, inverse + j * height * kPanel, size, kZero, out + j * kPanel, kTilePitch);
+    VectorOfBits largest{};
+    if (by_unit) {
+      multiply_panels<1, kMaxTileRows>(g, rows, inverse, panels - by_column, height, size, out, largest);
+    } else {
+      multiply_panels<kTilePitch, 1>(g, rows, inverse, panels - by_column, height, size, out, largest);
     }
     if (by_column) {
-      for (int r = 0; r < kPanel; ++r) {
-        for (int v = 0; v < kVectors; ++v) vector(out + r * kTilePitch + height - kPanel, v) = V{};
+      T* last = out + height - kPanel;
+      for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) vector(last + r * kTilePitch, v) = V{};
       }
-      for (int64_t column = height - kPanel; column < size; ++column) apply_column(g, inverse, panels, column, out);
-    }
-    return largest_bits(out, height) > bits_of(largest) ? rows_beyond(out, height, largest) : 0;
-  }
-
-  static Bits bits_of(T x) { return __builtin_bit_cast(Bits, x); }
-
-  // The magnitudes of 16 rows compare as their bits do, NaN above infinity above all others.
-  static Bits largest_bits(const T* rows, int64_t width) {
-    constexpr Bits kMagnitude = sizeof(T) == 4 ? 0x7FFFFFFF : static_cast<Bits>(0x7FFFFFFFFFFFFFFF);
-    VectorOfBits largest{};
-    for (int r = 0; r < kPanel; ++r) {
-      for (int64_t k = 0; k < width; k += kLanes) {
-        const VectorOfBits bits = *reinterpret_cast<const VectorOfBits*>(rows + r * kTilePitch + k) & kMagnitude;
-        largest = bits > largest ? bits : largest;
+      for (int64_t column = height - kPanel; column < size; ++column) {
+        if (by_unit) {
+          apply_column_by_unit(g, rows, inverse, height, size, column, out);
+        } else {
+          apply_column(g, rows, inverse, panels, column, out);
+        }
+      }
+      for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) keep_largest(vector(last + r * kTilePitch, v), largest);
       }
     }
-    Bits result = 0;
-    for (int v = 0; v < kLanes; ++v) result = largest[v] > result ? largest[v] : result;
-    return result;
+    const VectorOfBits beyond = largest > __builtin_bit_cast(Bits, limit);
+    uint64_t words[sizeof(beyond) / 8], any = 0;
+    __builtin_memcpy(words, &beyond, sizeof(beyond));
+    for (uint64_t word : words) any |= word;
+    return any == 0 ? 0 : rows_beyond(out, rows, height, limit);
   }
 
-  static uint32_t rows_beyond(const T* rows, int64_t width, T largest) {
+  static uint32_t rows_beyond(const T* out, int rows, int64_t width, T limit) {
     uint32_t bad = 0;
-    for (int r = 0; r < kPanel; ++r) {
+    for (int r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < width; ++k) {
-        const T x = rows[r * kTilePitch + k];
-        if (!(x <= largest && x >= -largest)) bad |= 1u << r;
+        const T x = out[r * kTilePitch + k];
+        if (!(x <= limit && x >= -limit)) bad |= 1u << r;
       }
     }
     return bad;
@@ -354,8 +454,7 @@ struct Kernels {
     }
     for (int k = panels - 1; k >= 0; --k) {
       for (int m = k + 1; m < panels; ++m) {  // rows of block k of U: lane by lane, so the strides of a are exchanged
-        tile<kPanel, 1, true>(u + (m * height + k * kPanel) * kPanel, b + m * kBlock, kPanel, kLoad, b + k * kBlock,
-                              kPanel);
+        tile<kPanel, 1, true>(u + (m * height + k * kPanel) * kPanel, b + m * kBlock, kPanel, kLoad, b + k * kBlock);
       }
       substitute_backward(u + (k * height + k * kPanel) * kPanel, inverse_diagonal + k * kPanel, b + k * kBlock);
     }

@@ -3,6 +3,7 @@
 #include "cpu/convert.inl"
 
 constexpr int64_t kPrefetchBytes = 64 << 10;
+constexpr int64_t kLongRowBytes = 4 << 10;  // shorter rows come from L2 fast enough
 
 template <typename S, typename T>
 struct Gather {
@@ -126,16 +127,19 @@ struct Gather {
     const S* source = static_cast<const S*>(x);
     if (unit_stride == 1) {
       // The runs of a row come in random order, which no hardware prefetcher follows: with every run goes the fetch of
-      // its share of a row ahead.
+      // its share of a row ahead into L2, and, where rows are long, of the next row into L1.
       const int64_t row_bytes = row_units * sizeof(S);
+      const bool is_long = row_bytes > kLongRowBytes;
       const int64_t ahead = 1 + kPrefetchBytes / (row_bytes + 1);
       const int64_t share = 1 + row_bytes / (count + 1);
       for (int64_t k = 0; k < rows; ++k) {
         const char* next = reinterpret_cast<const char*>(source + row_offset[k + ahead < rows ? k + ahead : k]);
+        const char* soon = reinterpret_cast<const char*>(source + row_offset[k + 1 < rows ? k + 1 : k]);
         const S* row = source + row_offset[k];
         T* to = packed + k * kPanel;
-        for (const Run* run = runs; run != runs + count; ++run, next += share) {
+        for (const Run* run = runs; run != runs + count; ++run, next += share, soon += share) {
           __builtin_prefetch(next, 0, 2);
+          if (is_long) __builtin_prefetch(soon, 0, 3);
           copy_in(row + run->unit, to + run->packed, run->length);
         }
       }
@@ -151,27 +155,67 @@ struct Gather {
     }
   }
 
+  // The length of a run is looked at once, not once a row.
+  template <int kLength>
+  static inline __attribute__((always_inline)) void load_run(const S* from, const int64_t* row_offset, int rows,
+                                                             int64_t ahead, T* to) {
+    for (int r = 0; r < rows; ++r) {
+      __builtin_prefetch(from + row_offset[r] + ahead, 1, 2);
+      copy_in<kLength>(from + row_offset[r], to + r * kTilePitch);
+    }
+  }
+  template <int kLength>
+  static inline __attribute__((always_inline)) void store_run(const T* from, const int64_t* row_offset, int rows,
+                                                              S* to) {
+    for (int r = 0; r < rows; ++r) copy_out<kLength>(from + r * kTilePitch, to + row_offset[r]);
+  }
+
+  static void load_by_unit(const S* source, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
+                           int64_t count, int64_t ahead, T* tile) {
+    const bool together = adjacent(row_offset, 0, rows) == rows;
+    for (const Run* run = runs; run != runs + count; ++run) {
+      const S* from = source + run->unit * unit_stride;
+      T* to = tile + run->column * kMaxTileRows;
+      for (int u = 0; u < run->length; ++u, from += unit_stride, to += kMaxTileRows) {
+        __builtin_prefetch(from + row_offset[0] + ahead, 1, 2);
+        if (together) {
+          copy_in(from + row_offset[0], to, rows);
+        } else {
+          for (int r = 0; r < rows; ++r) to[r] = widen(from[row_offset[r]]);
+        }
+      }
+    }
+  }
+
   static void load_tile(const void* g, const int64_t* row_offset, int rows, int64_t unit_stride, const Run* runs,
-                        int64_t count, int64_t ahead, T* tile) {
+                        int64_t count, int64_t ahead, bool by_unit, T* tile) {
     const S* source = static_cast<const S*>(g);
-    if (unit_stride == 1) {
+    if (by_unit) {
+      load_by_unit(source, row_offset, rows, unit_stride, runs, count, ahead, tile);
+      return;
+    }
+    if (rows > kTileRows) {  // of as many pages: one after the other, for the TLB
       for (int r = 0; r < rows; ++r) {
         const S* row = source + row_offset[r];
-        T* to = tile + r * kTilePitch;
         for (const Run* run = runs; run != runs + count; ++run) {
           __builtin_prefetch(row + run->unit + ahead, 1, 2);
-          copy_in(row + run->unit, to + run->column, run->length);
+          copy_in(row + run->unit, tile + r * kTilePitch + run->column, run->length);
         }
       }
       return;
     }
-    // Rows of one output are the adjacent taps of a kernel.
-    for (int64_t r = 0, together; r < rows; r += together) {
-      together = adjacent(row_offset, r, rows);
-      for (const Run* run = runs; run != runs + count; ++run) {
-        const S* from = source + run->unit * unit_stride + row_offset[r];
-        for (int i = 0; i < run->length; ++i) __builtin_prefetch(from + i * unit_stride + ahead, 1, 2);
-        transpose_in(from, unit_stride, together, run->length, tile + r * kTilePitch + run->column, kTilePitch);
+    for (const Run* run = runs; run != runs + count; ++run) {
+      const S* from = source + run->unit;
+      T* to = tile + run->column;
+      if (run->length == 8) {
+        load_run<8>(from, row_offset, rows, ahead, to);
+      } else if (run->length == 16) {
+        load_run<16>(from, row_offset, rows, ahead, to);
+      } else {
+        for (int r = 0; r < rows; ++r) {
+          __builtin_prefetch(from + row_offset[r] + ahead, 1, 2);
+          copy_in(from + row_offset[r], to + r * kTilePitch, run->length);
+        }
       }
     }
   }
@@ -179,13 +223,26 @@ struct Gather {
   static void store_tile(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows,
                          int64_t unit_stride, const Run* runs, int64_t count) {
     S* target = static_cast<S*>(g);
-    if (unit_stride == 1) {
+    if (unit_stride == 1 && skip == 0 && rows > kTileRows) {
       for (int r = 0; r < rows; ++r) {
-        if (skip >> r & 1) continue;
         S* row = target + row_offset[r];
-        const T* from = tile + r * kTilePitch;
-        for (const Run* run = runs; run != runs + count; ++run)
-          copy_out(from + run->column, row + run->unit, run->length);
+        for (const Run* run = runs; run != runs + count; ++run) {
+          copy_out(tile + r * kTilePitch + run->column, row + run->unit, run->length);
+        }
+      }
+      return;
+    }
+    if (unit_stride == 1 && skip == 0) {
+      for (const Run* run = runs; run != runs + count; ++run) {
+        const T* from = tile + run->column;
+        S* to = target + run->unit;
+        if (run->length == 8) {
+          store_run<8>(from, row_offset, rows, to);
+        } else if (run->length == 16) {
+          store_run<16>(from, row_offset, rows, to);
+        } else {
+          for (int r = 0; r < rows; ++r) copy_out(from + r * kTilePitch, to + row_offset[r], run->length);
+        }
       }
       return;
     }

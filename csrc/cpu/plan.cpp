@@ -100,6 +100,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     LayerPlan& head = plan.layers[at.head];
     ++head.members;
     if (!(options.stages & kStageApply) || (layer.outputs > 0 && at.taps > 0)) head.active = layer.units > 0;
+    plan.most_rows = std::max(plan.most_rows, at.outputs_per_block * at.taps);
     if (layer.has_bias) plan.bias_elements = std::max(plan.bias_elements, at.outputs_per_block * at.taps);
   }
 
@@ -203,10 +204,10 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
 }
 
 int64_t thread_bytes(const Plan& plan, int64_t element) {
-  int64_t bytes = round_up(kRowBlock * static_cast<int64_t>(sizeof(int64_t)), 64);
+  int64_t bytes = round_up(plan.most_rows * static_cast<int64_t>(sizeof(int64_t)), 64);
   bytes += round_up(plan.packed_elements * element, 64);
-  bytes += 2 * round_up(plan.largest_matrix * element, 64);  // the factor and its inverse
-  bytes += 2 * round_up(kPanel * kTilePitch * element, 64);  // a tile of G and its product
+  bytes += 2 * round_up(plan.largest_matrix * element, 64);        // the factor and its inverse
+  bytes += 2 * round_up(kMaxTileRows * kTilePitch * element, 64);  // a tile of G and its product
   bytes += round_up((kMaxChunk + plan.bias_elements) * element, 64);
   return bytes;
 }

@@ -72,11 +72,12 @@ struct Task {
 struct Plan {
   std::vector<LayerPlan> layers;
   std::vector<Task> tasks;
-  int64_t storage_elements = 0;  // the largest wave
-  int64_t packed_elements = 0;   // per thread
-  int64_t largest_matrix = 0;    // elements, per thread and scratch matrix
-  int64_t bias_elements = 0;     // per thread
-  int64_t table_bytes = 0;       // of the divisions
+  int64_t storage_elements = 0;   // the largest wave
+  int64_t packed_elements = 0;    // per thread
+  int64_t largest_matrix = 0;     // elements, per thread and scratch matrix
+  int64_t bias_elements = 0;      // per thread
+  int64_t most_rows = kRowBlock;  // of X or G that a thread has in hand
+  int64_t table_bytes = 0;        // of the divisions
 };
 
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads);

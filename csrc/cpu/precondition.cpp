@@ -6,7 +6,7 @@
 //   products to
 //                the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
-//   apply        64 rows of G: 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
+//   apply        64 rows of G: 4 to 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
 //
 // X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
 // results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no
@@ -82,12 +82,12 @@ class Launch {
       return taken;
     };
     for (Scratch<T>& s : scratch_) {
-      s.row_offset = reinterpret_cast<int64_t*>(take(kRowBlock * sizeof(int64_t)));
+      s.row_offset = reinterpret_cast<int64_t*>(take(plan.most_rows * sizeof(int64_t)));
       s.packed = reinterpret_cast<T*>(take(plan.packed_elements * sizeof(T)));
       s.factor = reinterpret_cast<T*>(take(plan.largest_matrix * sizeof(T)));
       s.inverse_factor = reinterpret_cast<T*>(take(plan.largest_matrix * sizeof(T)));
-      s.tile = reinterpret_cast<T*>(take(kPanel * kTilePitch * sizeof(T)));
-      s.product = reinterpret_cast<T*>(take(kPanel * kTilePitch * sizeof(T)));
+      s.tile = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
+      s.product = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
       s.inverse_diagonal = reinterpret_cast<T*>(take((kMaxChunk + plan.bias_elements) * sizeof(T)));
       s.bias = s.inverse_diagonal + kMaxChunk;
     }
@@ -317,7 +317,16 @@ class Launch {
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
     const T largest =
         std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
-    const int64_t first = first_output * taps, rows = outputs * taps;
+    const int64_t rows = outputs * taps;
+    // Where the units lie apart, rows (the taps of an output) mostly lie side by side and are moved as pieces.
+    const bool by_unit = layer.g_unit_stride != 1;
+    const int64_t tile_rows = by_unit || plan.chunks[0].panels > kFewPanels ? kMaxTileRows : kTileRows;
+    const int64_t adjacent_rows = taps > 1 ? taps : rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t o = taps == 1 ? r : r / taps;
+      s.row_offset[r] = (first_output + o) * layer.g_output_stride +
+                        offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, r - o * taps);
+    }
     const int64_t ahead = more ? outputs * layer.g_output_stride : 0;
 
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
@@ -326,27 +335,29 @@ class Launch {
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
       const Run bias_run{0, 0, plan.bias_column, 1};
-      for (int r = 0; r < kPanel; ++r) {
+      for (int r = 0; !by_unit && r < tile_rows; ++r) {
         std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
       }
-      for (int64_t at = 0; at < rows; at += kPanel) {
-        const int here = static_cast<int>(std::min<int64_t>(kPanel, rows - at));
-        int64_t row_offset[kPanel], bias_offset[kPanel];
-        row_offsets(layer, taps, first + at, here, row_offset, bias_offset);
-        g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, ahead, s.tile);
-        if (with_bias) {
-          bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, s.tile);
-        }
-        if (at + kPanel < rows) {
-          prefetch_tile(layer, taps, first + at + kPanel, rows - at - kPanel, runs, chunk.num_runs);
-        } else if (c + 1 < plan.chunks.size()) {
-          prefetch_tile(layer, taps, first, rows, runs + chunk.num_runs, plan.chunks[c + 1].num_runs);
-        }
-        const uint32_t bad = kernels.chunk.apply(s.tile, storage_ + chunk.storage, chunk.size, largest, s.product);
-        g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
-        if (with_bias) {
-          for (int r = 0; r < here; ++r) {
-            s.bias[at + r] = (bad >> r & 1 ? s.tile : s.product)[r * kTilePitch + plan.bias_column];
+      for (int64_t side = 0; side < rows; side += adjacent_rows) {
+        for (int64_t at = side; at < side + adjacent_rows; at += tile_rows) {
+          const int here = static_cast<int>(std::min(tile_rows, side + adjacent_rows - at));
+          const int64_t* row_offset = s.row_offset + at;
+          g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, ahead, by_unit,
+                             s.tile);
+          int64_t bias_offset[kMaxTileRows];
+          if (with_bias) {
+            for (int r = 0; r < here; ++r) bias_offset[r] = (first_output + (at + r) / taps) * layer.bias_stride;
+            bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, by_unit, s.tile);
+          }
+          const uint32_t bad =
+              kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage, chunk.size, largest, s.product);
+          g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
+          if (with_bias) {
+            for (int r = 0; r < here; ++r) {
+              const T* column = s.product + r * kTilePitch + plan.bias_column;
+              if (bad >> r & 1) column = s.tile + tile_index(by_unit, r, plan.bias_column);
+              s.bias[at + r] = *column;
+            }
           }
         }
       }
@@ -354,35 +365,8 @@ class Launch {
     }
   }
 
-  // Rows of G count the taps of the first output, then those of the next.
-  static void row_offsets(const PreconditionLayer& layer, int64_t taps, int64_t first, int rows, int64_t* g,
-                          int64_t* bias) {
-    for (int r = 0; r < rows; ++r) {
-      const int64_t output = taps == 1 ? first + r : (first + r) / taps;
-      g[r] = output * layer.g_output_stride +
-             offset_of(layer.g_tap_size, layer.g_tap_stride, kMaxTapDims, first + r - output * taps);
-      bias[r] = output * layer.bias_stride;
-    }
-  }
-
-  // Into L1, while the tile before is multiplied.
-  static void prefetch_tile(const PreconditionLayer& layer, int64_t taps, int64_t first, int64_t rows, const Run* runs,
-                            int64_t count) {
-    const int64_t element = element_size(layer.g_dtype);
-    const int64_t end = first + std::min<int64_t>(rows, kPanel);
-    const int64_t outputs_per_line = 64 / std::max<int64_t>(1, std::abs(layer.g_output_stride) * element);
-    for (int64_t output = first / taps; output * taps < end; output += std::max<int64_t>(1, outputs_per_line)) {
-      const char* row = static_cast<const char*>(layer.g) + output * layer.g_output_stride * element;
-      for (const Run* run = runs; run != runs + count; ++run) {
-        if (layer.g_unit_stride == 1) {
-          __builtin_prefetch(row + run->unit * element, 1, 3);
-          continue;
-        }
-        for (int u = 0; u < run->length; ++u) {
-          __builtin_prefetch(row + (run->unit + u) * layer.g_unit_stride * element, 1, 3);
-        }
-      }
-    }
+  static int64_t tile_index(bool by_unit, int64_t row, int64_t unit) {
+    return by_unit ? unit * kMaxTileRows + row : row * kTilePitch + unit;
   }
 
   // The largest magnitude that does not become infinite in `dtype`.
