@@ -253,13 +253,21 @@ char* take_stack() {
   return stack;
 }
 
-void return_stack(char* stack) {
+// A stack and its guard page are two of the 65,530 mappings that a process may have, which the rest of it needs too.
+// ThreadSanitizer keeps none: a fresh mapping has no history of accesses.
 #if defined(SIMT_TSAN)
-  munmap(stack, S.options.stack);  // a fresh mapping has no history of accesses
+constexpr size_t kKeptStacks = 0;
 #else
-  ASAN(__asan_unpoison_memory_region(stack, S.options.stack);)
-  S.free_stacks.push_back(stack);
+constexpr size_t kKeptStacks = 2048;
 #endif
+
+void return_stack(char* stack) {
+  ASAN(__asan_unpoison_memory_region(stack, S.options.stack);)
+  if (S.free_stacks.size() < kKeptStacks) {
+    S.free_stacks.push_back(stack);
+  } else {
+    munmap(stack, S.options.stack);
+  }
 }
 
 std::unique_ptr<Cluster> start_cluster(unsigned id, dim3 grid, dim3 block, dim3 shape) {
