@@ -261,6 +261,8 @@ constexpr size_t kKeptStacks = 0;
 constexpr size_t kKeptStacks = 2048;
 #endif
 
+constexpr size_t kMostFibers = 16384;  // at once, where no number of resident clusters is asked for
+
 void return_stack(char* stack) {
   ASAN(__asan_unpoison_memory_region(stack, S.options.stack);)
   if (S.free_stacks.size() < kKeptStacks) {
@@ -583,7 +585,8 @@ void launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic, void (*body)(vo
   blockDim = block;
   gridDim = grid;
   const size_t clusters = size_t{grid.x} * grid.y * grid.z / S.cluster_size;
-  const size_t resident = S.options.resident ? S.options.resident : clusters;
+  const size_t most = std::max<size_t>(1, kMostFibers / (S.cluster_size * S.threads));
+  const size_t resident = S.options.resident ? S.options.resident : std::min<size_t>(clusters, most);
   std::vector<unsigned> order(clusters);
   for (size_t i = 0; i < clusters; ++i) order[i] = static_cast<unsigned>(i);
   if (S.options.order == Order::kRandom) {

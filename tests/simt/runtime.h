@@ -33,7 +33,7 @@ enum class Order : int32_t { kRandom = 0, kAscending = 1, kDescending = 2 };
 struct Options {
   uint64_t seed = 1;
   Order order = Order::kRandom;
-  uint32_t resident = 2;  // clusters in flight at once; 0: all of them
+  uint32_t resident = 2;  // clusters in flight at once; 0: all of them, up to 16,384 threads
   uint64_t shared_limit =
       227 << 10;               // bytes a CTA, static + dynamic (sm_90 and sm_100: 227 KiB, sm_80: 163, sm_86: 99)
   uint64_t stack = 128 << 10;  // bytes a CUDA thread
