@@ -46,23 +46,31 @@ class Task:
     loss_type: str = "cross_entropy"  # what K-FAC's Fisher matrix assumes
 
 
-def images(name: str, kind: str, limit: int | None = None) -> Callable[[Path], Split]:
-    """``kind``: the scaling, ``"raw"`` or ``"standard"``."""
+def images(name: str, kind: str, limit: int | None = None, shuffle: bool = False) -> Callable[[Path], Split]:
+    """``kind``: the scaling, ``"raw"`` or ``"standard"``.  ``shuffle``: for folders, which are read class by class."""
 
     def load(directory: Path) -> Split:
         found = data.load(name, directory / name, limit=limit)
+        train, test = torch.arange(len(found.train_x)), torch.arange(len(found.test_x))
+        if shuffle:
+            generator = torch.Generator().manual_seed(0)
+            train, test = (order[torch.randperm(len(order), generator=generator)] for order in (train, test))
         scaled = data.scaling(found.train_x, kind)
-        x, y = scaled(found.train_x), found.train_y
+        x, y = scaled(found.train_x[train]), found.train_y[train]
         held_out = min(HELD_OUT, len(x) // 5)
-        test = scaled(found.test_x[:TEST]), found.test_y[:TEST]
-        return Split((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), test)
+        test = test[:TEST]
+        return Split(
+            (x[:-held_out], y[:-held_out]),
+            (x[-held_out:], y[-held_out:]),
+            (scaled(found.test_x[test]), found.test_y[test]),
+        )
 
     return load
 
 
 def small_images(directory: Path) -> Split:
     """CIFAR-10 at 16 x 16 (means of 2 x 2 pixels), which costs a fourth; 10 000 training images."""
-    full = images("cifar10", "standard", 12_500)(directory)
+    full = images("cifar10", "standard", 12_500, shuffle=True)(directory)
     parts = [(functional.avg_pool2d(x, 2), y) for x, y in (full.train, full.held_out, full.test)]
     return Split(*parts)
 
