@@ -16,7 +16,7 @@ gradients, also in the same rounds.  More than 100 % is possible: products of bf
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import time
 import warnings
 
@@ -126,11 +126,13 @@ def row_of(result: dict) -> str:
 
 def summary(results: list[dict]) -> dict:
     ratios = [result["ratio"] for result in results]
-    shares = [result["share_of_sgemm"] for result in results if result["workload"] in LARGE]
+    shares = {name: [row["share_of_sgemm"] for row in results if row["workload"] == name] for name in LARGE}
+    shares = [share for share in shares.values() if share]
     return {
-        "geometric_mean_ratio": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+        "geometric_mean_ratio": statistics.geometric_mean(ratios),
         "smallest_ratio": min(ratios),
-        "smallest_share_of_sgemm_large": min(shares, default=None),
+        "smallest_share_of_sgemm_large": min(map(min, shares), default=None),
+        "smallest_mean_share_of_sgemm_large": min(map(statistics.geometric_mean, shares), default=None),
     }
 
 
