@@ -16,6 +16,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/counter_places.h"
 #endif
 #if defined(USE_CUDA) || defined(CONSISTENCY_OPS_SIMT)
 #define CO_CUDA_KERNELS 1
@@ -32,6 +34,7 @@ class CudaScope {
   explicit CudaScope(const Tensor&) {}
   void* stream() const { return nullptr; }
   CudaDevice device() const { return {227 << 10, 90}; }
+  int32_t counters() const { return 0; }
 };
 
 #elif defined(USE_CUDA)
@@ -64,6 +67,20 @@ class CudaScope {
   CudaDevice device() const {
     return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+  }
+
+  // CudaTuning::counters of a launch on this stream.
+  int32_t counters() const {
+    static CounterPlaces places;
+    auto* const on = static_cast<cudaStream_t>(stream());
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    if (cudaStreamIsCapturing(on, &capture) == cudaSuccess) {
+      if (capture != cudaStreamCaptureStatusNone) return places.of_capture(device_);
+      if (cudaStreamGetId(on, &id) == cudaSuccess) return places.of_stream(device_, id);
+    }
+    (void)cudaGetLastError();  // or the next call that looks would find it
+    return -1;
   }
 
  private:

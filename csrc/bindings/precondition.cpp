@@ -195,13 +195,15 @@ Status run_cuda(const std::vector<PreconditionLayer>& layers, const Precondition
   const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
   const CudaScope scope(on);
   Tensor workspace = torch::stable::new_empty(on, {bytes}, ScalarType::Byte);
-  if (bytes > 0) {
+  CudaTuning chosen = tuning;
+  if (bytes > 0) chosen.counters = scope.counters();
+  if (bytes > 0 && chosen.counters < 0) {
     // On the stream, so also at every replay of a graph, whose memory pool other operators may have written to.
     Tensor counters = torch::stable::narrow(workspace, 0, 0, kCudaCounterBytes);
     torch::stable::zero_(counters);
   }
   return precondition_cuda(layers.data(), count, options, scope.device(),
-                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), tuning);
+                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), chosen);
 }
 #endif
 

@@ -10,6 +10,10 @@
 //                                                   element of a sector: that is the price of NCHW, 8 times the bytes
 //                                                   at s >= 8 in float32.  Channels-last maps pay nothing.
 //
+// Calculated for 4096 rows of every convolution of ResNet-50 in bfloat16 at 4.3 TB/s: NCHW 690 us, channels-last 43.
+// Runs of 16 neighbouring pixels would fill the sectors of NCHW too, with rows that are nearly alike; which rows are
+// taken is one definition for all devices and layouts (random.h), so the cure is torch.channels_last.
+//
 // How many rows are due, and whether older ones must be thinned out first, stands in the state on the device.  Every
 // CTA works it out from the old state (capture.h, as on the CPU); the last CTA to finish writes the new one, so one
 // launch does everything and the host reads nothing.  Thinning is rare, once for every doubling of the rows of a step.

@@ -7,6 +7,15 @@
 // cores round their running sums toward zero, so no sum is longer than 512 rows: partial sums are added in shared
 // memory, in the order of the rows, which is more accurate than a float32 matrix product and the same on every run.
 // With `tf32` float32 inputs are rounded to TF32 and take one product too.
+//
+// Not here, by calculation for an H200 (nothing has been measured):
+// cp.async copies 4, 8 or 16 aligned bytes, and a unit of 16-bit X is 2: the random offset of random.h and group = 1
+// lay the units of a chunk on any address.  What it is for, bytes in flight, the registers do: 4096 elements a CTA, 32
+// KiB of float32 on an SM with two CTAs, where 4.3 TB/s over 132 SMs at a latency of 700 ns want 22 KiB.  16-bit X has
+// 16 KiB in flight; if a GPU shows that to be too little, kStageElements is what to raise.
+// wgmma reads both operands of a transposed product from shared memory in 16-bit types only, and the sums would not get
+// faster by it: at 62 % of the peak of wgmma, what mma.sync reaches, the covariances of ResNet-50, ViT-B/16 and a Llama
+// block take 24, 70 and 26 us of tensor cores beside 87, 281 and 233 us of DRAM.
 #pragma once
 
 #include "cuda/chunk.cuh"

@@ -17,6 +17,7 @@
   extern __shared__ __align__(16) unsigned char co_dynamic_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(co_dynamic_shared_bytes)
 #define CO_DEVICE __device__ __forceinline__
+#define CO_DEVICE_MEMORY static __device__
 #define CO_KERNEL_PARAM(T, name) const __grid_constant__ T name
 #define CO_UNROLL _Pragma("unroll")
 #define CO_UNROLL_4 _Pragma("unroll 4")
@@ -24,6 +25,7 @@
 #else
 #include "simt/cuda_host.h"
 #define CO_DEVICE inline
+#define CO_DEVICE_MEMORY static
 #define CO_KERNEL_PARAM(T, name) const T& name
 #define CO_UNROLL
 #define CO_UNROLL_4

@@ -229,6 +229,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   if (options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
   if (tuning.ctas < 0 || tuning.ctas > (tuning.rung == PreconditionRung::kV1 ? kMaxCluster : kMaxShares)) return false;
+  if (tuning.counters < -1 || tuning.counters >= kCudaCounterPlaces) return false;
   int run = 0;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
@@ -378,6 +379,7 @@ Status launch_layers(const PreconditionLayer* layers, int64_t count, const Preco
   }
   params.options = options;
   params.workspace = cuts.bytes > 0 ? static_cast<char*>(workspace) : nullptr;
+  params.counters = tuning.counters;
   params.count = static_cast<int32_t>(count);
   params.cluster = cuts.shape.cluster;
   params.tf32 = tuning.tf32;

@@ -18,8 +18,9 @@
 //
 // Where tasks wait, CTAs take numbers from a ticket counter when they start, so every smaller number is held by a CTA
 // that runs or has run; and a task waits for smaller numbers only.  So there is progress at any number of resident
-// CTAs, without a cooperative launch.  The last CTA resets the counters: a replayed graph finds them as the first
-// launch did.
+// CTAs, without a cooperative launch.  The last CTA resets the counters: the next launch and a replayed graph find them
+// as the first launch did.  They lie in the library's own device memory, which is zero when it is loaded, so that no
+// call has to fill anything with zeros first; counter_places.h says which of the 256 places a launch takes.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -55,12 +56,21 @@ struct PreconditionParams {
   uint32_t records[kMaxLaunchLayers];  // where a layer's part of the workspace begins, in units of 16 bytes
   uint32_t packed[kMaxLaunchLayers];   // and its packed X
   PreconditionOptions options;
-  char* workspace;  // null where no task waits; begins with the counters
+  char* workspace;   // null where no task waits
+  int32_t counters;  // CudaTuning
   int32_t count, cluster;
   int32_t tile_floats, arena_floats, apply_rows, shared_bytes;
   bool tf32;
 };
 static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
+
+CO_DEVICE_MEMORY Counters counter_places[kCudaCounterPlaces];
+
+// Null where no task waits.
+CO_DEVICE Counters* counters_of(const PreconditionParams& params) {
+  if (params.workspace == nullptr) return nullptr;
+  return params.counters < 0 ? reinterpret_cast<Counters*>(params.workspace) : counter_places + params.counters;
+}
 
 CO_HOST_DEVICE inline int64_t all_units(const PreconditionLayer& layer) {
   return layer.units + (layer.has_bias ? 1 : 0);
@@ -135,7 +145,7 @@ CO_DEVICE void share_of(int64_t n, int part, int parts, int64_t& first, int64_t&
 
 // One thread: which CTAs a task of layer l waits for, and where it says that it is done.
 CO_DEVICE void link_task(const PreconditionParams& params, ChunkShared& shared, int l, uint32_t ctas) {
-  Counters* const counters = reinterpret_cast<Counters*>(params.workspace);
+  Counters* const counters = counters_of(params);
   shared.awaited = 0;
   shared.counter = shared.published = nullptr;
   if (counters == nullptr) return;
@@ -271,7 +281,7 @@ CO_DEVICE void begin_task(const PreconditionParams& params, ChunkShared& shared)
 
 // All threads of the cluster: takes the next ticket.
 CO_DEVICE void take_task(const PreconditionParams& params, ChunkShared& shared) {
-  Counters* counters = reinterpret_cast<Counters*>(params.workspace);
+  Counters* counters = counters_of(params);
   if (threadIdx.x == 0) {
     shared.rank = static_cast<int>(blockIdx.x) % params.cluster;
     shared.ticket = static_cast<int>(blockIdx.x) / params.cluster;
@@ -296,10 +306,10 @@ CO_DEVICE void wait_for_others(const ChunkShared& shared) {
 
 // Publishes what others wait for.
 CO_DEVICE void end_task(const PreconditionParams& params, const ChunkShared& shared) {
-  if (params.workspace == nullptr) return;
+  Counters* counters = counters_of(params);
+  if (counters == nullptr) return;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  Counters* counters = reinterpret_cast<Counters*>(params.workspace);
   if (shared.published != nullptr) add_release(shared.published, 1);
   if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return;
   for (int l = 0; l < params.count; ++l) {

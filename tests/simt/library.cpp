@@ -2,6 +2,7 @@
 // errors as text.  The structs of precondition.h and friends cross as they are; simt.py mirrors them and checks their
 // sizes.
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "consistency_ops/batch_rms_norm_cuda.h"
@@ -9,6 +10,7 @@
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
+#include "cuda/counter_places.h"
 #include "cuda/precondition_plan.h"
 #include "simt/runtime.h"
 
@@ -17,6 +19,7 @@ using namespace consistency_ops;
 namespace {
 
 thread_local std::string error;
+std::unique_ptr<CounterPlaces> places;
 
 // Text of what went wrong, or null.
 template <typename F>
@@ -97,6 +100,12 @@ API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t
                                         const PreconditionOptions* options, const CudaTuning* tuning) {
   return precondition_workspace_cuda(layers, count, *options, *tuning);
 }
+
+API void simt_counter_places() { places = std::make_unique<CounterPlaces>(); }
+
+API int32_t simt_place_of_stream(int32_t device, uint64_t stream) { return places->of_stream(device, stream); }
+
+API int32_t simt_place_of_capture(int32_t device) { return places->of_capture(device); }
 
 API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, int32_t clusters,
                                  const CudaTuning* tuning) {

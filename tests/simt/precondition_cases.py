@@ -60,6 +60,7 @@ class Case:
     ctas: int = 0
     tf32: bool = False
     packing: int = 0
+    counters: int = -1
 
 
 class Problem:
@@ -196,7 +197,7 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     """Corrects fresh copies of the case's arrays in one launch."""
     problems = problems_of(case)
     options = options_of(case)
-    tuning = simt.Tuning(case.rung, case.ctas, case.tf32, case.packing)
+    tuning = simt.Tuning(case.rung, case.ctas, case.tf32, case.packing, counters=case.counters)
     layers = [p.describe(num_chunks(p.all_units, case.chunk)) for p in problems]
     if len(case.stages) > 1:
         for problem, layer in zip(problems, layers, strict=True):
@@ -205,9 +206,13 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
         options.stages = stages
         if workspace is None:
             workspace = np.full(library.workspace_bytes(layers, options, tuning), 0xFF, np.uint8)
-            workspace[:COUNTER_BYTES] = 0
+            if case.counters < 0:
+                workspace[:COUNTER_BYTES] = 0
         library.precondition(layers, options, case.device, workspace, tuning)
-        assert not workspace[:COUNTER_BYTES].any(), "a launch leaves the counters zero"
+        left = 0 if case.counters < 0 else 0xFF
+        assert (workspace[:COUNTER_BYTES] == left).all(), (
+            "a launch leaves the counters zero, and alone if they are not its"
+        )
     return problems
 
 

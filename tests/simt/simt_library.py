@@ -280,7 +280,11 @@ class Tuning(ctypes.Structure):
         ("ctas", ctypes.c_int32),
         ("tf32", ctypes.c_bool),
         ("packing", ctypes.c_int32),
+        ("counters", ctypes.c_int32),
     )
+
+    def __init__(self, *values, counters: int = -1, **named):
+        super().__init__(*values, counters=counters, **named)
 
 
 class RowMatrix(ctypes.Structure):
@@ -516,6 +520,16 @@ class Library:
         array, count = (Layer * len(layers))(*layers), ctypes.c_int64(len(layers))
         how = tuning or Tuning()
         return self._library.simt_precondition_workspace(array, count, ctypes.byref(options), ctypes.byref(how))
+
+    def counter_places(self) -> None:
+        """A new CounterPlaces for the next two."""
+        self._library.simt_counter_places()
+
+    def place_of_stream(self, device: int, stream: int) -> int:
+        return self._library.simt_place_of_stream(device, ctypes.c_uint64(stream))
+
+    def place_of_capture(self, device: int) -> int:
+        return self._library.simt_place_of_capture(device)
 
     def permutes(self, matrix: RowMatrix, tuning: Tuning | None = None) -> bool:
         return self._library.simt_permutes(ctypes.byref(matrix), ctypes.byref(tuning or Tuning()))

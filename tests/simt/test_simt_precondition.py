@@ -380,6 +380,25 @@ def test_workspace_is_left_ready_for_the_next_launch(library):
     assert cases.written(cases.run(library, case, workspace)) == first
 
 
+@pytest.mark.parametrize("name", ["trace@V0", "trace@V1", "bias@V2", "same input@V2", "permuted, four layers@packed"])
+def test_counters_of_the_library(library, name):
+    """Launch after launch in one place, then in another: each leaves zeros there, and the workspace alone."""
+    for place in (7, 255):
+        run_cases.check_schedules(library, dataclasses.replace(cases.named(name), counters=place), seeds=4)
+
+
+def test_places_of_the_counters(library):
+    """A place belongs to one stream of a device, or to one captured launch, for good; -1 when all are given away."""
+    library.counter_places()
+    streams = [library.place_of_stream(0, 10 + s) for s in range(65)]
+    assert streams == [*range(64), -1]
+    assert [library.place_of_stream(0, 10 + s) for s in range(65)] == streams
+    assert [library.place_of_capture(0) for _ in range(194)] == [*range(64, 256), -1, -1]
+    assert library.place_of_stream(1, 10) == 0, "another device has places of its own"
+    assert library.place_of_stream(1, 2**63) == 1
+    assert library.place_of_capture(1) == 64
+
+
 def test_more_layers_than_one_launch_describes(library):
     case = cases.Case([cases.LayerCase(6 + i % 3, 2, rows=9, layer=i) for i in range(125)], chunk=4, trace=True)
     library.schedule()
@@ -470,9 +489,11 @@ def test_refused(library, change):
     assert problem.info[0] == -9
 
 
-@pytest.mark.parametrize("tuning", [(simt.V1, 9), (simt.V2, 1025), (simt.V0, -1)])
+@pytest.mark.parametrize(
+    "tuning", [dict(rung=simt.V1, ctas=9), dict(rung=simt.V2, ctas=1025), dict(ctas=-1), dict(counters=256)], ids=str
+)
 def test_refused_tuning(library, tuning):
-    case = dataclasses.replace(cases.SMALL["one chunk"], rung=tuning[0], ctas=tuning[1])
+    case = dataclasses.replace(cases.SMALL["one chunk"], **tuning)
     with pytest.raises(RuntimeError, match="status 1"):
         cases.run(library, case)
 

@@ -36,7 +36,13 @@ struct CudaTuning {
   int32_t ctas = 0;   // of a chunk: the cluster of V1 (1 .. 8), the shares of V2 (1 .. 1024); 0: automatic
   bool tf32 = false;  // one TF32 pass for every product: torch's float32 matmul precision "high"
   Packing packing = Packing::kAutomatic;
+  // Where CTAs that meet in device memory count: -1, at the beginning of the workspace; 0 .. kCudaCounterPlaces - 1, in
+  // memory of the library on the device, which is zero when it is loaded.  Launches that may overlap need places of
+  // their own.
+  int32_t counters = -1;
 };
+
+constexpr int32_t kCudaCounterPlaces = 256;
 
 // Queues the correction on `stream` (a cudaStream_t) and returns at once: no synchronisation, no allocation, no copy.
 // One kernel launch for every 118 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16
@@ -44,9 +50,9 @@ struct CudaTuning {
 // of shared memory a block; at most 118 layers in a row have the same input.
 //
 // `workspace` is device memory of precondition_workspace_cuda() bytes, 16-byte aligned, or null where that is 0.  Its
-// first kCudaCounterBytes must be zero when it is first used; every launch leaves them zero, so that it can be used
-// again by the next launch on the same stream and by replays of a CUDA graph.  Launches that may overlap need separate
-// workspaces.
+// first kCudaCounterBytes must be zero when it is first used, unless `tuning.counters` says that they are elsewhere;
+// every launch leaves them zero, so that it can be used again by the next launch on the same stream and by replays of a
+// CUDA graph.  Launches that may overlap need separate workspaces.
 Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                          const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning = {});
 
