@@ -76,6 +76,25 @@ def test_every_rung_is_reached_and_agrees(simt, rung):
         simt.foreach_precondition_([got], *lists, 0.1, True, 16, 100, 0, 0, False, 4)
 
 
+@pytest.mark.parametrize("rung", [1, 2, 3])
+def test_offsets_beyond_2_to_the_31_elements(simt, tmp_path, rung):
+    """Strides whose products need 64 bits, over a sparse file; only the pages that are used exist."""
+    wide, generator = 2**31 + 17, torch.Generator().manual_seed(0)
+    store = torch.from_file(str(tmp_path / "sparse"), shared=True, size=8 * wide, dtype=torch.bfloat16)
+    grad, inputs = (torch.randn(n, 5, generator=generator).bfloat16() for n in (3, 7))
+
+    def run(g, x):
+        lists = ([], [x], [], [], [], [], [], [0], [1])
+        simt.foreach_precondition_([g], *lists, 0.1, False, 2, 100, 0, 0, False, rung, 2)
+        return g
+
+    want = run(grad.clone(), inputs)
+    for strides in ((wide, 1), (1, wide)):
+        far = store.as_strided((3, 5), strides, 64).copy_(grad)
+        assert torch.equal(run(far, inputs), want)
+        assert torch.equal(run(grad.clone(), store.as_strided((7, 5), strides, 128).copy_(inputs)), want)
+
+
 def test_one_input_given_several_times_is_one_covariance(simt):
     """Counted in CTAs of V0, one a chunk: neighbours with one tensor and one layer number, and nothing else alike."""
     x, counts = torch.randn(30, 40), [torch.tensor([20]), torch.tensor([20])]
