@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.micro import bench_scaling
+from benchmarks.micro import bench_cuda, bench_scaling
 from benchmarks.peers import tables as peers
 from benchmarks.peers.runs import Store
 from benchmarks.peers.tasks import TASKS
@@ -82,6 +82,31 @@ def precondition() -> str:
     return "\n".join(lines)
 
 
+def cuda() -> str:
+    """The one launch on a GPU: every target beside what was measured, if anything was."""
+    if not (RESULTS / "cuda.json").exists():
+        measured, results = {}, None
+    else:
+        results = read("cuda")
+        measured = {row["workload"]: row for row in results["rows"]}
+    lines = [
+        "| workload | target, us | cold | warm | share of the copy floor | times faster than B | than C | launches |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for number, setting in bench_cuda.SETTINGS.items():
+        row = measured.get(number)
+        cells = ["never run"] + [""] * 5
+        if row is not None:
+            against_c = row["ratio_to_C"]
+            cells = [f"{row[key]['ours']:.1f}" for key in ("cold_us", "warm_us")]
+            cells += [f"{row['share_of_floor']:.0%}", f"{row['ratio_to_B']:.1f}"]
+            cells += ["-" if against_c is None else f"{against_c:.1f}", str(row["calls"]["ours"]["launches"])]
+        lines.append(f"| ({number}) {setting.workload} | {setting.target_us:.0f} | {' | '.join(cells)} |")
+    if results is not None:
+        lines += ["", f"{results['device']}, {results['machine']['date'][:10]}. {results['tier_c']}."]
+    return "\n".join(lines)
+
+
 FRAMEWORKS = {"gpt2": "GPT-2", "vit": "ViT", "resnet": "ResNet"}
 
 
@@ -116,6 +141,7 @@ def measured_tasks() -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "precondition": precondition,
+    "cuda": cuda,
     "frameworks": frameworks,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
@@ -127,10 +153,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def plots() -> dict[Path, Callable[[Path], None]]:
     """Where each plot goes, and what draws it."""
-    return {
+    drawn = {
         RESULTS / "peers" / f"{task}.png": (lambda path, task=task: peers.plot(stored(task), task, path))
         for task in measured_tasks()
     } | {RESULTS / "scaling.png": lambda path: bench_scaling.plot(read("scaling"), path)}
+    if (RESULTS / "cuda.json").exists():
+        drawn[RESULTS / "cuda.png"] = lambda path: bench_cuda.plot(read("cuda"), path)
+    return drawn
 
 
 def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:

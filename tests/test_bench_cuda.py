@@ -1,13 +1,15 @@
 """What of the CUDA benchmark a CPU can check: the baseline's numbers, the counting, the bytes, the words."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks.micro import bench_cuda
+from benchmarks import report
+from benchmarks.micro import bench_cuda, streaming
 from benchmarks.micro.compositions import by_solve, divide, per_layer
 from benchmarks.micro.expert import expert
 from benchmarks.micro.workloads import WORKLOADS, LayerShape
@@ -46,8 +48,8 @@ def test_counting():
     assert bench_cuda.count_calls(device, host, 2.0, 9.0) == {"launches": 2, "copies": 2, "waits": 1}
 
 
-def test_a_row_of_the_table_is_as_wide_as_its_header():
-    result = {
+def a_result() -> dict:
+    return {
         "workload": "iii",
         "name": "resnet50",
         "cold_us": {"ours": 130.0, "A: plain torch": 25_000.0, "B: library in a graph": 2000.0},
@@ -57,9 +59,46 @@ def test_a_row_of_the_table_is_as_wide_as_its_header():
         "target_us": 130,
         "ratio_to_A": 192.0,
         "ratio_to_B": 15.4,
+        "ratio_to_C": None,
         "calls": {"ours": {"launches": 1}},
     }
-    assert abs(len(bench_cuda.row_of(result)) - len(bench_cuda.HEADER)) <= 1
+
+
+def test_a_row_of_the_table_is_as_wide_as_its_header():
+    result = a_result()
+    rows = [bench_cuda.row_of(result)]
+    result["cold_us"][bench_cuda.TIER_C], result["ratio_to_C"] = 321.0, 2.5
+    rows.append(bench_cuda.row_of(result))
+    assert {len(row) for row in rows} == {len(bench_cuda.HEADER)}
+    assert rows[0].split()[-5:] == ["-", "192.0", "15.4", "-", "1"]
+    assert rows[1].split()[-5:] == ["321.0", "192.0", "15.4", "2.5", "1"]
+
+
+def test_table_and_plot_of_the_readme(tmp_path, monkeypatch):
+    """Without results every target stands beside "never run"; with some, beside what was measured."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    lines = report.cuda().splitlines()
+    assert len(lines) == 2 + len(bench_cuda.SETTINGS)
+    assert all("| never run |" in line for line in lines[2:])
+    assert tmp_path / "cuda.png" not in report.plots()
+    result = a_result()
+    result["cold_us"] |= {"ours, exact division": 180.0, bench_cuda.TIER_C: 321.0}
+    results = {"machine": {"date": "2026-11-21T00:00"}, "device": "a GPU", "tier_c": "C: MathDx", "rows": [result]}
+    (tmp_path / "cuda.json").write_text(json.dumps(results))
+    lines = report.cuda().splitlines()
+    assert lines[4] == "| (iii) resnet50 | 130 | 130.0 | 120.0 | 67% | 15.4 | - | 1 |"
+    assert "never run" in lines[3] and lines[-1] == "a GPU, 2026-11-21. C: MathDx."
+    report.plots()[tmp_path / "cuda.png"](tmp_path / "cuda.png")
+    assert (tmp_path / "cuda.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_calls_that_stream(channels_last):
+    """They run, and move the bytes of a copy: (2 maps + 1 bit an element, ..., 1 map, 2 maps, all rows twice)."""
+    calls = streaming.calls("cpu", torch.float32, channels_last, (2, 16, 4, 4))
+    for run, _ in calls.values():
+        run()
+    assert [moved for _, moved in calls.values()] == [4096 + 64, 4096 + 64, 2048, 4096, 4096]
 
 
 def test_settings_name_workloads():

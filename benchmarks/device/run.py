@@ -79,6 +79,7 @@ def stages() -> list[Stage]:
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         sanitizer("synccheck"),
+        Stage("tier-c", 150, [[PYTHON, "-m", "benchmarks.micro.mathdx"]]),  # or says that MathDx is not installed
         Stage("benchmarks", 240, [[PYTHON, "-m", "benchmarks.micro.bench_cuda", "--json", str(OUT / "cuda.json")]]),
         Stage("suite", 420, [[*PYTEST, *workers, "-m", "not slow and not nightly", "tests"]], needs_device=False),
     ]

@@ -3,29 +3,33 @@
     python -m benchmarks.micro.bench_cuda [--workloads mlp vit-b16] [--seconds 1] [--json FILE]
 
 A: gather, bmm, cholesky and cholesky_solve, a layer after the other, eager.  B: expert.py in one CUDA graph.  C:
-MathDx; there is no kernel for it yet, and a line says whether it is installed.  Ours: foreach_precondition_, in a graph
-(what the device does) and eager (what a training loop sees), with groups of a sector and with the exact division, both
-on the rungs V0, V1, V2 too.  V0 and V1 gather the units of the exact division, V2 permutes the rows of large layers.
+mathdx.cu, kernels written with cuBLASDx and cuSolverDx, in one CUDA graph, where libmathdx is installed (mathdx.py);
+else a line says why not.  Ours: foreach_precondition_, in a graph (what the device does) and eager (what a training
+loop sees), with groups of a sector and with the exact division, both on the rungs V0, V1, V2 too.  V0 and V1 gather the
+units of the exact division, V2 permutes the rows of large layers.
 
 Times are of CUDA events around one call, medians over interleaved rounds.  Gradients are restored before every call.
 `cold`: then 512 MiB are written, so that L2 holds nothing of the operands; `warm`: nothing.  `floor`: X read once, G
 read and written once, at the bandwidth that a large copy reaches in the same run.  Launches, copies and waits of one
-eager call are counted by torch.profiler.
+eager call are counted by torch.profiler.  First come the kernels that are bound by memory (streaming.py), as a share of
+the same bandwidth.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
 import consistency_ops as co
+from benchmarks.micro import mathdx, streaming
 from benchmarks.micro.compositions import Division, by_solve, divide, per_layer
 from benchmarks.micro.expert import expert
 from benchmarks.micro.timing import save
@@ -33,6 +37,7 @@ from benchmarks.micro.workloads import WORKLOADS, LayerShape
 
 DAMPING = 0.1
 FLUSH_BYTES = 512 << 20  # several times the L2 of any device
+TIER_C = "C: MathDx in a graph"
 RUNGS = {"V0": 1, "V1": 2, "V2": 3}  # PreconditionRung
 
 
@@ -141,7 +146,7 @@ def raw_call(grads: list, inputs: list, group: int, chunk: int, rung: int = 0) -
     torch.ops.consistency_ops.foreach_precondition_(grads, *lists, DAMPING, False, chunk, 10_000, 0, 0, False, rung)
 
 
-def measure(number: str, setting: Setting, bandwidth: float, seconds: float) -> dict:
+def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tier_c: Path | None) -> dict:
     workload = WORKLOADS[setting.workload]
     workload = dataclasses.replace(workload, layers=workload.layers * setting.repeat)
     layers, chunk = workload.layers, setting.chunk
@@ -174,10 +179,19 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float) -> 
             division.permutation(layer.units).cuda() for division, layer in zip(divisions, layers, strict=True)
         ]
     )
-    differences = {}
-    for name, run in (("A", plain), ("B", library)):
-        pairs = zip(grads, run(), strict=True)
-        differences[name] = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+    corrected = [grad.clone() for grad in grads]
+
+    def difference(others: list) -> float:
+        pairs = zip(corrected, others, strict=True)
+        return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+
+    differences = {"A": difference(plain()), "B": difference(library())}
+    by_mathdx = None
+    if tier_c is not None:
+        by_mathdx = mathdx.MathDx(mathdx.Cubin(tier_c), grads, inputs, divisions, DAMPING)
+        restore()
+        by_mathdx()
+        differences["C"] = difference(grads)
 
     candidates = {
         "ours": graphed(ours),
@@ -186,6 +200,10 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float) -> 
         "A: plain torch": plain,
         "B: library in a graph": graphed(library),
     }
+    calls = {"ours": ours, "A": plain, "B": library}
+    if by_mathdx is not None:
+        candidates[TIER_C] = graphed(by_mathdx)
+        calls["C"] = by_mathdx
     for rung, value in RUNGS.items():
         candidates[f"ours, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, workload.group, chunk, v))
         candidates[f"ours, exact division, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, 1, chunk, v))
@@ -205,37 +223,88 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float) -> 
         "target_us": setting.target_us,
         "ratio_to_A": cold_us["A: plain torch"] / cold_us["ours"],
         "ratio_to_B": cold_us["B: library in a graph"] / cold_us["ours"],
-        "calls": {"ours": profile_calls(ours), "A": profile_calls(plain), "B": profile_calls(library)},
+        "ratio_to_C": cold_us[TIER_C] / cold_us["ours"] if by_mathdx else None,
+        "calls": {name: profile_calls(run) for name, run in calls.items()},
         "differences": differences,
     }
 
 
-def mathdx() -> str:
-    """What is to be said of tier C here."""
-    found = [name for name in ("nvidia.libmathdx", "nvidia.mathdx") if _installed(name)]
-    if not found:
-        return "C: MathDx is not installed, so there is no tier C"
-    return f"C: {', '.join(found)} is installed, but this benchmark has no kernel for it: not measured"
+def measure_streaming(bandwidth: float, seconds: float) -> list[dict]:
+    """The share of the copy bandwidth that each memory-bound operator reaches, in both layouts, on maps beyond L2."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels_last in (False, True):
+            calls = streaming.calls("cuda", dtype, channels_last)
+            times = event_medians({name: run for name, (run, _) in calls.items()}, lambda: None, seconds)
+            for name, (_, moved) in calls.items():
+                share = moved / (1e-6 * times[name]) / bandwidth
+                about = {"name": name, "dtype": str(dtype), "channels_last": channels_last}
+                rows.append({**about, "us": times[name], "bytes": moved, "share_of_copy": share})
+    return rows
 
 
-def _installed(name: str) -> bool:
+def find_tier_c() -> tuple[Path | None, str]:
+    """The cubin of tier C, and what is to be said of it here.
+
+    It is tried in a process of its own first: a kernel that fails would end all CUDA work of this one.
+    """
+    if (reason := mathdx.missing()) is not None:
+        return None, f"C: {reason}, so there is no tier C"
+    if not torch.cuda.is_available():
+        return None, "C: MathDx is installed"
+    major, minor = torch.cuda.get_device_capability()
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+        cubin = mathdx.build(10 * major + minor)
+        command = [sys.executable, "-m", "benchmarks.micro.mathdx", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        return None, f"C: MathDx is installed, but not measured: {error}"
+    if done.returncode != 0:
+        return None, f"C: MathDx is installed, but not measured: {done.stderr.strip()[-300:]}"
+    return cubin, f"C: cuBLASDx and cuSolverDx of libmathdx, {done.stdout.strip()}"
 
 
-HEADER = "     workload        ours us   warm  floor  share  target   A us      B us      x A    x B  launches"
+WIDTHS = {"ours us": 8, "warm": 6, "floor": 6, "share": 6, "target": 7, "A us": 9, "B us": 8, "C us": 8}
+WIDTHS |= {"x A": 7, "x B": 6, "x C": 6, "launches": 9}
+HEADER = f"{'workload':<19}" + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
 
 
 def row_of(result: dict) -> str:
-    cold = result["cold_us"]
-    return (
-        f"{result['workload']:>4} {result['name']:<14} {cold['ours']:>8.1f} {result['warm_us']['ours']:>6.1f} "
-        f"{result['floor_us']:>6.1f} {result['share_of_floor']:>6.0%} {result['target_us']:>7.0f} "
-        f"{cold['A: plain torch']:>9.1f} {cold['B: library in a graph']:>9.1f} {result['ratio_to_A']:>6.1f} "
-        f"{result['ratio_to_B']:>6.1f}  {result['calls']['ours']['launches']:>8}"
-    )
+    cold, warm = result["cold_us"], result["warm_us"]["ours"]
+    times = (cold[name] for name in ("A: plain torch", "B: library in a graph"))
+    cells = [f"{cold['ours']:.1f}", f"{warm:.1f}", f"{result['floor_us']:.1f}", f"{result['share_of_floor']:.0%}"]
+    cells += [f"{result['target_us']:.0f}", *(f"{time:.1f}" for time in times)]
+    cells += [f"{cold[TIER_C]:.1f}" if TIER_C in cold else "-"]
+    ratios = (result[f"ratio_to_{tier}"] for tier in "ABC")
+    cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
+    cells += [str(result["calls"]["ours"]["launches"])]
+    label = f"{result['workload']:>4} {result['name']:<14}"
+    return label + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True))
+
+
+def plot(results: dict, path: Path) -> None:
+    """A group of bars a workload, cold, log scale; the line over a group is its target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results["rows"]
+    figure, axis = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    names = ("ours", "ours, exact division", "A: plain torch", "B: library in a graph", TIER_C)
+    for i, name in enumerate(names):
+        bars = [(r + 0.15 * (i - 2), row["cold_us"][name]) for r, row in enumerate(rows) if name in row["cold_us"]]
+        axis.bar(*zip(*bars, strict=True), 0.14, label=name) if bars else None
+    for r, row in enumerate(rows):
+        axis.hlines(row["target_us"], r - 0.4, r + 0.4, colors="black", label="target" if r == 0 else None)
+        axis.hlines(row["floor_us"], r - 0.4, r + 0.4, colors="grey", label="copy floor" if r == 0 else None)
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(rows)), [f"({row['workload']}) {row['name']}" for row in rows])
+    axis.set_ylabel("us, cold L2")
+    axis.set_title(f"foreach_precondition_ on {results['device']}, {results['machine']['date'][:10]}")
+    axis.legend(frameon=False, fontsize=9, ncols=3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -246,18 +315,25 @@ def main() -> None:
     )
     parser.add_argument("--json", help="write here instead of benchmarks/results/cuda.json")
     arguments = parser.parse_args()
-    print(mathdx())
+    tier_c, about_c = find_tier_c()
+    print(about_c)
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing was measured")
     if co.build_info()["cuda_toolkit"] is None:
         sys.exit("this library was built without CUDA kernels: CONSISTENCY_OPS_CUDA=1 make build")
     bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    streamed = measure_streaming(bandwidth, 0.25 * arguments.seconds)
+    for row in streamed:
+        layout = "channels last" if row["channels_last"] else "contiguous"
+        print(f"{row['name']:<18} {row['dtype']:<15} {layout:<13} {row['us']:>8.1f} us {row['share_of_copy']:>5.0%}")
+    print(HEADER)
     results = []
     for number in arguments.workloads:
-        results.append(measure(number, SETTINGS[number], bandwidth, arguments.seconds))
+        results.append(measure(number, SETTINGS[number], bandwidth, arguments.seconds, tier_c))
         print(row_of(results[-1]), flush=True)
-        save("cuda", {"copy_bandwidth": bandwidth, "tier_c": mathdx(), "rows": results}, arguments.json)
+        about = {"device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "tier_c": about_c}
+        save("cuda", {**about, "streaming": streamed, "rows": results}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ GLOBAL = [
 ]
 
 
-def count(folder, case):
-    """What simt.accesses says of one case."""
+def count(folder, *case, script="run_cases.py"):
+    """What simt.accesses says of one case, or of another script."""
     library, report = simt.build("accesses"), folder / "report"
-    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", case]
+    command = [sys.executable, simt.ROOT / "tests/simt" / script, library, *(("1", *case) if case else ())]
     done = subprocess.run(command, env={**os.environ, "SIMT_ACCESS_OUT": str(report)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return simt.accesses(library, report)
@@ -117,3 +117,34 @@ def test_exact_division_reads_whole_sectors(tmp_path, case, element, gathered, p
     assert 3 * ideal <= moved_sectors(counted) <= permuted * ideal
     for space, snippet, most in VECTORS:
         assert_cost(counted, space, "permute.cuh", snippet, most)
+
+
+# Kernels that stream: 16 bytes a lane are 16 sectors a request, 32 neighbouring floats 4, a byte a vector 1.
+STREAMING = [
+    ("global", "modulus.cu", "v = *reinterpret_cast<const Vector<Traits>*>(row + first);", 16),
+    ("global", "modulus.cu", "*reinterpret_cast<Vector<Traits>*>(row + first) = v;", 16),
+    ("global", "modulus.cu", "params.signs[r * ((length + 7) / 8) + at / 8] = ", 1),
+    ("global", "modulus.cu", "signs[u] = at < length ?", 1),
+    ("global", "capture.cu", "v[s] = *reinterpret_cast<const typename Traits::FromVector*>", 16),
+    ("global", "capture.cu", "*reinterpret_cast<typename Traits::ToVector*>", 16),
+    ("global", "capture.cu", "turned[u][r] = converted<From, To>", 4),
+    ("shared", "capture.cu", "turned[u][r] = converted<From, To>", 1.5),  # 1, and 2 for the 8 bytes of an offset
+    ("global", "capture.cu", "rows[r * p.units + lane] = turned[lane][r]", 4),
+    ("shared", "capture.cu", "rows[r * p.units + lane] = turned[lane][r]", 1),
+    ("global", "batch_rms_norm.cu", "const auto v = *reinterpret_cast<const typename Traits::Vector*>(map", 16),
+    ("global", "batch_rms_norm.cu", "const auto v = *reinterpret_cast<const typename Traits::Vector*>(at", 16),
+    ("shared", "batch_rms_norm.cu", "warp_sum[warp][j * 32 + lane] = sum[j]", 1),
+    ("shared", "batch_rms_norm.cu", "total += warp_sum[w][e]", 1),
+    ("global", "batch_rms_norm.cu", "v[u] = *reinterpret_cast<const Vector*>(static_cast<const Raw*>(params.x)", 16),
+    ("global", "batch_rms_norm.cu", "*reinterpret_cast<Vector*>(static_cast<Raw*>(params.y)", 16),
+]
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    return count(tmp_path_factory.mktemp("streaming"), script="run_streaming.py")
+
+
+@pytest.mark.parametrize(("space", "file", "snippet", "most"), STREAMING)
+def test_cost_of_a_line_that_streams(streamed, space, file, snippet, most):
+    assert_cost(streamed, space, file, snippet, most)
