@@ -71,15 +71,23 @@ def missing() -> str | None:
 
 @functools.cache
 def libmathdx() -> ctypes.CDLL:
-    ctypes.CDLL(str(find(NVRTC)), mode=ctypes.RTLD_GLOBAL)
+    nvrtc = find(NVRTC)
+    for path in (*nvrtc.parent.glob("libnvrtc-builtins.so.*"), nvrtc):  # the first by name, when NVRTC compiles
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(find(LIBMATHDX)))
 
 
 def call(function: str, *arguments: int | bytes | ctypes._SimpleCData) -> None:
     """One function of libmathdx; integers are 64-bit but for enumerators, which are passed as c_int."""
-    status = getattr(libmathdx(), function)(*[ctypes.c_longlong(a) if isinstance(a, int) else a for a in arguments])
-    if status != 0:
-        raise RuntimeError(f"{function} of libmathdx: status {status}")
+    library = libmathdx()
+    status = library[function](*[ctypes.c_longlong(a) if isinstance(a, int) else a for a in arguments])
+    if status == 0:
+        return
+    code, size = ctypes.c_int(), ctypes.c_size_t()
+    library.commondxGetLastErrorStrSize(ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value + 1)
+    library.commondxGetLastErrorStr(ctypes.byref(code), ctypes.c_size_t(size.value), text)
+    raise RuntimeError(f"{function} of libmathdx: status {status} {text.value.decode()[-500:]}".strip())
 
 
 def generate(symbol: str, sm: int, prefix: str, numbers: dict[str, int], operators: dict) -> bytes:

@@ -21,6 +21,18 @@ namespace {
 thread_local std::string error;
 std::unique_ptr<CounterPlaces> places;
 
+// What test_simt_accesses.py cannot count, because one call stands for the reads of 32 lanes: ldmatrix reads 8 rows of
+// 16 bytes at once, without bank conflicts if they lie in the 8 groups of 4 banks.
+constexpr bool ldmatrix_is_free_of_conflicts() {
+  for (int padded = kTile; padded <= kMaxChunk; padded += kTile) {
+    unsigned groups = 0;
+    for (int row = 0; row < 8; ++row) groups |= 1u << (row * x_pitch(padded) * 2 / 16 % 8);
+    if (groups != 0xffu || x_pitch(padded) * 2 % 16 != 0) return false;
+  }
+  return true;
+}
+static_assert(ldmatrix_is_free_of_conflicts());
+
 // Text of what went wrong, or null.
 template <typename F>
 const char* guarded(F&& run) {
