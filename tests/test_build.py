@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from consistency_ops import _library
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the checkout that holds setup.py")
@@ -195,6 +197,23 @@ def test_import_with_old_torch(checkout, tmp_path):
 def test_import_of_a_damaged_library(checkout):
     (checkout / "consistency_ops" / "_C.abi3.so").write_bytes(b"\x7fELF, cut off")
     assert "does not load with torch" in imported(checkout)
+
+
+def test_import_of_a_library_of_other_sources(checkout):
+    """As after `git pull` without `make build`: here the library has no operators at all."""
+    assert build(checkout).returncode == 0
+    message = imported(checkout)
+    assert "_C.abi3.so was built from other sources than the Python files beside it" in message
+    assert "make build" in message and "pip install" in message
+
+
+def test_the_operators_of_the_library_are_those_that_python_calls():
+    import torch
+
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("consistency_ops::")]
+    found = {s.name.partition("::")[2]: len(s.arguments) for s in schemas}
+    assert found.pop("capture_traced_rows_") == 6  # defined in Python
+    assert found == _library.OPERATORS
 
 
 def test_backend_downloads_torch_only_where_none_is_installed(checkout, tmp_path):
