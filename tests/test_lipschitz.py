@@ -339,6 +339,70 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Function(nn.Module):
+    """f(x), behind a layer that does nothing."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.start, self.f = nn.Identity(), f
+
+    def forward(self, x):
+        return self.f(self.start(x))
+
+
+TWICE = {  # with the constant
+    "x + x": (lambda x: x + x, 2),
+    "add": (lambda x: torch.add(x, x, alpha=3), 4),
+    "by name": (lambda x: torch.add(x, other=x), 2),
+    "both by name": (lambda x: torch.add(input=x, other=torch.relu(x)), 2),
+    "sub": (lambda x: torch.sub(torch.relu(x), other=x, alpha=5), 6),
+    "cat": (lambda x: torch.cat(tensors=[x, x], dim=1), math.sqrt(2)),
+    "again": (lambda x: (lambda y: y + y)(x + x), 4),
+    "number by name": (lambda x: torch.mul(x, other=3), 3),
+    "by zero": (lambda x: x / 0, math.inf),
+    "not a number": (lambda x: x * math.nan, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_operands_that_are_one_signal_or_given_by_name(name):
+    f, constant = TWICE[name]
+    assert co.analysis.lipschitz_bound(Function(f)).bound == pytest.approx(constant, rel=1e-12)
+
+
+class Tenfold(nn.Linear):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def test_a_forward_of_the_users_is_looked_into():
+    with pytest.raises(NotImplementedError, match="there is no rule for linear"):
+        co.analysis.lipschitz_bound(nn.Sequential(Tenfold(3, 3)))
+    rules = {Tenfold: lambda module: 10 * matrix_norm(module.weight)[0]}
+    model = Tenfold(3, 3)
+    assert co.analysis.lipschitz_bound(model, rules=rules).bound == pytest.approx(rules[Tenfold](model))
+
+
+@pytest.mark.parametrize(
+    "broken", [nn.BatchNorm1d(3), co.nn.BatchRMSNorm(3), nn.LayerNorm(3), nn.Linear(3, 3)], ids=lambda m: str(m)[:9]
+)
+def test_what_is_not_a_number_certifies_nothing(broken):
+    for tensor in (*broken.buffers(), *broken.parameters()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(math.nan)
+    model = nn.Sequential(nn.Linear(4, 3), broken, nn.Linear(3, 2))
+    bound = co.analysis.lipschitz_bound(model)
+    assert bound.bound == bound.folded == math.inf and not bound.contractive
+    assert co.analysis.certified_radius(model, torch.randn(5, 4)).tolist() == [0.0] * 5
+
+
+def test_samples_that_are_not_finite_have_no_radius():
+    x = torch.randn(4, 3)
+    x[1, 0], x[2, 1] = math.nan, math.inf
+    radius = co.analysis.certified_radius(nn.Linear(3, 2), x)
+    assert (radius > 0).tolist() == [True, False, False, True] and radius.isfinite().all()
+
+
 class Product(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(x)
@@ -364,6 +428,9 @@ class Broadcast(nn.Module):
         (Branching(), "the model cannot be traced by torch.fx"),
         (Product(), "mul (at mul): it combines several signals"),
         (Broadcast(), "add (at add): a tensor is combined with the signal and may be broadcast; pass an example input"),
+        (Function(lambda x: x * x), "mul (at mul): it combines several signals"),
+        (Function(F.dropout), "dropout (at dropout): it is random in evaluation mode, too"),
+        (Function(lambda x: torch.div(x, 2, rounding_mode="floor")), "div (at div): rounding is not continuous"),
         (nn.Sequential(nn.Upsample(scale_factor=2)), "0 (Upsample): there is no rule for this module"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -471,6 +538,21 @@ def test_plain_result_and_plot(tmp_path):
             lambda: co.analysis.certified_radius(nn.Linear(3, 2), torch.zeros(2, 3), bound=0),
             ValueError,
             "certified_radius: bound must be positive, got 0",
+        ),
+        (
+            lambda: co.analysis.certified_radius(nn.Linear(3, 2), torch.zeros(2, 3), bound="1"),
+            TypeError,
+            "certified_radius: bound must be a LipschitzBound or a number, got str",
+        ),
+        (
+            lambda: co.analysis.certified_radius(nn.Linear(3, 2), torch.zeros(2, 3), torch.zeros(2)),
+            TypeError,
+            "certified_radius: targets must be int64, got torch.float32",
+        ),
+        (
+            lambda: co.analysis.certified_radius(nn.Linear(3, 2), torch.zeros(2, 3), torch.tensor([0, 2])),
+            ValueError,
+            "certified_radius: targets must be classes in [0, 2), got 0 to 2",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Global Lipschitz bounds and certified radii (arXiv 1708.00631, contractive networks; METHOD 1.12)."""
+"""Global Lipschitz bounds and certified radii (arXiv 1708.00631, contractive networks)."""
 
 from __future__ import annotations
 
@@ -80,6 +80,9 @@ def _exp(value: float) -> float:
 
 
 def _log(value: float) -> float:
+    """What is not a number bounds nothing: it counts as infinite."""
+    if math.isnan(value):
+        return math.inf
     return math.log(value) if value > 0 else -math.inf
 
 
@@ -113,7 +116,7 @@ def lipschitz_bound(
     transposed: through the Fourier transform of the kernel, exact for circular padding with a known image size, else
     for images of any size and at most some per cent too large (2 % for 64 channels and 3x3 kernels, 40 % for 512).
     BatchNorm and BatchRMSNorm: frozen at their running statistics. LayerNorm and its kin: their worst case, which is
-    large. The folded bound multiplies frozen normalisations into weights (METHOD 1.12).
+    large. The folded bound multiplies frozen normalisations into weights.
 
     Args:
         model: the module; its mode does not matter.
@@ -123,7 +126,7 @@ def lipschitz_bound(
     Raises:
         NotImplementedError: an operation without a known constant, with its name and the reason; a model that cannot be
             traced.
-        TypeError: ``model`` is not a module.
+        TypeError, ValueError: ``model`` is not a module; ``rules`` or ``example`` do not fit.
 
     Example::
 
@@ -132,7 +135,11 @@ def lipschitz_bound(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"lipschitz_bound: model must be a torch.nn.Module, got {type(model).__name__}")
-    if has_rule(model) and not isinstance(model, nn.Sequential):
+    given = rules.items() if isinstance(rules, Mapping) else [(rules, None)] * (rules is not None)
+    if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
+        raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {rules!r}")
+    ruled = has_rule(model) or isinstance(model, tuple(rules or ()))
+    if ruled and not isinstance(model, nn.Sequential):
         model = nn.Sequential(model)  # torch.fx looks into the module it is given
     factors: list[LipschitzFactor] = []
     plain: dict[fx.Node, float] = {}
@@ -158,9 +165,11 @@ def _visit(
     elif not signals or is_size(node):  # constants
         plain[node] = folded[node] = -math.inf
     elif node.op == "output":
+        parts: list[fx.Node] = []  # a signal that is returned twice counts twice
+        fx.map_arg(node.args, parts.append)
         for logs in (plain, folded):
-            logs[node] = _log_sum([logs[n] for n in signals], 2 if len(signals) > 1 else 1)
-    elif len(signals) == 1 and node.op != "call_module" and node_name(node) in _BINARY:
+            logs[node] = _log_sum([logs[n] for n in parts if n in signals], 2)
+    elif len(signals) == 1 and node.op != "call_module" and node_name(node) in _BINARY and not _twice(node, signals[0]):
         value = _with_constant(network, node, signals[0])
         for logs in (plain, folded):
             logs[node] = logs[signals[0]] + _log(value)
@@ -168,7 +177,7 @@ def _visit(
             factors.append(LipschitzFactor(node.name, node_name(node), _log(value), _log(value), True, ""))
     elif node_name(node) in ("add", "sub", "iadd", "add_", "cat", "concat", "stack"):
         _join(network, node, signals, plain, folded, factors)
-    elif len(signals) == 1:
+    elif len(signals) == 1 and not _twice(node, signals[0]):
         factor, tight = _factors(network, node)
         plain[node] = plain[signals[0]] + _log(factor.value)
         folded[node] = folded[signals[0]] + _log(tight.value)
@@ -215,10 +224,21 @@ _BINARY = {
 }
 
 
+def _operands(node: fx.Node) -> list[Any]:
+    """Of an operation of two, also where they are given by name."""
+    return [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)][:2]
+
+
+def _twice(node: fx.Node, signal: fx.Node) -> bool:
+    """Whether both operands are the signal, as in x + x."""
+    return sum(operand is signal for operand in _operands(node)) > 1
+
+
 def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
     """signal (+, -, *, /) a number; parameters and buffers only where they are added to a signal of their shape."""
     name = node_name(node)
-    other = next((a for a in node.args if a is not signal), None)
+    operands = _operands(node)
+    other = next((operand for operand in operands if operand is not signal), None)
     if isinstance(other, fx.Node):
         fits = network.shape(signal) is not None and network.shape(signal) == network.shape(node)
         if "mul" in name or "div" in name or not fits:
@@ -228,15 +248,17 @@ def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
     if "mul" in name:
         return abs(float(other))
     if "div" in name:
-        if node.args[0] is not signal:
+        if operands[0] is not signal:
             raise _sentence(network, node, "division by a signal has no global Lipschitz constant")
-        return 1 / abs(float(other))
+        if node.kwargs.get("rounding_mode"):
+            raise _sentence(network, node, "rounding is not continuous")
+        return 1 / abs(float(other)) if other else math.inf
     return abs(_alpha(node, signal))
 
 
 def _alpha(node: fx.Node, signal: Any, position: int | None = None) -> float:
     """torch.add(a, b, alpha=...) scales its second argument."""
-    second = node.args[1] is signal if position is None else position == 1
+    second = _operands(node)[1] is signal if position is None else position == 1
     return float(node.kwargs.get("alpha", 1)) if second else 1.0
 
 
@@ -250,15 +272,17 @@ def _join(
 ) -> None:
     """Sums add the constants of their terms (twice if a term comes twice), concatenations their squares."""
     if node_name(node) in ("cat", "concat", "stack"):
-        terms, power = [(n, 0.0) for n in node.args[0] if n in signals], 2.0
+        parts = node.args[0] if node.args else node.kwargs["tensors"]
+        terms, power = [(n, 0.0) for n in parts if n in signals], 2.0
     else:
-        shapes = [network.shape(n) for n in node.args[:2]]
+        operands = _operands(node)
+        shapes = [network.shape(n) for n in operands]
         if None not in shapes and shapes[0] != shapes[1]:
             raise _sentence(network, node, f"signals of shapes {shapes[0]} and {shapes[1]} are broadcast")
         note = "the terms of sums are taken to have equal shapes; an example input checks this"
         if None in shapes and note not in network.notes:
             network.notes.append(note)
-        pairs = [(n, _log(abs(_alpha(node, n, i)))) for i, n in enumerate(node.args[:2])]
+        pairs = [(n, _log(abs(_alpha(node, n, i)))) for i, n in enumerate(operands)]
         terms, power = [(n, a) for n, a in pairs if n in signals], 1.0
     for logs in (plain, folded):
         logs[node] = _log_sum([logs[n] + a for n, a in terms], power)
@@ -277,7 +301,7 @@ def certified_radius(
     """For every sample, an l2 distance within which no input is classified otherwise: margin / (sqrt(2) bound).
 
     The margin is the logit of the class less the largest other one; two logits together change by at most sqrt(2) bound
-    times the distance (METHOD 1.12). The class is the predicted one, or that of ``targets``; then the radius of
+    times the distance. The class is the predicted one, or that of ``targets``; then the radius of
     misclassified samples is 0.
 
     Args:
@@ -286,12 +310,18 @@ def certified_radius(
         bound: what :func:`lipschitz_bound` returned (its folded bound is used) or a number; None: computed here.
 
     Returns:
-        float64 (N,), in the units of ``inputs``.
+        float64 (N,), in the units of ``inputs``; 0 for samples whose logits are not all finite.
 
     Raises:
-        ValueError: shapes, or a bound that is not positive. NotImplementedError: as :func:`lipschitz_bound`.
+        TypeError, ValueError: types, shapes, classes out of range, or a bound that is not positive.
+        NotImplementedError: as :func:`lipschitz_bound`.
     """
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor) and not (name == "targets" and value is None):
+            raise TypeError(f"certified_radius: {name} must be a Tensor, got {type(value).__name__}")
     bound = lipschitz_bound(model, inputs[:1]) if bound is None else bound
+    if not isinstance(bound, LipschitzBound | int | float):
+        raise TypeError(f"certified_radius: bound must be a LipschitzBound or a number, got {type(bound).__name__}")
     if not isinstance(bound, LipschitzBound) and not bound > 0:
         raise ValueError(f"certified_radius: bound must be positive, got {bound}")
     log_bound = bound.log_folded if isinstance(bound, LipschitzBound) else math.log(bound)
@@ -305,7 +335,15 @@ def certified_radius(
         targets = logits.argmax(1)
     elif targets.shape != logits.shape[:1]:
         raise ValueError(f"certified_radius: targets must be ({len(logits)},), got shape {tuple(targets.shape)}")
+    elif targets.dtype != torch.int64:
+        raise TypeError(f"certified_radius: targets must be int64, got {targets.dtype}")
+    elif len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise ValueError(
+            f"certified_radius: targets must be classes in [0, {logits.shape[1]}), got {int(targets.min())} to "
+            f"{int(targets.max())}"
+        )
     own = logits.gather(1, targets[:, None])[:, 0]
     others = logits.scatter(1, targets[:, None], -math.inf).amax(1)
-    margin = (own - others).clamp(min=0)
-    return (margin.log() - log_bound - 0.5 * math.log(2)).exp()
+    margin = torch.where(logits.isfinite().all(1), own - others, 0).clamp(min=0)
+    radius = (margin.log() - log_bound - 0.5 * math.log(2)).exp()
+    return radius.nan_to_num(nan=0.0, posinf=math.inf)  # NaN: no margin, and a bound of 0

@@ -71,7 +71,12 @@ class Network:
             from torch.fx.passes.shape_prop import ShapeProp  # slow to import
 
             with torch.no_grad(), unrecorded():
-                ShapeProp(self.module).propagate(*example)
+                try:
+                    ShapeProp(self.module).propagate(*example)
+                except RuntimeError as error:
+                    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in example)
+                    reason = _first_line(error.__cause__ or error)
+                    raise ValueError(f"lipschitz_bound: example must fit the model, got {shapes} ({reason})") from error
         self.modules = dict(model.named_modules())
         self.nodes = list(graph.nodes)
         self.before: dict[fx.Node, Tensor] = {}
@@ -172,6 +177,10 @@ class Network:
 
     def _function(self, node: fx.Node, shape: tuple[int, ...] | None) -> Factor:
         name, args = node_name(node), node.args
+        if name.startswith("dropout") and _argument(node, 2, "training", _argument(node, 2, "train", True)):
+            raise Unbounded("it is random in evaluation mode, too; pass training=self.training")
+        if name == "to" and any(_is_whole(value) for value in (*args[1:], *node.kwargs.values())):
+            raise Unbounded("rounding is not continuous")
         if name in SLOPES:
             return Factor(float(SLOPES[name]))
         if name == "leaky_relu":
@@ -198,11 +207,14 @@ class Network:
         raise Unbounded(f"there is no rule for {name}; wrap it in a module and give one with rules={{Type: function}}")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and not (value.is_floating_point or value.is_complex)
+
+
 def _checked(node: fx.Node, value: Any) -> float:
-    value = float(value)
-    if not value >= 0:
-        raise ValueError(f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {value}")
-    return value
+    if not isinstance(value, float | int) or not value >= 0:
+        raise ValueError(f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {value!r}")
+    return float(value)
 
 
 def node_name(node: fx.Node) -> str:
