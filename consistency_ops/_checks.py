@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,24 +47,50 @@ def has_cuda_kernels() -> bool:
 
 def check_options(op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int) -> None:
     check_chunk(op, chunk, group, max_rows)
+    check_numbers(op, damping=damping)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
     if scaling not in ("absolute", "trace"):
         raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
 
 
-def check_integers(op: str, **values: int | None) -> None:
+def check_integers(op: str, **values: int) -> None:
     for name, value in values.items():
-        if value is not None and not isinstance(value, (int, torch.SymInt)):
+        if not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
 
 
+def check_numbers(op: str, **values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def check_list(op: str, name: str, values: Iterable, count: int | None = None) -> list:
+    """The values as a list; ``count``: of the layers, each of which must have one."""
+    if isinstance(values, Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
+    values = list(values)
+    if count is not None and len(values) != count:
+        raise ValueError(f"{op}: {name} must have one entry for each of the {count} layers, got {len(values)}")
+    return values
+
+
+def check_sizes(op: str, **values: int) -> None:
+    check_integers(op, **values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+
+
 def check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> None:
-    check_integers(op, chunk=chunk, group=group, max_rows=max_rows)
+    check_integers(op, chunk=chunk, max_rows=max_rows)
     if not 1 <= chunk <= MAX_CHUNK:
         raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
-    if group is not None and not 1 <= group <= chunk:
-        raise ValueError(f"{op}: group must be in [1, chunk = {chunk}], got {group}")
+    if group is not None:
+        check_integers(op, group=group)
+        if not 1 <= group <= chunk:
+            raise ValueError(f"{op}: group must be in [1, chunk = {chunk}], got {group}")
     if max_rows < 1:
         raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
 

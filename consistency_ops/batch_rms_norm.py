@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from consistency_ops import _library  # noqa: F401  (loading registers the operators)
+from consistency_ops._checks import check_numbers
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STATISTICS = frozenset({torch.float32, torch.float64})
@@ -52,8 +53,8 @@ def batch_rms_norm(
     every channel.  An empty batch updates nothing.  A NaN or Inf in one channel makes its v, and through the maximum
     every D, not finite, for as long as v remembers it.  Sums do not depend on the number of threads.
 
-    Raises TypeError (dtypes), ValueError (shapes and ranges), NotImplementedError (complex), RuntimeError (devices, or
-    ``running_ms`` requires a gradient).
+    Raises TypeError (types), ValueError (shapes and ranges), NotImplementedError (complex, sparse, nested), RuntimeError
+    (devices, or ``running_ms`` requires a gradient).
     """
     _check(x, running_ms, num_batches, momentum, eps)
     if training:
@@ -81,6 +82,8 @@ def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: 
     if x.dtype not in _FLOATS:
         error = NotImplementedError if x.is_complex() else TypeError
         fail(error, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        fail(NotImplementedError, f"x must be a dense tensor, got layout {x.layout}")
     if running_ms.dtype not in _STATISTICS:
         fail(TypeError, f"running_ms must be float32 or float64, got {running_ms.dtype}")
     if x.is_cuda and torch.float64 in (x.dtype, running_ms.dtype):
@@ -105,6 +108,7 @@ def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: 
             fail(ValueError, f"num_batches must have shape (1,), got {tuple(num_batches.shape)}")
         if num_batches.device != x.device:
             fail(RuntimeError, f"num_batches must be on {x.device}, got {num_batches.device}")
+    check_numbers("batch_rms_norm", momentum=momentum, eps=eps)
     if not 0 <= momentum < 1:
         fail(ValueError, f"momentum must be in [0, 1), got {momentum}")
     if not 0 < eps < float("inf"):

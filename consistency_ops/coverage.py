@@ -15,6 +15,7 @@ from torch.nn.parameter import Parameter, is_lazy
 from .capture import Capture
 from .distributed import FLATTENED
 from .layers import LayerType, layer_types
+from .sharding import is_dtensor
 
 
 @dataclass(eq=False)
@@ -133,6 +134,28 @@ def _reason(name: str, module: nn.Module, kind: LayerType | None, skip: tuple[st
         return f"{kind.weight} is not a parameter of the module"
     if not is_lazy(weight) and weight.dim() < 2:
         return FLATTENED
+    if not is_lazy(weight) and not weight.numel():
+        return "no units or no outputs"
     if not weight.is_floating_point():
         return f"unsupported dtype {weight.dtype}"
+    if kind.matrix is not None and not is_lazy(weight) and not is_dtensor(weight):
+        _check_matrix(name, module, kind, weight)
     return None
+
+
+def _check_matrix(name: str, module: nn.Module, kind: LayerType, weight: Tensor) -> None:
+    """A copy would be corrected, and the gradient itself left as it is, without a word."""
+    matrix = kind.matrix(weight.detach())
+    view = isinstance(matrix, Tensor) and matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata
+    if not view or matrix.dim() < 2:
+        got = f"a {'view' if view else 'copy'} of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else matrix
+        raise ValueError(
+            f"Preconditioner: matrix= of the registered {type(module).__name__} must return a view of the weight as "
+            f"(out, in) or (out, in / groups, *kernel), got {got} for layer {name!r}"
+        )
+    bias = None if kind.bias is None else module._parameters.get(kind.bias)
+    if bias is not None and bias.shape != matrix.shape[:1]:
+        raise ValueError(
+            f"Preconditioner: matrix= of the registered {type(module).__name__} must have an output for each entry of "
+            f"its bias, got {tuple(matrix.shape)} and {tuple(bias.shape)} for layer {name!r}"
+        )

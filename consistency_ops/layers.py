@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ._checks import check_integers
 from .sharding import is_dtensor, local, local_rows, shards_rows
 
 
@@ -129,10 +130,11 @@ def register(
         unit_dim: negative dimension of the input that counts the units: -1 for (..., in), -3 for (N, in, H, W).
         weight, bias: names of the parameters; ``bias=None`` if the layer adds none (or it must not be joined).
         matrix: returns a view of the weight, and of its gradient, as (out, in) or (out, in / groups, \\*kernel).
-            ``None``: they already have that shape. It must be a view: the gradient is corrected through it, in place.
+            ``None``: they already have that shape. It must be a view: the gradient is corrected through it, in place,
+            and :class:`~consistency_ops.Preconditioner` refuses a copy.
 
     Raises:
-        TypeError: ``module_type`` is not a subclass of ``torch.nn.Module``.
+        TypeError: ``module_type`` is not a subclass of ``torch.nn.Module``, or another argument has the wrong type.
         ValueError: ``unit_dim`` is not negative.
 
     Example:
@@ -142,6 +144,12 @@ def register(
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register: module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    check_integers("register", unit_dim=unit_dim)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, str) and not (name == "bias" and value is None):
+            raise TypeError(f"register: {name} must be the name of a parameter, got {value!r}")
+    if not (matrix is None or callable(matrix)):
+        raise TypeError(f"register: matrix must be a function of the weight, got {matrix!r}")
     if unit_dim >= 0:
         raise ValueError(f"register: unit_dim must be negative (it counts from the last dimension), got {unit_dim}")
     _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix)

@@ -43,7 +43,7 @@ def modulus(x: Tensor) -> Tensor:
     orthogonal everywhere; one bit an element is kept for it, and nothing if no gradient is needed.  The complex
     derivative is x / |x|, and 0 at 0; ``x`` is kept.
 
-    Raises TypeError for other dtypes.
+    Raises TypeError for other dtypes, NotImplementedError for sparse and nested tensors.
     """
     if _node is not None and not torch.compiler.is_compiling():
         y = _node(x)
@@ -51,6 +51,8 @@ def modulus(x: Tensor) -> Tensor:
             return y
     if not isinstance(x, Tensor):
         raise TypeError(f"modulus: x must be a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise NotImplementedError(f"modulus: x must be a dense tensor, got layout {x.layout}")
     is_complex = x.dtype in _COMPLEX
     if not is_complex and x.dtype not in _REAL:
         raise TypeError(f"modulus: x must be floating point or complex, got {x.dtype}")

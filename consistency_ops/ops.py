@@ -20,6 +20,7 @@ from consistency_ops._checks import (
     check_device,
     check_integers,
     check_layer,
+    check_list,
     check_options,
     check_overlap,
     check_permutation,
@@ -63,6 +64,15 @@ def _dense(entries: Sequence[Tensor | None] | None) -> tuple[list[Tensor], list[
         return [], []
     present = [(entry, i) for i, entry in enumerate(entries) if entry is not None]
     return [entry for entry, _ in present], [i for _, i in present]
+
+
+def _check_entries(op: str, count: int, layers: Sequence[int] | None, **lists: Sequence | None) -> None:
+    """Every list that is given has one entry a layer."""
+    for name, entries in {**lists, "layers": layers}.items():
+        if entries is not None:
+            check_list(op, name, entries, count)
+    for layer in layers or ():
+        check_integers(op, layers=layer)
 
 
 # The correction
@@ -146,16 +156,10 @@ def _foreach_precondition_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_options(op, damping, scaling, chunk, group, max_rows)
     check_integers(op, seed=seed, step=step)
-    grads, inputs = list(grads), list(inputs)
-    for name, entries in (
-        ("inputs", inputs),
-        ("bias_grads", bias_grads),
-        ("permutation", permutations),
-        ("row_counts", row_counts),
-        ("layers", layers),
-    ):
-        if entries is not None and len(entries) != len(grads):
-            raise ValueError(f"{op}: {name} must have one entry for each of the {len(grads)} grads, got {len(entries)}")
+    grads, inputs = check_list(op, "grads", grads), check_list(op, "inputs", inputs)
+    _check_entries(
+        op, len(grads), layers, inputs=inputs, bias_grads=bias_grads, permutation=permutations, row_counts=row_counts
+    )
     if not grads:
         empty = torch.empty(0, dtype=torch.int32)
         return (empty, empty.float()) if return_damping else empty
@@ -280,7 +284,7 @@ def precondition(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The second-order correction of one layer: ``G[:, c] (X_c^T X_c / n + damping I)^-1`` for every chunk c of units.
 
-    The normal equations of the layer's local linear model (arXiv 1708.00631; METHOD 1.2-1.7): the gradient is
+    The normal equations of the layer's local linear model (arXiv 1708.00631): the gradient is
     multiplied from the right by the inverse damped second moment of the layer's input, on a uniform subsample of the
     rows and a random division of the units.
 
@@ -306,7 +310,7 @@ def precondition(
         seed, step: decide the division and the offset of the rows; the layer counts as position 0 of
             :func:`foreach_precondition_`.
         bias_grad: (out,); the bias is one more unit, with input 1, and the last index.  With several taps each
-            corrects a copy, and the copies are averaged (METHOD 1.5).
+            corrects a copy, and the copies are averaged.
 
     Returns:
         The corrected gradient with the shape, dtype and layout of ``grad``; with ``bias_grad`` ``(grad, bias_grad)``.
@@ -349,6 +353,7 @@ def chunked_covariance(
     """
     op = "chunked_covariance"
     check_chunk(op, chunk, group, max_rows)
+    check_integers(op, seed=seed, step=step)
     check_tensor(op, "inputs", inputs)
     if inputs.dim() < 1 or inputs.shape[-1] == 0:
         raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(inputs.shape)}")
@@ -391,11 +396,16 @@ def foreach_covariance(
     op = "foreach_covariance"
     check_chunk(op, chunk, group, max_rows)
     check_integers(op, seed=seed, step=step)
-    inputs = list(inputs)
+    inputs = check_list(op, "inputs", inputs)
+    _check_entries(op, len(inputs), layers, grads=grads, bias=bias, permutation=permutation, row_counts=row_counts)
     if not inputs:
         return []
-    for x in inputs:
+    for i, x in enumerate(inputs):
         check_tensor(op, "inputs", x)
+        if grads is not None:
+            check_layer(op, grads[i], x, None)
+        elif not x.dim() or not x.shape[-1]:
+            raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(x.shape)}")
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -444,10 +454,17 @@ def foreach_inverse(
     """
     op = "foreach_inverse"
     check_options(op, damping, scaling, chunk, None, 1)
-    check_device(op, list(covariances))
+    covariances = check_list(op, "covariances", covariances)
+    _check_entries(op, len(covariances), None, units=units)
+    if not covariances:
+        empty = torch.empty(0, dtype=torch.int32)
+        return [], empty, empty.float()
+    for covariance in covariances:
+        check_tensor(op, "covariances", covariance)
+    check_device(op, covariances)
     with torch.no_grad():
         return torch.ops.consistency_ops.foreach_inverse(
-            list(covariances), list(units), float(damping), scaling == "trace", chunk
+            covariances, list(units), float(damping), scaling == "trace", chunk
         )
 
 
@@ -472,7 +489,12 @@ def foreach_apply_(
     op = "foreach_apply_"
     check_chunk(op, chunk, group)
     check_integers(op, seed=seed, step=step)
-    grads = list(grads)
+    grads, inverses = check_list(op, "grads", grads), check_list(op, "inverses", inverses)
+    _check_entries(op, len(grads), layers, inverses=inverses, bias_grads=bias_grads, permutation=permutation)
+    if not grads:
+        return
+    for tensor in (*grads, *inverses):
+        check_tensor(op, "grads and inverses", tensor)
     biases, bias_layers = _dense(bias_grads)
     check_device(op, [*grads, *biases, *inverses, info])
     orders, order_layers = _dense(permutation)
@@ -483,7 +505,7 @@ def foreach_apply_(
         torch.ops.consistency_ops.foreach_apply_(
             grads,
             biases,
-            list(inverses),
+            inverses,
             info,
             orders,
             bias_layers,
@@ -526,7 +548,13 @@ def foreach_correct_(
     op = "foreach_correct_"
     check_options(op, damping, scaling, chunk, group, 1)
     check_integers(op, seed=seed, step=step)
-    grads = list(grads)
+    grads, covariances = check_list(op, "grads", grads), check_list(op, "covariances", covariances)
+    _check_entries(op, len(grads), layers, covariances=covariances, bias_grads=bias_grads, permutation=permutation)
+    if not grads:
+        empty = torch.empty(0, dtype=torch.int32)
+        return empty, empty.float()
+    for tensor in (*grads, *covariances):
+        check_tensor(op, "grads and covariances", tensor)
     biases, bias_layers = _dense(bias_grads)
     check_device(op, [*grads, *biases, *covariances])
     orders, order_layers = _dense(permutation)
@@ -536,7 +564,7 @@ def foreach_correct_(
         return torch.ops.consistency_ops.foreach_correct_(
             grads,
             biases,
-            list(covariances),
+            covariances,
             orders,
             bias_layers,
             order_layers,

@@ -39,10 +39,11 @@ class Preconditioner:
         co.Preconditioner(model, optimizer)
 
     Construct it before the first call of a compiled model and before checkpoints are loaded. Covered are ``nn.Linear``,
-    ``nn.Conv1d/2d/3d`` and what :func:`consistency_ops.layers.register` adds; all other layers, and those without
-    statistics (never run, tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients
-    are corrected in place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler``
-    skips leave nothing behind. A closure is supported if the optimizer calls it once a step. Its state is in
+    convolutions (transposed ones too), the input projections of ``nn.MultiheadAttention``, ``Conv1D`` of transformers,
+    and what :func:`consistency_ops.layers.register` adds; all other layers, and those without statistics (never run,
+    tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients are corrected in
+    place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler`` skips leave
+    nothing behind. A closure is supported if the optimizer calls it once a step. Its state is in
     ``optimizer.state_dict()``.
 
     Args:
@@ -107,11 +108,15 @@ class Preconditioner:
         _check(_is_int(max_rows, 1), "max_rows", "an integer >= 1", max_rows)
         _check(isinstance(decay, int | float) and 0 <= decay < 1, "decay", "in [0, 1)", decay)
         _check(_is_int(every, 1), "every", "an integer >= 1", every)
+        _check(isinstance(bias, bool), "bias", "True or False", bias)
         _check(_is_int(seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", seed)
 
         self.damping, self.scaling, self.chunk, self.group, self.max_rows = damping, scaling, chunk, group, max_rows
         self.decay, self.every, self.bias, self.seed = decay, every, bias, seed
-        self.skip = (skip,) if isinstance(skip, str | type) else tuple(skip)
+        self.skip = tuple(skip) if isinstance(skip, Iterable) and not isinstance(skip, str | type) else (skip,)
+        for one in self.skip:
+            if not isinstance(one, str | type):
+                raise TypeError(f"Preconditioner: skip must be names, patterns or types, got {one!r}")
         self.steps = 0  # finished
         self._optimizer = optimizer
         self._store = StateStore(optimizer)
@@ -514,7 +519,7 @@ class Preconditioner:
         the averages start anew.
 
         Raises:
-            ValueError: a version from the future, or a layer that is not covered here.
+            ValueError: a version from the future, no step, or a layer that is not covered here.
             RuntimeError: an optimizer was given that has no state yet, and would take ours for its own.
         """
         if self._optimizer is not None and not self._optimizer.state:
@@ -522,8 +527,12 @@ class Preconditioner:
                 "Preconditioner.load_state_dict: the optimizer must have its state first, got none; "
                 "optimizer.load_state_dict restores the preconditioner, too"
             )
-        version, saved = state_dict.get("version"), state_dict.get("layers", {})
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"Preconditioner: state_dict must be a dict, got {type(state_dict).__name__}")
+        version, step, saved = (state_dict.get(key) for key in ("version", "step", "layers"))
         _check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
+        _check(_is_int(step, 0), "state_dict step", "an integer >= 0", step)
+        _check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
         covered = {layer.name: layer for layer in self.layers if layer.capture is not None}
         unknown = sorted(set(saved) - set(covered))
         _check(not unknown, "state_dict layers", "those that are covered here", unknown)
@@ -532,7 +541,7 @@ class Preconditioner:
                 for key, value in entries.items():
                     device = "cpu" if on_host(key) else weight.device
                     self._store.put(covered[name], key, value.to(device, copy=True))
-        self._store.count_step(state_dict["step"])
+        self._store.count_step(step)
         self._resume()
 
     def remove(self) -> None:

@@ -30,7 +30,7 @@ def philox(seed: int, step: int, layer: int, purpose: int) -> tuple[int, int, in
 
 
 def sample_rows(rows: int, max_rows: int, seed: int = 0, step: int = 0, layer: int = 0) -> slice:
-    """The rows that are used of ``rows``: every ``ceil(rows / max_rows)``-th after a random offset (METHOD 1.6)."""
+    """The rows that are used of ``rows``: every ``ceil(rows / max_rows)``-th after a random offset."""
     stride = max(1, -(-rows // max_rows))
     offset = (philox(seed, step, layer, 0)[0] * stride) >> 32
     return slice(offset, rows, stride)
@@ -68,7 +68,7 @@ def division(units: int, chunk: int, group: int = 1, seed: int = 0, step: int = 
     """Units in the order in which they are dealt to chunks, shape (units,), int64; cut it at ``chunk_bounds``.
 
     Runs of ``group`` consecutive units move together, after a random cyclic offset; ``group=1`` is the exact division
-    of the paper (METHOD 1.7).  A single chunk keeps the natural order.
+    of the paper.  A single chunk keeps the natural order.
     """
     if units <= chunk:
         return torch.arange(units)
@@ -159,7 +159,7 @@ def precondition(
     layer: int = 0,
     bias_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The correction of METHOD 1.3-1.7: (corrected, corrected bias or None, info, damping_used).
+    """The correction of arXiv 1708.00631: (corrected, corrected bias or None, info, damping_used).
 
     ``grad`` is (out, in) with ``inputs`` (..., in), or (out, in / groups, *kernel) with ``inputs`` (N, in, *spatial) or
     (rows, in).  All tensors have one floating dtype, in which everything is computed.
@@ -219,7 +219,7 @@ def batch_rms_norm(
     momentum: float = 0.1,
     eps: float = 1e-2,
 ) -> Tensor:
-    """METHOD 1.8; ``running_ms`` (C) and ``num_batches`` (1) are updated in place in training, D is a constant."""
+    """``running_ms`` (C) and ``num_batches`` (1) are updated in place in training; D is a constant."""
     with torch.no_grad():
         if training and x.numel() > 0:
             dims = [0, *range(2, x.dim())]

@@ -24,7 +24,7 @@ _log = logging.getLogger("consistency_ops")
 def stats(pre: Preconditioner, condition: bool = True) -> dict[str, Any]:
     rows, seen, chunks, failed, damping, corrected = {}, {}, 0, {}, {}, []
     for layer in pre.layers:
-        if layer.capture is None:
+        if layer.capture is None or layer.weight is None:
             continue
         state = _last_state(layer)
         rows[layer.name], seen[layer.name] = (0, 0) if state is None else (state[USED], state[SEEN])
@@ -97,7 +97,7 @@ def _notice(pre: Preconditioner, key: str, message: str) -> None:
 
 def notice_unseen(pre: Preconditioner, batch: list[Item]) -> bool:
     """Layers with a gradient whose hook never fired; False: too early to tell."""
-    if not any(bool(item.grad.count_nonzero()) for item in batch):
+    if not any(not item.grad.is_meta and bool(item.grad.count_nonzero()) for item in batch):
         return False
     unseen = [item.layer.name for item in batch if item.layer.module().training and int(item.count) == 0]
     if unseen:

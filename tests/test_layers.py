@@ -218,6 +218,25 @@ def test_registration_is_checked():
         layers.register(torch.relu)
     with pytest.raises(ValueError, match="unit_dim must be negative"):
         layers.register(nn.Bilinear, unit_dim=1)
+    with pytest.raises(TypeError, match="weight must be the name of a parameter, got 3"):
+        layers.register(nn.Bilinear, weight=3)
+    with pytest.raises(TypeError, match="matrix must be a function of the weight, got 'T'"):
+        layers.register(nn.Bilinear, matrix="T")
+
+
+@pytest.mark.parametrize("matrix", [lambda w: w.T.contiguous(), lambda w: w * 2, lambda w: w.flatten(), lambda w: None])
+def test_a_matrix_that_is_no_view_is_refused(matrix, monkeypatch):
+    """The correction would go to a copy, and nobody would notice."""
+
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+    monkeypatch.setattr(layers, "_TYPES", dict(layers._TYPES))
+    layers.register(Transposed, bias=None, matrix=matrix)
+    with pytest.raises(ValueError, match="matrix= of the registered Transposed must return a view of the weight"):
+        Preconditioner(nn.Sequential(Transposed()))
 
 
 def test_rows_of_large_inputs_are_a_uniform_sample():

@@ -35,7 +35,8 @@ SETTINGS = {
 }
 SIZE = {"epochs": 12, "train": 15_000, "test": 10_000, "batch": 250}
 RADII = (2.55, 10.0, 25.5, 51.0)  # l2, raw pixel values: 0.01, 0.04, 0.1 and 0.2 in units of [0, 1]
-# Test error and log10 of the plain bound at the last epoch: METHOD notes 2.4, numpy, all images, 10 or 20 epochs.
+# Test error and log10 of the plain bound at the last epoch of an independent implementation in numpy: all images, 10 or
+# 20 epochs.
 NUMPY = {
     "modulus": [(0.0305, 4.40), (0.0189, 0.86), (0.0217, 0.54), (0.0262, 0.24), (0.1199, 0.39)],
     "relu": [(0.0224, 6.93), (0.0239, 2.13), (0.0672, 0.55), (0.1078, -0.15)],

@@ -1,7 +1,7 @@
 """C: the deep network of arXiv 1708.00631 on MNIST: twelve weight matrices, 128 wide, ReLU, with and without RMS norms.
 
 Raw pixels less their mean, weights normal of deviation 0.01, the rate selected as in the paper.  The crosses are an
-independent implementation in numpy on all 60 000 images (METHOD notes, 2.3).
+independent implementation in numpy on all 60 000 images.
 """
 
 from benchmarks.training import compare

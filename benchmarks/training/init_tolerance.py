@@ -84,7 +84,7 @@ def plot(figure, results):
                     list(points), list(points.values()), marker, color=f"C{i % 10}", fillstyle="none", markersize=5
                 )
     axis.plot([], [], "ko", fillstyle="none", label="published figure")
-    axis.plot([], [], "kx", label="numpy, METHOD notes")
+    axis.plot([], [], "kx", label="independent numpy")
     axis.set(yscale="log", xlabel="epoch", ylabel="MNIST test error", xlim=(0.5, 20.5))
     axis.set_xticks(range(1, 21))
     ticks = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)

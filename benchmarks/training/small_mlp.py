@@ -1,7 +1,7 @@
 """A: the small network 784-128-128-10 on MNIST, ReLU, no normalisation; SGD2, SGD and Adam from one start.
 
 Raw pixels less their mean, weights normal of deviation 0.01, the rate selected as in arXiv 1708.00631 at epoch 1 and
-every tenth after.  The crosses are an independent implementation in numpy on all 60 000 images (METHOD notes, 2.3).
+every tenth after.  The crosses are an independent implementation in numpy on all 60 000 images.
 """
 
 from benchmarks.training import compare

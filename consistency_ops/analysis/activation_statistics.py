@@ -227,7 +227,7 @@ def activation_statistics(
     model: nn.Module, *, layers: Layers = None, every: int = 1, average: int = 1
 ) -> ActivationRecorder:
     """Attach a recorder of mean, standard deviation, 98th percentile, saturation and histogram of every layer's output,
-    and of the gradient that arrives there (Glorot and Bengio, AISTATS 2010; METHOD section 6).
+    and of the gradient that arrives there (Glorot and Bengio, AISTATS 2010).
 
     Nothing waits for the device until ``result()``. Quantile and histogram use at most 4096 values of a layer, evenly
     spread, and several passes pooled into a point average their quantiles; all else is exact.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from consistency_ops._checks import check_integers, check_numbers
 from consistency_ops.layers import layer_type
 
 from .recorder import Layers, Point, Recorder, weighted
@@ -24,6 +25,7 @@ RMS_EPS = 1e-2  # the default of BatchRMSNorm
 
 def condition_number(spectrum: list[float], p: float = 1.0) -> float:
     """lambda_1 / lambda_ceil(p d) of eigenvalues in descending order; inf where that one is 0 to float32 rounding."""
+    check_numbers("condition_number", p=p)
     if not 0 < p <= 1:
         raise ValueError(f"condition_number: p must be in (0, 1], got {p}")
     if not spectrum or math.isnan(spectrum[0]):
@@ -142,6 +144,8 @@ class ConditioningRecorder(Recorder):
         chunk: int,
         reduction: str,
     ) -> None:
+        check_integers("conditioning", max_rows=1 if max_rows is None else max_rows, chunk=chunk)
+        check_numbers("conditioning", damping=damping)
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"conditioning: max_rows must be at least 1, or None for all, got {max_rows}")
         if not 0 <= damping < math.inf:

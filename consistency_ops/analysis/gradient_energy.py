@@ -82,7 +82,9 @@ class GradientEnergyRecorder(Recorder):
         return GradientEnergy([point.step for point in self.points], layers)
 
     def _means(self, layer: int, name: str) -> list[float]:
-        return [math.nan if pair is None else pair[0].item() / pair[1] for pair in self._series(layer, name)]
+        return [
+            math.nan if pair is None or not pair[1] else pair[0].item() / pair[1] for pair in self._series(layer, name)
+        ]
 
 
 def gradient_energy(
@@ -91,7 +93,7 @@ def gradient_energy(
     """Attach a recorder of E_l = mean (d loss / d y_l)^2 of every weight layer's output y_l.
 
     Read the curve against the layers: falling from the input to the output it is the error reduction of the depth,
-    falling from the output to the input the loss of information of the gradient (arXiv 1708.00631; METHOD 1.13).
+    falling from the output to the input the loss of information of the gradient (arXiv 1708.00631).
     The gradient is that of the loss that ``backward()`` was called on, so with a mean over the batch it is 1/batch of
     the residual of the paper.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from consistency_ops._checks import check_integers, check_numbers
 from consistency_ops.nn import BatchRMSNorm
 
 from .jacobian import Block
@@ -182,7 +183,7 @@ def propagation(
     seed: int = 0,
 ) -> Propagation:
     """Measure how residuals travel back through ``model`` at ``inputs`` (arXiv 1708.00631, the operator view of
-    vanishing gradients; METHOD 1.9).
+    vanishing gradients).
 
     For J = d y_end / d y_start of one sample: its singular values; the share of the residual r = d loss / d y_end that
     lies in the image of J (only that share is passed on to shallower layers); and |J^T r| / (|J| |r|). A model in
@@ -211,12 +212,16 @@ def propagation(
         raise ValueError(f"propagation: to must be 'next' or 'output', got {to!r}")
     if not inputs:
         raise TypeError("propagation: inputs are missing; call propagation(model, x, ...)")
+    check_integers("propagation", samples=samples, exact=exact, steps=steps, seed=seed)
+    check_numbers("propagation", tau=tau)
     if samples < 1 or steps < 1 or exact < 0 or not 0 < tau < 1:
         raise ValueError(
             f"propagation: samples and steps must be at least 1, exact at least 0 and tau in (0, 1), got "
             f"{samples}, {steps}, {exact}, {tau}"
         )
     batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    if not batch:
+        raise ValueError("propagation: inputs must have at least one sample, got none")
     count = min(samples, batch)
     few = tuple(x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x for x in inputs)
     with unrecorded(), torch.enable_grad(), frozen(model, lambda: model(*inputs)):
@@ -246,6 +251,8 @@ def _residuals(tape: _Tape, loss: Callable[[Any], Tensor], count: int) -> dict[s
     value = loss(tape.output)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise TypeError("propagation: loss must return a tensor with one element")
+    if not value.requires_grad:
+        raise ValueError("propagation: loss must depend on the model's output, got a constant")
     names, tensors = [*tape.names, "output"], [*tape.tensors, tape.end]
     gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     return {

@@ -7,7 +7,7 @@ Python call. Gradients are taken by hooks on the outputs, not by full backward h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -57,7 +57,9 @@ def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Mo
     if isinstance(layers, str | type):
         layers = (layers,)
     found = {}
-    for rule in layers:
+    for rule in layers if isinstance(layers, Iterable) else (layers,):
+        if not isinstance(rule, str | type):
+            raise TypeError(f"{what}: layers must be names, patterns or types, got {rule!r}")
         by_type = isinstance(rule, type)
         fits = {n: m for n, m in named.items() if (isinstance(m, rule) if by_type else fnmatchcase(n, rule))}
         if not fits:

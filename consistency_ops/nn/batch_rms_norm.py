@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from consistency_ops._checks import check_numbers, check_sizes
 from consistency_ops.batch_rms_norm import batch_rms_norm
 
 
@@ -32,8 +33,8 @@ class BatchRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"BatchRMSNorm: num_features must be at least 1, got {num_features}")
+        check_sizes("BatchRMSNorm", num_features=num_features)
+        check_numbers("BatchRMSNorm", momentum=momentum, eps=eps)
         if not 0 <= momentum < 1:
             raise ValueError(f"BatchRMSNorm: momentum must be in [0, 1), got {momentum}")
         if not 0 < eps < float("inf"):

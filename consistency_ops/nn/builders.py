@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from consistency_ops._checks import check_integers, check_numbers, check_sizes
 from consistency_ops.nn.activations import GAINS, make_activation
 from consistency_ops.nn.batch_rms_norm import BatchRMSNorm
 
@@ -46,7 +47,7 @@ def deep_mlp(
     Raises:
         ValueError: an unknown name or a size below 1.
     """
-    _check("deep_mlp", inputs=inputs, classes=classes, width=width, depth=depth)
+    check_sizes("deep_mlp", inputs=inputs, classes=classes, width=width, depth=depth)
     act, norm = _pieces("deep_mlp", activation, normalization, nn.BatchNorm1d)
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(inputs, width), act()]
     for _ in range(depth - 1):
@@ -75,7 +76,8 @@ def deep_convnet(
     Raises:
         ValueError: an unknown name, a size below 1, or as many pools as convolutions.
     """
-    _check("deep_convnet", channels=channels, classes=classes, width=width, depth=depth)
+    check_sizes("deep_convnet", channels=channels, classes=classes, width=width, depth=depth)
+    check_integers("deep_convnet", pools=pools)
     if not 0 <= pools < depth:
         raise ValueError(f"deep_convnet: pools must be in [0, depth = {depth}), got {pools}")
     act, norm = _pieces("deep_convnet", activation, normalization, nn.BatchNorm2d)
@@ -98,8 +100,11 @@ def initialise(model: nn.Module, init: float | str, gain: float = 1.0, seed: int
     named = isinstance(init, str)
     if named and init not in INITS:
         raise ValueError(f"initialise: init must be a standard deviation or one of {', '.join(INITS)}, got {init!r}")
-    if not named and not 0 < init < math.inf:
-        raise ValueError(f"initialise: init must be positive and finite, got {init}")
+    if not named:
+        check_numbers("initialise", init=init)
+        if not 0 < init < math.inf:
+            raise ValueError(f"initialise: init must be positive and finite, got {init}")
+    check_integers("initialise", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -133,9 +138,3 @@ def _pieces(owner: str, name: str, normalization: str, batch_norm: type[nn.Modul
         raise ValueError(f"{owner}: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     norm = {"rms": BatchRMSNorm, "batch": batch_norm, "none": None}[normalization]
     return (lambda: make_activation(owner, name)), (lambda units: [] if norm is None else [norm(units)])
-
-
-def _check(owner: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{owner}: {name} must be at least 1, got {size}")

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import nn
 
+from consistency_ops._checks import check_numbers
 from consistency_ops.nn.batch_rms_norm import BatchRMSNorm
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,13 +90,16 @@ def clip_spectral_norms_(model: nn.Module, limit: float = 1.0) -> float:
     decomposition of each weight is made, in float64.  Returns the largest spectral norm met.  Convolutions are left.
 
     Raises:
-        ValueError: ``limit`` is not positive and finite.
+        ValueError: ``limit`` is not positive and finite. TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"clip_spectral_norms_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_numbers("clip_spectral_norms_", limit=limit)
     if not 0 < limit < math.inf:
         raise ValueError(f"clip_spectral_norms_: limit must be positive and finite, got {limit}")
     largest = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.weight.numel():
             u, sigma, v = torch.linalg.svd(module.weight.double(), full_matrices=False)
             largest = max(largest, float(sigma[0]))
             if sigma[0] > limit:

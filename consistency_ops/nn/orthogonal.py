@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from consistency_ops._checks import check_sizes
+
 FILTERS = ("permutation", "shift", "householder", "hadamard", "dense", "identity")
 _FACTOR = 64  # largest Hadamard matrix that is multiplied as a matrix
 
@@ -47,12 +49,9 @@ class OrthogonalFilter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"OrthogonalFilter: features must be at least 1, got {features}")
+        check_sizes("OrthogonalFilter", features=features, reflections=reflections)
         if kind not in FILTERS:
             raise ValueError(f"OrthogonalFilter: kind must be one of {', '.join(FILTERS)}, got {kind!r}")
-        if reflections < 1:
-            raise ValueError(f"OrthogonalFilter: reflections must be at least 1, got {reflections}")
         self.features, self.kind = features, kind
         dtype = dtype or torch.get_default_dtype()
         if kind in ("permutation", "hadamard"):
@@ -77,7 +76,9 @@ class OrthogonalFilter(nn.Module):
         self.register_buffer(name, tensor.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.features:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"OrthogonalFilter: x must be a Tensor, got {type(x).__name__}")
+        if not x.dim() or x.shape[-1] != self.features:
             raise ValueError(f"OrthogonalFilter: x must be (..., {self.features}), got {tuple(x.shape)}")
         if self.kind in ("permutation", "shift"):
             return _Gather.apply(x, self.index, self.inverse)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from consistency_ops._checks import check_integers, check_numbers, check_sizes
 from consistency_ops.nn.activations import SLOPES, make_activation
 from consistency_ops.nn.orthogonal import OrthogonalFilter
 
@@ -39,6 +40,7 @@ def roa_jacobian_bounds(
     Raises:
         ValueError: alpha, beta, slope or a norm is negative or not finite.
     """
+    check_numbers("roa_jacobian_bounds", alpha=alpha, beta=beta, slope=slope)
     norms = torch.as_tensor(weight_norms, dtype=torch.float64).flatten()
     values = [alpha, beta, slope, *norms.tolist()]
     if not all(0 <= value < math.inf for value in values):
@@ -93,8 +95,8 @@ class ROAFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"ROAFeedForward: num_layers must be at least 1, got {num_layers}")
+        sizes = dict(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
+        check_sizes("ROAFeedForward", **sizes, num_layers=num_layers)
         beta = min(0.5, 1 / num_layers) if beta is None else beta
         self.alpha, self.beta = _weights("ROAFeedForward", alpha, beta)
         self.activation, self.phi = activation, make_activation("ROAFeedForward", activation)
@@ -168,6 +170,7 @@ class ROARNN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("ROARNN", input_size=input_size, hidden_size=hidden_size)
         self.alpha, self.beta = _weights("ROARNN", alpha, beta)
         self.activation, self.phi = activation, make_activation("ROARNN", activation)
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
@@ -177,6 +180,9 @@ class ROARNN(nn.Module):
         self.filter = OrthogonalFilter(hidden_size, filter, generator=generator, **options)
 
     def forward(self, u: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        for name, value in (("u", u), ("h_0", h_0)):
+            if not isinstance(value, Tensor) and not (name == "h_0" and value is None):
+                raise TypeError(f"ROARNN: {name} must be a Tensor, got {type(value).__name__}")
         if u.dim() != 3 or u.shape[-1] != self.input_size:
             order = "(N, T, input_size)" if self.batch_first else "(T, N, input_size)"
             raise ValueError(f"ROARNN: u must be {order} with input_size {self.input_size}, got {tuple(u.shape)}")
@@ -190,11 +196,16 @@ class ROARNN(nn.Module):
         for step in drive.unbind(0):
             h = torch.add(self.alpha * self.filter(h), self.phi(step + self.recurrent(h)), alpha=self.beta)
             states.append(h)
-        outputs = torch.stack(states, 1 if self.batch_first else 0) if states else drive.transpose(0, self.batch_first)
+        outputs = (
+            torch.stack(states, 1 if self.batch_first else 0) if states else drive.transpose(0, int(self.batch_first))
+        )
         return outputs, h
 
     def jacobian_bounds(self, steps: int) -> JacobianBounds:
         """Bounds on the singular values of dh_T / dh_0, T = ``steps``, for all inputs, from the present weights."""
+        check_integers("ROARNN.jacobian_bounds", steps=steps)
+        if steps < 0:
+            raise ValueError(f"ROARNN.jacobian_bounds: steps must be at least 0, got {steps}")
         norm = spectral_norm(self.recurrent.weight)
         one = roa_jacobian_bounds(self.alpha, self.beta, [norm], slope=SLOPES[self.activation])
         return JacobianBounds(*(steps * value if steps else 0.0 for value in one))
@@ -209,6 +220,7 @@ def spectral_norm(weight: Tensor) -> float:
 
 
 def _weights(owner: str, alpha: float | None, beta: float) -> tuple[float, float]:
+    check_numbers(owner, beta=beta, **({} if alpha is None else {"alpha": alpha}))
     if not 0 < beta < math.inf:
         raise ValueError(f"{owner}: beta must be positive and finite, got {beta}")
     if alpha is None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._checks import check_integers, check_numbers, check_tensor
+
 
 @torch.no_grad()
 def decorrelate_im2col(
@@ -33,12 +35,17 @@ def decorrelate_im2col(
     d = in kh kw the cost is max_rows d^2 + d^3 / 3 + out d^2.
 
     Raises:
-        ValueError: shapes that do not fit, or an argument out of range.
+        ValueError: shapes that do not fit, or an argument out of range. TypeError, NotImplementedError: dtypes that
+        are not floating point; complex or sparse tensors. RuntimeError: tensors on two devices.
     """
-    _check("decorrelate_im2col", grad, inputs, damping)
+    op = "decorrelate_im2col"
+    _check(op, grad, inputs, damping)
+    check_integers(op, max_rows=max_rows)
     if max_rows < 1:
-        raise ValueError(f"decorrelate_im2col: max_rows must be at least 1, got {max_rows}")
-    (sh, sw), (ph, pw), (dh, dw) = _pair(stride), _pair(padding), _pair(dilation)
+        raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
+    sh, sw = _pair(op, "stride", stride, 1)
+    ph, pw = _pair(op, "padding", padding, 0)
+    dh, dw = _pair(op, "dilation", dilation, 1)
     kh, kw = grad.shape[2:]
     x = functional.pad(inputs, (pw, pw, ph, ph)).to(_compute(grad))
     span = (dh * (kh - 1) + 1, dw * (kw - 1) + 1)
@@ -46,7 +53,7 @@ def decorrelate_im2col(
         raise ValueError(
             f"decorrelate_im2col: the kernel must fit the padded image, got {span} and {tuple(x.shape[2:])}"
         )
-    if not len(x):
+    if not len(x) or not grad.numel():
         return grad.clone()
     windows = x.unfold(2, span[0], sh).unfold(3, span[1], sw)[..., ::dh, ::dw]  # a view: (N, in, H', W', kh, kw)
     images, height, width = windows.shape[0], *windows.shape[2:4]
@@ -73,16 +80,17 @@ def decorrelate_fft(
     not known to it.  Cost: (H W / 2) (in^3 / 3 + in^2 (N + out)), complex, and the transforms.
 
     Raises:
-        ValueError: shapes that do not fit, or an argument out of range.
+        ValueError: shapes that do not fit, or an argument out of range. TypeError, NotImplementedError: dtypes that
+        are not floating point; complex or sparse tensors. RuntimeError: tensors on two devices.
     """
     _check("decorrelate_fft", grad, inputs, damping)
-    ph, pw = _pair(padding)
+    ph, pw = _pair("decorrelate_fft", "padding", padding, 0)
     kh, kw = grad.shape[2:]
     x = functional.pad(inputs, (pw, pw, ph, ph)).to(_compute(grad))
     size = x.shape[2:]
     if size[0] < kh or size[1] < kw:
         raise ValueError(f"decorrelate_fft: the kernel must fit the padded image, got {(kh, kw)} and {tuple(size)}")
-    if not len(x):
+    if not len(x) or not grad.numel():
         return grad.clone()
     spectrum = torch.fft.rfft2(x).permute(2, 3, 1, 0)  # (H, W', in, N)
     moment = spectrum @ spectrum.mH / (len(x) * size[0] * size[1])
@@ -99,6 +107,11 @@ def _solved_or_as_it_was(solved: Tensor, info: Tensor, grad: Tensor) -> Tensor:
 
 
 def _check(owner: str, grad: Tensor, inputs: Tensor, damping: float) -> None:
+    check_tensor(owner, "grad", grad)
+    check_tensor(owner, "inputs", inputs)
+    if grad.device != inputs.device:
+        raise RuntimeError(f"{owner}: grad and inputs must be on one device, got {grad.device} and {inputs.device}")
+    check_numbers(owner, damping=damping)
     if grad.dim() != 4 or inputs.dim() != 4 or inputs.shape[1] != grad.shape[1]:
         raise ValueError(
             f"{owner}: grad must be (out, in, kh, kw) and inputs (N, in, H, W), got {tuple(grad.shape)} and "
@@ -112,5 +125,8 @@ def _compute(grad: Tensor) -> torch.dtype:
     return torch.float64 if grad.dtype == torch.float64 else torch.float32
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{op}: {name} must be an integer or a pair of integers, at least {least}, got {value!r}")
+    return tuple(pair)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_integers, check_numbers
+
 CANDIDATES = (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005)
 
 Batch = TypeVar("Batch")
@@ -48,9 +50,18 @@ def select_learning_rate(
         largest: candidates above it are skipped.
 
     Raises:
-        ValueError: no batches, no candidates left, or an argument out of range.
+        ValueError: no batches, no candidates left, or an argument out of range. TypeError: one of the wrong type.
         RuntimeError: no candidate ended with a finite loss. The state is as before the call.
     """
+    op = "select_learning_rate"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_integers(op, iterations=iterations)
+    check_numbers(op, largest=math.inf if largest is None else largest)
+    for rate in candidates:
+        check_numbers(op, candidates=rate)
     if iterations < 1:
         raise ValueError(f"select_learning_rate: iterations must be >= 1, got {iterations}")
     if not all(0 < rate < math.inf for rate in candidates):
@@ -90,7 +101,11 @@ def _last_loss(optimizer: Optimizer, loss_fn: Callable[[Batch], Tensor], trial: 
             return loss
 
         optimizer.step(closure)
-    return float(loss_fn(trial[-1]).detach())
+    loss = loss_fn(trial[-1])
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"select_learning_rate: loss_fn must return a tensor with one element, got {got}")
+    return float(loss.detach())
 
 
 def _set_rate(optimizer: Optimizer, rate: float) -> None:

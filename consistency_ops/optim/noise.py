@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.optim import Optimizer
 
+from .._checks import check_integers, check_numbers
+
 _STEP = "gradient_noise_step"
 
 
@@ -39,7 +41,7 @@ class GradientNoise:
         seed: in [0, 2^32).
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer.
+        TypeError: ``optimizer`` is not an optimizer, or another argument has the wrong type.
         ValueError: an argument out of range.
         RuntimeError: from the optimizer's step, when a gradient is sparse.
     """
@@ -47,6 +49,8 @@ class GradientNoise:
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, gamma: float = 0.55, seed: int = 0) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"GradientNoise: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_numbers("GradientNoise", eta=eta, gamma=gamma)
+        check_integers("GradientNoise", seed=seed)
         for name, value in (("eta", eta), ("gamma", gamma)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"GradientNoise: {name} must be at least 0 and finite, got {value}")
@@ -118,7 +122,7 @@ class ResidualNoise:
 
     Raises:
         ValueError: ``scale`` out of range, or no layer that is meant.
-        TypeError: from forward, when a layer's output is not a tensor.
+        TypeError: an argument of the wrong type; from forward, when a layer's output is not a tensor.
     """
 
     def __init__(
@@ -128,10 +132,16 @@ class ResidualNoise:
         scale: float = 1e-2,
         layers: str | type | Iterable[str | type] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"ResidualNoise: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_numbers("ResidualNoise", scale=scale)
         if not 0 <= scale < math.inf:
             raise ValueError(f"ResidualNoise: scale must be at least 0 and finite, got {scale}")
         self.scale = scale
-        wanted = (layers,) if isinstance(layers, str | type) else tuple(layers)
+        wanted = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str | type) else (layers,)
+        for one in wanted:
+            if not isinstance(one, str | type):
+                raise TypeError(f"ResidualNoise: layers must be names, patterns or types, got {one!r}")
         meant = [module for name, module in model.named_modules() if _is_meant(name, module, wanted)]
         if not meant:
             raise ValueError(f"ResidualNoise: layers must name modules of the model, got {wanted}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import reference
+from .._checks import check_integers, check_numbers
 from ..coverage import Layer
 from ..item import Item
 from ..ops import MAX_CHUNK
@@ -48,7 +49,7 @@ class SGD2(Optimizer):
     Layers of 257 to ``max_size`` units are solved by ``torch.linalg``, all others by the compiled kernels.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range. TypeError: one of the wrong type.
     """
 
     def __init__(
@@ -66,10 +67,16 @@ class SGD2(Optimizer):
         max_rows: int = 10_240,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"SGD2: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_numbers("SGD2", momentum=momentum, weight_decay=weight_decay)
+        if not isinstance(lr, Tensor):
+            check_numbers("SGD2", lr=lr)
+        check_integers("SGD2", max_size=max_size, chunk=1 if chunk is None else chunk)
         _check(isinstance(lr, Tensor) or 0 < lr < math.inf, "lr", "a finite number > 0", lr)
         _check(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
         _check(0 <= weight_decay < math.inf, "weight_decay", "a finite number >= 0", weight_decay)
-        _check(isinstance(max_size, int) and max_size >= 1, "max_size", "an integer >= 1", max_size)
+        _check(max_size >= 1, "max_size", "an integer >= 1", max_size)
         _check(chunk is None or 1 <= chunk <= MAX_CHUNK, "chunk", f"None or in [1, {MAX_CHUNK}]", chunk)
         _check(conv_reduction in ("sum", "mean"), "conv_reduction", "'sum' or 'mean'", conv_reduction)
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)

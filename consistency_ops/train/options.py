@@ -29,6 +29,7 @@ examples:
 Ctrl-C stops the run and still writes the report of what was done.
 """
 DIGITS_BATCH, BATCH = 100, 500
+MOST_SEEDS, SEED_END = 1000, 2**32
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -213,12 +214,22 @@ def _rates(text: str) -> dict[str | None, float]:
 def _seeds(text: str) -> list[int]:
     try:
         first, dots, last = text.partition("..")
-        seeds = list(range(int(first), int(last) + 1)) if dots else [int(seed) for seed in text.split(",")]
+        seeds = range(int(first), int(last) + 1) if dots else [int(seed) for seed in text.split(",")]
+        seeds = list(seeds[: MOST_SEEDS + 1])
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"must be different whole numbers, as 1,2,5 or 1..5, got {text!r}")
+    if not 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS or not 0 <= min(seeds) <= max(seeds) < SEED_END:
+        raise argparse.ArgumentTypeError(
+            f"must be different whole numbers, as 1,2,5 or 1..5, at most {MOST_SEEDS} and below 2^32, got {text!r}"
+        )
     return seeds
+
+
+def _seed(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < SEED_END:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2^32), got {text!r}")
+    return value
 
 
 def _device(text: str) -> torch.device:

@@ -151,7 +151,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--seed",
-        type=int,
+        type=options._seed,
         default=0,
         metavar="N",
         help="of weights, random inputs and the choice of images (default: 0)",

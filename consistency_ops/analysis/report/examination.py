@@ -71,6 +71,9 @@ def analyse(
         samples: so many samples for the Jacobians of :func:`propagation`.
         damping, chunk: of the correction that :func:`conditioning` tries out.
 
+    Raises:
+        TypeError, ValueError: a loss that is no scalar tensor, no samples, or what the monitors refuse.
+
     Example::
 
         result = co.analysis.analyse(model, x, loss=lambda z: F.cross_entropy(z, y))
@@ -78,6 +81,9 @@ def analyse(
             print(finding)
         Path("report.html").write_text(result.to_html())
     """
+    batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    if not batch:
+        raise ValueError("analyse: inputs must have at least one sample, got none")
     with (
         activation_statistics(model, layers=layers) as first,
         gradient_energy(model, layers=layers) as second,
@@ -86,9 +92,11 @@ def analyse(
     ):
         output = model(*inputs)
         value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"analyse: loss must return a tensor with one element, got {got}")
         value.backward()
     tensor = first_tensor(output)
-    batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
     spread = propagation(model, *inputs, loss=loss, layers=layers, samples=samples, exact=256, steps=16)
     bound, reason = None, ""
     try:

@@ -1,0 +1,179 @@
+"""A wrong type, anywhere in the public interface, is a TypeError: `name: argument must be ..., got ...`."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import consistency_ops as co
+from consistency_ops import nn as conn
+from consistency_ops import optim
+from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
+
+GRAD, INPUTS = torch.randn(5, 20), torch.randn(30, 20)
+KERNEL, IMAGES = torch.randn(4, 3, 3, 3), torch.randn(2, 3, 8, 8)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def select(**options):
+    model = mlp()
+    return optim.select_learning_rate(
+        model, sgd(model), lambda x: model(x).square().mean(), [torch.ones(2, 4)], **options
+    )
+
+
+CALLS = {  # name in the message: (call, arguments that are numbers, arguments that are integers)
+    "precondition": (lambda **o: co.precondition(GRAD, INPUTS, **o), "damping", "chunk max_rows seed step"),
+    "precondition_ex": (lambda **o: co.precondition_ex(GRAD, INPUTS, **o), "damping", "chunk max_rows seed step"),
+    "foreach_precondition_": (
+        lambda **o: co.foreach_precondition_([GRAD.clone()], [INPUTS], **o),
+        "damping",
+        "chunk max_rows seed step",
+    ),
+    "chunked_covariance": (
+        lambda **o: co.chunked_covariance(INPUTS, **{"chunk": 8, **o}),
+        "",
+        "chunk max_rows seed step",
+    ),
+    "batch_rms_norm": (
+        lambda **o: co.batch_rms_norm(torch.ones(2, 3), torch.zeros(3), training=True, **o),
+        "momentum eps",
+        "",
+    ),
+    "BatchRMSNorm": (lambda **o: conn.BatchRMSNorm(**{"num_features": 3, **o}), "momentum eps", "num_features"),
+    "deep_mlp": (
+        lambda **o: conn.deep_mlp(**{"inputs": 4, "classes": 2, "depth": 2, **o}),
+        "",
+        "inputs classes width depth",
+    ),
+    "deep_convnet": (
+        lambda **o: conn.deep_convnet(**{"channels": 3, "classes": 2, "depth": 3, **o}),
+        "",
+        "channels classes width depth pools",
+    ),
+    "initialise": (lambda **o: conn.deep_mlp(4, 2, depth=1, **o), "", "seed"),
+    "clip_spectral_norms_": (lambda **o: conn.clip_spectral_norms_(mlp(), **o), "limit", ""),
+    "OrthogonalFilter": (lambda **o: conn.OrthogonalFilter(**{"features": 4, **o}), "", "features reflections"),
+    "ROAFeedForward": (
+        lambda **o: conn.ROAFeedForward(
+            **{"in_features": 3, "hidden_features": 4, "out_features": 2, "num_layers": 2, **o}
+        ),
+        "",
+        "in_features hidden_features out_features num_layers",
+    ),
+    "ROARNN": (
+        lambda **o: conn.ROARNN(**{"input_size": 3, "hidden_size": 4, **o}),
+        "beta",
+        "input_size hidden_size",
+    ),
+    "ROARNN.jacobian_bounds": (lambda **o: conn.ROARNN(3, 4).jacobian_bounds(**o), "", "steps"),
+    "roa_jacobian_bounds": (
+        lambda **o: conn.roa_jacobian_bounds(**{"alpha": 0.5, "beta": 0.5, "weight_norms": [1.0], **o}),
+        "alpha beta slope",
+        "",
+    ),
+    "SGD2": (lambda **o: optim.SGD2(mlp(), **{"lr": 0.1, **o}), "momentum weight_decay", "max_size"),
+    "select_learning_rate": (select, "", "iterations"),
+    "GradientNoise": (lambda **o: optim.GradientNoise(sgd(mlp()), **o), "eta gamma", "seed"),
+    "ResidualNoise": (lambda **o: optim.ResidualNoise(mlp(), **o), "scale", ""),
+    "decorrelate_im2col": (lambda **o: decorrelate_im2col(KERNEL, IMAGES, **o), "damping", "max_rows"),
+    "decorrelate_fft": (lambda **o: decorrelate_fft(KERNEL, IMAGES, **o), "damping", ""),
+    "conditioning": (lambda **o: co.analysis.conditioning(mlp(), **o), "damping", "chunk"),
+    "condition_number": (lambda **o: co.analysis.condition_number([2.0, 1.0], **o), "p", ""),
+    "propagation": (
+        lambda **o: co.analysis.propagation(mlp(), torch.ones(2, 4), **o),
+        "tau",
+        "samples exact steps seed",
+    ),
+    "register": (lambda **o: co.layers.register(nn.Bilinear, **o), "", "unit_dim"),
+}
+ARGUMENTS = [
+    (owner, name, kind)
+    for owner, (_, numbers, integers) in CALLS.items()
+    for names, kind in ((numbers, "a number"), (integers, "an integer"))
+    for name in names.split()
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "kind"), ARGUMENTS)
+def test_numbers(owner, name, kind):
+    for value in (None, "1", [1], torch.ones(2), 1j, *([1.5, math.nan] if kind == "an integer" else [])):
+        with pytest.raises(TypeError) as caught:
+            CALLS[owner][0](**{name: value})
+        assert str(caught.value).startswith(f"{owner}: {name} must be {kind}, got "), caught.value
+    assert nn.Bilinear not in co.layers._TYPES
+
+
+TENSORS = {  # name in the message: a call with the argument under test
+    "precondition: grad": lambda x: co.precondition(x, INPUTS),
+    "precondition: inputs": lambda x: co.precondition(GRAD, x),
+    "precondition: bias_grad": lambda x: co.precondition(GRAD, INPUTS, bias_grad=x),
+    "foreach_precondition_: grad": lambda x: co.foreach_precondition_([x], [INPUTS]),
+    "chunked_covariance: inputs": lambda x: co.chunked_covariance(x, chunk=8),
+    "modulus: x": co.modulus,
+    "batch_rms_norm: x": lambda x: co.batch_rms_norm(x, torch.zeros(3), training=True),
+    "batch_rms_norm: running_ms": lambda x: co.batch_rms_norm(torch.ones(2, 3), x, training=True),
+    "decorrelate_im2col: grad": lambda x: decorrelate_im2col(x, IMAGES),
+    "decorrelate_im2col: inputs": lambda x: decorrelate_im2col(KERNEL, x),
+    "decorrelate_fft: grad": lambda x: decorrelate_fft(x, IMAGES),
+    "OrthogonalFilter: x": lambda x: conn.OrthogonalFilter(3)(x),
+    "ROARNN: u": lambda x: conn.ROARNN(3, 4)(x),
+    "ROARNN: h_0": lambda x: conn.ROARNN(3, 4)(torch.ones(2, 1, 3), x),
+    "certified_radius: inputs": lambda x: co.analysis.certified_radius(mlp(), x),
+    "certified_radius: targets": lambda x: co.analysis.certified_radius(mlp(), torch.ones(2, 4), x),
+}
+
+
+@pytest.mark.parametrize("argument", TENSORS)
+def test_tensors(argument):
+    for value in (3, "x", [[1.0, 2.0]], np.ones((2, 3))):
+        with pytest.raises(TypeError) as caught:
+            TENSORS[argument](value)
+        assert str(caught.value) == f"{argument} must be a Tensor, got {type(value).__name__}"
+
+
+MODULES = {
+    "Preconditioner": co.Preconditioner,
+    "SGD2": lambda x: optim.SGD2(x, lr=0.1),
+    "select_learning_rate": lambda x: optim.select_learning_rate(x, sgd(mlp()), abs, [1]),
+    "ResidualNoise": optim.ResidualNoise,
+    "clip_spectral_norms_": conn.clip_spectral_norms_,
+    "activation_statistics": co.analysis.activation_statistics,
+    "gradient_energy": co.analysis.gradient_energy,
+    "conditioning": co.analysis.conditioning,
+    "weight_domination": co.analysis.weight_domination,
+    "propagation": lambda x: co.analysis.propagation(x, INPUTS),
+    "lipschitz_bound": co.analysis.lipschitz_bound,
+}
+
+
+@pytest.mark.parametrize("owner", MODULES)
+def test_modules(owner):
+    for value in (None, 3, "model", nn.Linear):
+        with pytest.raises(TypeError) as caught:
+            MODULES[owner](value)
+        assert str(caught.value) == f"{owner}: model must be a torch.nn.Module, got {type(value).__name__}"
+
+
+NAMES = {
+    "Preconditioner: skip": lambda x: co.Preconditioner(mlp(), skip=x),
+    "ResidualNoise: layers": lambda x: optim.ResidualNoise(mlp(), layers=x),
+    "gradient_energy: layers": lambda x: co.analysis.gradient_energy(mlp(), layers=x),
+}
+
+
+@pytest.mark.parametrize("argument", NAMES)
+def test_names(argument):
+    for value in (3, [3], [None], mlp()[0]):
+        with pytest.raises(TypeError) as caught:
+            NAMES[argument](value)
+        assert str(caught.value).startswith(f"{argument} must be names, patterns or types, got "), caught.value
