@@ -250,6 +250,8 @@ def test_mistakes_are_one_sentence(options, message, capsys, monkeypatch, tmp_pa
         (("--input-shape", "3,x"), "must be sizes like 3,32,32, got '3,x'"),
         (("--tokens", "5"), "must be VOCABULARY,LENGTH, got '5'"),
         (("--samples", "1"), "must be a whole number, at least 2, got '1'"),
+        (("--seed", "99999999999999999999"), "must be a whole number in [0, 2^32)"),
+        (("--threads", "1000000"), "must be at most 1024, got '1000000'"),
     ],
 )
 def test_wrong_options_end_with_status_2(options, message, capsys):

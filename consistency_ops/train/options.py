@@ -29,7 +29,7 @@ examples:
 Ctrl-C stops the run and still writes the report of what was done.
 """
 DIGITS_BATCH, BATCH = 100, 500
-MOST_SEEDS, SEED_END = 1000, 2**32
+MOST_SEEDS, SEED_END, MOST_THREADS = 1000, 2**32, 1024
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -153,7 +153,7 @@ def _add_correction(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", type=_device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N] (default: cpu)")
-    add("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
+    add("--threads", type=_threads, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
     add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="for the report (default: runs/train)")
 
 
@@ -180,6 +180,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _threads(text: str) -> int:
+    value = _at_least(1)(text)
+    if value > MOST_THREADS:  # torch would try to start them all
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> float:

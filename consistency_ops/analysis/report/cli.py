@@ -157,7 +157,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="of weights, random inputs and the choice of images (default: 0)",
     )
     add("--device", type=options._device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N]")
-    add("--threads", type=options._at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=options._threads, metavar="N", help="CPU threads (default: torch's choice)")
     add("--out", type=Path, default=Path("runs/analyse.html"), metavar="FILE", help="(default: runs/analyse.html)")
     add("--json", type=Path, metavar="FILE", help="all numbers, too")
 

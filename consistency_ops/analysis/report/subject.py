@@ -136,11 +136,14 @@ def _inputs(args: Namespace) -> Any:
     generator = torch.Generator().manual_seed(args.seed)
     if args.inputs is not None:
         return _read(args.inputs, "--inputs")
-    if args.tokens is not None:
-        vocabulary, length = args.tokens
-        return torch.randint(vocabulary, (args.samples, length), generator=generator)
-    if args.input_shape is not None:
-        return torch.randn(args.samples, *args.input_shape, generator=generator)
+    try:
+        if args.tokens is not None:
+            vocabulary, length = args.tokens
+            return torch.randint(vocabulary, (args.samples, length), generator=generator)
+        if args.input_shape is not None:
+            return torch.randn(args.samples, *args.input_shape, generator=generator)
+    except RuntimeError as error:
+        raise UserError(f"--samples: {args.samples} of them do not fit ({str(error).splitlines()[0]}).") from None
     raise UserError(
         "--import: say what the network takes: --input-shape 3,32,32 or --tokens VOCABULARY,LENGTH for random inputs, "
         "--inputs FILE for a saved tensor, or let the callable return (model, inputs)."
