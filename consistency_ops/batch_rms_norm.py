@@ -53,8 +53,8 @@ def batch_rms_norm(
     every channel.  An empty batch updates nothing.  A NaN or Inf in one channel makes its v, and through the maximum
     every D, not finite, for as long as v remembers it.  Sums do not depend on the number of threads.
 
-    Raises TypeError (types), ValueError (shapes and ranges), NotImplementedError (complex, sparse, nested), RuntimeError
-    (devices, or ``running_ms`` requires a gradient).
+    Raises TypeError (types), ValueError (shapes and ranges), NotImplementedError (complex, sparse, nested),
+    RuntimeError (devices, or ``running_ms`` requires a gradient).
     """
     _check(x, running_ms, num_batches, momentum, eps)
     if training:

@@ -249,7 +249,7 @@ def test_unknown_command_and_help(capsys):
         ("--seeds 2..1", "must be different whole numbers"),
         ("--seeds 1,1", "must be different whole numbers"),
         ("--seeds 1..99999999999999", "must be different whole numbers"),
-        ("--seeds 4294967296", "below 2^32"),
+        ("--seeds 4294967296", r"below 2\^32, got .4294967296."),
         ("--threads 1000000", "must be at most 1024, got '1000000'"),
         ("--init -1", "must be a number above 0, got '-1'"),
         ("--device tpu", "must be cpu or cuda"),
