@@ -134,12 +134,13 @@ class _Division(Function):
 
     @staticmethod
     def backward(ctx, grad):
+        (denominator,) = ctx.saved_tensors  # in a checkpoint this recomputes the forward pass, with autograd
         if torch.compiler.is_compiling():
-            return _plain_division(grad, *ctx.saved_tensors), None
+            return _plain_division(grad, denominator), None
         if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
-            return _Division.apply(grad, *ctx.saved_tensors), None
+            return _Division.apply(grad, denominator), None
         with _below_autograd():
-            return _divide(grad, *ctx.saved_tensors), None
+            return _divide(grad, denominator), None
 
     @staticmethod
     def jvp(ctx, tangent, _):

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import consistency_ops as co
 from consistency_ops import _library, reference
@@ -331,3 +333,21 @@ def test_module_keeps_wide_statistics():
 def test_module_refuses(arguments, message):
     with pytest.raises(ValueError, match=f"BatchRMSNorm: {message}"):
         co.nn.BatchRMSNorm(*arguments)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_has_the_gradients_and_statistics_of_a_plain_step(reentrant):
+    """Its recomputation is not another batch."""
+    norm = co.nn.BatchRMSNorm
+    models = [nn.Sequential(nn.Linear(6, 8), norm(8), nn.Linear(8, 4), norm(4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for scale in (1.0, 3.0, 0.2):
+        x = (scale * torch.randn(16, 6)).requires_grad_()
+        for model in models:
+            model.zero_grad()
+            y = checkpoint(model, x, use_reentrant=reentrant) if model is models[1] else model(x)
+            y.square().sum().backward()
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+        for a, b in zip(models[0].buffers(), models[1].buffers(), strict=True):
+            assert torch.equal(a, b)

@@ -20,7 +20,8 @@ class BatchRMSNorm(nn.Module):
 
     Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
     the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.  Every training forward
-    counts as a batch, the recomputation of activation checkpointing too.
+    counts as a batch.  The recomputation of activation checkpointing does not, in eager mode: it repeats the D of the
+    last batch, which was its own if forward and backward passes alternate.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class BatchRMSNorm(nn.Module):
         return batch_rms_norm(
             x,
             self.running_ms,
-            training=self.training,
+            training=self.training and not _recomputes(),
             num_batches=self.num_batches,
             momentum=self.momentum,
             eps=self.eps,
@@ -68,3 +69,8 @@ class BatchRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}, eps={self.eps}"
+
+
+def _recomputes() -> bool:
+    """Whether a backward pass is running, so that this forward is that of a checkpoint."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
