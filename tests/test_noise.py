@@ -212,3 +212,24 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="GradientNoise: gradients must be dense, got layout torch.sparse_coo"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (5, 6, 6)], ids=str)
+def test_residual_noise_before_an_activation_in_place(shape):
+    """The residual is that of the layer's own output, before it was overwritten."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    x, results = torch.randn(shape), []
+    for inplace in (True, False):
+        model[1].inplace = inplace
+        noise = ResidualNoise(model, scale=0.5, layers="0")
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(x).square().sum().backward()
+        noise.remove()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert not torch.equal(results[0][0], model[0].weight.grad) and torch.equal(results[0][2], model[2].weight.grad)

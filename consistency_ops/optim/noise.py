@@ -168,7 +168,7 @@ class _NoisyBackward(Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        return x.view_as(x)
+        return x.clone()  # a view must not be overwritten in place, as nn.ReLU(inplace=True) does
 
     @staticmethod
     @once_differentiable

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .. import reference
 from .._checks import check_integers, check_numbers
@@ -144,18 +146,19 @@ class _WholeLayers(Preconditioner):
     ) -> None:
         self._max_size, self._divide = max_size, divide
         self._positions: dict[int, _OutputPositions] = {}
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
         if conv_mean:
             for layer in self.layers:
                 if layer.capture is not None and layer.weight.dim() > 2:
                     self._positions[layer.index] = hook = _OutputPositions(layer.weight.dim() - 2)
                     self._handles.append(layer.module().register_forward_hook(hook))
+        self._unhook = weakref.finalize(self, _remove, self._handles)
+        self._unhook.atexit = False
 
     def remove(self) -> None:
         super().remove()
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
 
     def _find_layers(self, model: nn.Module) -> list[Layer]:
         layers = super()._find_layers(model)
@@ -200,6 +203,11 @@ class _WholeLayers(Preconditioner):
         if bias is not None:
             bias.copy_(bias_grad)
         self._note([item], info, used)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _OutputPositions:
