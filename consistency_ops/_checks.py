@@ -162,16 +162,16 @@ def _overlaps_itself(tensor: Tensor) -> bool:
             reach += (size - 1) * stride
     else:
         return False
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
     return offsets.unique().numel() < tensor.numel()
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of overlapping extents have a byte in common; interleaved views may not."""
     begin, end = min(a.data_ptr(), b.data_ptr()), max(_extent(a)[1], _extent(b)[1])
-    touched = torch.zeros(end - begin, dtype=torch.uint8)
+    touched = torch.zeros(end - begin, dtype=torch.uint8, device="cpu")
     for tensor in (a, b):
         width = tensor.element_size()
         strides = [*(stride * width for stride in tensor.stride()), 1]

@@ -58,6 +58,10 @@ def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
     return None
 
 
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _no_capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """What a copied or unpickled model carries in place of a capture hook."""
 
@@ -82,8 +86,8 @@ class States:
         if device not in self._tensors:
             state = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
             views = state[:, : FORWARD + 1], state[:, STEP], state[:, PAUSED]
+            state[:, STEP], state[:, PAUSED] = self.step, int(self.paused)
             self._tensors[device] = state, torch.zeros_like(state), *views
-            self.reset(self.step, self.paused, finished=False)
         return self._tensors[device][0]
 
     def last_count(self, device: torch.device, index: int) -> Tensor:
@@ -144,40 +148,47 @@ class Capture:
         self.last_source = index  # index of the layer that captured the rows of the last finished step
         self._alone = False  # shared rows once, and then saw other inputs than the layer that captured them
         self._lost = False  # rows of this step are missing for that reason
-        self._weight: weakref.ref[Tensor] | None = None  # whose place and dtype the buffer has
-        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._weight: int | None = None  # id of the weight that is followed; weak references forbid to swap tensors
+        self._place: tuple[torch.device, torch.dtype, torch.Size] | None = None  # of that weight, as the buffer fits it
         self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
         self._mark_handle: RemovableHandle | None = None
-        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
         weight = module._parameters[kind.weight]
         if not torch.nn.parameter.is_lazy(weight):
             self.follow(module, weight)
+        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def follow(self, module: nn.Module, weight: Tensor) -> None:
-        """Fit buffer and mark hook to this weight, which may have been moved, cast, replaced or unfrozen."""
-        place = weight.device, weight.dtype
-        if self._weight is None or self._weight() is not weight:
+        """Fit buffer and mark hook to this weight, which may have been moved, cast, reshaped, replaced or unfrozen."""
+        place = weight.device, weight.dtype, weight.shape
+        if not self._follows(weight):
             self.states.new_weights = True
             self._fit(module, weight)
         elif self._place != place or (self.rows is None and weight.requires_grad):
             self._fit(module, weight)
         else:
             return
-        self._weight, self._place = weakref.ref(weight), place
+        self._weight, self._place = id(weight), place
+
+    def _follows(self, weight: Tensor) -> bool:
+        """Another weight may have the id of one that is gone, but not its hook."""
+        if self._weight != id(weight):
+            return False
+        handle = self._mark_handle
+        return handle is None or handle.id in (weight._post_accumulate_grad_hooks or ())
 
     def _fit(self, module: nn.Module, weight: Tensor) -> None:
         key = torch._C._dispatch_key_for_device(weight.device.type)
         if not weight.is_meta and not torch._C._dispatch_has_kernel_for_dispatch_key(_capture_rows.name(), key):
             raise NotImplementedError(f"Preconditioner: this build has no kernels for {weight.device.type}")
-        if self._mark_handle is not None:
-            self._mark_handle.remove()
-            self._mark_handle = None
         if not weight.requires_grad:  # a frozen layer needs no buffer
+            self._mark_nothing()
             self.rows = self.state = self.count = None
             return
-        self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
         # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if self.kind.matrix is not None and type(weight) is Parameter and not _share(self.kind.matrix(weight), weight):
+            name = type(module).__name__
+            raise ValueError(f"Preconditioner: matrix of {name} must be a view of the weight, got a copy")
         self._units, self._all_units, rows = self.kind.units(module), self.kind.all_units(module), self.rows
         width = self._width if self._width in (self._units, self._all_units) else self._units
         if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != width:
@@ -185,6 +196,15 @@ class Capture:
             self.state = self.states.on(weight.device)
             self.count = self.state[self.index, USED : USED + 1]
             self.count.zero_()
+        self._mark_nothing()
+        self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
+        # Assigned anew, because a weight that was swapped for another tensor has left its hooks with the old one.
+        weight._post_accumulate_grad_hooks = weight._post_accumulate_grad_hooks
+
+    def _mark_nothing(self) -> None:
+        if self._mark_handle is not None:
+            self._mark_handle.remove()
+            self._mark_handle = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         weight = module._parameters.get(self.weight_name)
@@ -207,7 +227,7 @@ class Capture:
             return
         if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
             self.follow(module, weight)
-        self._make_room(x)
+        self._make_room(module, weight, x)
         if self._takes(x) and not self._shares(x):
             in_backward = torch._C._current_graph_task_id() != -1
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
@@ -218,14 +238,17 @@ class Capture:
             return args[kind.position]
         return next(iter(kwargs.values()), None) if kind.keyword is None else kwargs.get(kind.keyword)
 
-    def _make_room(self, x: Tensor) -> None:
+    def _make_room(self, module: nn.Module, weight: Tensor, x: Tensor) -> None:
         """For all units, where it turns out that they are sharded in the weight and not in the input."""
         dim, rows = self.unit_dim, self.rows
         if x.dim() < -dim or (self.same_rows and x.shape[dim] != self._units):
             return
         self._width = x.shape[dim]
-        if rows is not None and self._width != rows.shape[1] and self._width in (self._units, self._all_units):
-            self.rows = rows.new_empty(self.max_rows, self._width)
+        if rows is not None and self._width != rows.shape[1]:
+            if self._width in (self._units, self._all_units):
+                self.rows = rows.new_empty(self.max_rows, self._width)
+            elif self._follows(weight):  # fully_shard puts another one in its place during the forward pass
+                self.follow(module, weight)
 
     def expect_all_units(self) -> None:
         """As :meth:`_make_room` for a compiled model, which cannot: if no call of the first step fitted. Waits once."""
@@ -246,8 +269,9 @@ class Capture:
         """Whether another layer has captured this tensor, and nothing in this step that this layer did not see."""
         self.calls += 1
         inputs = self.states.inputs
+        version = 0 if x.is_inference() else x._version
         seen = inputs.get(id(x))
-        if seen is not None and seen[0]() is x and seen[1] == x._version and not self._alone:
+        if seen is not None and seen[0]() is x and seen[1] == version and not self._alone:
             source, call = seen[2:]
             fits = source.unit_dim == self.unit_dim and source.rows.dtype == self.rows.dtype and source is not self
             if fits and source.calls == call == self.calls and (call == 1 or self.source is source):
@@ -257,7 +281,7 @@ class Capture:
             self._part(self.source)
         if len(inputs) > 2 * self.states.layers:  # many calls in one step: most of their tensors are gone
             inputs.clear()
-        inputs[id(x)] = weakref.ref(x), x._version, self, self.calls
+        inputs[id(x)] = weakref.ref(x), version, self, self.calls
         return False
 
     def _part(self, source: Capture) -> None:
@@ -291,8 +315,7 @@ class Capture:
 
     def remove(self) -> None:
         self._handle.remove()
-        if self._mark_handle is not None:
-            self._mark_handle.remove()
+        self._mark_nothing()
 
     # A copy of the model must not write into the original's buffers, nor carry a copy of them.
     def __deepcopy__(self, memo: dict) -> object:

@@ -120,8 +120,8 @@ class Preconditioner:
         self.steps = 0  # finished
         self._optimizer = optimizer
         self._store = StateStore(optimizer)
-        self._parameters: set[int] = set()  # ids of the optimizer's parameters
-        self._parameter_count = 0
+        self._held: list[int] = []  # ids of the optimizer's parameters, in its order
+        self._parameters: frozenset[int] = frozenset()  # the same
         self._checked = False  # whether hooks fire
         self.said: set[str] = set()  # what has been logged
         self.last_damping = math.nan  # before retries
@@ -131,10 +131,14 @@ class Preconditioner:
         self.layers = self._find_layers(model)
         self._states = States(len(self.layers))
         self._ranks = Ranks(self, process_group)
-        self._attach()
-        self._refuse_a_second_one()
-        if not any(layer.capture for layer in self.layers):
-            raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
+        try:
+            self._attach()
+            self._refuse_a_second_one()
+            if not any(layer.capture for layer in self.layers):
+                raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
+        except BaseException:
+            _detach(self.layers, [])
+            raise
         handles = []
         if optimizer is not None:
             handles = [
@@ -152,10 +156,10 @@ class Preconditioner:
         return find_layers(model, self.skip, self.bias)
 
     def _attach(self) -> None:
-        """Hook the layers whose weight the optimizer holds; again when its parameter groups have grown."""
+        """Hook the layers whose weight the optimizer holds; again when it holds others."""
         if self._optimizer is not None:
-            self._parameter_count = _count_parameters(self._optimizer)
-            self._parameters = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+            self._held = _ids_of_parameters(self._optimizer)
+            self._parameters = frozenset(self._held)
         find_ties(self.layers)
         report.notice_tied(self)
         for layer in self.layers:
@@ -166,17 +170,21 @@ class Preconditioner:
 
     def _refuse_a_second_one(self) -> None:
         """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
-        if self._optimizer is None:
-            return
-        others = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
-        taken = {id(x.module()) for o in others if isinstance(o, Preconditioner) for x in o.layers if x.capture}
+        taken = {id(layer.module()) for layer in self._layers_of_others()}
         for layer in self.layers:
             if layer.capture is not None and id(layer.module()) in taken:
-                _detach(self.layers, [])
                 raise ValueError(
                     "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
                     f"remove() first), got one for {layer.name!r}"
                 )
+
+    def _layers_of_others(self) -> list[Layer]:
+        """Those that other preconditioners of the same optimizer correct."""
+        if self._optimizer is None:
+            return []
+        owners = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
+        others = [owner for owner in owners if isinstance(owner, Preconditioner) and owner is not self]
+        return [layer for other in others for layer in other.layers if layer.capture is not None]
 
     def _may_correct(self, layer: Layer) -> bool:
         return layer.reason is None and not layer.tied
@@ -232,8 +240,10 @@ class Preconditioner:
 
     @torch.no_grad()
     def _correct(self) -> None:
-        grown = self._optimizer is not None and _count_parameters(self._optimizer) != self._parameter_count
-        if grown or self.steps == 0:
+        if self._states.step > self.steps:  # the optimizer has broken off the last step, after its correction
+            self.steps = self._states.step
+        holds_others = self._optimizer is not None and _ids_of_parameters(self._optimizer) != self._held
+        if holds_others or self.steps == 0:
             self._attach()
         for layer in self.layers:
             layer.info_at = None
@@ -257,11 +267,12 @@ class Preconditioner:
         if first:
             report.notice_failures(self)
 
-    def _batches(self, pooled: set[int]) -> dict[torch.device, list[Item]]:
-        batches: dict[torch.device, list[Item]] = {}
+    def _batches(self, pooled: set[int]) -> dict[tuple[torch.device, torch.dtype], list[Item]]:
+        """By device and precision: one call computes in one."""
+        batches: dict[tuple[torch.device, torch.dtype], list[Item]] = {}
         for layer in self.layers:
             if layer.index not in pooled and layer.capture is not None and (item := self._item(layer)) is not None:
-                batches.setdefault(item.grad.device, []).append(item)
+                batches.setdefault((item.rows.device, item.rows.dtype), []).append(item)
         return batches
 
     def _item(self, layer: Layer) -> Item | None:
@@ -292,7 +303,7 @@ class Preconditioner:
         return Item(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
 
     def _correct_batch(self, batch: list[Item]) -> None:
-        """Correct the gradients of layers that are on one device."""
+        """Correct the gradients of layers that are on one device, in one precision."""
         if self.every == 1 and self.decay == 0:
             self._correct_at_once(batch, self.chunk)
             return
@@ -451,7 +462,7 @@ class Preconditioner:
         self._store.count_step(self.steps)
         for layer in self.layers:
             if layer.pending and layer.weight is not None:
-                layer.pending["division"] = torch.tensor([self._division(layer), layer.inverted_units])
+                layer.pending["division"] = torch.tensor([self._division(layer), layer.inverted_units], device="cpu")
                 for key, value in layer.pending.items():
                     self._store.put(layer, key, value)
                 layer.pending.clear()
@@ -547,7 +558,7 @@ class Preconditioner:
     def remove(self) -> None:
         """Take out all hooks and all state; the optimizer then steps as if there had been no preconditioner."""
         self._detach()
-        self._store.clear()
+        self._store.clear({layer.weight for layer in self._layers_of_others() if layer.weight is not None})
         self.layers = []
 
     # Reports
@@ -620,5 +631,5 @@ def _unwrap(optimizer: Optimizer | None) -> Optimizer | None:
     return optimizer
 
 
-def _count_parameters(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+def _ids_of_parameters(optimizer: Optimizer) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]

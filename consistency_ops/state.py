@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,8 @@ class StateStore:
         self.shards: dict[int, Shards] = {}  # by index of the layer, where chunks differ from rank to rank
         self._optimizer = optimizer
         self._own: dict[str, dict[str, Tensor]] = {}
-        self._step = torch.zeros(1, dtype=torch.int64)  # a tensor: a compiled optimizer would guard on a number
+        # A tensor: a compiled optimizer would guard on a number.
+        self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._loading: Mapping[str, Any] = {}
 
     def get(self, layer: Layer) -> dict[str, Tensor]:
@@ -86,10 +87,13 @@ class StateStore:
             return int(self._step)
         return max((int(entries[_STEP]) for entries in self._optimizer.state.values() if _STEP in entries), default=0)
 
-    def clear(self) -> None:
+    def clear(self, others: Set[Tensor]) -> None:
+        """Forget everything but the entries of these weights, which are another preconditioner's."""
         self._own.clear()
         if self._optimizer is not None:
             for parameter, entries in list(self._optimizer.state.items()):
+                if parameter in others:
+                    continue
                 for key in [key for key in entries if _is_ours(key)]:
                     del entries[key]
                 if not entries:

@@ -97,6 +97,8 @@ def test_a_restart_removes_the_rows_before_the_mark():
     capture(rows, state, second, 0, -1, 0)
     mark(rows, state, 0, True)
     assert torch.equal(rows[: int(state[0, USED])], second)
+    mark(rows, state, 0, True)  # no rows since: the same forward pass, differentiated again
+    assert torch.equal(rows[: int(state[0, USED])], second)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

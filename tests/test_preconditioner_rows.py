@@ -146,10 +146,10 @@ def test_the_layer_itself_says_what_is_wrong_with_its_input(x):
     layer = nn.Linear(12, 5)
     with pytest.raises(RuntimeError) as plain:
         layer(x)
-    Preconditioner(layer)
+    pre = Preconditioner(layer)
     with pytest.raises(RuntimeError) as hooked:
         layer(x)
-    assert str(hooked.value) == str(plain.value)
+    assert str(hooked.value) == str(plain.value) and layer._forward_pre_hooks and pre.layers
 
 
 def test_a_gradient_taken_by_another_hook():

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <mutex>
+
 #include "bindings/checks.h"
 #include "bindings/cuda.h"
 #include "bindings/registration.h"
@@ -21,10 +23,14 @@ using consistency_ops::Status;
 using consistency_ops::bindings::check_status;
 using consistency_ops::bindings::on_cuda;
 
+// A call reads the state of a layer and writes it back: threads that share a model take turns.
+std::mutex cpu_turn;
+
 Status run_capture(const CaptureProblem& p, [[maybe_unused]] const Tensor& rows) {
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(rows)) return capture_rows_cuda(p, consistency_ops::bindings::CudaScope(rows).stream());
 #endif
+  const std::lock_guard<std::mutex> turn(cpu_turn);
   return capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
 }
 
@@ -32,6 +38,7 @@ Status run_mark(const CaptureProblem& p, bool restart, [[maybe_unused]] const Te
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(rows)) return capture_mark_cuda(p, restart, consistency_ops::bindings::CudaScope(rows).stream());
 #endif
+  const std::lock_guard<std::mutex> turn(cpu_turn);
   return capture_mark_cpu(p, restart);
 }
 

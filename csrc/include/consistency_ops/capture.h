@@ -100,9 +100,10 @@ CO_HOST_DEVICE inline CapturePlan plan_capture(const CaptureProblem& p, CaptureS
   return plan;
 }
 
-// The same for capture_mark: a restart moves the rows after the mark to the front.
+// The same for capture_mark: a restart moves the rows after the mark to the front.  Where there are none, the same
+// forward pass has been differentiated again, and its rows stay.
 CO_HOST_DEVICE inline CapturePlan plan_mark(CaptureState s, bool restart) {
-  CapturePlan plan{s, restart ? s.mark : 0, 1, s.used, 0, 1, 0};
+  CapturePlan plan{s, restart && s.mark < s.used ? s.mark : 0, 1, s.used, 0, 1, 0};
   plan.kept = s.used - plan.move_first;
   plan.after.used = plan.after.mark = plan.kept;
   return plan;
@@ -112,8 +113,8 @@ CO_HOST_DEVICE inline CapturePlan plan_mark(CaptureState s, bool restart) {
 Status capture_rows_cpu(const CaptureProblem& problem, const ThreadPool& pool);
 
 // Notes that the rows captured so far have been through a backward pass.  `restart`: that pass began a new gradient, so
-// rows that were marked before belong to a gradient that was thrown away (a skipped step) and are removed. Uses rows,
-// rows_dtype, units and state of the problem.
+// rows that were marked before belong to a gradient that was thrown away (a skipped step) and are removed, if there are
+// others.  Uses rows, rows_dtype, units and state of the problem.
 Status capture_mark_cpu(const CaptureProblem& problem, bool restart);
 
 }  // namespace consistency_ops
