@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +24,8 @@ class Agreement:
     1, and its rank. If all hands are up, all compare; if some are, that is an error on every rank that looks. Ranks
     with news do; the others only on the CPU, because on other devices they would have to wait.
 
-    With ``every > 1`` nothing is sent between refreshes. State that is loaded then, at a step that is a multiple of
-    ``every``, is compared at once: if only some ranks have loaded it, they wait until the backend's timeout.
+    With ``every > 1`` nothing is sent between refreshes. State that is loaded then, at a step that refreshes, is
+    compared at once: if only some ranks have loaded it, they wait until the backend's timeout.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup]) -> None:
@@ -33,15 +33,15 @@ class Agreement:
         self._known: dict[str, int] = {"step": 0}  # what was compared, and the step that has been reached since
         self._buffer: tuple[int, torch.dtype] | None = None  # of the last refresh
 
-    def expects(self, every: int) -> bool:
-        """Whether ranks without news refresh now."""
-        return self._known["step"] % every == 0
+    def expects(self, refreshes: Callable[[int], bool]) -> bool:
+        """Whether ranks without news refresh now. ``refreshes``: whether a step does."""
+        return refreshes(self._known["step"])
 
-    def reach(self, now: dict[str, int], every: int, device: torch.device) -> None:
+    def reach(self, now: dict[str, int], refreshes: Callable[[int], bool], device: torch.device) -> None:
         """``now``: step, and digests of what else must be the same. Where something is new, all ranks compare it."""
         if now == self._known or not self._groups:
             return
-        if self._buffer is not None and self.expects(every):
+        if self._buffer is not None and self.expects(refreshes):
             length, dtype = self._buffer
             buffer = torch.zeros(length, dtype=dtype, device=device)
             buffer[-2], buffer[-1] = 1, dist.get_rank()

@@ -238,9 +238,9 @@ class Ranks:
         items = [self._item(layer) for layer in layers]
         if key not in self._agreements:
             self._agreements[key] = Agreement([self._groups[ranks] for ranks in groups])
-        agreement, due = self._agreements[key], pre.steps % pre.every == 0
-        if due or agreement.expects(pre.every):
-            agreement.reach(self._fields(items), pre.every, items[0].grad.device)
+        agreement, due = self._agreements[key], pre.refreshes(pre.steps)
+        if due or agreement.expects(pre.refreshes):
+            agreement.reach(self._fields(items), pre.refreshes, items[0].grad.device)
         # A layer without a gradient takes part all the same: all ranks must send the same buffer.
         covariances = self._refresh(agreement, groups, items) if due else None
         agreement.count_step()

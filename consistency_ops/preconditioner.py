@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
+_GATHERING = 20  # first steps, in which a running average is too young to be reused
 
 _foreach_precondition_ = torch.ops.consistency_ops.foreach_precondition_.default
 
@@ -60,7 +61,10 @@ class Preconditioner:
         decay: weight of the old value in a running average of the covariances, in [0, 1). 0: the current step's inputs
             only, and a new random division every time. Above 0 the division is fixed, the average bias-corrected, and
             a step with Inf or NaN in a layer's inputs or gradient does not enter it.
-        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division.
+        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. Above 1 it
+            needs ``decay``, 0.5 or more, or a larger ``damping``: what other batches have and one batch lacks is
+            multiplied by ``1 / damping``, and training may diverge. With ``decay > 0`` the first 20 steps all invert,
+            because an average has to be gathered before it is reused.
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
@@ -263,7 +267,7 @@ class Preconditioner:
         for layer in self.layers:
             if layer.capture is not None:
                 layer.capture.begin_step(finished)
-        self._states.reset(self.steps + 1, paused=(self.steps + 1) % self.every != 0, finished=finished)
+        self._states.reset(self.steps + 1, paused=not self.refreshes(self.steps + 1), finished=finished)
         if first:
             report.notice_failures(self)
 
@@ -307,7 +311,7 @@ class Preconditioner:
         if self.every == 1 and self.decay == 0:
             self._correct_at_once(batch, self.chunk)
             return
-        if self.steps % self.every != 0:
+        if not self.refreshes(self.steps):
             self._apply(batch)
             return
         covariances = self._covariances(batch)
@@ -433,6 +437,10 @@ class Preconditioner:
                 layers=[item.layer.index for item, _, _ in ready],
             )
 
+    def refreshes(self, step: int) -> bool:
+        """Whether a step captures and inverts. By its number alone: ranks, resumed and compiled models agree."""
+        return step % self.every == 0 or (self.decay > 0 and step < _GATHERING)
+
     def _division_step(self) -> int:
         return 0 if self.decay > 0 else self.steps - self.steps % self.every
 
@@ -508,7 +516,7 @@ class Preconditioner:
                 self._store.drop(layer, "inverse", "info")
         if divided_otherwise:
             report.notice_dropped(self, divided_otherwise)
-        self._states.reset(self.steps, paused=self.steps % self.every != 0, finished=False)
+        self._states.reset(self.steps, paused=not self.refreshes(self.steps), finished=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Step counter, running covariances and inverses, by layer name.

@@ -101,6 +101,22 @@ def ddp_every():
     return _ddp(OPTIONS["every"])
 
 
+GATHERED = {"decay": 0.5, "every": 3}
+
+
+def ddp_gathered():
+    """An average that is gathered in 20 steps and then reused: number of all-reduces in each of 24."""
+    model = mlp()
+    wrapped, optimizer = DDP(model), sgd(model)
+    Preconditioner(wrapped, optimizer, chunk=8, **GATHERED)
+    sent = []
+    for step in range(24):
+        with Traffic() as traffic:
+            train(wrapped, optimizer, [dist.get_rank()], first=step, steps=1)
+        sent.append(sum("allreduce" in call for call in traffic.calls))
+    return result(model, sent=sent)
+
+
 def ddp_absolute():
     return _ddp(OPTIONS["absolute"])
 
@@ -294,17 +310,17 @@ def going_back():
     """All ranks load the state of an earlier step, and repeat its steps: the same bits."""
     found = []
     # The first refresh after it: was expected by the old count, was not, comes after one that was.
-    for options in ({}, {"every": 3}, {"every": 4, "decay": 0.5}):
+    for options, start in (({}, 2), ({"every": 3}, 2), ({"every": 4, "decay": 0.5}, 22)):
         model = _sharded(mlp())
         optimizer = sgd(model)
         Preconditioner(model, optimizer, chunk=8, **options)
-        train(model, optimizer, [dist.get_rank()], steps=2)
+        train(model, optimizer, [dist.get_rank()], steps=start)
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        train(model, optimizer, [dist.get_rank()], first=2, steps=5)
+        train(model, optimizer, [dist.get_rank()], first=start, steps=5)
         first = result(model)["parameters"]
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
-        train(model, optimizer, [dist.get_rank()], first=2, steps=5)
+        train(model, optimizer, [dist.get_rank()], first=start, steps=5)
         found.append(all(map(torch.equal, first, result(model)["parameters"])))
     return found
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 SCENARIOS = [
     *("ddp_default", "ddp_decay", "ddp_every", "ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation"),
     *("ddp_missing_layer", "averaged_by_hand", "broken_gradient", "disagreements", "unwrapped", "join"),
-    *("going_alone", "going_back", "ddp_launches"),
+    *("going_alone", "going_back", "ddp_launches", "ddp_gathered"),
     *(
         "fsdp_default",
         "fsdp_decay",
@@ -63,6 +63,16 @@ def test_ddp_with_uneven_batches_equals_one_process(results, name):
     for result in of(results, f"ddp_{name}"):
         assert difference(result["parameters"], want) < TOLERANCE
         assert result["same"]
+
+
+def test_an_average_is_gathered_in_20_steps_before_it_is_reused(results):
+    """Its first 20 refreshes, and every third step from then on, pool over ranks; the others send nothing of ours."""
+    want = scenarios.single(scenarios.GATHERED, steps=24)
+    for result in of(results, "ddp_gathered"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+        least = min(result["sent"])
+        assert [n - least for n in result["sent"]] == [1] * 20 + [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["ddp_static_graph", "ddp_wrapped_late", "ddp_accumulation", "averaged_by_hand"])

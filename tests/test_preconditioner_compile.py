@@ -90,6 +90,12 @@ def test_forward_and_backward_compile_once(options, micro_batches):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_an_average_is_gathered_and_then_reused_without_a_new_graph():
+    """From step 20 on two of three steps capture nothing."""
+    compare(dict(decay=0.9, every=3), backend="aot_eager", sizes=(40,) * 23)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_step_compiles_as_it_does_without():
     """Two graphs as for the optimizer alone: before and after its momentum exists."""
     # Before torch 2.13 the compiled SGD rounds otherwise than the eager one, without a preconditioner too.

@@ -43,6 +43,23 @@ def test_every_reuses_the_inverse_and_captures_nothing_between():
     assert not torch.equal(changes[2], changes[3]) and not torch.equal(changes[5], changes[6])
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_an_average_is_gathered_in_20_steps_before_it_is_reused(decay):
+    model = mlp()
+    pre = Preconditioner(model, every=7, decay=decay, chunk=8)
+    refreshed, inverse = [], torch.empty(0)
+    for step in range(30):
+        model.zero_grad()
+        backward(model, *data(seed=step))
+        captured = int(pre.layers[0].capture.count)
+        pre.step()
+        before, inverse = inverse, pre.state_dict()["layers"]["0"]["inverse"]
+        assert captured == (0 if torch.equal(before, inverse) else 40)
+        if captured:
+            refreshed.append(step)
+    assert refreshed == ([*range(20), 21, 28] if decay else [0, 7, 14, 21, 28])
+
+
 def test_every_first_step_equals_the_one_launch():
     a, b = mlp().double(), mlp().double()
     x, y = data()
@@ -139,9 +156,12 @@ def test_bad_steps_do_not_enter_the_average(where):
 RESUME = [{}, dict(every=3), dict(decay=0.9), dict(decay=0.9, every=2), dict(max_rows=16)]
 
 
-@pytest.mark.parametrize("options", RESUME, ids=str)
+GATHERED = [(options, 4) for options in RESUME] + [(dict(decay=0.9, every=3), steps) for steps in (19, 20, 22)]
+
+
+@pytest.mark.parametrize(("options", "steps"), GATHERED, ids=str)
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_resume_is_bitwise(options, name):
+def test_resume_is_bitwise(options, steps, name):
     def start(seed):
         model = mlp(seed)
         optimizer = OPTIMIZERS[name](model.parameters())
@@ -149,10 +169,10 @@ def test_resume_is_bitwise(options, name):
         return model, optimizer
 
     model, optimizer = start(0)
-    train(model, optimizer, 4)
+    train(model, optimizer, steps)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    train(model, optimizer, 5, first=4)
+    train(model, optimizer, 5, first=steps)
 
     resumed, other = start(9)
     train(resumed, other, 2)
@@ -160,12 +180,12 @@ def test_resume_is_bitwise(options, name):
     saved = torch.load(file, weights_only=True)
     resumed.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
-    train(resumed, other, 5, first=4)
+    train(resumed, other, 5, first=steps)
     assert_equal(model.parameters(), resumed.parameters())
 
 
-@pytest.mark.parametrize("options", RESUME, ids=str)
-def test_resume_without_an_optimizer(options):
+@pytest.mark.parametrize(("options", "start"), GATHERED, ids=str)
+def test_resume_without_an_optimizer(options, start):
     def steps(model, pre, first, count):
         for step in range(first, first + count):
             model.zero_grad()
@@ -177,14 +197,14 @@ def test_resume_without_an_optimizer(options):
 
     model = mlp()
     pre = Preconditioner(model, chunk=8, **options)
-    steps(model, pre, 0, 4)
+    steps(model, pre, 0, start)
     weights, state = copy.deepcopy(model.state_dict()), pickle.loads(pickle.dumps(pre.state_dict()))
-    steps(model, pre, 4, 3)
+    steps(model, pre, start, 3)
     resumed = mlp(3)
     again = Preconditioner(resumed, chunk=8, **options)
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
-    steps(resumed, again, 4, 3)
+    steps(resumed, again, start, 3)
     assert_equal(model.parameters(), resumed.parameters())
 
 
@@ -277,20 +297,26 @@ def own_steps(model, pre, first, count):
 
 @pytest.mark.parametrize("how", ["attached", "alone"])
 def test_state_of_version_0_1_0_goes_on_as_it_did(how):
-    """Saved by that release, with what its next three steps gave."""
+    """Saved by that release after five steps, with what its next three gave.
+
+    It did not treat the first 20 steps of an average apart, so the state is moved to step 25.
+    """
     saved = torch.load(Path(__file__).parent / "data" / "state_0.1.0.pt", weights_only=True)[how]
     model = mlp(seed=3, widths=(12, 8, 5))
     model.load_state_dict(saved["model"])
     if how == "attached":
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         pre = Preconditioner(model, optimizer, chunk=4, seed=4, decay=0.9, every=2)
+        for entries in saved["optimizer"]["state"].values():
+            entries["consistency_step"] = entries["consistency_step"] + 20
         optimizer.load_state_dict(saved["optimizer"])
         train(model, optimizer, 3, first=5)
     else:
         pre = Preconditioner(model, chunk=4, seed=4, decay=0.9, every=2)
+        saved["preconditioner"]["step"] += 20
         pre.load_state_dict(saved["preconditioner"])
         own_steps(model, pre, 5, 3)
-    assert pre.steps == 8
+    assert pre.steps == 28
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, saved["later"][name], rtol=1e-5, atol=1e-6)
 
@@ -341,6 +367,7 @@ def test_a_bias_that_is_frozen_between_inversions(options):
     """The stored inverse has one unit more than the gradient: it waits for the next one."""
     layer = nn.Linear(12, 5)
     pre = Preconditioner(layer, chunk=8, **options)
+    pre.load_state_dict({"version": 2, "step": 21, "layers": {}})  # in the first 20 an average is inverted every time
     for step in range(4):
         layer.zero_grad(set_to_none=True)
         layer.bias.requires_grad_(step == 0)
