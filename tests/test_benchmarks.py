@@ -236,6 +236,25 @@ def test_ablations_choose_the_rate_with_seed_0_and_report_the_others(tmp_path, m
     assert "| graft | diverges |" in tables.ablations(store.runs)
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"), [(0.03, 3), (1.0, 6), (3.0, 6), (0.0001, 7)], ids=["inside", "above", "at the top", "at the end"]
+)
+def test_best_rate_of_the_grid_is_not_at_an_end_of_those_tried(best, tried):
+    seen = set()
+
+    def metric(setting):
+        seen.add(setting["lr"])
+        return abs(math.log(setting["lr"] / best))
+
+    assert ablations.best_in_grid(metric, 3) == {"lr": best}
+    assert len(seen) == tried
+
+
+def test_a_grid_that_fails_goes_on_to_smaller_rates():
+    metric = lambda setting: math.inf if setting["lr"] > 0.001 else setting["lr"]  # noqa: E731
+    assert ablations.best_in_grid(metric, 3) == {"lr": ablations.GRID[-1]}
+
+
 def test_table_of_variants():
     run = fake("sgd", 1, [0.9, 0.5]) | {"phase": ablations.VARIANT_PHASE, "task": next(iter(VARIANTS))}
     lines = tables.variants([run]).splitlines()

@@ -3,8 +3,8 @@
     python -m benchmarks.peers.ablations [--tasks NAME ...] [--bases NAME ...] [--seeds 2] [--data-dir DIR]
 
 The rate is the best of the base's trials with the defaults (``python -m benchmarks.peers`` must have run).  A change
-that may move the best rate has the best of three: a third, the same, and three times it, chosen with seed 0.  All are
-judged on held-out training examples.
+that may move the best rate has the best of three: a third, the same, and three times it, chosen with seed 0.  The
+variants of activation and norm have the best of a grid in half decades.  All are judged on held-out training examples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +38,8 @@ BEST_RATE: dict[str, dict[str, object]] = {
     "decay 0.9": {"decay": 0.9},
     "every 4": {"every": 4},
     "every 10": {"every": 10},
+    "decay 0.5, every 4": {"decay": 0.5, "every": 4},
+    "decay 0.5, every 10": {"decay": 0.5, "every": 10},
     "decay 0.9, every 10": {"decay": 0.9, "every": 10},
     "damping 0.1 to 1 over the run": {"anneal": [0.1, 1.0, 80]},
     "damping by Ledoit and Wolf": {"shrinkage": True},
@@ -48,6 +52,10 @@ TASK_NAMES = ("autoencoder", "deep-mlp")
 BASES = ("sgd+pre", "adamw+pre", "muon+pre")
 STEPS = 80
 VARIANT_PHASE = "activation and norm"
+GRID = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+# The first of three rates that are tried, by index in GRID: 0.1, 0.01 and 0.03.
+VARIANT_PEERS = {"sgd": 3, "sgd+pre": 3, "adamw": 5, "adamw+pre": 5, "muon": 4, "muon+pre": 4}
+FAMILIES = {"deep-mlp variants": "deep-mlp,", "fashion-mlp variants": "fashion-mlp,"}
 
 
 def best_rate(task: str, base: str) -> float:
@@ -81,7 +89,7 @@ def table(runs: list[dict]) -> dict[str, dict[str, tuple[float, float] | None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "variants"], default=[*TASK_NAMES, "variants"])
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *FAMILIES], default=[*TASK_NAMES, *FAMILIES])
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["sgd+pre"])
     parser.add_argument("--changes", nargs="+", choices=[*SAME_RATE, *BEST_RATE, *SGD_ONLY], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
@@ -92,8 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     store = Store(arguments.out)
     for task in arguments.tasks:
-        if task == "variants":
-            run_variants(store, arguments.data_dir, arguments.seeds, arguments.steps)
+        if task in FAMILIES:
+            run_variants(store, FAMILIES[task], arguments.data_dir, arguments.seeds, arguments.steps)
             continue
         split = TASKS[task].load(arguments.data_dir)
         for base in arguments.bases:
@@ -120,13 +128,32 @@ def try_out(
         run_once(store, task, peer, name, best, split, seed, steps)
 
 
-def run_variants(store: Store, directory: Path, seeds: int, steps: int) -> None:
-    """Activation and normalisation, with and without the correction, each at the best of three rates."""
-    split = next(iter(VARIANTS.values())).load(directory)
-    for task in VARIANTS:
-        for peer in ("sgd", "sgd+pre"):
-            settings = [{"lr": lr} for lr in (0.1, 0.03, 0.01)]
-            try_out(store, task, peer, VARIANT_PHASE, settings, split, seeds, steps)
+def run_variants(store: Store, family: str, directory: Path, seeds: int, steps: int) -> None:
+    """Activation and normalisation, with and without the correction, each at its own best rate."""
+    names = [name for name in VARIANTS if name.startswith(family)]
+    split = VARIANTS[names[0]].load(directory)
+    for task in names:
+        for peer, first in VARIANT_PEERS.items():
+            run = partial(run_once, store, task, peer, VARIANT_PHASE, split=split, steps=steps)
+            best = best_in_grid(lambda setting, run=run: last(run(setting, seed=0)), first)
+            for seed in range(1, seeds + 1):
+                run(best, seed=seed)
+
+
+def best_in_grid(metric: Callable[[dict], float], first: int) -> dict:
+    """Of three rates of ``GRID`` from the index ``first`` on, and of the next one while an end is the best.
+
+    Of equals, and if all fail, the smallest rate counts as the best.
+    """
+    begin, end = first, first + 3
+    while True:
+        best = min(reversed(range(begin, end)), key=lambda i: metric({"lr": GRID[i]}))
+        if best == begin > 0:
+            begin -= 1
+        elif best == end - 1 < len(GRID) - 1:
+            end += 1
+        else:
+            return {"lr": GRID[best]}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Sequence(nn.Module):
         return self.head(self.block(x).mean(1))
 
 
-# name: (model, shape of a batch); "large": batches that people use, for the first-order optimizers only
+# name: (model, shape of a batch); "large": batches that people use
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "deep MLP, batch 500": (lambda: named("deep-mlp", (1, 28, 28))(0), (500, 1, 28, 28)),
     "ResNet-8, batch 32": (resnet, (32, 3, 32, 32)),
@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "large: convnet B, batch 128": (lambda: named("convnet", (3, 32, 32))(0), (128, 3, 32, 32)),
     "large: GPT-2 small block, 2048 tokens": (lambda: Sequence(768, 12, True), (2, 1024, 768)),
 }
-LARGE = ("sgd", "adamw", "sgd+pre", "adamw+pre")
+ONLY = {"large: GPT-2 small block, 2048 tokens": ("sgd", "adamw", "sgd+pre", "adamw+pre")}  # a step takes seconds
 ROUNDS, LARGE_ROUNDS = 10, 3  # one step in ten renews the inverses of K-FAC, FOOF, SOAP, Shampoo and SINGD
 
 
@@ -113,7 +113,7 @@ def main() -> None:
         x, y = torch.randn(shape), torch.randint(10, shape[:1])
         steps, memory = {}, {}
         for peer in peers:
-            if name.startswith("large") and peer not in LARGE:
+            if peer not in ONLY.get(name, peers):
                 continue
             try:
                 memory[peer] = kept(build, peer, x, y)

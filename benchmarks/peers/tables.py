@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks.peers.ablations import VARIANT_PHASE, table
+from benchmarks.peers.ablations import BEST_RATE, SAME_RATE, SGD_ONLY, VARIANT_PEERS, VARIANT_PHASE, table
+from benchmarks.peers.cost import MODELS
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.tasks import TASKS, VARIANTS
 
@@ -183,7 +184,7 @@ def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -
 def cost(results: dict) -> str:
     """Ratio of a step to SGD's; in brackets, kept tensors over parameters."""
     rows = results["rows"]
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = [model for model in MODELS if any(row["model"] == model for row in rows)]
     lines = ["| a step, ratio to SGD (memory) | " + " | ".join(models) + " |", "| --- |" + " --- |" * len(models)]
     sgd = {row["model"]: row["ms"] for row in rows if row["optimizer"] == "sgd"}
     lines.append("| SGD, momentum 0.9: ms a step | " + " | ".join(number(sgd[model]) for model in models) + " |")
@@ -196,7 +197,7 @@ def cost(results: dict) -> str:
             if m in found
             else "fails"
             if f"{m}, {peer}" in results["failures"]
-            else ""
+            else "not run"
             for m in models
         ]
         name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
@@ -209,7 +210,8 @@ def ablations(runs: list[dict]) -> str:
     found = table([run for run in runs if run["phase"] != VARIANT_PHASE])
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
     lines = ["| change | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for change, cells in found.items():
+    order = {change: i for i, change in enumerate([*SAME_RATE, *BEST_RATE, *SGD_ONLY])}
+    for change, cells in sorted(found.items(), key=lambda pair: order.get(pair[0], len(order))):
         shown = [_cell(cells, column) for column in columns]
         lines.append(f"| {change} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -218,10 +220,10 @@ def ablations(runs: list[dict]) -> str:
 def variants(runs: list[dict]) -> str:
     """Activation and normalisation, with and without the correction."""
     found = table([run for run in runs if run["phase"] == VARIANT_PHASE]).get(VARIANT_PHASE, {})
-    peers = ("sgd", "sgd+pre")
-    lines = ["| " + " | ".join(["network", *(PEERS[peer].text for peer in peers)]) + " |", "| --- | --- | --- |"]
+    texts = [f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text for peer in VARIANT_PEERS]
+    lines = ["| " + " | ".join(["network", *texts]) + " |", "| --- |" + " --- |" * len(texts)]
     for task in VARIANTS:
-        cells = [_cell(found, f"{task}, {peer}") for peer in peers]
+        cells = [_cell(found, f"{task}, {peer}") for peer in VARIANT_PEERS]
         lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 

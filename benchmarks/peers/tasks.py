@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consistency_ops.nn import deep_mlp
 from consistency_ops.train import data, models
 
 HELD_OUT = 2500  # training images that only judge the trials
@@ -118,6 +119,12 @@ def mlp(widths: list[int], activation: type[nn.Module], gain: float) -> Callable
 
 def named(name: str, shape: tuple[int, int, int], **options: object) -> Callable[[int], nn.Module]:
     return lambda seed: models.build(name, shape, 10, seed=seed, **options)
+
+
+def seeded_mlp(width: int, depth: int, activation: str, norm: str) -> Callable[[int], nn.Module]:
+    return lambda seed: deep_mlp(
+        784, 10, width=width, depth=depth, activation=activation, normalization=norm, init="he", seed=seed
+    )
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
@@ -267,13 +274,17 @@ TASKS = {
     ),
 }
 
-# Of the ablations: activation and normalisation of the deep MLP, from a start that lets all four train.
+# Of the ablations: activation and normalisation of the two MLPs, from a start that lets all of them train.
 VARIANTS = {
-    f"deep-mlp, He start, {activation}, {norm}": _classify(
-        f"the deep MLP with {activation}, {'RMS norm' if norm == 'rms' else 'no norm'}, He start",
-        images("mnist", "standard"),
-        named("deep-mlp", (1, 28, 28), activation=activation, normalization=norm, init="he"),
-        *(500, 160, (0.05, 0.03)),
+    f"{name}, He start, {activation}, {norm}": _classify(
+        f"{name} with {activation}, {'RMS norm' if norm == 'rms' else 'no norm'}, He start",
+        images(folder, "standard"),
+        seeded_mlp(width, depth, activation, norm),
+        *(batch, 160, (0.05, 0.03)),
+    )
+    for name, folder, width, depth, batch in (
+        ("deep-mlp", "mnist", 128, 11, 500),
+        ("fashion-mlp", "fashion-mnist", 256, 6, 250),
     )
     for activation in ("relu", "modulus")
     for norm in ("rms", "none")
