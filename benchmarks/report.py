@@ -127,6 +127,29 @@ def frameworks() -> str:
     return "\n".join(lines)
 
 
+def monitors() -> str:
+    """What watching costs, in plain passes and steps."""
+    lines = ["| | a pass that is recorded | a pass that is not |", "| --- | --- | --- |"]
+    rows = read("monitors")["rows"]
+    ratios = {(row["monitor"], row["pass"]): row["ratio"] for row in rows}
+    for name in dict.fromkeys(row["monitor"] for row in rows):
+        if (name, "a call") in ratios:
+            lines.append(f"| `{name}` | a call: {ratios[name, 'a call']:.2g} of a step | |")
+        else:
+            lines.append(f"| `{name}` | {ratios[name, 'recorded']:.2g} | {ratios[name, 'not recorded']:.2f} |")
+    return "\n".join(lines)
+
+
+def same_input() -> str:
+    """Layers with one input: covariance and inverse shared or not."""
+    lines = ["| layers with one input | shared, ms | an input each | concatenated |", "| --- | --- | --- | --- |"]
+    for row in read("same_input")["rows"]:
+        shape = f"{row['layers']} of {row['units']} units and {row['outputs']} outputs, {row['rows']} rows"
+        times = " | ".join(f"{row[f'{name}_ms']:.1f}" for name in ("shared", "apart", "concatenated"))
+        lines.append(f"| {shape} | {times} |")
+    return "\n".join(lines)
+
+
 def stored(task: str) -> list[dict]:
     path = RESULTS / "peers" / f"{task}.jsonl"
     if not path.exists():
@@ -143,6 +166,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precondition": precondition,
     "cuda": cuda,
     "frameworks": frameworks,
+    "monitors": monitors,
+    "same-input": same_input,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),

@@ -279,6 +279,17 @@ def test_readme_tables_equal_the_results():
     assert report.rebuild(readme) == readme, "run python -m benchmarks.report"
 
 
+def test_tables_of_what_watching_and_sharing_cost():
+    """Every row of the results has its line, with the ratio or the times that were measured."""
+    for table, name, value in (
+        (report.monitors(), "monitors", lambda row: f"{row['ratio']:.2g}"),
+        (report.same_input(), "same_input", lambda row: f"| {row['shared_ms']:.1f} | {row['apart_ms']:.1f} |"),
+    ):
+        rows = report.read(name)["rows"]
+        assert [row for row in rows if value(row) not in table and row.get("pass") != "not recorded"] == []
+        assert len(table.splitlines()) == 2 + len({row.get("monitor", str(row)) for row in rows})
+
+
 def test_report_replaces_only_its_blocks(tmp_path):
     text = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: two -->\n<!-- end -->\n"
     made = report.rebuild(text, {"one": lambda: "1", "two": lambda: "2"})

@@ -99,6 +99,7 @@ def plot(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, row in zip(axes, results["rows"], strict=True):
@@ -110,6 +111,8 @@ def plot(results: dict, path: Path) -> None:
         axis.loglog(x, ms, "o-", label=f"measured{measured}")
         axis.set_xticks(x, [str(value) for value in x], rotation=45)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a panel may span less than a decade
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel(LABELS[row["series"]])
         axis.legend(frameon=False, fontsize=9)
         axis.grid(alpha=0.3)

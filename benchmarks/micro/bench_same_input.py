@@ -1,0 +1,64 @@
+"""Several layers with one input (query, key and value projections): what sharing its covariance and inverse saves.
+
+    python -m benchmarks.micro.bench_same_input [--seconds 5] [--json FILE]
+
+`foreach_precondition_` on three ways to say the same: one input shared (one layer number), an input each, and the
+gradients concatenated, corrected as one and copied back.  Chunks of 128, one thread, interleaved, medians of processor
+time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+import consistency_ops as co
+from benchmarks.micro.timing import interleaved, medians, save
+
+CASES = ((3, 768, 768, 4096), (3, 256, 256, 4096), (2, 1024, 2816, 2048))  # layers, units, outputs, rows
+OPTIONS = dict(damping=0.1, scaling="trace", chunk=128)
+
+
+def measure(layers: int, units: int, outputs: int, rows: int, seconds: float) -> dict:
+    x = torch.randn(rows, units)
+    copies = [x.clone() for _ in range(layers)]
+    grads = [torch.randn(outputs, units) for _ in range(layers)]
+    work = [torch.empty_like(grad) for grad in grads]
+
+    def restore() -> None:
+        torch._foreach_copy_(work, grads)
+
+    def concatenated() -> None:
+        whole = torch.cat(work)
+        co.foreach_precondition_([whole], [x], **OPTIONS)
+        torch._foreach_copy_(work, list(whole.split(outputs)))
+
+    candidates = {
+        "shared": lambda: co.foreach_precondition_(work, [x] * layers, layers=[0] * layers, **OPTIONS),
+        "apart": lambda: co.foreach_precondition_(work, copies, layers=[0] * layers, **OPTIONS),
+        "concatenated": concatenated,
+    }
+    times = interleaved(candidates, before=restore, seconds=seconds, rounds=(9, 501), clock=time.process_time)
+    shape = {"layers": layers, "units": units, "outputs": outputs, "rows": rows}
+    return {**shape, **{f"{name}_ms": 1e3 * value for name, value in medians(times).items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timed work for each row of the table")
+    parser.add_argument("--json", help="write here instead of benchmarks/results/same_input.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for case in CASES:
+        row = measure(*case, arguments.seconds)
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    save("same_input", {"clock": "process_time, one thread", "rows": rows}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
