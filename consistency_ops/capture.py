@@ -58,10 +58,6 @@ def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
     return None
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 def _no_capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """What a copied or unpickled model carries in place of a capture hook."""
 
@@ -186,9 +182,6 @@ class Capture:
             return
         # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if self.kind.matrix is not None and type(weight) is Parameter and not _share(self.kind.matrix(weight), weight):
-            name = type(module).__name__
-            raise ValueError(f"Preconditioner: matrix of {name} must be a view of the weight, got a copy")
         self._units, self._all_units, rows = self.kind.units(module), self.kind.all_units(module), self.rows
         width = self._width if self._width in (self._units, self._all_units) else self._units
         if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != width:

@@ -98,7 +98,8 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
             layer = Layer(".".join(filter(None, (name, part))), weakref.ref(module), kind, len(layers), reason)
             if reason is None and kind.bias is not None:
                 own_bias = module._parameters.get(kind.bias)
-                layer.joins_bias = bias and own_bias is not None and len(owners[id(own_bias)]) == 1
+                fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
+                layer.joins_bias = bias and fits and len(owners[id(own_bias)]) == 1
             layers.append(layer)
     return layers
 

@@ -54,4 +54,7 @@ def side_by_side(batch: list[Item]) -> list[Item]:
 
 
 def is_plain(grad: Tensor) -> bool:
-    return type(grad) is Tensor and grad.layout is torch.strided
+    """Whether it can be corrected in place: not where it is sparse or wrapped, or repeats its elements (``expand``)."""
+    if type(grad) is not Tensor or grad.layout is not torch.strided:
+        return False
+    return grad.is_contiguous() or torch._debug_has_internal_overlap(grad) != 1

@@ -202,4 +202,4 @@ register(nn.Conv1d, unit_dim=-2)
 register(nn.Conv2d, unit_dim=-3)
 register(nn.Conv3d, unit_dim=-4)
 for _dims, _type in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 2):
-    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias")
+    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias", keyword="input")

@@ -44,8 +44,8 @@ class Preconditioner:
     and what :func:`consistency_ops.layers.register` adds; all other layers, and those without statistics (never run,
     tied, frozen, in evaluation mode), keep their gradient; :meth:`summary` lists them. Gradients are corrected in
     place, after unscaling and clipping; all micro-batches of a step count. Steps that a ``GradScaler`` skips leave
-    nothing behind. A closure is supported if the optimizer calls it once a step. Its state is in
-    ``optimizer.state_dict()``.
+    nothing behind (with ``zero_grad(set_to_none=False)`` their rows count in the next step). A closure is supported if
+    the optimizer calls it once a step. Its state is in ``optimizer.state_dict()``.
 
     Args:
         model: the module whose layers are corrected. Only weak references to it are kept.

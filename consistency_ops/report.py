@@ -237,7 +237,7 @@ def _status(pre: Preconditioner, layer: Layer) -> str:
     if pre.steps == 0:
         return "waiting for the first step"
     if layer.unfit_gradient:
-        return "gradient is sparse or a tensor subclass" + _LEFT
+        return "gradient is sparse, expanded or a tensor subclass" + _LEFT
     if layer.lost_rows:
         return "called less often than the layer whose input it shared" + _LEFT
     if not layer.module().training:

@@ -320,3 +320,33 @@ def test_several_calls_leave_what_one_call_leaves():
         twin(part).sum().backward()
     a, b = pre.layers[0].capture, twin_pre.layers[0].capture
     assert torch.equal(a.rows[:50], b.rows[:50]) and int(a.count) == int(b.count) == 50
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_keywords_of_a_transposed_convolution(swapped):
+    layer = nn.ConvTranspose2d(3, 4, 3, stride=2)
+    pre = Preconditioner(layer)
+    keywords = {"input": torch.randn(2, 3, 4, 4), "output_size": (9, 9)}
+    layer(**dict(reversed(keywords.items())) if swapped else keywords).sum().backward()
+    assert int(pre.layers[0].capture.count) == 32
+
+
+def test_a_registered_bias_of_another_shape_is_not_joined():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(1, 3))
+
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    layers.register(Wide)
+    try:
+        model = Wide()
+        pre = Preconditioner(model)
+        model(torch.randn(5, 4)).square().sum().backward()
+        before = model.weight.grad.clone(), model.bias.grad.clone()
+        pre.step()
+        assert not torch.equal(model.weight.grad, before[0]) and torch.equal(model.bias.grad, before[1])
+    finally:
+        del layers._TYPES[Wide]

@@ -233,3 +233,20 @@ def test_residual_noise_before_an_activation_in_place(shape):
     model.zero_grad()
     model(x).square().sum().backward()
     assert not torch.equal(results[0][0], model[0].weight.grad) and torch.equal(results[0][2], model[2].weight.grad)
+
+
+def test_noise_has_its_scale_where_a_fused_optimizer_unscales():
+    weights = []
+    for fused in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        GradientNoise(optimizer, eta=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(2, 6)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

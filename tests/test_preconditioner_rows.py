@@ -141,7 +141,17 @@ def test_the_buffer_follows_the_weight(change):
     assert pre.layers[1].capture.rows.dtype == (torch.float64 if change == "double" else torch.float32)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3, 7), torch.zeros(()), torch.zeros(3, 12, dtype=torch.int64)], ids=str)
+with torch.inference_mode():
+    INFERENCE = torch.zeros(3, 12)
+WRONG = {
+    "units": torch.zeros(3, 7),
+    "no dimension": torch.zeros(()),
+    "integers": torch.zeros(3, 12, dtype=torch.int64),
+    "inference": INFERENCE,
+}
+
+
+@pytest.mark.parametrize("x", WRONG.values(), ids=WRONG)
 def test_the_layer_itself_says_what_is_wrong_with_its_input(x):
     layer = nn.Linear(12, 5)
     with pytest.raises(RuntimeError) as plain:

@@ -294,3 +294,17 @@ def test_selection_checks_its_arguments():
             select_learning_rate(model, optimizer, loss_of(model), batches(), **options)
     with pytest.raises(ValueError, match="at least one batch, got none"):
         select_learning_rate(model, optimizer, loss_of(model), [])
+
+
+def test_a_step_inside_an_autocast_region():
+    """Layers of more than 256 units are solved by torch, which autocast would do in bfloat16."""
+    weights = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 20)
+        optimizer = SGD2(model, lr=0.1)
+        model(torch.randn(64, 300)).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step()
+        weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)

@@ -93,6 +93,8 @@ class GradientNoise:
     @torch.no_grad()
     def _add(self, optimizer: Optimizer) -> None:
         step = optimizer.param_groups[0].get(_STEP, 0)
+        # Where GradScaler leaves it to a fused optimizer to unscale the gradients; else they are unscaled by now.
+        scale = getattr(optimizer, "grad_scale", None)
         generators: dict[torch.device, torch.Generator] = {}
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             grad = parameter.grad
@@ -103,6 +105,8 @@ class GradientNoise:
             if grad.device not in generators:
                 generators[grad.device] = torch.Generator(grad.device).manual_seed(self.seed << 31 | step)
             noise = torch.empty_like(grad).normal_(0.0, 1.0, generator=generators[grad.device])
+            if scale is not None:
+                noise.mul_(scale.to(grad.device))
             grad.add_(noise, alpha=self.std(step))
 
 

@@ -191,14 +191,15 @@ class _WholeLayers(Preconditioner):
     def _solve(self, item: Item) -> None:
         rows = item.rows[: int(item.count)]
         bias = item.bias_grad
-        grad, bias_grad, info, used = reference.precondition(
-            item.grad.to(rows.dtype),
-            rows,
-            damping=self._damping(),
-            chunk=item.units,
-            max_rows=self.max_rows,
-            bias_grad=None if bias is None else bias.to(rows.dtype),
-        )
+        with torch.autocast(rows.device.type, enabled=False):  # the step may be inside an autocast region
+            grad, bias_grad, info, used = reference.precondition(
+                item.grad.to(rows.dtype),
+                rows,
+                damping=self._damping(),
+                chunk=item.units,
+                max_rows=self.max_rows,
+                bias_grad=None if bias is None else bias.to(rows.dtype),
+            )
         item.grad.copy_(grad)
         if bias is not None:
             bias.copy_(bias_grad)
