@@ -5,8 +5,13 @@
 // a thread a row solves the tiles below, and a warp a tile updates what is left.  Then L is inverted tile row by tile
 // row and A^-1 = L^-T L^-1 replaces it.  The inverse costs the same flops as two triangular solves and no accuracy that
 // the covariance has (the error of G A^-1 equals that of substitution), and turns the correction into one matrix
-// product. Everything here is float32 FMA: 2/3 of chunk^3 in all, a small part of the launch, and no pivot is lost to
-// TF32.
+// product.
+//
+// Everything here is float32 FMA, so no pivot is lost to TF32: chunk^3 flops, 2.1 M for 128 units or 4 us of one SM at
+// its peak, beside a serial chain of four tiles.  In static schedules of sm_90 code a tile takes some 3200 cycles
+// or 1.6 us with the column through shared memory, as here, 2.2 us with every broadcast a shuffle and 1.3 us with two
+// pivots at a time, which is not built.  That is 10 to 12 us for a chunk of 128 on its own; a whole device has the
+// flops of the 181 chunks of ResNet-50 done in 5 us.  Calculated: nothing was measured.
 #pragma once
 
 #include "cuda/chunk.cuh"
