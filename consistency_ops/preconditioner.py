@@ -61,9 +61,9 @@ class Preconditioner:
         decay: weight of the old value in a running average of the covariances, in [0, 1). 0: the current step's inputs
             only, and a new random division every time. Above 0 the division is fixed, the average bias-corrected, and
             a step with Inf or NaN in a layer's inputs or gradient does not enter it.
-        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. Above 1 it
-            needs ``decay``, 0.5 or more, or a larger ``damping``: what other batches have and one batch lacks is
-            multiplied by ``1 / damping``, and training may diverge. With ``decay > 0`` the first 20 steps all invert,
+        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. Above 1 use
+            ``decay=0.5`` or more, too: the inverse of one batch multiplies what only other batches have by
+            ``1 / damping``, and training may diverge. With ``decay > 0`` all of the first 20 steps capture and invert,
             because an average has to be gathered before it is reused.
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
