@@ -191,6 +191,9 @@ class BuildExt(build_ext):
             fail(f"the build failed ({error}): the lines above say where.")
         wanted = switch("CONSISTENCY_OPS_AUTOGRAD")
         if wanted == "0" or (wanted == "" and not self.inplace) or not (ROOT / "csrc" / "autograd").is_dir():
+            # `make build` leaves its own in build/, which would go into a wheel that says that it serves every Python.
+            for node in Path(self.build_lib, "consistency_ops").glob("_autograd_torch_*"):
+                node.unlink()
             return
         try:
             self.build([autograd_extension(cpp_extension)], cpp_extension)

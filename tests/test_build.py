@@ -149,6 +149,15 @@ def test_a_wheel_says_what_it_holds(checkout, switch):
     assert len(nodes) == (1 if switch else 0)
 
 
+def test_a_wheel_after_a_build_in_place_leaves_the_node_out(checkout):
+    assert build(with_node(checkout)).returncode == 0
+    assert list((checkout / "build").glob("lib*/consistency_ops/_autograd_torch_*"))
+    done = python(checkout, "setup.py", "-q", "bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "dist").glob("*-cp310-abi3-*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_autograd" in name]
+
+
 def test_no_toolkit(checkout, tmp_path):
     done = build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=str(tmp_path))
     assert_one_sentence(done, f"no CUDA toolkit with headers in {tmp_path}", "set CUDA_HOME")

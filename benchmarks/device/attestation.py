@@ -65,7 +65,7 @@ def keep(out: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m benchmarks.device.attestation OUT")
     found = keep(Path(sys.argv[1]))
     if not found:
