@@ -16,7 +16,9 @@ from PIL import Image
 from consistency_ops import __main__
 from consistency_ops.train import cli, data, methods, models, report
 from consistency_ops.train.console import Console
+from consistency_ops.train.errors import UserError
 from consistency_ops.train.experiment import Experiment, Plan
+from consistency_ops.train.files import write_whole
 from consistency_ops.train.loop import Contestant, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -451,3 +453,19 @@ def test_on_a_gpu(tmp_path):
     done = run("train", "--device", "cuda", "--epochs", "2", "--lr", "0.01", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(one["status"] == "finished" for one in load(tmp_path / "here")["runs"])
+
+
+def test_files_are_written_whole(tmp_path):
+    """A disk that is full in the middle leaves the file of before, and says so in a sentence."""
+    path = tmp_path / "report.json"
+    path.write_text("before")
+
+    def fill(part):
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"report\.json: cannot be written \(No space left on device\); choose another"):
+        write_whole(path, fill)
+    assert path.read_text() == "before"
+    write_whole(path, lambda part: part.write_text("after"))
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .errors import UserError
+from .files import write_whole
 from .report import complete, curves, threads_text
 
 # Okabe and Ito's colours, which colour-blind readers tell apart. One colour an optimizer; solid with the correction,
@@ -36,12 +35,7 @@ def draw(report: dict, path: Path) -> None:
                 _label_ends(axis, names, ends)
     _mark_level(axes[1], report)
     _head(figure, axes[0][0], report, names)
-    part = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.") from None
+    write_whole(path, lambda part: figure.savefig(part, format="png"))
 
 
 def _colour(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from consistency_ops._build import build_info
 
-from .errors import UserError
+from .files import write_whole
 
 FORMAT = 1
 # Test errors whose first epoch is looked up for every method.
@@ -68,12 +68,8 @@ def heading(report: dict) -> list[str]:
 
 def write(report: dict, path: Path) -> None:
     """Write the report in one stroke: a reader, or a crash, never meets half a file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.") from None
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
 
 
 def threads_text(report: dict) -> str:

@@ -7,6 +7,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/cuda.h"
+#include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
 #include "consistency_ops/capture_cuda.h"
@@ -61,28 +62,9 @@ CaptureProblem describe_buffer(const Tensor& rows, const Tensor& state, int64_t 
   return p;
 }
 
-// Describes the dimensions of x other than unit_dim, neighbours merged where one stride serves both; false if more than
-// kMaxCaptureDims are left.
+// False where x has too many dimensions.
 bool describe_rows(const Tensor& x, int64_t unit_dim, CaptureProblem& p) {
-  int64_t size[kMaxCaptureDims], stride[kMaxCaptureDims];
-  int dims = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    const int64_t n = x.size(d), s = x.stride(d);
-    if (d == unit_dim || n == 1) continue;
-    if (dims > 0 && stride[dims - 1] == n * s) {
-      size[dims - 1] *= n;
-      stride[dims - 1] = s;
-      continue;
-    }
-    if (dims == kMaxCaptureDims) return false;
-    size[dims] = n;
-    stride[dims++] = s;
-  }
-  for (int i = 0; i < kMaxCaptureDims; ++i) {
-    const int from = i - (kMaxCaptureDims - dims);
-    p.row_size[i] = from < 0 ? 1 : size[from];
-    p.row_stride[i] = from < 0 ? 0 : stride[from];
-  }
+  if (!consistency_ops::bindings::collapse(x, unit_dim, 0, kMaxCaptureDims, p.row_size, p.row_stride)) return false;
   p.x = x.data_ptr();
   p.unit_stride = x.stride(unit_dim);
   return true;

@@ -72,4 +72,28 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// Describes the dimensions from first_dim on, but for skip_dim, by `limit` sizes and strides: the innermost last,
+// neighbours merged where one stride serves both, unused ones of size 1 in front.  False if more than `limit` are left.
+inline bool collapse(const Tensor& tensor, int64_t skip_dim, int64_t first_dim, int limit, int64_t* size,
+                     int64_t* stride) {
+  int dims = 0;
+  for (int64_t d = first_dim; d < tensor.dim(); ++d) {
+    const int64_t n = tensor.size(d), s = tensor.stride(d);
+    if (d == skip_dim || n == 1) continue;
+    if (dims > 0 && stride[dims - 1] == n * s) {
+      size[dims - 1] *= n;
+      stride[dims - 1] = s;
+      continue;
+    }
+    if (dims == limit) return false;
+    size[dims] = n;
+    stride[dims++] = s;
+  }
+  std::copy_backward(size, size + dims, size + limit);
+  std::copy_backward(stride, stride + dims, stride + limit);
+  std::fill(size, size + limit - dims, 1);
+  std::fill(stride, stride + limit - dims, 0);
+  return true;
+}
+
 }  // namespace consistency_ops::bindings

@@ -10,6 +10,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/cuda.h"
+#include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
 #include "consistency_ops/precondition_cuda.h"
@@ -20,28 +21,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
-
-// Merges dimensions that are walked as one, innermost last; false if more than `limit` remain.
-bool collapse(const Tensor& tensor, int64_t skip_dim, int64_t first_dim, int limit, int64_t* size, int64_t* stride) {
-  Ints sizes, strides;
-  for (int64_t d = first_dim; d < tensor.dim(); ++d) {
-    if (d == skip_dim || tensor.size(d) == 1) continue;
-    if (!sizes.empty() && strides.back() == tensor.stride(d) * tensor.size(d)) {
-      sizes.back() *= tensor.size(d);
-      strides.back() = tensor.stride(d);
-    } else {
-      sizes.push_back(tensor.size(d));
-      strides.push_back(tensor.stride(d));
-    }
-  }
-  const int dims = static_cast<int>(sizes.size());
-  if (dims > limit) return false;
-  for (int i = 0; i < limit; ++i) {
-    size[i] = i < limit - dims ? 1 : sizes[i - (limit - dims)];
-    stride[i] = i < limit - dims ? 0 : strides[i - (limit - dims)];
-  }
-  return true;
-}
 
 void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int64_t first_unit, const char* op) {
   if (!collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride)) {

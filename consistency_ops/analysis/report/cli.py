@@ -14,6 +14,7 @@ import torch
 
 from consistency_ops.train import data, models, options
 from consistency_ops.train.errors import UserError
+from consistency_ops.train.files import write_whole
 
 DESCRIPTION = """\
 Examine one network on one batch and write one self-contained HTML page: what is wrong, layer by layer, and
@@ -190,9 +191,4 @@ def _writable(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), cure="; choose another file")
