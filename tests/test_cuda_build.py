@@ -24,10 +24,20 @@ missing = [name for name in {OPERATORS!r} for key in ("CPU", "CUDA") if not has(
 assert not missing, missing
 assert torch.equal(torch.ops.consistency_ops.modulus(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 2.0]))
 """
+# A launch that cannot be queued is a status with the runtime's text, and nothing is written.
+LAUNCH = """
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+library.co_launch_error.restype = ctypes.c_char_p
+x, y = (ctypes.c_float * 4)(-1, 2, 3, 4), (ctypes.c_float * 4)()
+assert library.co_modulus_cuda(0, ctypes.c_int64(4), x, y, None, None) == -4
+assert library.co_launch_error() not in (b"", b"no error", b"no CUDA call has failed")
+assert list(y) == [0] * 4
+"""
 
 
-def check(library):
-    done = subprocess.run([sys.executable, "-c", CHECK, library], capture_output=True, text=True)
+def check(library, code=CHECK):
+    done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -42,6 +52,8 @@ def test_library_with_cuda_kernels_loads_without_a_gpu(tmp_path):
     assert "warning" not in done.stderr, done.stderr
     (library,) = tmp_path.glob("lib/consistency_ops/_C*.so")
     check(library)
+    if not torch.cuda.is_available():
+        check(library, LAUNCH)
 
 
 @pytest.mark.skipif(_build.build_info()["cuda_toolkit"] is None, reason="built without CUDA kernels")
