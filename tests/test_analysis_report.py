@@ -231,6 +231,7 @@ def test_the_default_network_and_a_checkpoint(tmp_path, capsys):
             ("--import", "analysis_networks:gpt", "--inputs", "conftest.py"),
             "is no file of tensors that torch.save made",
         ),
+        (("--checkpoint", "README.md"), "error: --checkpoint: README.md: is no file of tensors that torch.save made"),
         (("--checkpoint", "none.pt"), "error: --checkpoint: none.pt: cannot be read (No such file or directory)."),
         (("--out", "."), "error: .: cannot be written to; choose another --out."),
         (("--model", "mlp", "--layers", "x*"), "layers: 'x*' matches no module of the model"),

@@ -221,6 +221,17 @@ def test_without_a_command_it_reports_the_build(tmp_path):
     assert torch.__version__ in done.stdout and "cpu_isa" in done.stdout
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `python -m consistency_ops | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "consistency_ops"], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
+    assert done.stderr == b""
+
+
 def test_unknown_command_and_help(capsys):
     assert __main__.main(["trian"]) == 2
     error = capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -88,7 +87,7 @@ def _built_in(args: Namespace) -> Subject:
 
 def _imported(args: Namespace) -> Subject:
     made = _call(args.import_)
-    model, *rest = made if isinstance(made, tuple) else (made,)
+    model, *rest = made if isinstance(made, tuple) and made else (made,)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"--import: {args.import_} must return a torch.nn.Module, or (module, inputs[, targets]), "
@@ -155,7 +154,7 @@ def _read(path: Path, option: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{option}: {path}: cannot be read ({error.strerror or error}).") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch.load says KeyError to a text file, and may say anything to others
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{option}: {path}: is no file of tensors that torch.save made ({first[:120]}).") from None
 
