@@ -115,7 +115,7 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     colours = ("C0", "C1", "C3", "C2", "C4", "C5", "C6", "C7", "C8", "C9", "black", "navy")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     shown = [peer for peer in PEERS if any(not run["failure"] for run in final_runs(runs, peer))]
     bases = list(dict.fromkeys(peer.removesuffix("+pre") for peer in PEERS))
     lowest = []
@@ -145,9 +145,8 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0].legend(fontsize="x-small", ncol=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", ncol=7, loc="outside lower center")
     figure.suptitle(f"{task}: mean of {len(final_runs(runs, shown[0]))} seeds, each optimizer at its best trial")
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
