@@ -97,8 +97,8 @@ def foreach_precondition_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Correct the gradients of all layers in place, in one call: ``G[:, c] <- G[:, c] (X_c^T X_c / n + damping I)^-1``.
 
-    Args are those of :func:`precondition`, one entry a layer.  ``bias_grads``, ``permutation`` and ``row_counts`` may
-    have ``None`` for some layers.
+    Args are those of :func:`precondition`; ``grads``, ``inputs``, ``bias_grads``, ``permutation``, ``layers`` and
+    ``row_counts`` have one entry a layer, which may be ``None`` in ``bias_grads``, ``permutation`` and ``row_counts``.
 
     Args:
         layers: third argument of the random division, next to ``seed`` and ``step``; default: the position in the list.
@@ -384,7 +384,12 @@ def foreach_covariance(
 ) -> list[Tensor]:
     """First stage of :func:`foreach_precondition_`: each layer's chunked second moments, undamped.
 
+    ``chunk``, ``group``, ``max_rows``, ``permutation``, ``seed``, ``step``, ``layers`` and ``row_counts`` are those of
+    :func:`foreach_precondition_`.
+
     Args:
+        inputs: one entry a layer, (..., units), or (N, in, *spatial) where the layer's entry of ``grads`` has as many
+            dimensions.
         grads: the gradients that will be corrected; their shapes tell convolutions and their groups, their dtypes the
             default ``group``.  Without them every input is (..., units).
         bias: whether the layer's bias is one more unit.
@@ -392,6 +397,9 @@ def foreach_covariance(
     Returns:
         A (chunks, chunk, chunk) tensor for each layer, (groups * chunks, chunk, chunk) for a grouped convolution;
         float32, or float64 if any input is float64.
+
+    Raises:
+        As :func:`precondition`.
     """
     op = "foreach_covariance"
     check_chunk(op, chunk, group, max_rows)
@@ -447,10 +455,17 @@ def foreach_inverse(
     """Second stage: ``(A_c + damping I)^-1`` of the results of :func:`foreach_covariance`, or of averages of them.
 
     Args:
+        covariances: (groups * chunks, ``chunk``, ``chunk``) a layer, contiguous, all float32 or all float64.
         units: of each layer (of one group of a convolution), with the bias.
+        damping, scaling: as for :func:`precondition`; ``"trace"`` needs all chunks of a layer together.
+        chunk: the one of the covariances.
 
     Returns:
-        ``(inverses, info, damping_used)``; the inverse of a chunk that was given up is zero.
+        ``(inverses, info, damping_used)``, the last two of :func:`foreach_precondition_`; the inverse of a chunk that
+        was given up is zero.
+
+    Raises:
+        As :func:`precondition`.
     """
     op = "foreach_inverse"
     check_options(op, damping, scaling, chunk, None, 1)
@@ -483,8 +498,12 @@ def foreach_apply_(
 ) -> None:
     """Third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
 
-    ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.  Chunks
-    with ``info != 0`` are left alone.
+    ``grads`` and ``bias_grads`` (``None`` for layers without) are those of :func:`foreach_precondition_`, ``inverses``
+    and ``info`` those of :func:`foreach_inverse`.  ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and
+    ``layers`` must be those of the covariance.  Chunks with ``info != 0`` are left alone.
+
+    Raises:
+        As :func:`foreach_precondition_`; nothing has been changed then.
     """
     op = "foreach_apply_"
     check_chunk(op, chunk, group)
@@ -535,7 +554,9 @@ def foreach_correct_(
     """Second and third stage in one launch: what :func:`foreach_inverse` and :func:`foreach_apply_` do, bit for bit,
     without the inverses in memory.
 
-    ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.
+    ``grads`` and ``bias_grads`` (``None`` for layers without) are those of :func:`foreach_precondition_`,
+    ``covariances``, ``damping`` and ``scaling`` those of :func:`foreach_inverse`.  ``chunk``, ``group``,
+    ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.
     Neighbours with one covariance share its inverse, as in :func:`foreach_precondition_`.
 
     Returns:

@@ -24,7 +24,13 @@ RMS_EPS = 1e-2  # the default of BatchRMSNorm
 
 
 def condition_number(spectrum: list[float], p: float = 1.0) -> float:
-    """lambda_1 / lambda_ceil(p d) of eigenvalues in descending order; inf where that one is 0 to float32 rounding."""
+    """lambda_1 / lambda_ceil(p d) of the d eigenvalues ``spectrum``; inf where that one is 0 to float32 rounding.
+
+    ``spectrum``: in descending order; none, or NaN: the result is NaN.  ``p``: in (0, 1], the share of the spectrum.
+
+    Raises:
+        ValueError: ``p`` out of range. TypeError: ``p`` is not a number.
+    """
     check_numbers("condition_number", p=p)
     if not 0 < p <= 1:
         raise ValueError(f"condition_number: p must be in (0, 1], got {p}")

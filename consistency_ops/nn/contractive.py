@@ -84,10 +84,11 @@ def _flat(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]
 
 @torch.no_grad()
 def clip_spectral_norms_(model: nn.Module, limit: float = 1.0) -> float:
-    """Project the weight of every Linear layer onto the matrices of spectral norm at most ``limit``, in place.
+    """Project the weights of all Linear layers of ``model`` onto the matrices of spectral norm at most ``limit``.
 
-    Singular values above ``limit`` become ``limit``: the nearest such matrix.  Call it every few steps of training; a
-    decomposition of each weight is made, in float64.  Returns the largest spectral norm met.  Convolutions are left.
+    In place.  Singular values above ``limit`` become ``limit``: the nearest such matrix.  Call it every few steps of
+    training; a decomposition of each weight is made, in float64.  Returns the largest spectral norm met.  Convolutions
+    are left.
 
     Raises:
         ValueError: ``limit`` is not positive and finite. TypeError: ``model`` is not a module.

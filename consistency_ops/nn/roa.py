@@ -19,7 +19,7 @@ from consistency_ops.nn.orthogonal import OrthogonalFilter
 
 
 class JacobianBounds(NamedTuple):
-    """Natural logarithms of a lower bound of the smallest and an upper bound of the largest singular value."""
+    """Natural logarithms of bounds: ``log_lower`` of the smallest singular value, ``log_upper`` of the largest."""
 
     log_lower: float
     log_upper: float

@@ -29,8 +29,9 @@ def decorrelate_im2col(
     """grad (M + damping I)^-1 with the second moment M of the input patches, (in kh kw) x (in kh kw).
 
     ``grad`` (out, in, kh, kw) is the weight gradient of a ``Conv2d`` with zero padding and one group, ``inputs``
-    (N, in, H, W) its input; the result has the shape and dtype of ``grad``.  M is the mean over output positions and
-    images, of at most ``max_rows`` patches, evenly spaced: the normal equations of the layer, exact where all are used.
+    (N, in, H, W) its input, ``stride``, ``padding`` and ``dilation`` those of the layer, a number or a pair; the result
+    has the shape and dtype of ``grad``.  M is the mean over output positions and images, of at most ``max_rows``
+    patches, evenly spaced: the normal equations of the layer, exact where all are used.
     ``damping`` > 0 is absolute.  An empty batch, and inputs that are not finite, leave the gradient as it is.  With
     d = in kh kw the cost is max_rows d^2 + d^3 / 3 + out d^2.
 
@@ -76,8 +77,9 @@ def decorrelate_fft(
     With periodic boundaries the second moment of whole-image patches is diagonal in Fourier space.  ``grad``
     (out, in, kh, kw) is embedded in an image, transformed, solved against the mean cross spectrum of ``inputs`` plus
     ``damping``, transformed back and cropped to the kernel.  Exact for periodic images and kernels as large as the
-    image; otherwise an approximation: a projection on the support, and a wrap at the border.  Stride and dilation are
-    not known to it.  Cost: (H W / 2) (in^3 / 3 + in^2 (N + out)), complex, and the transforms.
+    image; otherwise an approximation: a projection on the support, and a wrap at the border.  ``padding`` is that of
+    the layer, a number or a pair; stride and dilation are not known to it.  Cost:
+    (H W / 2) (in^3 / 3 + in^2 (N + out)), complex, and the transforms.
 
     Raises:
         ValueError: shapes that do not fit, or an argument out of range. TypeError, NotImplementedError: dtypes that
