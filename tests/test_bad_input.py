@@ -345,20 +345,26 @@ def test_a_nan_row_leaves_the_layer_as_it_is(dtype):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_or_inf_in_the_gradient_passes_through(dtype, value):
+@pytest.mark.parametrize(
+    ("shape", "chunk", "group"),
+    [((6, 100), 32, 4), ((11, 96), 32, 8), ((11, 96), 48, 8), ((11, 128), 64, 8), ((5, 96, 3, 3), 32, 8)],
+    ids=str,
+)
+def test_nan_or_inf_in_the_gradient_passes_through(shape, chunk, group, dtype, value):
     """GradScaler must see it: the (row, chunk) block that holds it stays, bit for bit; the others are corrected."""
-    grad, inputs = layer(units=100, dtype=dtype)
-    keywords = {"chunk": 32, "group": 4, "damping": 0.1, "seed": 5}
+    units, kernel = shape[1], shape[2:]
+    grad, inputs = torch.randn(shape).to(dtype), torch.randn(40, units).to(dtype)
+    keywords = {"chunk": chunk, "group": group, "damping": 0.1, "seed": 5}
     clean = co.precondition(grad, inputs, **keywords)
     bad = grad.clone()
-    bad[2, 61] = value
+    tap = (1,) * len(kernel)
+    bad[(2, 61, *tap)] = value
     corrected, info, _ = co.precondition_ex(bad, inputs, **keywords)
-    order, bounds = reference.division(100, 32, 4, seed=5), reference.chunk_bounds(100, 32)
+    order, bounds = reference.division(units, chunk, group, seed=5), reference.chunk_bounds(units, chunk)
     block = next(order[a:b] for a, b in itertools.pairwise(bounds) if 61 in order[a:b].tolist())
     assert not info.any()
-    assert same_bits(corrected[2, block], bad[2, block])
     expected = clean.clone()
-    expected[2, block] = bad[2, block]
+    expected[(2, block, *tap)] = bad[(2, block, *tap)]
     assert same_bits(corrected, expected)
 
 

@@ -67,6 +67,11 @@ struct GatherKernels {
   // Back into G, without the rows whose bit in `skip` is set.
   void (*store_tile)(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
                      const Run* runs, int64_t count);
+  // load_tile, apply and store_tile in one, for as many rows from the first on as it returns: G is read where it lies,
+  // without a copy.  For chunks of 2 to 4 panels, or any with 9 taps side by side; `product`: scratch, as `out` of
+  // apply.
+  int64_t (*correct)(void* g, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
+                     int64_t count, int64_t taps, int64_t ahead, const T* inverse, int64_t size, T limit, T* product);
 };
 
 // X in bfloat16 where the machine multiplies pairs of it: the products are exact and summed in float, at twice the

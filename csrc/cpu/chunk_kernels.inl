@@ -322,6 +322,14 @@ struct Kernels {
     largest = bits > largest ? bits : largest;
   }
 
+  static inline __attribute__((always_inline)) bool any_beyond(VectorOfBits largest, T limit) {
+    const VectorOfBits beyond = largest > __builtin_bit_cast(Bits, limit);
+    uint64_t words[sizeof(beyond) / 8], any = 0;
+    __builtin_memcpy(words, &beyond, sizeof(beyond));
+    for (uint64_t word : words) any |= word;
+    return any != 0;
+  }
+
   // out = g * kPanels neighbouring panels of the inverse.
   template <int kOfRows, int kPanels, int kRowStride, int kStepStride>
   static inline __attribute__((always_inline)) void multiply(const T* g, const T* inverse, int64_t height,
@@ -426,11 +434,7 @@ struct Kernels {
         for (int v = 0; v < kVectors; ++v) keep_largest(vector(last + r * kTilePitch, v), largest);
       }
     }
-    const VectorOfBits beyond = largest > __builtin_bit_cast(Bits, limit);
-    uint64_t words[sizeof(beyond) / 8], any = 0;
-    __builtin_memcpy(words, &beyond, sizeof(beyond));
-    for (uint64_t word : words) any |= word;
-    return any == 0 ? 0 : rows_beyond(out, rows, height, limit);
+    return any_beyond(largest, limit) ? rows_beyond(out, rows, height, limit) : 0;
   }
 
   static uint32_t rows_beyond(const T* out, int rows, int64_t width, T limit) {

@@ -71,6 +71,8 @@ inline Float16 narrow<Float16, double>(double x) {
 template <typename T, int kLength>
 struct PackOf {
   typedef T type __attribute__((vector_size(sizeof(T) * kLength)));
+  // Where it lies: memcpy between such a vector and memory becomes moves of pairs through general registers.
+  typedef T loose __attribute__((vector_size(sizeof(T) * kLength), aligned(alignof(T)), may_alias));
 };
 
 // kLength values at once; compilers do not find the vector form of the rounding by themselves.

@@ -6,7 +6,8 @@
 //   products to
 //                the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
-//   apply        64 rows of G: 4 to 16 rows of a chunk are gathered, multiplied by its inverse, and written back.
+//   apply        64 rows of G: 4 to 16 rows of a chunk are gathered, multiplied by its inverse, and written back.  With
+//                AVX-512, float32 and small chunks or 3 x 3 kernels the products read G where it lies, without a copy.
 //
 // X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
 // results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no
@@ -338,8 +339,13 @@ class Launch {
       for (int r = 0; !by_unit && r < tile_rows; ++r) {
         std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
       }
+      int64_t corrected = 0;
+      if (!with_bias) {
+        corrected = g_gather.correct(layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps,
+                                     ahead, storage_ + chunk.storage, chunk.size, largest, s.product);
+      }
       for (int64_t side = 0; side < rows; side += adjacent_rows) {
-        for (int64_t at = side; at < side + adjacent_rows; at += tile_rows) {
+        for (int64_t at = std::max(side, corrected); at < side + adjacent_rows; at += tile_rows) {
           const int here = static_cast<int>(std::min(tile_rows, side + adjacent_rows - at));
           const int64_t* row_offset = s.row_offset + at;
           g_gather.load_tile(layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs, ahead, by_unit,
