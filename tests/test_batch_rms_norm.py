@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import consistency_ops as co
 from consistency_ops import _library, reference
@@ -351,3 +351,16 @@ def test_a_checkpoint_has_the_gradients_and_statistics_of_a_plain_step(reentrant
             assert torch.equal(a.grad, b.grad)
         for a, b in zip(models[0].buffers(), models[1].buffers(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_selective_checkpoint_runs():
+    """It replays the operators of the forward pass, so its recomputation counts as a batch."""
+    model = nn.Sequential(nn.Linear(6, 8), co.nn.BatchRMSNorm(8), nn.Linear(8, 4))
+    x = torch.randn(16, 6, requires_grad=True)
+
+    def contexts():
+        return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+    checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters()) and x.grad.isfinite().all()
+    assert model[1].num_batches.tolist() == [2]

@@ -20,8 +20,8 @@ class BatchRMSNorm(nn.Module):
 
     Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
     the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.  Every training forward
-    counts as a batch.  The recomputation of activation checkpointing does not, in eager mode: it repeats the D of the
-    last batch, which was its own if forward and backward passes alternate.
+    counts as a batch.  The recomputation of activation checkpointing does not (unless it is compiled or selective): it
+    repeats the D of the last batch, which was its own if forward and backward passes alternate.
     """
 
     def __init__(
@@ -72,5 +72,10 @@ class BatchRMSNorm(nn.Module):
 
 
 def _recomputes() -> bool:
-    """Whether a backward pass is running, so that this forward is that of a checkpoint."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether a backward pass is running, so that this forward is that of a checkpoint.
+
+    False in a selective one, which is a dispatch mode and wants the operators of the first time.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
