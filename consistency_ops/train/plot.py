@@ -25,7 +25,7 @@ def draw(report: dict, path: Path) -> None:
     names = [name for name in report["summary"]["methods"] if curves(runs, name)["seconds"]]
     figure = Figure(figsize=(11.5, 8.2), dpi=130, facecolor="white")
     axes = figure.subplots(2, 2, sharey="row")
-    figure.subplots_adjust(left=0.075, right=0.975, top=0.85, bottom=0.07, hspace=0.16, wspace=0.34)
+    figure.subplots_adjust(left=0.075, right=0.975, top=0.85, bottom=0.07, hspace=0.16, wspace=0.38)
     for row, field in enumerate(("train_loss", "test_error")):
         for column, against in enumerate(("epoch", "seconds")):
             axis: Axes = axes[row][column]
@@ -77,7 +77,7 @@ def _dress(axis: Axes, row: int, column: int, field: str) -> None:
     axis.spines[["left", "bottom"]].set_color("#999999")
     if column == 0:
         axis.set_ylabel("training loss" if row == 0 else "test error", color="#222222")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     else:
         axis.set_xlim(left=0)
     if row == 1:

@@ -154,9 +154,9 @@ def _read(path: Path, option: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{option}: {path}: cannot be read ({error.strerror or error}).") from None
-    except Exception as error:  # torch.load says KeyError to a text file, and may say anything to others
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{option}: {path}: is no file of tensors that torch.save made ({first[:120]}).") from None
+    except Exception:  # torch.load says KeyError to a text file, and may say anything to others
+        sentence = f"{option}: {path}: is no file of tensors that torch.save made; whole models are not read."
+        raise UserError(sentence) from None
 
 
 def _restore(model: nn.Module, path: Path) -> None:
