@@ -217,13 +217,14 @@ def ablations(runs: list[dict]) -> str:
 
 
 def variants(runs: list[dict]) -> str:
-    """Activation and normalisation, with and without the correction."""
+    """Activation and normalisation, with and without the correction; a row for each network that was run."""
     found = table([run for run in runs if run["phase"] == VARIANT_PHASE]).get(VARIANT_PHASE, {})
     texts = [f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text for peer in VARIANT_PEERS]
     lines = ["| " + " | ".join(["network", *texts]) + " |", "| --- |" + " --- |" * len(texts)]
     for task in VARIANTS:
         cells = [_cell(found, f"{task}, {peer}") for peer in VARIANT_PEERS]
-        lines.append("| " + " | ".join([task, *cells]) + " |")
+        if any(cells):
+            lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 
 
