@@ -82,7 +82,7 @@ AGAIN = {
         "test_a_chunk_that_fails_fails_for_all",
         "test_rows_that_are_counted",
     },
-    "test_bad_input.py": {
+    "test_bad_values.py": {
         "test_nan_or_inf_in_one_unit_spares_the_other_chunks",
         "test_a_nan_row_leaves_the_layer_as_it_is",
         "test_nan_or_inf_in_the_gradient_passes_through",

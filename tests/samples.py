@@ -289,3 +289,20 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     if difference == 0.0:
         return 0.0
     return float(difference / size) if np.isfinite(difference) and size > 0 else math.inf
+
+
+# One layer, and whether two tensors are the same to the last bit, NaN included
+
+
+def layer(outputs=6, units=40, rows=50, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = rows_like(rows, units, generator).to(dtype)
+    return torch.randn(outputs, units, generator=generator).to(dtype), inputs
+
+
+def bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and torch.equal(bits(a), bits(b))
