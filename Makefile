@@ -77,10 +77,10 @@ $(VENV)/.installed: requirements.txt
 		{ echo "$$($(PYTHON) --version) is too old: set PYTHON to Python 3.10 or newer, as in 'make PYTHON=python3.12'."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
 		{ echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq -r requirements.txt
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install -qq -r requirements.txt
 	@touch $@
 
 $(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.installed
-	$(BIN)/python -m pip install -qq -r requirements-frameworks.txt
+	"$(BIN)/python" -m pip install -qq -r requirements-frameworks.txt
 	@touch $@

@@ -182,6 +182,17 @@ def test_old_toolkit_builds_for_the_cpu_and_says_so(checkout, tmp_path):
     assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_in_a_folder_whose_name_has_a_space(tmp_path):
+    folder = tmp_path / "my checkout"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    told = subprocess.run(["make", "-n", ".venv/.installed"], cwd=folder, capture_output=True, text=True, check=True)
+    assert told.stdout.count(f'"{folder}/.venv/bin/python"') == 2
+    assert told.stdout.count(f"{folder}/.venv") == 2
+
+
 def imported(checkout, **environment):
     done = python(checkout, "-c", "import consistency_ops", **environment)
     assert done.returncode != 0
