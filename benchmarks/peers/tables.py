@@ -176,7 +176,10 @@ def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -
     if row is None:
         return "every trial failed" if all_failed(runs, peer) else "not run"
     if row["targets"][target]["steps"] is None:
-        return "failed" if row["end"] is None else f"ends at {number(row['end'])}"
+        if row["end"] is None:
+            return "failed"
+        failed = f", {row['failed']} of {row['seeds']} failed" if row["failed"] else ""
+        return f"ends at {number(row['end'])}{failed}"
     return _reached(row["targets"][target], row["seeds"])
 
 
