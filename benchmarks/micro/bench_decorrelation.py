@@ -8,13 +8,12 @@ One thread, float32, interleaved in one run, medians of processor time; the rati
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import interleaved, medians, one_thread, save
 from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
 
 ROWS = 4096
@@ -45,11 +44,7 @@ def measure(batch: int, inputs: int, outputs: int, image: int, kernel: int, seco
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timed work for each row of the table")
-    parser.add_argument("--json", help="write here instead of benchmarks/results/decorrelation.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = one_thread(__doc__, "decorrelation", seconds=3.0)
     print(f"{'layer':<42} channels ms  im2col ms     fft ms   ratios")
     rows = []
     for layer in LAYERS:

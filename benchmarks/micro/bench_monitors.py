@@ -9,7 +9,6 @@ encoder (width 256, 1 024 tokens), AdamW with the preconditioner.  One thread, i
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import interleaved, medians, one_thread, save
 from consistency_ops.train import models
 
 RECORDERS = ("gradient_energy", "activation_statistics", "weight_domination", "conditioning")
@@ -73,11 +72,7 @@ def stats(seconds: float) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timed work for each of the two tables")
-    parser.add_argument("--json", help="write here instead of benchmarks/results/monitors.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = one_thread(__doc__, "monitors", seconds=5.0, of="of the two tables")
     torch.manual_seed(0)
     rows = recorders(arguments.seconds) + stats(arguments.seconds)
     for row in rows:

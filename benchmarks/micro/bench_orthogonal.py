@@ -8,12 +8,11 @@ processor time.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
 
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import interleaved, medians, one_thread, save
 from consistency_ops.nn import OrthogonalFilter
 from consistency_ops.nn.orthogonal import FILTERS
 
@@ -32,11 +31,7 @@ def measure(features: int, seconds: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timed work for each row of the table")
-    parser.add_argument("--json", help="write here instead of benchmarks/results/orthogonal.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = one_thread(__doc__, "orthogonal", seconds=2.0)
     print("features" + "".join(f"{kind + ' us':>16}" for kind in KINDS))
     rows = []
     for features in SIZES:

@@ -9,13 +9,12 @@ time.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import interleaved, medians, one_thread, save
 
 CASES = ((3, 768, 768, 4096), (3, 256, 256, 4096), (2, 1024, 2816, 2048))  # layers, units, outputs, rows
 OPTIONS = dict(damping=0.1, scaling="trace", chunk=128)
@@ -46,11 +45,7 @@ def measure(layers: int, units: int, outputs: int, rows: int, seconds: float) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timed work for each row of the table")
-    parser.add_argument("--json", help="write here instead of benchmarks/results/same_input.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = one_thread(__doc__, "same_input", seconds=5.0)
     torch.manual_seed(0)
     rows = []
     for case in CASES:

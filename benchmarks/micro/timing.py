@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -48,14 +49,28 @@ def interleaved(
     return times
 
 
+def one_thread(about: str, name: str, seconds: float, of: str = "row of the table") -> argparse.Namespace:
+    """``--seconds`` and ``--json`` of a benchmark that runs on one thread; ``of``: what is timed for so long."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"of timed work for each {of}")
+    parser.add_argument("--json", help=f"write here instead of benchmarks/results/{name}.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    return arguments
+
+
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def command() -> str:
-    """This run's, as it is typed."""
+    """This run's, as it is typed, without ``--json FILE``: where its figures went does not matter to them."""
     spec = sys.modules["__main__"].__spec__
-    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        del arguments[at : at + 2]
+    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *arguments])
 
 
 def machine() -> dict:
