@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_CHUNK = 256  # kMaxChunk of csrc/include/consistency_ops/types.h
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -74,6 +74,21 @@ def check_list(op: str, name: str, values: Iterable, count: int | None = None) -
     if count is not None and len(values) != count:
         raise ValueError(f"{op}: {name} must have one entry for each of the {count} layers, got {len(values)}")
     return values
+
+
+def check_module(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_names(op: str, name: str, values: str | type | Iterable[str | type]) -> tuple[str | type, ...]:
+    """What chooses layers: one name, pattern or type, or several."""
+    several = isinstance(values, Iterable) and not isinstance(values, str | type)
+    found = tuple(values) if several else (values,)
+    for one in found:
+        if not isinstance(one, str | type):
+            raise TypeError(f"{op}: {name} must be names, patterns or types, got {one!r}")
+    return found
 
 
 def check_sizes(op: str, **values: int) -> None:

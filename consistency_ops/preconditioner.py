@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from . import ops, report
+from ._checks import check_module, check_names
 from .agreement import digest
 from .capture import Capture, States
 from .coverage import Layer, find_layers, find_ties
@@ -96,8 +97,7 @@ class Preconditioner:
         seed: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Preconditioner: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("Preconditioner", model)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
@@ -117,10 +117,7 @@ class Preconditioner:
 
         self.damping, self.scaling, self.chunk, self.group, self.max_rows = damping, scaling, chunk, group, max_rows
         self.decay, self.every, self.bias, self.seed = decay, every, bias, seed
-        self.skip = tuple(skip) if isinstance(skip, Iterable) and not isinstance(skip, str | type) else (skip,)
-        for one in self.skip:
-            if not isinstance(one, str | type):
-                raise TypeError(f"Preconditioner: skip must be names, patterns or types, got {one!r}")
+        self.skip = check_names("Preconditioner", "skip", skip)
         self.steps = 0  # finished
         self._optimizer = optimizer
         self._store = StateStore(optimizer)

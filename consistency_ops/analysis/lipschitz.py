@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from consistency_ops._checks import check_module
+
 from .lipschitz_graph import Network, is_size, node_name
 from .lipschitz_rules import Factor, Rule, Unbounded, has_rule
 from .recorder import unrecorded
@@ -133,8 +135,7 @@ def lipschitz_bound(
         bound = co.analysis.lipschitz_bound(model)
         print(bound.log_bound, bound.log_folded, bound.contractive)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"lipschitz_bound: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("lipschitz_bound", model)
     given = rules.items() if isinstance(rules, Mapping) else [(rules, None)] * (rules is not None)
     if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
         raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {rules!r}")

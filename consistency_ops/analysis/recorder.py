@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from consistency_ops._checks import check_module
 from consistency_ops.layers import layer_type
 
 Layers = Sequence[str | type[nn.Module]] | None
@@ -46,8 +47,7 @@ def signalling(module: nn.Module) -> bool:
 
 def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     """The layers to measure: those that match a name pattern or a type of ``layers``, or those of the default rule."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(what, model)
     named = {name or "model": module for name, module in model.named_modules()}
     if layers is None:
         found = {name: module for name, module in named.items() if default(module)}

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from consistency_ops._checks import check_numbers
+from consistency_ops._checks import check_module, check_numbers
 from consistency_ops.nn.batch_rms_norm import BatchRMSNorm
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -93,8 +93,7 @@ def clip_spectral_norms_(model: nn.Module, limit: float = 1.0) -> float:
     Raises:
         ValueError: ``limit`` is not positive and finite. TypeError: ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"clip_spectral_norms_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("clip_spectral_norms_", model)
     check_numbers("clip_spectral_norms_", limit=limit)
     if not 0 < limit < math.inf:
         raise ValueError(f"clip_spectral_norms_: limit must be positive and finite, got {limit}")

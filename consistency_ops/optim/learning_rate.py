@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_integers, check_numbers
+from .._checks import check_integers, check_module, check_numbers
 
 CANDIDATES = (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005)
 
@@ -54,8 +54,7 @@ def select_learning_rate(
         RuntimeError: no candidate ended with a finite loss. The state is as before the call.
     """
     op = "select_learning_rate"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(op, model)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     check_integers(op, iterations=iterations)

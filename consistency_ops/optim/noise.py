@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.optim import Optimizer
 
-from .._checks import check_integers, check_numbers
+from .._checks import check_integers, check_module, check_names, check_numbers
 
 _STEP = "gradient_noise_step"
 
@@ -136,16 +136,12 @@ class ResidualNoise:
         scale: float = 1e-2,
         layers: str | type | Iterable[str | type] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"ResidualNoise: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("ResidualNoise", model)
         check_numbers("ResidualNoise", scale=scale)
         if not 0 <= scale < math.inf:
             raise ValueError(f"ResidualNoise: scale must be at least 0 and finite, got {scale}")
         self.scale = scale
-        wanted = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str | type) else (layers,)
-        for one in wanted:
-            if not isinstance(one, str | type):
-                raise TypeError(f"ResidualNoise: layers must be names, patterns or types, got {one!r}")
+        wanted = check_names("ResidualNoise", "layers", layers)
         meant = [module for name, module in model.named_modules() if _is_meant(name, module, wanted)]
         if not meant:
             raise ValueError(f"ResidualNoise: layers must name modules of the model, got {wanted}")

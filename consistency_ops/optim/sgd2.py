@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import reference
-from .._checks import check_integers, check_numbers
+from .._checks import check_integers, check_module, check_numbers
 from ..coverage import Layer
 from ..item import Item
 from ..ops import MAX_CHUNK
-from ..preconditioner import Preconditioner
+from ..preconditioner import Preconditioner, _detach
 
 
 class SGD2(Optimizer):
@@ -69,8 +69,7 @@ class SGD2(Optimizer):
         max_rows: int = 10_240,
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"SGD2: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("SGD2", model)
         check_numbers("SGD2", momentum=momentum, weight_decay=weight_decay)
         if not isinstance(lr, Tensor):
             check_numbers("SGD2", lr=lr)
@@ -153,7 +152,7 @@ class _WholeLayers(Preconditioner):
                 if layer.capture is not None and layer.weight.dim() > 2:
                     self._positions[layer.index] = hook = _OutputPositions(layer.weight.dim() - 2)
                     self._handles.append(layer.module().register_forward_hook(hook))
-        self._unhook = weakref.finalize(self, _remove, self._handles)
+        self._unhook = weakref.finalize(self, _detach, [], self._handles)
         self._unhook.atexit = False
 
     def remove(self) -> None:
@@ -204,11 +203,6 @@ class _WholeLayers(Preconditioner):
         if bias is not None:
             bias.copy_(bias_grad)
         self._note([item], info, used)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class _OutputPositions:
