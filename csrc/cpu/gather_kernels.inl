@@ -341,16 +341,15 @@ struct Gather {
     return r;
   }
 
-  // The taps of one output, side by side.
+  // The taps of one output, side by side from `first` on.
   template <int kPanels, int kTaps>
-  static void multiply_taps(const S* source, const int64_t* row_offset, int64_t unit_stride, const Run* runs,
-                            int64_t count, int64_t ahead, const T* inverse, int64_t height, T* product,
-                            typename Kernels<T>::VectorOfBits& largest) {
+  static void multiply_taps(const S* first, int64_t unit_stride, const Run* runs, int64_t count, int64_t ahead,
+                            const T* inverse, int64_t height, T* product, typename Kernels<T>::VectorOfBits& largest) {
     using K = Kernels<T>;
     typename K::V acc[kTaps][kPanels] = {};
     const T* factors = inverse;
     for (const Run* run = runs; run != runs + count; ++run) {
-      const S* g = source + row_offset[0] + run->unit * unit_stride;
+      const S* g = first + run->unit * unit_stride;
       for (int u = 0; u < run->length; ++u, factors += kPanel, g += unit_stride) {
         __builtin_prefetch(g + ahead, 1, 2);
         typename K::V row[kPanels];
@@ -385,11 +384,11 @@ struct Gather {
       typename Kernels<T>::VectorOfBits largest{};
       int j = 0;
       for (; j + 2 <= panels; j += 2) {
-        multiply_taps<2, kTaps>(source, row_offset + r, unit_stride, runs, count, ahead, inverse + j * height * kPanel,
+        multiply_taps<2, kTaps>(source + row_offset[r], unit_stride, runs, count, ahead, inverse + j * height * kPanel,
                                 height, product + j * kPanel, largest);
       }
       if (j < panels) {
-        multiply_taps<1, kTaps>(source, row_offset + r, unit_stride, runs, count, ahead, inverse + j * height * kPanel,
+        multiply_taps<1, kTaps>(source + row_offset[r], unit_stride, runs, count, ahead, inverse + j * height * kPanel,
                                 height, product + j * kPanel, largest);
       }
       if (Kernels<T>::any_beyond(largest, limit)) break;

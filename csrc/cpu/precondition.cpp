@@ -3,8 +3,7 @@
 // One parallel region a call.  The work is a list of tickets (plan.h) in three phases a layer:
 //
 //   covariance   a thread packs 32 to 128 rows of its chunks' units into panels, in one pass over X, and adds their
-//   products to
-//                the chunks' upper blocks while both are in L2;
+//                products to the chunks' upper blocks while both are in L2;
 //   factor       one chunk: damp, factor, invert; the inverse replaces the covariance;
 //   apply        64 rows of G: 4 to 16 rows of a chunk are gathered, multiplied by its inverse, and written back.  With
 //                AVX-512, float32 and small chunks or 3 x 3 kernels the products read G where it lies, without a copy.
@@ -336,13 +335,14 @@ class Launch {
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
       const Run bias_run{0, 0, plan.bias_column, 1};
-      for (int r = 0; !by_unit && r < tile_rows; ++r) {
-        std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
-      }
       int64_t corrected = 0;
       if (!with_bias) {
         corrected = g_gather.correct(layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps,
                                      ahead, storage_ + chunk.storage, chunk.size, largest, s.product);
+        if (corrected == rows) continue;
+      }
+      for (int r = 0; !by_unit && r < tile_rows; ++r) {
+        std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
       }
       for (int64_t side = 0; side < rows; side += adjacent_rows) {
         for (int64_t at = std::max(side, corrected); at < side + adjacent_rows; at += tile_rows) {
