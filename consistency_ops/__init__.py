@@ -1,9 +1,11 @@
 """Second-order training at first-order cost: the system of arXiv 1708.00631 as fused kernels for PyTorch."""
 
-# _library comes first: it says in one sentence what is missing.
-from consistency_ops import _library, analysis, layers, nn, optim
-from consistency_ops._build import build_info, cmake_prefix_path, include_dir
-from consistency_ops.ops import (
+from .ops import library as _library  # first: it says in one sentence what is missing
+
+# isort: split
+from . import analysis, layers, nn, optim
+from .environment import build_info, cmake_prefix_path, include_dir
+from .ops import (
     batch_rms_norm,
     chunked_covariance,
     foreach_precondition_,
@@ -11,7 +13,7 @@ from consistency_ops.ops import (
     precondition,
     precondition_ex,
 )
-from consistency_ops.preconditioner import Preconditioner
+from .preconditioner import Preconditioner
 
 __version__ = "0.1.0"
 

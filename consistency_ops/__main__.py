@@ -8,8 +8,8 @@ import sys
 
 # command: (module with main(argv) -> exit status, one line for the help); imported only when asked for
 COMMANDS = {
-    "analyse": ("consistency_ops.analysis.report.cli", "say what is wrong in a network, layer by layer, as a web page"),
-    "train": ("consistency_ops.train.cli", "train one network with several optimizers side by side on real data"),
+    "analyse": ("consistency_ops.cli.analyse", "say what is wrong in a network, layer by layer, as a web page"),
+    "train": ("consistency_ops.cli.train", "train one network with several optimizers side by side on real data"),
 }
 
 
@@ -26,7 +26,7 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     if not argv:
-        from consistency_ops._build import format_report
+        from consistency_ops.environment import format_report
 
         print(format_report())
         return 0

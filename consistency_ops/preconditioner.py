@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
-from . import ops, report
-from ._checks import check_module, check_names
-from .agreement import digest
-from .capture import Capture, States
-from .coverage import Layer, find_layers, find_ties
-from .distributed import Ranks
-from .item import Item, is_plain, side_by_side
-from .state import StateStore, on_host
+from . import ops
+from .distributed.pooling import Ranks
+from .distributed.rank_check import digest
+from .engine.capture import Capture, States
+from .engine.discovery import find_layers, find_ties
+from .engine.layer import Layer
+from .engine.layer_step import Item, is_plain, side_by_side
+from .engine.state import StateStore, on_host
+from .ops.checks import check_module, check_names
+from .reporting import stats, summary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,7 +164,7 @@ class Preconditioner:
             self._held = _ids_of_parameters(self._optimizer)
             self._parameters = frozenset(self._held)
         find_ties(self.layers)
-        report.notice_tied(self)
+        stats.notice_tied(self)
         for layer in self.layers:
             module, weight = layer.module(), layer.weight
             if layer.capture is None and weight is not None and self._may_correct(layer) and self.owns(weight):
@@ -255,7 +257,7 @@ class Preconditioner:
             batches = self._batches(pooled)
         first = False
         if not (self._checked or self._states.paused):
-            self._checked = first = report.notice_unseen(self, [item for batch in batches.values() for item in batch])
+            self._checked = first = stats.notice_unseen(self, [item for batch in batches.values() for item in batch])
         for batch in batches.values():
             self._correct_batch(batch)
             for item in batch:
@@ -266,7 +268,7 @@ class Preconditioner:
                 layer.capture.begin_step(finished)
         self._states.reset(self.steps + 1, paused=not self.refreshes(self.steps + 1), finished=finished)
         if first:
-            report.notice_failures(self)
+            stats.notice_failures(self)
 
     def _batches(self, pooled: set[int]) -> dict[tuple[torch.device, torch.dtype], list[Item]]:
         """By device and precision: one call computes in one."""
@@ -290,7 +292,7 @@ class Preconditioner:
         if capture.lost != layer.lost_rows:
             layer.lost_rows = capture.lost
             if layer.lost_rows:
-                report.notice_lost(self, layer)
+                stats.notice_lost(self, layer)
         if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
             return None
         source = capture.source or capture
@@ -512,7 +514,7 @@ class Preconditioner:
             if self.every == 1:  # saved with a larger one
                 self._store.drop(layer, "inverse", "info")
         if divided_otherwise:
-            report.notice_dropped(self, divided_otherwise)
+            stats.notice_dropped(self, divided_otherwise)
         self._states.reset(self.steps, paused=not self.refreshes(self.steps), finished=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -580,7 +582,7 @@ class Preconditioner:
         Args:
             condition: whether to compute the condition numbers, which takes about as long as the correction of a step.
         """
-        return report.stats(self, condition)
+        return stats.stats(self, condition)
 
     def log_to(self, writer: Any, step: int | None = None, prefix: str = "preconditioner") -> None:
         """Write every number of :meth:`stats` as a scalar, in the manner of TensorBoard.
@@ -590,11 +592,11 @@ class Preconditioner:
             step: on the horizontal axis; ``None``: the steps that this preconditioner has done.
             prefix: of the tags, such as ``preconditioner/failed_chunks`` and ``preconditioner/condition/0``.
         """
-        report.log_to(self, writer, step, prefix)
+        stats.log_to(self, writer, step, prefix)
 
     def summary(self) -> str:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
-        return report.summary(self)
+        return summary.summary(self)
 
     def __repr__(self) -> str:
         covered = sum(layer.capture is not None for layer in self.layers)

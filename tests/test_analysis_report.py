@@ -193,7 +193,7 @@ def test_a_strangers_network_by_one_command(network, options, expected, tmp_path
 
 def test_the_default_network_and_a_checkpoint(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    from consistency_ops.train import models
+    from consistency_ops.cli import models
 
     bad = models.build("mlp", (1, 8, 8), 10, normalization="none", init="he", seed=5)
     with torch.no_grad():

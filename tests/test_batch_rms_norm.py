@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import consistency_ops as co
-from consistency_ops import _library, reference
+from consistency_ops import reference
+from consistency_ops.ops.library import library as compiled
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -187,7 +188,7 @@ def test_threads_do_not_change_a_bit(dtype, layout):
 @pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_instruction_set(name, dtype):
-    library = _library.library
+    library = compiled
     library.co_cpu_isa.restype = ctypes.c_char_p
     before = library.co_cpu_isa()
     if library.co_set_cpu_isa(name.encode()) != 0:

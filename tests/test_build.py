@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from consistency_ops import _library
+from consistency_ops.ops import library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -233,7 +233,7 @@ def test_the_operators_of_the_library_are_those_that_python_calls():
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("consistency_ops::")]
     found = {s.name.partition("::")[2]: len(s.arguments) for s in schemas}
     assert found.pop("capture_traced_rows_") == 6  # defined in Python
-    assert found == _library.OPERATORS
+    assert found == library.OPERATORS
 
 
 def test_backend_downloads_torch_only_where_none_is_installed(checkout, tmp_path):

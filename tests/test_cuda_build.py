@@ -13,7 +13,7 @@ import pytest
 import torch
 from kernels import OPERATORS
 
-from consistency_ops import _build
+from consistency_ops import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = f"""
@@ -56,12 +56,12 @@ def test_library_with_cuda_kernels_loads_without_a_gpu(tmp_path):
         check(library, LAUNCH)
 
 
-@pytest.mark.skipif(_build.build_info()["cuda_toolkit"] is None, reason="built without CUDA kernels")
+@pytest.mark.skipif(environment.build_info()["cuda_toolkit"] is None, reason="built without CUDA kernels")
 def test_this_library_has_its_cuda_kernels():
-    check(_build.build_info()["library"])
+    check(environment.build_info()["library"])
 
 
-@pytest.mark.skipif(_build.build_info()["cuda_toolkit"] is not None, reason="built with CUDA kernels")
+@pytest.mark.skipif(environment.build_info()["cuda_toolkit"] is not None, reason="built with CUDA kernels")
 def test_without_cuda_kernels_the_functions_say_so():
     """On fake CUDA tensors, which need no device."""
     import consistency_ops as co
@@ -76,9 +76,9 @@ def test_without_cuda_kernels_the_functions_say_so():
 
 def test_float64_on_cuda_is_refused(monkeypatch):
     import consistency_ops as co
-    from consistency_ops import _checks
+    from consistency_ops.ops import checks
 
-    monkeypatch.setattr(_checks, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(checks, "has_cuda_kernels", lambda: True)
     with torch._subclasses.FakeTensorMode():
         wide = torch.empty(4, 3, device="cuda", dtype=torch.float64)
         with pytest.raises(

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency_ops.train import data, download, formats
-from consistency_ops.train.errors import DataError, UserError
+from consistency_ops.cli import data, download
+from consistency_ops.cli import data_formats as formats
+from consistency_ops.cli.errors import DataError, UserError
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

@@ -8,7 +8,8 @@ from torch import nn
 from training import DAMPING, dense
 
 from consistency_ops import layers
-from consistency_ops.capture import STATE_SIZE
+from consistency_ops.engine import layer_types
+from consistency_ops.engine.capture import STATE_SIZE
 from consistency_ops.preconditioner import Preconditioner
 
 
@@ -189,7 +190,7 @@ def test_users_layer_type_is_covered_once_registered():
         x = torch.randn(20, 7)
         check(TransposedLinear(7, 5), x, x, view=lambda w: w.T)
     finally:
-        del layers._TYPES[TransposedLinear]
+        del layer_types._TYPES[TransposedLinear]
 
 
 def test_conv1d_of_transformers_is_known_by_name():
@@ -233,7 +234,7 @@ def test_a_matrix_that_is_no_view_is_refused(matrix, monkeypatch):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(4, 3))
 
-    monkeypatch.setattr(layers, "_TYPES", dict(layers._TYPES))
+    monkeypatch.setattr(layer_types, "_TYPES", dict(layer_types._TYPES))
     layers.register(Transposed, bias=None, matrix=matrix)
     with pytest.raises(ValueError, match="matrix= of the registered Transposed must return a view of the weight"):
         Preconditioner(nn.Sequential(Transposed()))
@@ -349,4 +350,4 @@ def test_a_registered_bias_of_another_shape_is_not_joined():
         pre.step()
         assert not torch.equal(model.weight.grad, before[0]) and torch.equal(model.bias.grad, before[1])
     finally:
-        del layers._TYPES[Wide]
+        del layer_types._TYPES[Wide]

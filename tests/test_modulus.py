@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consistency_ops as co
-from consistency_ops import _library, reference
+from consistency_ops import reference
+from consistency_ops.ops.library import library as compiled
 
 REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -36,7 +37,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request):
-    library = _library.library
+    library = compiled
     library.co_cpu_isa.restype = ctypes.c_char_p
     before = library.co_cpu_isa()
     if library.co_set_cpu_isa(request.param.encode()) != 0:

@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import consistency_ops as co
-from consistency_ops import _library, reference
+from consistency_ops import reference
+from consistency_ops.ops import library
 
 implementation = sys.modules[co.modulus.__module__]  # the function hides the module of its name
 
 
 @pytest.fixture(params=["C++", "Python"], autouse=True)
 def path(request, monkeypatch):
-    if request.param == "C++" and _library.autograd is None:
+    if request.param == "C++" and library.autograd is None:
         pytest.skip("csrc/autograd is not built for this torch")
     if request.param == "Python":
         monkeypatch.setattr(implementation, "_node", None)
@@ -48,20 +49,20 @@ def test_which_of_them_runs(path):
 
 def test_the_name_says_the_torch_it_was_built_for(path):
     if path == "C++":
-        assert _library.autograd.__spec__.name.endswith("_torch_" + re.sub(r"\W", "_", torch.__version__))
+        assert library.autograd.__spec__.name.endswith("_torch_" + re.sub(r"\W", "_", torch.__version__))
         assert co.build_info()["autograd"] == "C++"
 
 
 def test_one_of_another_torch_or_a_damaged_one_is_left_alone(path, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
-    assert _library._load_autograd() is None
+    assert library._load_autograd() is None
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     (tmp_path / f"_autograd_torch_2_99_0_cpu{suffix}").write_bytes(b"\x7fELF, cut off")
     monkeypatch.setattr(co, "__path__", [*co.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     with pytest.raises(ImportError, match="too short|invalid ELF|not a mach-o|slice"):
         importlib.import_module("consistency_ops._autograd_torch_2_99_0_cpu")
-    assert _library._load_autograd() is None
+    assert library._load_autograd() is None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "empty", "scalar"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import consistency_ops as co
-from consistency_ops._library import library
+from consistency_ops.ops.library import library
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(library._name)

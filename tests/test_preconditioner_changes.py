@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 
-from consistency_ops.capture import States
+from consistency_ops.engine.capture import States
 from consistency_ops.preconditioner import Preconditioner
 
 

@@ -55,7 +55,7 @@ def device(request, monkeypatch):
     # Subclasses of Tensor keep their gradient; the fake ones stand for plain tensors here.
     monkeypatch.setattr(preconditioner, "is_plain", lambda grad: type(grad) is FakeTensor)
     # Reads on purpose, in the first step that has gradients: whether all their layers have seen inputs.
-    monkeypatch.setattr(preconditioner.report, "notice_unseen", lambda *_: False)
+    monkeypatch.setattr(preconditioner.stats, "notice_unseen", lambda *_: False)
     with FakeTensorMode(), torch.device(request.param):
         yield request.param
 

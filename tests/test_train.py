@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 
 from consistency_ops import __main__
-from consistency_ops.train import cli, data, methods, models, report
-from consistency_ops.train.console import Console
-from consistency_ops.train.errors import UserError
-from consistency_ops.train.experiment import Experiment, Plan
-from consistency_ops.train.files import write_whole
-from consistency_ops.train.loop import Contestant, Task
+from consistency_ops.cli import data, models
+from consistency_ops.cli import optimizers as methods
+from consistency_ops.cli import results as report
+from consistency_ops.cli import train as cli
+from consistency_ops.cli.comparison import Experiment, Plan
+from consistency_ops.cli.console import Console
+from consistency_ops.cli.errors import UserError
+from consistency_ops.cli.files import write_whole
+from consistency_ops.cli.training_loop import Contestant, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.distributed import simulate
 from benchmarks.micro.timing import RESULTS
-from consistency_ops import work_sharing
-from consistency_ops.packing import Packing, SharedPacking
-from consistency_ops.work_sharing import GPU
+from consistency_ops.distributed import cost_model
+from consistency_ops.distributed.cost_model import GPU
+from consistency_ops.distributed.triangles import Packing, SharedPacking
 
 
 @pytest.mark.parametrize("ranks", [8, 32, 256])
@@ -28,24 +28,24 @@ def test_recorded_simulation_is_of_this_model():
     assert {r["ranks"] for r in recorded["rows"]} == set(simulate.RANKS)
     for r in recorded["rows"]:
         chunks = simulate.chunks_of(simulate.MODELS[r["model"]])
-        assert r["alone_model_us"] == pytest.approx(1e6 * work_sharing.alone_seconds(GPU, r["ranks"], chunks, 128))
-        assert r["shared_model_us"] == pytest.approx(1e6 * work_sharing.shared_seconds(GPU, r["ranks"], chunks, 128))
+        assert r["alone_model_us"] == pytest.approx(1e6 * cost_model.alone_seconds(GPU, r["ranks"], chunks, 128))
+        assert r["shared_model_us"] == pytest.approx(1e6 * cost_model.shared_seconds(GPU, r["ranks"], chunks, 128))
         assert r["regret"] < 0.1
 
 
 def test_limits():
-    assert not work_sharing.is_cheaper("cuda", 1, 10_000, 128)
-    assert not work_sharing.is_cheaper("cuda", 64, 1, 128)  # nothing to share
-    assert work_sharing.is_cheaper("cuda", 8, 8896, 128)
-    assert not work_sharing.is_cheaper("cuda", 16384, 8896, 128)  # two rings of 16384 hops
-    assert work_sharing.is_cheaper("cpu", 2, 500, 128)
-    assert not work_sharing.is_cheaper("cpu", 4, 8, 8)
+    assert not cost_model.is_cheaper("cuda", 1, 10_000, 128)
+    assert not cost_model.is_cheaper("cuda", 64, 1, 128)  # nothing to share
+    assert cost_model.is_cheaper("cuda", 8, 8896, 128)
+    assert not cost_model.is_cheaper("cuda", 16384, 8896, 128)  # two rings of 16384 hops
+    assert cost_model.is_cheaper("cpu", 2, 500, 128)
+    assert not cost_model.is_cheaper("cpu", 4, 8, 8)
 
 
 def test_a_tree_of_one_node_is_a_chain():
     """Two ways to the same figure where there is nothing between nodes: 7 hops there and back, and all bytes twice."""
     size = 1e9
-    seconds = work_sharing.all_reduce_seconds(GPU, 8, size)
+    seconds = cost_model.all_reduce_seconds(GPU, 8, size)
     assert seconds == pytest.approx(GPU.launch + 14 * GPU.node_latency + 2 * size * 7 / 8 / GPU.bandwidth)
 
 

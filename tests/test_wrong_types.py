@@ -10,6 +10,7 @@ from torch import nn
 import consistency_ops as co
 from consistency_ops import nn as conn
 from consistency_ops import optim
+from consistency_ops.engine import layer_types
 from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
 
 GRAD, INPUTS = torch.randn(5, 20), torch.randn(30, 20)
@@ -110,7 +111,7 @@ def test_numbers(owner, name, kind):
         with pytest.raises(TypeError) as caught:
             CALLS[owner][0](**{name: value})
         assert str(caught.value).startswith(f"{owner}: {name} must be {kind}, got "), caught.value
-    assert nn.Bilinear not in co.layers._TYPES
+    assert nn.Bilinear not in layer_types._TYPES
 
 
 TENSORS = {  # name in the message: a call with the argument under test

@@ -4,7 +4,7 @@
 
 SIMULATED: no such machine was used. A refresh is the exchange of covariances and the factorisation of all chunks; the
 covariances and the product with the gradient are the same on any number of ranks and are not in it. Nothing overlaps
-with the backward pass. Inputs are those of ``consistency_ops.work_sharing.GPU``, with their sources there: nodes of 8
+with the backward pass. Inputs are those of ``consistency_ops.cost_model.GPU``, with their sources there: nodes of 8
 GPUs, NVLink 4 and 400 Gbit/s InfiniBand for each GPU, latencies of NCCL's own model. Every message and every
 factorisation takes its time from these, times a log-normal factor of deviation 0.1, so that stragglers delay whoever
 waits for them; the model in ``work_sharing`` knows nothing of that, nor of pipelining.
@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.micro.timing import RESULTS, save
 from benchmarks.micro.workloads import WORKLOADS, LayerShape
-from consistency_ops import work_sharing
-from consistency_ops.work_sharing import GPU as MACHINE
+from consistency_ops.distributed import cost_model
+from consistency_ops.distributed.cost_model import GPU as MACHINE
 
 RANKS = tuple(8 * 2**k for k in range(12))
 CHUNK = 128
@@ -111,12 +111,12 @@ class Cluster:
     def all_reduce(self, ready: np.ndarray, size: float) -> np.ndarray:
         """The faster of the two, as a library that tunes itself would take."""
         tree = self.tree(ready, size)
-        if tree.max() < ready.min() + work_sharing.latency(MACHINE, self.ranks):
+        if tree.max() < ready.min() + cost_model.latency(MACHINE, self.ranks):
             return tree  # the ring has twice that in latency alone
         return min(self.ring(ready, size, 2), tree, key=np.max)
 
     def factor(self, ready: np.ndarray, chunks: int) -> np.ndarray:
-        return ready + work_sharing.factor_seconds(MACHINE, chunks, CHUNK) * self._noise(self.ranks)
+        return ready + cost_model.factor_seconds(MACHINE, chunks, CHUNK) * self._noise(self.ranks)
 
 
 def alone(cluster: Cluster, chunks: int) -> float:
@@ -135,14 +135,14 @@ def shared(cluster: Cluster, chunks: int) -> float:
 def row(model: str, ranks: int) -> dict:
     chunks = chunks_of(MODELS[model])
     ways: dict[str, tuple[Callable, Callable]] = {
-        "alone": (alone, work_sharing.alone_seconds),
-        "shared": (shared, work_sharing.shared_seconds),
+        "alone": (alone, cost_model.alone_seconds),
+        "shared": (shared, cost_model.shared_seconds),
     }
     found: dict = {"model": model, "ranks": ranks, "chunks": chunks}
     for name, (simulate, formula) in ways.items():
         found[f"{name}_simulated_us"] = 1e6 * simulate(Cluster(ranks), chunks)
         found[f"{name}_model_us"] = 1e6 * formula(MACHINE, ranks, chunks, CHUNK)
-    chosen = "shared" if work_sharing.is_cheaper("cuda", ranks, chunks, CHUNK) else "alone"
+    chosen = "shared" if cost_model.is_cheaper("cuda", ranks, chunks, CHUNK) else "alone"
     best = min(found["alone_simulated_us"], found["shared_simulated_us"])
     return {**found, "chosen": chosen, "regret": found[f"{chosen}_simulated_us"] / best - 1}
 
@@ -185,7 +185,7 @@ def main() -> None:
         times = f"{r['alone_simulated_us']:10.0f} {r['shared_simulated_us']:10.0f}"
         print(f"{r['model']:12} {r['ranks']:6} {times}  {r['chosen']:6}  {r['regret']:6.1%}")
     inputs = {**vars(MACHINE), "nvlink": NVLINK, "chunk": CHUNK, "deviation": DEVIATION, "pieces": PIECES}
-    note = "SIMULATED: no such machine was used. Sources of the inputs: consistency_ops/work_sharing.py"
+    note = "SIMULATED: no such machine was used. Sources of the inputs: consistency_ops/cost_model.py"
     save("distributed", {"note": note, "inputs": inputs, "rows": rows}, arguments.json)
     plot(rows, arguments.png)
 

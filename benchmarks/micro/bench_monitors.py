@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import consistency_ops as co
 from benchmarks.micro.timing import interleaved, medians, one_thread, save
-from consistency_ops.train import models
+from consistency_ops.cli import models
 
 RECORDERS = ("gradient_energy", "activation_statistics", "weight_domination", "conditioning")
 NEVER = 10**9  # `every` of a recorder whose first pass is over

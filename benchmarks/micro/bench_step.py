@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import consistency_ops as co
 from benchmarks.micro.timing import interleaved, medians, save
-from consistency_ops.train import models
+from consistency_ops.cli import models
 
 BATCH = 500
 SETTINGS = {  # name: arguments of Preconditioner, None without one

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consistency_ops.cli import data, models
 from consistency_ops.nn import deep_mlp
-from consistency_ops.train import data, models
 
 HELD_OUT = 2500  # training images that only judge the trials
 TEST = 2500  # test images of a curve: an evaluation costs less than the steps between two

@@ -8,7 +8,7 @@ images here are JPEG of quality 75 unless --data-dir holds the published files.
 """
 
 from benchmarks.training import compare
-from consistency_ops.train import models
+from consistency_ops.cli import models
 
 TITLE = "B, H: the CIFAR-10 convnet, SGD2 against SGD and Adam"
 DATA = "cifar10"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import consistency_ops as co
-from consistency_ops.train import data as datasets
+from consistency_ops.cli import data as datasets
 
 ADAPTIVE = tuple(rate / 10 for rate in (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005))
 

@@ -2,11 +2,11 @@
 
 from .activation_statistics import activation_statistics
 from .conditioning import condition_number, conditioning
+from .examination import analyse
 from .gradient_energy import gradient_energy
 from .lipschitz import certified_radius, lipschitz_bound
 from .propagation import propagation
 from .recorder import Recorder
-from .report.examination import analyse
 from .weight_domination import weight_domination
 
 __all__ = [

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from consistency_ops._checks import check_integers, check_numbers
-from consistency_ops.layers import layer_type
-
+from ..engine.layer_types import layer_type
+from ..ops.checks import check_integers, check_numbers
 from .recorder import Layers, Point, Recorder, weighted
 from .results import COLOURS, Result, figure, log_scale, over_layers
 from .second_moment import SecondMoment, chunks_of, unit_rows

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from consistency_ops._checks import check_module
-
+from ..ops.checks import check_module
 from .lipschitz_graph import Network, is_size, node_name
 from .lipschitz_rules import Factor, Rule, Unbounded, has_rule
 from .recorder import unrecorded

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from consistency_ops.nn import BatchRMSNorm, Modulus, OrthogonalFilter
-
+from ..nn import BatchRMSNorm, Modulus, OrthogonalFilter
 from .operator_norm import convolution_norm, matrix_norm
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from consistency_ops._checks import check_integers, check_numbers
-from consistency_ops.nn import BatchRMSNorm
-
+from ..nn import BatchRMSNorm
+from ..ops.checks import check_integers, check_numbers
 from .jacobian import Block
 from .recorder import Layers, choose, first_tensor, unrecorded, weighted
 from .results import COLOURS, Result, figure, log_scale, over_layers

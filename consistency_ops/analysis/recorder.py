@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency_ops._checks import check_module
-from consistency_ops.layers import layer_type
+from ..engine.layer_types import layer_type
+from ..ops.checks import check_module
 
 Layers = Sequence[str | type[nn.Module]] | None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from consistency_ops.nn import Modulus
+from ..nn import Modulus
 
 SLOPE = 0.05  # of the largest
 

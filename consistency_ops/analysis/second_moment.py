@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from consistency_ops.reference import chunk_bounds, division
+from ..reference import chunk_bounds, division
 
 
 def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, int]:

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from consistency_ops.nn.modulus import Modulus
+from .modulus import Modulus
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "modulus": Modulus,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from consistency_ops._checks import check_numbers, check_sizes
-from consistency_ops.batch_rms_norm import batch_rms_norm
+from ..ops.batch_rms_norm import batch_rms_norm
+from ..ops.checks import check_numbers, check_sizes
 
 
 class BatchRMSNorm(nn.Module):

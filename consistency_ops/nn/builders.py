@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from consistency_ops._checks import check_integers, check_numbers, check_sizes
-from consistency_ops.nn.activations import GAINS, make_activation
-from consistency_ops.nn.batch_rms_norm import BatchRMSNorm
+from ..ops.checks import check_integers, check_numbers, check_sizes
+from .activations import GAINS, make_activation
+from .batch_rms_norm import BatchRMSNorm
 
 NORMALIZATIONS = ("rms", "batch", "none")
 INITS = ("he", "glorot", "standard", "orthogonal")

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import nn
 
-from consistency_ops._checks import check_module, check_numbers
-from consistency_ops.nn.batch_rms_norm import BatchRMSNorm
+from ..ops.checks import check_module, check_numbers
+from .batch_rms_norm import BatchRMSNorm
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Between a norm and its weights these let a factor per channel through.

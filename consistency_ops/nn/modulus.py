@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from consistency_ops.modulus import modulus
+from ..ops.modulus import modulus
 
 
 class Modulus(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from consistency_ops._checks import check_sizes
+from ..ops.checks import check_sizes
 
 FILTERS = ("permutation", "shift", "householder", "hadamard", "dense", "identity")
 _FACTOR = 64  # largest Hadamard matrix that is multiplied as a matrix

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from consistency_ops._checks import check_integers, check_numbers, check_sizes
-from consistency_ops.nn.activations import SLOPES, make_activation
-from consistency_ops.nn.orthogonal import OrthogonalFilter
+from ..ops.checks import check_integers, check_numbers, check_sizes
+from .activations import SLOPES, make_activation
+from .orthogonal import OrthogonalFilter
 
 
 class JacobianBounds(NamedTuple):

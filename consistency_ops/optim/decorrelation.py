@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._checks import check_integers, check_numbers, check_tensor
+from ..ops.checks import check_integers, check_numbers, check_tensor
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.optim import Optimizer
 
-from .._checks import check_integers, check_module, check_names, check_numbers
+from ..ops.checks import check_integers, check_module, check_names, check_numbers
 
 _STEP = "gradient_noise_step"
 

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import reference
-from .._checks import check_integers, check_module, check_numbers
-from ..coverage import Layer
-from ..item import Item
-from ..ops import MAX_CHUNK
+from ..engine.layer import Layer
+from ..engine.layer_step import Item
+from ..ops.checks import MAX_CHUNK, check_integers, check_module, check_numbers
 from ..preconditioner import Preconditioner, _detach
 
 

@@ -2,7 +2,7 @@
 //
 // For a thousand elements the Python of an autograd function costs more than both kernels, and the stable ABI has no
 // C++ autograd.  This file uses torch's unstable C++ interface instead, so its binary serves one release of torch and
-// one of Python only.  Nothing needs it: consistency_ops/modulus.py is the definition and takes over whatever is not
+// one of Python only.  Nothing needs it: consistency_ops/ops/modulus.py is the definition and takes over whatever is not
 // the plain case, here and in backward.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
@@ -78,7 +78,7 @@ struct ModulusBackward final : Node {
     if (differentiated || transforming() || has_tangent(grad)) {
       const pybind11::gil_scoped_acquire gil;
       const pybind11::tuple layout = pybind11::cast(std::vector<int64_t>(strides.begin(), strides.end()));
-      const auto flip = pybind11::module_::import("consistency_ops.modulus").attr("_Flip");
+      const auto flip = pybind11::module_::import("consistency_ops.ops.modulus").attr("_Flip");
       return {flip.attr("apply")(grad, bits, layout).cast<Tensor>()};
     }
     return {backward_operator(grad, bits, strides)};

@@ -1,0 +1,121 @@
+"""All monitors on one batch of one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation_statistics import ActivationStatistics, activation_statistics
+from .conditioning import Conditioning, conditioning
+from .findings import Finding, find
+from .gradient_energy import GradientEnergy, gradient_energy
+from .lipschitz import LipschitzBound, lipschitz_bound
+from .propagation import Propagation, propagation
+from .recorder import Layers, first_tensor
+from .results import Result
+from .weight_domination import WeightDomination, weight_domination
+
+
+@dataclass(frozen=True)
+class Analysis(Result):
+    """What was measured, and what it means: ``findings``, the most serious ones first."""
+
+    model: str
+    parameters: int
+    mode: str
+    samples: int
+    loss: float
+    statistics: ActivationStatistics
+    energy: GradientEnergy
+    conditioning: Conditioning
+    domination: WeightDomination
+    propagation: Propagation
+    lipschitz: LipschitzBound | None
+    no_lipschitz: str  # why there is no bound
+    findings: list[Finding]
+
+    def to_html(self, title: str = "", about: dict[str, str] | None = None) -> str:
+        """One self-contained page: text, tables and inline SVG; no script, nothing from a network."""
+        from .html_page import page
+
+        return page(self, title or self.model, about or {})
+
+
+def analyse(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor],
+    layers: Layers = None,
+    samples: int = 4,
+    damping: float = 0.1,
+    chunk: int = 128,
+) -> Analysis:
+    """Run every monitor on one batch and say what is wrong in this network, layer by layer, and what would help.
+
+    One forward and backward pass with :func:`activation_statistics`, :func:`gradient_energy`, :func:`conditioning` and
+    :func:`weight_domination` attached, :func:`propagation`, and :func:`lipschitz_bound` where it exists.
+    ``.grad`` of the parameters and running statistics are as after one training step without an update; weights are
+    untouched. Advice follows from the measured numbers by the thresholds in
+    ``consistency_ops.analysis.report.findings``, which the page repeats.
+
+    Args:
+        model, inputs: called as ``model(*inputs)``, in its present mode; dimension 0 is the batch.
+        loss: of the model's output; a mean over the samples.
+        layers: patterns or types of the layers to examine; None: all layers with weights (and for the activation
+            statistics all modules without children).
+        samples: so many samples for the Jacobians of :func:`propagation`.
+        damping, chunk: of the correction that :func:`conditioning` tries out.
+
+    Raises:
+        TypeError, ValueError: a loss that is no scalar tensor, no samples, or what the monitors refuse.
+
+    Example::
+
+        result = co.analysis.analyse(model, x, loss=lambda z: F.cross_entropy(z, y))
+        for finding in result.findings:
+            print(finding)
+        Path("report.html").write_text(result.to_html())
+    """
+    batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    if not batch:
+        raise ValueError("analyse: inputs must have at least one sample, got none")
+    with (
+        activation_statistics(model, layers=layers) as first,
+        gradient_energy(model, layers=layers) as second,
+        conditioning(model, layers=layers, damping=damping, chunk=chunk) as third,
+        weight_domination(model, layers=layers) as fourth,
+    ):
+        output = model(*inputs)
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"analyse: loss must return a tensor with one element, got {got}")
+        value.backward()
+    tensor = first_tensor(output)
+    spread = propagation(model, *inputs, loss=loss, layers=layers, samples=samples, exact=256, steps=16)
+    bound, reason = None, ""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            bound = lipschitz_bound(model, *inputs)
+    except NotImplementedError as error:
+        reason = str(error).removeprefix("lipschitz_bound: ")
+    results = first.result(), second.result(), third.result(), fourth.result()
+    number = float(value.detach())
+    found = find(*results, spread, number, tensor is not None and bool(tensor.isfinite().all()))
+    return Analysis(
+        type(model).__name__,
+        sum(p.numel() for p in model.parameters()),
+        "training" if model.training else "evaluation",
+        batch,
+        number if math.isfinite(number) else math.nan,
+        *results,
+        spread,
+        bound,
+        reason,
+        found,
+    )

@@ -1,0 +1,194 @@
+"""``python -m consistency_ops analyse``: what is wrong in a network, layer by layer, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import data, models, options
+from .errors import UserError
+from .files import write_whole
+
+DESCRIPTION = """\
+Examine one network on one batch and write one self-contained HTML page: what is wrong, layer by layer, and
+what would help. Nothing is trained; one forward and backward pass and some Jacobians are measured.
+"""
+EXAMPLES = """\
+examples:
+  python -m consistency_ops analyse
+      the deep MLP of the paper on scikit-learn's handwritten digits
+  python -m consistency_ops analyse --model deep-mlp --normalization none --init 0.01
+      the same without its normalisations: watch the gradient vanish
+  python -m consistency_ops analyse --import mypackage.models:resnet18 --input-shape 3,32,32 --checkpoint last.pt
+  python -m consistency_ops analyse --import mypackage.gpt:small --tokens 50257,128 --samples 8
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: 0 when the page is written, 2 after a sentence on standard error, 130 when interrupted."""
+    try:
+        args = _parser().parse_args(argv)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("analyse needs matplotlib; install it with: pip install matplotlib")
+        return _analyse(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of memory; choose fewer --samples, or --device cpu.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    from ..analysis.examination import analyse
+    from .subject import load
+
+    _writable(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    begin = time.monotonic()
+    subject = load(args)
+    try:
+        result = analyse(
+            subject.model,
+            *subject.inputs,
+            loss=subject.loss,
+            layers=args.layers,
+            damping=args.damping,
+            chunk=args.chunk,
+        )
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the network cannot be examined on these inputs ({first}).") from error
+    title = args.import_ or args.model
+    page = result.to_html(title, subject.about)
+    _write(args.out, page)
+    print(f"{title}: {result.parameters:,} parameters, {len(result.conditioning.layers)} layers with weights, "
+          f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    for finding in result.findings:
+        print(f"\n{finding.title} (severity {finding.severity} of 3)\n  {finding.measured}\n  {finding.advice}")
+    if not result.findings:
+        print("\nNo threshold was crossed.")
+    if args.json is not None:
+        _write(args.json, json.dumps(result.to_dict(), allow_nan=False) + "\n")
+        print(f"\n{args.json}", end="")
+    print(f"\n{args.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m consistency_ops analyse",
+        usage="python -m consistency_ops analyse [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=104),
+        allow_abbrev=False,
+    )
+    _add_network(p.add_argument_group("network"))
+    _add_inputs(p.add_argument_group("inputs"))
+    _add_output(p.add_argument_group("examination and output"))
+    return p
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", choices=models.MODELS, default="deep-mlp", help="a network of the train command (default: deep-mlp)")
+    add("--activation", choices=models.ACTIVATIONS, default="relu", help="of --model (default: relu)")
+    add("--normalization", choices=models.NORMALIZATIONS, default="rms", help="of --model (default: rms)")
+    add("--init", type=options._init, default=0.01, metavar="STD|he", help="of --model (default: 0.01)")
+    add(
+        "--import",
+        dest="import_",
+        metavar="MODULE:NAME",
+        help="your own network instead: a callable without arguments that returns the module, or (module, inputs), or "
+        "(module, inputs, targets); looked for in the current folder, too",
+    )
+    add("--checkpoint", type=Path, metavar="FILE", help="state_dict to load; only tensors are read from the file")
+    add("--mode", choices=("train", "eval"), default="train", help="mode of the network (default: train)")
+
+
+def _add_inputs(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--samples", type=options._at_least(2), default=256, metavar="N", help="size of the batch (default: 256)")
+    add("--data", choices=data.NAMES, default="digits", help="for --model (default: digits, from scikit-learn)")
+    add("--data-dir", type=Path, metavar="DIR", help="folder with the published files (default: data/NAME)")
+    add("--input-shape", type=_sizes, metavar="C,H,W", help="for --import: standard normal inputs of this shape")
+    add("--tokens", type=_pair, metavar="V,T", help="for --import: T random tokens of a vocabulary of V")
+    add("--inputs", type=Path, metavar="FILE", help="for --import: a tensor, or (inputs, targets), from torch.save")
+    add(
+        "--loss",
+        choices=("cross-entropy", "mse"),
+        help="for --import (default: cross-entropy over the last dimension, or dimension 1 of images); without targets "
+        "they are random",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--layers", type=lambda text: text.split(","), metavar="LIST", help="name patterns (default: all weight layers)"
+    )
+    add(
+        "--damping", type=options._positive, default=0.1, metavar="X", help="of the preconditioner tried (default: 0.1)"
+    )
+    add(
+        "--chunk",
+        type=options._at_least(1),
+        default=128,
+        metavar="N",
+        help="of the preconditioner tried (default: 128)",
+    )
+    add(
+        "--seed",
+        type=options._seed,
+        default=0,
+        metavar="N",
+        help="of weights, random inputs and the choice of images (default: 0)",
+    )
+    add("--device", type=options._device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N]")
+    add("--threads", type=options._threads, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--out", type=Path, default=Path("runs/analyse.html"), metavar="FILE", help="(default: runs/analyse.html)")
+    add("--json", type=Path, metavar="FILE", help="all numbers, too")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be sizes like 3,32,32, got {text!r}")
+    return sizes
+
+
+def _pair(text: str) -> list[int]:
+    sizes = _sizes(text)
+    if len(sizes) != 2:
+        raise argparse.ArgumentTypeError(f"must be VOCABULARY,LENGTH, got {text!r}")
+    return sizes
+
+
+def _writable(path: Path) -> None:
+    """Told before the work, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made ({error.strerror or error}); choose another --out.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written to; choose another --out.")
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), cure="; choose another file")

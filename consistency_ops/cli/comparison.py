@@ -1,0 +1,166 @@
+"""The comparison itself: the rate search, equal for all, and then every method side by side, epoch by epoch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .console import Console
+from .optimizers import Method
+from .training_loop import Contestant, Task
+
+Report = dict
+
+_SAVE_EVERY = 2.0  # seconds; a report of many epochs takes longer to write than an epoch of the digits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run. ``rates`` holds the methods whose rate the user fixed; the others are searched."""
+
+    methods: list[Method]
+    seeds: list[int]
+    epochs: int
+    trial_epochs: int
+    rates: dict[str, float]
+
+
+class Experiment:
+    """Runs a :class:`Plan`; ``report`` grows as it goes, and ``save`` is called now and then, for a crash."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        task: Task,
+        initial: Callable[[int], nn.Module],
+        report: Report,
+        console: Console,
+        save: Callable[[], None],
+    ) -> None:
+        self.plan, self.task, self.initial = plan, task, initial
+        self.report, self.console = report, console
+        self._write, self._written = save, -math.inf
+        report["rate_search"] = {
+            "epochs": plan.trial_epochs,
+            "seed": plan.seeds[0],
+            "trials": {},
+            "chosen": dict(plan.rates),
+        }
+        report["runs"] = []
+
+    def run(self) -> None:
+        try:
+            self._search()
+            for seed in self.plan.seeds:
+                self._compare(seed)
+        finally:
+            self.console.close()
+
+    def _save(self) -> None:
+        if time.monotonic() - self._written > _SAVE_EVERY:
+            self._write()
+            self._written = time.monotonic()
+
+    # ---- learning rates
+
+    def _search(self) -> None:
+        """Try every rate of every method that has none; the lowest held-out error wins."""
+        searched = [method for method in self.plan.methods if method.name not in self.plan.rates]
+        if not searched:
+            return
+        search = self.report["rate_search"]
+        seed, epochs = search["seed"], self.plan.trial_epochs
+        task = self.task.trial()
+        self.console.line(
+            f"Rate search: {len(searched[0].rates)} trials of {_count(epochs, 'epoch')} for each method, seed {seed}, "
+            f"judged by {len(task.judge_x):,} training images that are held out; the test set plays no part."
+        )
+        self.console.start(sum(len(method.rates) for method in searched) * epochs * task.steps)
+        initial, done = self.initial(seed), 0
+        for method in searched:
+            trials = search["trials"][method.name] = []
+            for lr in method.rates:
+                self.console.where(f"{method.name}, rate {lr:g}")
+                contestant = Contestant.start(method, lr, initial)
+                while len(contestant.epochs) < epochs and contestant.status == "running":
+                    contestant.run_epoch(task, seed, self.console.tick)
+                if contestant.status == "running":
+                    contestant.status = "finished"
+                trials.append(contestant.record())
+                done += epochs * task.steps
+                self.console.reach(done)
+            best = min(trials, key=_score)
+            search["chosen"][method.name] = best["lr"]
+            self._save()
+            self.console.line(f"  {method.name:9s} rate {best['lr']:<7g} {_trial_text(trials, best)}")
+        self.console.line()
+
+    # ---- the comparison
+
+    def _compare(self, seed: int) -> None:
+        """Train every method from the same weights on the same batches, taking turns epoch by epoch.
+
+        Taking turns lets a machine that slows down for a while slow all of them, so that their seconds stay comparable.
+        """
+        plan, steps = self.plan, self.task.steps
+        initial = self.initial(seed)
+        rates = self.report["rate_search"]["chosen"]
+        contestants = [Contestant.start(method, rates[method.name], initial) for method in plan.methods]
+        records = {}
+        for contestant in contestants:
+            records[contestant.method.name] = {"seed": seed, **contestant.record()}
+            self.report["runs"].append(records[contestant.method.name])
+        self.console.start(len(contestants) * plan.epochs * steps)
+        done = 0
+        for epoch in range(1, plan.epochs + 1):
+            for contestant in contestants:
+                name = contestant.method.name
+                if contestant.status != "diverged":
+                    self.console.where(f"seed {seed}, epoch {epoch}/{plan.epochs}, {name}")
+                    result = contestant.run_epoch(self.task, seed, self.console.tick)
+                    if epoch == plan.epochs and contestant.status == "running":
+                        contestant.status = "finished"
+                    records[name].update(contestant.record())
+                    self.console.line(
+                        f"seed {seed}  epoch {epoch:3d}/{plan.epochs}  {name:9s}  {_epoch_text(contestant, result)}"
+                    )
+                    self._save()
+                done += steps
+                self.console.reach(done)
+        self.console.line()
+
+
+def _score(trial: dict) -> tuple[float, float]:
+    """Mean error, then loss, over the last quarter of a trial's epochs; less is better, divergence is worst."""
+    if trial["status"] == "diverged":
+        return math.inf, math.inf
+    last = trial["epochs"][-max(1, len(trial["epochs"]) // 4) :]
+    return statistics.fmean(e["validation_error"] for e in last), statistics.fmean(e["validation_loss"] for e in last)
+
+
+def _trial_text(trials: list[dict], best: dict) -> str:
+    errors = [_score(trial)[0] for trial in trials]
+    tried = "  ".join(
+        f"{trial['lr']:g}: {'diverged' if math.isinf(error) else format(100 * error, '.1f')}"
+        for trial, error in zip(trials, errors, strict=True)
+    )
+    if math.isinf(_score(best)[0]):
+        return f"({tried}; every trial diverged)"
+    return f"(held-out error in % by rate: {tried})"
+
+
+def _epoch_text(contestant: Contestant, result: dict) -> str:
+    if contestant.status == "diverged":
+        return f"diverged: the loss is not finite any more (rate {contestant.lr:g}); this method stops here"
+    return (
+        f"loss {result['train_loss']:8.4g}  test error {100 * result['test_error']:6.2f} %  {result['seconds']:7.2f} s"
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,130 @@
+"""``python -m consistency_ops train``: from options to a report, and every mistake of the user as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import data, download, models, options
+from . import results as report
+from .errors import UserError
+from .optimizers import Method, methods
+from .training_loop import Contestant, Task
+
+_NEEDED = ("tqdm", "matplotlib")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: 0 when finished, 2 after a sentence on standard error, 130 when interrupted."""
+    try:
+        args = options.parse(argv)
+        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"train needs {' and '.join(missing)}; install with: pip install {' '.join(missing)}")
+        return _train(args, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of memory; choose a smaller --batch-size or --limit, or --device cpu.", file=sys.stderr)
+    except KeyboardInterrupt:  # before there is anything to report
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    from .comparison import Experiment, Plan
+    from .console import Console
+
+    console = Console()
+    settings = {k: v for k in ("damping", "chunk", "every") if (v := getattr(args, k)) is not None}
+    chosen = methods(args.optimizer, settings)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _check_device(args.device)
+    _make_folder(args.out)
+    if args.download:
+        download.download(args.data, args.data_dir, console.line)
+    images = data.load(args.data, args.data_dir, limit=args.limit)
+    if args.batch_size > len(images.train_x):
+        raise UserError(
+            f"--batch-size: must be at most {len(images.train_x)}, the training images, got {args.batch_size}."
+        )
+    scaling = data.scaling(images.train_x, args.inputs)
+
+    def initial(seed: int) -> nn.Module:
+        return models.build(
+            args.model,
+            images.shape,
+            images.classes,
+            activation=args.activation,
+            normalization=args.normalization,
+            init=args.init,
+            seed=seed,
+        ).to(args.device)
+
+    network = initial(args.seeds[0])
+    result = report.begin(options.config(args), argv, torch.get_num_threads(), args.device)
+    result["data"] = {**images.describe(), "inputs": scaling.text}
+    result["model"] = {"parameters": models.parameter_count(network), "layers": str(network).splitlines()}
+    result["methods"] = {method.name: _describe(method, network) for method in chosen}
+    for line in report.heading(result):
+        console.line(line)
+    path = args.out / "report.json"
+    plan = Plan(chosen, args.seeds, args.epochs, args.trial_epochs, args.rates)
+    task = Task.on(args.device, images, scaling, args.batch_size)
+    experiment = Experiment(plan, task, initial, result, console, lambda: report.write(result, path))
+    try:
+        experiment.run()
+        result["status"] = "finished"
+    except KeyboardInterrupt:
+        result["status"] = "interrupted"
+        console.line("\ninterrupted; the report holds what was done")
+    return _finish(result, path, console)
+
+
+def _finish(result: dict, path: Path, console: object) -> int:
+    from . import plot
+
+    summary = result["summary"] = report.summarise(result)
+    summary["verdict"] = report.verdict(result)
+    report.write(result, path)
+    if summary["methods"]:
+        for line in [*report.table(summary), "", *summary["verdict"], ""]:
+            console.line(line)
+        plot.draw(result, path.with_suffix(".png"))
+        console.line(str(path.with_suffix(".png")))
+    console.line(str(path))
+    return 0 if result["status"] == "finished" else 130
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror or error}); choose another --out.") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot be written to; choose another --out.")
+
+
+def _check_device(device: torch.device) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"--device: {device} cannot be used here ({first}); choose --device cpu.") from None
+
+
+def _describe(method: Method, network: nn.Module) -> str:
+    """Build the optimizer once: the report tells its settings, and a bad one is told before an hour of training."""
+    try:
+        keep = Contestant.start(method, method.rates[0], network).keep
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{method.name}: {error}") from None
+    return method.text if keep is None else f"{method.text}: {keep!r}"

@@ -1,0 +1,106 @@
+"""Which layers of a model are corrected, and why the others are not."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .dtensors import is_dtensor
+from .layer import Layer
+from .layer_types import LayerType, layer_types
+
+FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
+
+
+def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
+    """All modules of ``model`` that own a parameter of two or more dimensions, in the order of ``named_modules``.
+
+    A module with several weights is several layers.
+    """
+    modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
+    owners = _owners(modules)
+    uncalled = {id(m.out_proj) for _, m in modules if isinstance(m, nn.MultiheadAttention)}
+    for pattern in skip:
+        if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name, _ in modules):
+            warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=4)
+    layers: list[Layer] = []
+    for name, module in modules:
+        kinds = layer_types(module)
+        own = [p for p in module._parameters.values() if p is not None]
+        if not kinds and not any(is_lazy(p) or p.dim() > 1 for p in own):
+            continue
+        for kind in kinds or (None,):
+            reason = _reason(name, module, kind, skip)
+            if reason is None and id(module) in uncalled:
+                reason = "MultiheadAttention takes its weight and never calls it"
+            part = "" if kind is None else kind.part
+            layer = Layer(".".join(filter(None, (name, part))), weakref.ref(module), kind, len(layers), reason)
+            if reason is None and kind.bias is not None:
+                own_bias = module._parameters.get(kind.bias)
+                fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
+                layer.joins_bias = bias and fits and len(owners[id(own_bias)]) == 1
+            layers.append(layer)
+    return layers
+
+
+def find_ties(layers: list[Layer]) -> None:
+    """Note which weights belong to several modules."""
+    modules = {id(module): (layer.module_name, module) for layer in layers if (module := layer.module()) is not None}
+    owners = _owners(modules.values())
+    for layer in layers:
+        if layer.reason is None and (weight := layer.weight) is not None:
+            names = owners[id(weight)]
+            layer.tied = ", ".join(name for name in names if name != layer.module_name) if len(names) > 1 else ""
+
+
+def _owners(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
+    """Names of the modules that own a parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _reason(name: str, module: nn.Module, kind: LayerType | None, skip: tuple[str | type, ...]) -> str | None:
+    """Why this layer is never corrected, or None."""
+    if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in skip):
+        return "skipped"
+    if kind is None:
+        return "unsupported type"
+    weight = module._parameters.get(kind.weight)
+    if weight is None:
+        return f"{kind.weight} is not a parameter of the module"
+    if not is_lazy(weight) and weight.dim() < 2:
+        return FLATTENED
+    if not is_lazy(weight) and not weight.numel():
+        return "no units or no outputs"
+    if not weight.is_floating_point():
+        return f"unsupported dtype {weight.dtype}"
+    if kind.matrix is not None and not is_lazy(weight) and not is_dtensor(weight):
+        _check_matrix(name, module, kind, weight)
+    return None
+
+
+def _check_matrix(name: str, module: nn.Module, kind: LayerType, weight: Tensor) -> None:
+    """A copy would be corrected, and the gradient itself left as it is, without a word."""
+    matrix = kind.matrix(weight.detach())
+    view = isinstance(matrix, Tensor) and matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata
+    if not view or matrix.dim() < 2:
+        got = f"a {'view' if view else 'copy'} of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else matrix
+        raise ValueError(
+            f"Preconditioner: matrix= of the registered {type(module).__name__} must return a view of the weight as "
+            f"(out, in) or (out, in / groups, *kernel), got {got} for layer {name!r}"
+        )
+    bias = None if kind.bias is None else module._parameters.get(kind.bias)
+    if bias is not None and bias.shape != matrix.shape[:1]:
+        raise ValueError(
+            f"Preconditioner: matrix= of the registered {type(module).__name__} must have an output for each entry of "
+            f"its bias, got {tuple(matrix.shape)} and {tuple(bias.shape)} for layer {name!r}"
+        )

@@ -1,0 +1,205 @@
+"""How a layer type maps to input rows and a gradient matrix; a registry for users' own layer types.
+
+The correction needs two things of a layer: the rows of its input, one vector of units a row, and its weight gradient
+with those units in dimension 1.  A linear layer has (..., in) and (out, in). For a convolution, transposed or not, the
+units are the input channels and every pixel of every image is a row; padding, stride and dilation do not enter (arXiv
+1708.00631, convolutions; only the correlation between feature maps is used).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..ops.checks import check_integers
+from .dtensors import is_dtensor, local, local_rows, shards_rows
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """One weight of a module type, the input that it multiplies, and how both are laid out."""
+
+    unit_dim: int
+    weight: str
+    bias: str | None
+    matrix: Callable[[Tensor], Tensor] | None = None
+    position: int = 0  # of the input among the arguments of forward
+    keyword: str | None = None  # its name, if that is not the first keyword argument
+    part: str = ""  # which weight it is, where a module has several
+
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The weight, or its gradient, as (out, in) or (out, in / groups, *kernel)."""
+        return weight if self.matrix is None else self.matrix(weight)
+
+    def bias_view(self, bias: Tensor) -> Tensor:
+        """The bias, or its gradient, as (out,)."""
+        return bias
+
+    def local_view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """What this rank holds of :meth:`view`."""
+        return local(self.view(module, weight))
+
+    def local_bias_view(self, bias: Tensor) -> Tensor:
+        """What this rank holds of :meth:`bias_view`."""
+        return local(self.bias_view(bias))
+
+    def copies(self, module: nn.Module) -> bool:
+        """Whether :meth:`view` is a copy, which :meth:`write_back` must return to its place."""
+        return False
+
+    def groups(self, module: nn.Module) -> int:
+        return getattr(module, "groups", 1)
+
+    def units(self, module: nn.Module) -> int:
+        """Length of an input row of this rank, without the bias."""
+        return self.local_view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
+
+    def all_units(self, module: nn.Module) -> int:
+        """Also those that other ranks hold."""
+        return self.view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
+
+
+class TransposedConvolution(LayerType):
+    """The weight is (in, out / groups, *kernel): a group's outputs lie inside its inputs."""
+
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        if module.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def copies(self, module: nn.Module) -> bool:
+        return 1 < module.groups < module.in_channels
+
+    def write_back(self, module: nn.Module, matrix: Tensor, grad: Tensor) -> None:
+        groups = (module.groups, -1)
+        grad.unflatten(0, groups).transpose(1, 2).copy_(matrix.unflatten(0, groups))
+
+    def units(self, module: nn.Module) -> int:
+        return local(module._parameters[self.weight]).shape[0]
+
+    def all_units(self, module: nn.Module) -> int:
+        return module._parameters[self.weight].shape[0]
+
+
+@dataclass(frozen=True)
+class InProjection(LayerType):
+    """Query, key or value weight of ``nn.MultiheadAttention``: a third of one matrix, or a matrix of its own."""
+
+    packed: bool = True
+
+    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (3, -1))[self.position] if self.packed else weight
+
+    def bias_view(self, bias: Tensor) -> Tensor:
+        return bias.unflatten(0, (3, -1))[self.position]
+
+    def local_view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return self._local_part(weight) if self.packed and is_dtensor(weight) else super().local_view(module, weight)
+
+    def local_bias_view(self, bias: Tensor) -> Tensor:
+        return self._local_part(bias) if is_dtensor(bias) else self.bias_view(bias)
+
+    def all_units(self, module: nn.Module) -> int:
+        return module._parameters[self.weight].shape[1]
+
+    def _local_part(self, tensor: Tensor) -> Tensor:
+        """A part may begin and end inside of a shard, so it is no DTensor of its own."""
+        if not shards_rows(tensor):
+            return local(tensor)  # such a layer is left alone
+        size = len(tensor) // 3
+        return local_rows(tensor, self.position * size, (self.position + 1) * size)
+
+
+_TYPES: dict[type[nn.Module], LayerType] = {}
+
+
+def register(
+    module_type: type[nn.Module],
+    *,
+    unit_dim: int = -1,
+    weight: str = "weight",
+    bias: str | None = "bias",
+    matrix: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Make every later :class:`~consistency_ops.Preconditioner` cover ``module_type`` and its subclasses.
+
+    Args:
+        module_type: the layer's class. Its forward takes the input as first argument, and its output is linear in it.
+        unit_dim: negative dimension of the input that counts the units: -1 for (..., in), -3 for (N, in, H, W).
+        weight, bias: names of the parameters; ``bias=None`` if the layer adds none (or it must not be joined).
+        matrix: returns a view of the weight, and of its gradient, as (out, in) or (out, in / groups, \\*kernel).
+            ``None``: they already have that shape. It must be a view: the gradient is corrected through it, in place,
+            and :class:`~consistency_ops.Preconditioner` refuses a copy.
+
+    Raises:
+        TypeError: ``module_type`` is not a subclass of ``torch.nn.Module``, or another argument has the wrong type.
+        ValueError: ``unit_dim`` is not negative.
+
+    Example:
+        A layer that stores its weight as (in, out), as the ``Conv1D`` of Hugging Face's GPT-2 does::
+
+            co.layers.register(Conv1D, matrix=lambda weight: weight.T)
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"register: module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    check_integers("register", unit_dim=unit_dim)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, str) and not (name == "bias" and value is None):
+            raise TypeError(f"register: {name} must be the name of a parameter, got {value!r}")
+    if not (matrix is None or callable(matrix)):
+        raise TypeError(f"register: matrix must be a function of the weight, got {matrix!r}")
+    if unit_dim >= 0:
+        raise ValueError(f"register: unit_dim must be negative (it counts from the last dimension), got {unit_dim}")
+    _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix)
+
+
+# Types of packages that need not be installed, by module and name.
+_BY_NAME = {
+    f"{module}.Conv1D": LayerType(-1, "weight", "bias", lambda weight: weight.T)  # a linear layer: (in, out)
+    for module in ("transformers.pytorch_utils", "transformers.modeling_utils")
+}
+
+
+def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
+    """What is registered for a module, or for its nearest base class; empty if nothing is."""
+    for base in type(module).__mro__:
+        if base in _TYPES:
+            return (_TYPES[base],)
+        if base is nn.MultiheadAttention:
+            return _in_projections(module)
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in _BY_NAME:
+            return (_BY_NAME[name],)
+    return ()
+
+
+def layer_type(module: nn.Module) -> LayerType | None:
+    """What is registered for a module with one weight; None if nothing is."""
+    kinds = layer_types(module)
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _in_projections(module: nn.MultiheadAttention) -> tuple[LayerType, ...]:
+    packed = module._parameters.get("in_proj_weight") is not None
+    return tuple(
+        InProjection(
+            unit_dim=-1,
+            weight="in_proj_weight" if packed else f"{name[0]}_proj_weight",
+            bias="in_proj_bias",
+            position=i,
+            keyword=name,
+            part=f"in_proj.{name}",
+            packed=packed,
+        )
+        for i, name in enumerate(("query", "key", "value"))
+    )
+
+
+register(nn.Linear)
+register(nn.Conv1d, unit_dim=-2)
+register(nn.Conv2d, unit_dim=-3)
+register(nn.Conv3d, unit_dim=-4)
+for _dims, _type in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 2):
+    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias", keyword="input")

@@ -1,0 +1,93 @@
+"""Where the C++ files are, and what this build is: for C++ users and for bug reports."""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .ops.library import autograd, library
+
+
+def _csrc() -> Path:
+    """The installed copy of csrc, or that of the checkout that this package is used from."""
+    package = Path(__file__).resolve().parent
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def include_dir() -> str:
+    """Directory to put on the compiler's include path: it holds `consistency_ops/c_api.h` and the C++ headers."""
+    return str(_csrc() / "include")
+
+
+def cmake_prefix_path() -> str:
+    """Directory for `CMAKE_PREFIX_PATH`, so that `find_package(ConsistencyOps)` finds this package.
+
+    The package builds the kernels from the sources that are shipped here; torch and Python are not needed. Link the
+    target `ConsistencyOps::consistency_ops`.
+    """
+    return str(_csrc())
+
+
+def _compiled() -> dict[str, str]:
+    library.co_build_config.restype = ctypes.c_char_p
+    lines = library.co_build_config().decode().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def build_info() -> dict[str, object]:
+    """What a bug report needs: versions, compilers, and what the code runs on here.
+
+    Returns
+    -------
+    dict with the keys ``version``, ``torch`` (the one that runs), ``torch_build`` (the one it was compiled with),
+    ``compiler``, ``cuda_toolkit`` and ``cuda_archs`` (None in a build without CUDA kernels), ``cpu``, ``cpu_isa``
+    ("avx512bf16", "avx512", "avx2" or "portable": the kernels in use), ``threads`` (of torch), ``omp_wait_policy``,
+    ``gpus`` (names; empty without a CUDA device), ``os``, ``python``, ``library`` (path of the compiled file) and
+    ``autograd`` ("C++": small calls of ``modulus`` use the optional extension that was built for this torch; else
+    "Python").
+    """
+    from . import __version__
+
+    compiled = _compiled()
+    toolkit = compiled.get("cuda")
+    library.co_cpu_isa.restype = ctypes.c_char_p
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_build": compiled["torch"],
+        "compiler": compiled["compiler"],
+        "cuda_toolkit": toolkit and f"{int(toolkit) // 1000}.{int(toolkit) % 1000 // 10}",
+        "cuda_archs": compiled.get("cuda_archs"),
+        "cpu": _cpu_name(),
+        "cpu_isa": library.co_cpu_isa().decode(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.getenv("OMP_WAIT_POLICY"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "library": library._name,
+        "autograd": "Python" if autograd is None else "C++",
+    }
+
+
+def format_report() -> str:
+    """`build_info()` as aligned lines of text."""
+    info = build_info()
+    if info["cuda_toolkit"] is None:
+        info["cuda_toolkit"] = info["cuda_archs"] = "none: built without CUDA kernels"
+    info["gpus"] = ", ".join(info["gpus"]) or "none: no CUDA device"
+    info["omp_wait_policy"] = info["omp_wait_policy"] or "not set (PASSIVE helps on a busy machine)"
+    return "\n".join(f"{key:16} {value}" for key, value in info.items())
