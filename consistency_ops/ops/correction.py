@@ -25,7 +25,65 @@ from .checks import (
     is_real,
 )
 
-# The correction
+_operator = torch.ops.consistency_ops.foreach_precondition_.default
+
+
+def launch_correction(
+    grads: list[Tensor],
+    inputs: list[Tensor],
+    *,
+    bias_grads: list[Tensor],
+    bias_layers: list[int],
+    permutations: list[Tensor],
+    permutation_layers: list[int],
+    row_counts: list[Tensor],
+    row_count_layers: list[int],
+    layers: list[int],
+    damping: float,
+    scaling: str,
+    chunk: int,
+    group: int | None,
+    max_rows: int,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Call the compiled operator, the only place that does: correct all ``grads`` in place.
+
+    Nothing is checked here: either the caller has (:func:`foreach_precondition_`), or what it passes is right by
+    construction (captured layers), or the operator itself refuses it. No graph is recorded only if the caller has
+    switched autograd off. Must be cheap: it runs in every step of a training.
+
+    Args:
+        grads, inputs: one each a layer, at least one layer, all on one device; no gradient overlaps an input.
+        bias_grads, permutations, row_counts: only those that exist, in the order of the layers; the list of the same
+            name with ``_layers`` says to which layer (index in ``grads``) each belongs.
+        layers: the number of each layer in the random division.
+        damping, scaling, chunk, group, max_rows: as for :func:`precondition`.
+        seed, step: in the range of a signed 64-bit integer.
+
+    Returns:
+        ``(info, damping_used)`` of all chunks, in the order of the layers.
+    """
+    return _operator(
+        grads,
+        bias_grads,
+        inputs,
+        permutations,
+        row_counts,
+        bias_layers,
+        permutation_layers,
+        row_count_layers,
+        layers,
+        [default_group(grad.dtype, chunk) if group is None else group for grad in grads],
+        damping,
+        scaling == "trace",
+        chunk,
+        max_rows,
+        seed,
+        step,
+        # TF32, for products of float32 on CUDA; the CPU always computes in float32.
+        grads[0].is_cuda and torch.get_float32_matmul_precision() != "highest",
+    )
 
 
 def foreach_precondition_(
@@ -128,27 +186,24 @@ def _foreach_precondition_(
     orders, order_layers = dense(permutations)
     if is_real(grads[0]):
         inputs = check_overlap(op, [*grads, *biases], inputs)
-    groups = [default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
-        info, used = torch.ops.consistency_ops.foreach_precondition_(
+        info, used = launch_correction(
             grads,
-            biases,
             inputs,
-            orders,
-            counts,
-            bias_layers,
-            order_layers,
-            count_layers,
-            list(range(len(grads))) if layers is None else list(layers),
-            groups,
-            float(damping),
-            scaling == "trace",
-            chunk,
-            max_rows,
-            signed(seed),
-            signed(step),
-            # Of products of float32 on CUDA; the CPU computes in float32 always.
-            grads[0].is_cuda and torch.get_float32_matmul_precision() != "highest",
+            bias_grads=biases,
+            bias_layers=bias_layers,
+            permutations=orders,
+            permutation_layers=order_layers,
+            row_counts=counts,
+            row_count_layers=count_layers,
+            layers=list(range(len(grads))) if layers is None else list(layers),
+            damping=float(damping),
+            scaling=scaling,
+            chunk=chunk,
+            group=group,
+            max_rows=max_rows,
+            seed=signed(seed),
+            step=signed(step),
         )
     return (info, used) if return_damping else info
 
