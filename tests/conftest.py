@@ -8,7 +8,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its waiting threads spin, 
 import numpy as np
 import pytest
 import torch
-from kernels import AGAIN, KINDS, Kernels, behind_the_operators, is_for
+
+from support.kernels import AGAIN, KINDS, Kernels, behind_the_operators, is_for
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)  # pytest forgets a fixture that is added to a test's names when it is parametrized
 def kernels(request):
-    """What computes behind the operators: the library's own CPU kernels, or others (kernels.py)."""
+    """What computes behind the operators: the library's own CPU kernels, or others (support/kernels.py)."""
     kind = getattr(request, "param", "library")
     with behind_the_operators(kind):
         yield Kernels(kind)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import consistency_ops as co
 from consistency_ops.__main__ import main
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "support"
 
 
 class Page(HTMLParser):
@@ -228,10 +228,10 @@ def test_the_default_network_and_a_checkpoint(tmp_path, capsys):
         ),
         (("--import", "analysis_networks:gpt", "--inputs", "none.pt"), "error: --inputs: none.pt: cannot be read"),
         (
-            ("--import", "analysis_networks:gpt", "--inputs", "conftest.py"),
+            ("--import", "analysis_networks:gpt", "--inputs", "samples.py"),
             "is no file of tensors that torch.save made",
         ),
-        (("--checkpoint", "README.md"), "error: --checkpoint: README.md: is no file of tensors that torch.save made"),
+        (("--checkpoint", "samples.py"), "error: --checkpoint: samples.py: is no file of tensors that torch.save made"),
         (("--checkpoint", "none.pt"), "error: --checkpoint: none.pt: cannot be read (No such file or directory)."),
         (("--out", "."), "error: .: cannot be written to; choose another --out."),
         (("--model", "mlp", "--layers", "x*"), "layers: 'x*' matches no module of the model"),

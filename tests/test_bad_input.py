@@ -8,10 +8,10 @@ import multiprocessing
 
 import pytest
 import torch
-from samples import layer, relative_error, same_bits
 
 import consistency_ops as co
 from consistency_ops import ops, reference
+from support.samples import layer, relative_error, same_bits
 
 # Arguments
 

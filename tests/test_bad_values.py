@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from samples import layer, relative_error, same_bits
 
 import consistency_ops as co
 from consistency_ops import reference
+from support.samples import layer, relative_error, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -2,12 +2,12 @@
 
 import json
 
-import frameworks
 import pytest
 import torch
 
 from benchmarks import report
 from benchmarks.micro import bench_frameworks, bench_trainers
+from support import frameworks
 
 MODELS = {"gpt2": (3454464, 16), "vit": (1803850, 26), "resnet": (11181642, 21)}  # parameters, corrected layers
 

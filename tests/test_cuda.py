@@ -1,6 +1,6 @@
 """What only a CUDA device can show: streams, graphs, devices, memory, one launch, no synchronisation.
 
-The values are tested by the ordinary tests, which run on the device as ``[cuda-...]`` (kernels.py).
+The values are tested by the ordinary tests, which run on the device as ``[cuda-...]`` (support/kernels.py).
 """
 
 import gc

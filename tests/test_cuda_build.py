@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import OPERATORS
 
 from consistency_ops import environment
+from support.kernels import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = f"""

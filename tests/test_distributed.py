@@ -2,11 +2,12 @@
 
 import re
 
-import distributed_scenarios as scenarios
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run
+
+from support import distributed_scenarios as scenarios
+from support.ranks import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 

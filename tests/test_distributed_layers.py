@@ -2,13 +2,14 @@
 
 import re
 
-import distributed_layers as scenarios
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_scenarios import SHARES, single
-from ranks import run
 from test_distributed import TOLERANCE, difference, of
+
+from support import distributed_layers as scenarios
+from support.distributed_scenarios import SHARES, single
+from support.ranks import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 

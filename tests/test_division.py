@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from samples import lay_out
 from scipy.stats import chi2
 
 import consistency_ops as co
 from consistency_ops import reference
+from support.samples import lay_out
 
 SHAPES = [
     (units, chunk, group)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import assert_equal, backward, data, gradients, mlp, train
 
 from consistency_ops.optim import SGD2
 from consistency_ops.preconditioner import Preconditioner
+from support.training import assert_equal, backward, data, gradients, mlp, train
 
 STORED = [{}, dict(decay=0.9), dict(every=2)]
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from training import DAMPING, dense
 
 from consistency_ops import layers
 from consistency_ops.engine import layer_types
 from consistency_ops.engine.capture import STATE_SIZE
 from consistency_ops.preconditioner import Preconditioner
+from support.training import DAMPING, dense
 
 
 def check(layer, x, rows, scaling="absolute", joint=True, view=lambda w: w):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
-from training import DAMPING, dense
 
 from consistency_ops.preconditioner import Preconditioner
+from support.training import DAMPING, dense
 
 NAMES = ("query", "key", "value")
 

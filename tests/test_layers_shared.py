@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from training import DAMPING, corrected_layers, dense, train
 
 from consistency_ops import ops, preconditioner
 from consistency_ops.preconditioner import Preconditioner
+from support.training import DAMPING, corrected_layers, dense, train
 
 
 class Projections(nn.Module):

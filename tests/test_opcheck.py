@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from samples import rows_like
 
 import consistency_ops as co
 from consistency_ops import ops
+from support.samples import rows_like
 
 NAMESPACE = "consistency_ops"
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -9,12 +9,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import frameworks
 import pytest
 import torch
 
 import consistency_ops as co
 from consistency_ops.ops.library import library
+from support import frameworks
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(library._name)

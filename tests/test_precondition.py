@@ -6,7 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from samples import (
+
+import consistency_ops as co
+from consistency_ops import reference
+from support.samples import (
     EPS32,
     average_bias,
     build,
@@ -19,9 +22,6 @@ from samples import (
     solve_float64,
     solve_torch,
 )
-
-import consistency_ops as co
-from consistency_ops import reference
 
 CASES, BATCH = 352, 16
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from samples import build, case, lay_out, relative_error, rows_like
 
 import consistency_ops as co
 from consistency_ops import ops
+from support.samples import build, case, lay_out, relative_error, rows_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIONS = {"damping": 0.1, "scaling": "trace", "chunk": 48, "max_rows": 400, "seed": 9}

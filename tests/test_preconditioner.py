@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import OPTIMIZERS, assert_equal, backward, data, gradients, mlp, parameters_of, scaled_step, train
 
 from consistency_ops import reference
 from consistency_ops.preconditioner import Preconditioner
+from support.training import OPTIMIZERS, assert_equal, backward, data, gradients, mlp, parameters_of, scaled_step, train
 
 
 def test_gradient_is_the_reference_one():

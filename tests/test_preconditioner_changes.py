@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 
 from consistency_ops.engine.capture import States
 from consistency_ops.preconditioner import Preconditioner
+from support.training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 
 
 def replace_weight(model, optimizer, index, weight):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import assert_equal, backward, corrected_layers, data, gradients, mlp, train
 
 from consistency_ops.preconditioner import Preconditioner
+from support.training import assert_equal, backward, corrected_layers, data, gradients, mlp, train
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import (
+
+from consistency_ops.preconditioner import Preconditioner
+from support.training import (
     assert_equal,
     backward,
     data,
@@ -23,8 +25,6 @@ from training import (
     mlp,
     train,
 )
-
-from consistency_ops.preconditioner import Preconditioner
 
 
 def test_model_gets_no_buffers_and_gradients_keep_their_place():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import DAMPING, assert_equal, data, dense, mlp, scaled_step, train
 
 from consistency_ops.preconditioner import Preconditioner
+from support.training import DAMPING, assert_equal, data, dense, mlp, scaled_step, train
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import (
+
+from consistency_ops.preconditioner import Preconditioner
+from support.training import (
     backward,
     data,
     hooks_of,
     mlp,
     train,
 )
-
-from consistency_ops.preconditioner import Preconditioner
 
 
 @pytest.mark.parametrize(

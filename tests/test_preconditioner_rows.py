@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from training import assert_equal, backward, data, gradients, mlp
 
 from consistency_ops.preconditioner import Preconditioner
+from support.training import assert_equal, backward, data, gradients, mlp
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -12,7 +12,9 @@ import torch.distributed.checkpoint as checkpoint_io
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import (
+
+from consistency_ops.preconditioner import Preconditioner
+from support.training import (
     OPTIMIZERS,
     assert_equal,
     backward,
@@ -21,8 +23,6 @@ from training import (
     mlp,
     train,
 )
-
-from consistency_ops.preconditioner import Preconditioner
 
 
 def test_every_reuses_the_inverse_and_captures_nothing_between():

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from samples import relative_error, rows_like
 
 import consistency_ops as co
 from consistency_ops import ops
+from support.samples import relative_error, rows_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIONS = {"damping": 0.1, "scaling": "trace", "chunk": 48, "max_rows": 400, "seed": 9, "group": 8, "step": 2}

@@ -3,14 +3,12 @@
 import re
 from pathlib import Path
 
-import frameworks
 import pytest
-import ranks
 import torch
-import trainers
 from torch.nn import functional
 
 import consistency_ops as co
+from support import frameworks, ranks, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 

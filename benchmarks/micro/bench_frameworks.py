@@ -24,7 +24,7 @@ import consistency_ops as co
 from benchmarks.micro.timing import interleaved, medians, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import frameworks
+from support import frameworks
 
 
 def gpt2():

@@ -1,4 +1,4 @@
-"""The bindings of the CUDA kernels, on the host: what they refuse, and that tests/kernels.py puts them in place.
+"""The bindings of the CUDA kernels, on the host: what they refuse, and that support/kernels.py puts them in place.
 
 The ordinary tests of the operators run on them too, as ``[simt-...]``.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import simt_library
 import torch
-from kernels import OPERATORS, behind_the_operators, elsewhere
 
 import consistency_ops as co
+from support.kernels import OPERATORS, behind_the_operators, elsewhere
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -122,7 +122,7 @@ def test_one_input_given_several_times_is_one_covariance(simt):
 
 
 def test_arguments_go_to_a_device_and_back_as_they_are():
-    """As the tests on a GPU do it (kernels.py), with a copy on the CPU: strides, offsets, shared storages."""
+    """As the tests on a GPU do it (support/kernels.py), with a copy on the CPU: strides, offsets, shared storages."""
     flat = torch.randn(1000)
     grad, bias = flat[3:243].view(40, 6).T, flat[300:306]  # two views of one storage
     rows = torch.randn(60, 80)[:, ::2]

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py do. Run by tests/ranks.py on four gloo ranks."""
+"""What the ranks of tests/test_distributed.py do. Run by ranks.py on four gloo ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from ranks import same_bits
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -23,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_ops import Preconditioner, layers
+
+from .ranks import same_bits
 
 STEPS = 4
 SHARES = (16, 4, 12, 8)  # rows of each rank, of a batch of 40

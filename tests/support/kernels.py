@@ -21,7 +21,7 @@ from torch import Tensor
 
 import consistency_ops  # noqa: F401  (registers the operators)
 
-sys.path.append(str(Path(__file__).parent / "simt"))
+sys.path.append(str(Path(__file__).parents[1] / "simt"))
 
 NAMESPACE = "consistency_ops"
 OPERATORS = (

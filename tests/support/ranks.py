@@ -1,6 +1,6 @@
 """Several gloo ranks on one machine: ``run`` starts them, calls the scenarios of a module on each, collects results.
 
-    python tests/ranks.py MODULE WORLD FOLDER SCENARIO...
+    PYTHONPATH=.:tests python -m support.ranks MODULE WORLD FOLDER SCENARIO...
 
 One process imports torch and forks the ranks, so that four of them cost one import. A scenario is a function of no
 arguments, called on every rank after ``init_process_group``; what it returns is saved, or the traceback of what it
@@ -26,9 +26,10 @@ TIMEOUT = datetime.timedelta(seconds=60)  # a rank that waits for another that d
 
 def run(module: str, scenarios: list[str], world: int, folder: Path) -> dict[str, list[Any]]:
     """Results of every scenario, one a rank."""
-    command = [sys.executable, __file__, module, str(world), str(folder), *scenarios]
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "support.ranks", f"support.{module}", str(world), str(folder), *scenarios]
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
         raise RuntimeError(f"ranks failed with {done.returncode}\n{done.stdout}\n{done.stderr}")

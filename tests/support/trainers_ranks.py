@@ -6,16 +6,16 @@ import logging
 import os
 import tempfile
 
-import frameworks
 import torch
 import torch.distributed as dist
-import trainers
-from ranks import same_bits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import consistency_ops as co
+
+from . import frameworks, trainers
+from .ranks import same_bits
 
 STEPS = 6
 accelerate, lightning, _ = frameworks.require("accelerate", "lightning", "transformers")  # once, before the fork

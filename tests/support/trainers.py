@@ -4,12 +4,13 @@ Each function trains ``STEPS`` steps, with or without the one line, and returns 
 and ``benchmarks/micro/bench_trainers.py`` share them.
 """
 
-import frameworks
 import pytest
 import torch
 from torch.nn import functional
 
 import consistency_ops as co
+
+from . import frameworks
 
 STEPS = 50
 QUIET = dict(report_to=[], use_cpu=True, disable_tqdm=True)

@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.distributed as dist
-from distributed_scenarios import STEPS, STORED, _sharded, mlp, result, sgd, share, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from consistency_ops import Preconditioner
 from consistency_ops.optim import SGD2
+
+from .distributed_scenarios import STEPS, STORED, _sharded, mlp, result, sgd, share, train
 
 
 class Mixed(nn.Module):
