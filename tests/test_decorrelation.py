@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
+from consistency_ops.experimental import decorrelate_fft, decorrelate_im2col
 
 
 @pytest.mark.parametrize(

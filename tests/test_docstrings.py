@@ -6,9 +6,16 @@ import re
 import pytest
 
 import consistency_ops as co
-from consistency_ops import ops
+from consistency_ops import experimental, ops
 
-NAMESPACES = {"co": co, "co.nn": co.nn, "co.optim": co.optim, "co.analysis": co.analysis, "co.ops": ops}
+NAMESPACES = {
+    "co": co,
+    "co.nn": co.nn,
+    "co.optim": co.optim,
+    "co.analysis": co.analysis,
+    "co.experimental": experimental,
+    "co.ops": ops,
+}
 REFERENCE = re.compile(r":(?:func|class|meth):`[~.]?(?:[\w.]*\.)?(\w+)`")
 USUAL = {"self", "device", "dtype"}  # as of every torch module: where its parameters are, and what
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import consistency_ops as co
-from consistency_ops.optim import SGD2, GradientNoise, ResidualNoise, select_learning_rate
+from consistency_ops.experimental import ResidualNoise
+from consistency_ops.optim import SGD2, GradientNoise, select_learning_rate
 
 
 def train(model, optimizer, steps, first=0):

@@ -11,7 +11,7 @@ import consistency_ops as co
 from consistency_ops import nn as conn
 from consistency_ops import optim
 from consistency_ops.engine import layer_types
-from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
+from consistency_ops.experimental import ResidualNoise, decorrelate_fft, decorrelate_im2col
 
 GRAD, INPUTS = torch.randn(5, 20), torch.randn(30, 20)
 KERNEL, IMAGES = torch.randn(4, 3, 3, 3), torch.randn(2, 3, 8, 8)
@@ -85,7 +85,7 @@ CALLS = {  # name in the message: (call, arguments that are numbers, arguments t
     "SGD2": (lambda **o: optim.SGD2(mlp(), **{"lr": 0.1, **o}), "momentum weight_decay", "max_size"),
     "select_learning_rate": (select, "", "iterations"),
     "GradientNoise": (lambda **o: optim.GradientNoise(sgd(mlp()), **o), "eta gamma", "seed"),
-    "ResidualNoise": (lambda **o: optim.ResidualNoise(mlp(), **o), "scale", ""),
+    "ResidualNoise": (lambda **o: ResidualNoise(mlp(), **o), "scale", ""),
     "decorrelate_im2col": (lambda **o: decorrelate_im2col(KERNEL, IMAGES, **o), "damping", "max_rows"),
     "decorrelate_fft": (lambda **o: decorrelate_fft(KERNEL, IMAGES, **o), "damping", ""),
     "conditioning": (lambda **o: co.analysis.conditioning(mlp(), **o), "damping", "chunk"),
@@ -146,7 +146,7 @@ MODULES = {
     "Preconditioner": co.Preconditioner,
     "SGD2": lambda x: optim.SGD2(x, lr=0.1),
     "select_learning_rate": lambda x: optim.select_learning_rate(x, sgd(mlp()), abs, [1]),
-    "ResidualNoise": optim.ResidualNoise,
+    "ResidualNoise": ResidualNoise,
     "clip_spectral_norms_": conn.clip_spectral_norms_,
     "activation_statistics": co.analysis.activation_statistics,
     "gradient_energy": co.analysis.gradient_energy,
@@ -167,7 +167,7 @@ def test_modules(owner):
 
 NAMES = {
     "Preconditioner: skip": lambda x: co.Preconditioner(mlp(), skip=x),
-    "ResidualNoise: layers": lambda x: optim.ResidualNoise(mlp(), layers=x),
+    "ResidualNoise: layers": lambda x: ResidualNoise(mlp(), layers=x),
     "gradient_energy: layers": lambda x: co.analysis.gradient_energy(mlp(), layers=x),
 }
 

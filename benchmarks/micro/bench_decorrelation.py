@@ -14,7 +14,7 @@ import torch
 
 import consistency_ops as co
 from benchmarks.micro.timing import interleaved, medians, one_thread, save
-from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
+from consistency_ops.experimental import decorrelate_fft, decorrelate_im2col
 
 ROWS = 4096
 LAYERS = (  # batch, in, out, image, kernel

@@ -5,8 +5,9 @@ noise in the parameter gradients (before the correction) or in the residuals.  T
 """
 
 from benchmarks.training import fit, frame
+from consistency_ops.experimental import ResidualNoise
 from consistency_ops.nn import deep_mlp
-from consistency_ops.optim import GradientNoise, ResidualNoise
+from consistency_ops.optim import GradientNoise
 
 TITLE = "noise in gradients or residuals of a deep narrow network"
 DATA = "mnist"

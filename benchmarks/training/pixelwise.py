@@ -15,7 +15,7 @@ from torch import nn
 
 import consistency_ops as co
 from benchmarks.training import fit, frame
-from consistency_ops.optim import decorrelate_fft, decorrelate_im2col
+from consistency_ops.experimental import decorrelate_fft, decorrelate_im2col
 
 TITLE = "pixel-wise decorrelation by im2col and FFT against channels only, a small convnet"
 DATA = "fashion-mnist"
