@@ -33,11 +33,6 @@ def fail(sentence: str) -> None:
     sys.exit(f"consistency_ops: {sentence}")
 
 
-def version() -> str:
-    text = (ROOT / "csrc" / "include" / "consistency_ops" / "version.h").read_text()
-    return ".".join(re.findall(r"#define CONSISTENCY_OPS_VERSION_\w+ (\d+)", text))
-
-
 def torch_cpp_extension():
     """torch.utils.cpp_extension of the build environment, or of the environment that is being installed into."""
     # pip's isolated build hides the latter; it goes last, so that it hides nothing of the build environment.
@@ -221,24 +216,12 @@ class BuildExt(build_ext):
         command.run()
 
 
-setup(
-    name="consistency_ops",
-    version=version(),
-    description="Layer-wise second-order training for PyTorch: fused C++/CUDA preconditioning, one line to switch on",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="BSD-3-Clause",
+setup(  # what is built and which files are shipped; all else is in pyproject.toml
     packages=[*find_packages(include=["consistency_ops", "consistency_ops.*"]), "consistency_ops.csrc"],
     package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
     package_data={
         "consistency_ops": ["py.typed"],
         "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.in", "cmake/*"],
-    },
-    python_requires=">=3.10",
-    install_requires=["torch>=2.10", "numpy"],
-    extras_require={
-        "train": ["scikit-learn", "matplotlib", "tqdm"],
-        "frameworks": ["accelerate", "lightning", "timm", "transformers"],
     },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},
