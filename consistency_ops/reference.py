@@ -216,7 +216,7 @@ def batch_rms_norm(
     *,
     training: bool,
     num_batches: Tensor | None = None,
-    momentum: float = 0.1,
+    decay: float = 0.1,
     eps: float = 1e-2,
 ) -> Tensor:
     """``running_ms`` (C) and ``num_batches`` (1) are updated in place in training; D is a constant."""
@@ -224,11 +224,11 @@ def batch_rms_norm(
         if training and x.numel() > 0:
             dims = [0, *range(2, x.dim())]
             mean_square = x.to(running_ms.dtype).square().mean(dims)
-            running_ms.mul_(momentum).add_((1 - momentum) * mean_square)
+            running_ms.mul_(decay).add_((1 - decay) * mean_square)
             if num_batches is not None:
                 num_batches += 1
         count = 0 if num_batches is None else int(num_batches)
-        correction = 1 - momentum**count if count > 0 else 1.0
+        correction = 1 - decay**count if count > 0 else 1.0
         if running_ms.numel() == 0:
             return x.clone()
         denominator = (running_ms / correction + eps * (running_ms.max() + 1e-6)).sqrt()

@@ -87,7 +87,7 @@ def test_preconditioned_spectrum_is_that_of_the_correction(samples, scaling, chu
 @pytest.mark.parametrize("samples", [9, 200])
 def test_normalised_spectrum_is_that_behind_a_batch_rms_norm(samples):
     x = torch.randn(samples, 16) * torch.logspace(-2, 1, 16)
-    norm = co.nn.BatchRMSNorm(16, momentum=0.0).double()
+    norm = co.nn.BatchRMSNorm(16, decay=0.0).double()
     y = norm(x.double())
     model = nn.Linear(16, 2)
     with co.analysis.conditioning(model, chunk=256) as monitor:

@@ -92,13 +92,13 @@ def test_by_hand_at_the_first_batch():
     """t = 0: v = 0.9 m, corrected by 1 - 0.1; eps is relative to the uncorrected maximum."""
     x = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
     running, count = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    y = co.batch_rms_norm(x, running, training=True, num_batches=count, momentum=0.1, eps=1e-2)
+    y = co.batch_rms_norm(x, running, training=True, num_batches=count, decay=0.1, eps=1e-2)
     assert count.item() == 1
     torch.testing.assert_close(running, torch.tensor([0.9 * 12.5, 0.0], dtype=torch.float64))
     eps = 1e-2 * (0.9 * 12.5 + 1e-6)
     torch.testing.assert_close(y[:, 0], x[:, 0] / math.sqrt(12.5 + eps))
     assert torch.equal(y[:, 1], torch.zeros(2, dtype=torch.float64))
-    # The second batch: momentum weighs the old value.
+    # The second batch: decay weighs the old value.
     co.batch_rms_norm(2 * x, running, training=True, num_batches=count)
     torch.testing.assert_close(running[0].item(), 0.1 * 0.9 * 12.5 + 0.9 * 50)
 
@@ -106,7 +106,7 @@ def test_by_hand_at_the_first_batch():
 def test_without_a_counter_nothing_is_corrected():
     x = torch.randn(10, 3, dtype=torch.float64)
     running = torch.zeros(3, dtype=torch.float64)
-    y = co.batch_rms_norm(x, running, training=True, momentum=0.5)
+    y = co.batch_rms_norm(x, running, training=True, decay=0.5)
     denominator = (running + 1e-2 * (running.max() + 1e-6)).sqrt()
     torch.testing.assert_close(y, x / denominator)
     torch.testing.assert_close(running, 0.5 * x.square().mean(0))
@@ -210,7 +210,7 @@ def test_long_sums_stay_accurate():
     x = torch.rand(2, 1, 2000, 2000).add_(0.5)
     for layout in (x, x.expand(2, 1, 2000, 2000).movedim(1, -1).contiguous().movedim(-1, 1)):
         running = torch.zeros(1, dtype=torch.float64)
-        co.batch_rms_norm(layout, running, training=True, momentum=0.0)
+        co.batch_rms_norm(layout, running, training=True, decay=0.0)
         torch.testing.assert_close(running[0], x.double().square().mean(), rtol=1e-6, atol=0)
 
 
@@ -259,8 +259,8 @@ def test_not_finite_input_shows_in_every_channel(value):
         ({"num_batches": torch.zeros(1)}, TypeError, "num_batches must be int64, got torch.float32"),
         ({"num_batches": torch.tensor(0)}, ValueError, r"num_batches must have shape \(1,\), got \(\)"),
         ({"num_batches": 3}, TypeError, "num_batches must be a Tensor, got int"),
-        ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"momentum": math.nan}, ValueError, "momentum"),
+        ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
+        ({"decay": math.nan}, ValueError, "decay"),
         ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
         ({"eps": math.inf}, ValueError, "eps"),
     ],
@@ -294,10 +294,10 @@ def test_module_trains_then_evaluates():
 
 
 def test_module_state_and_copies():
-    module = co.nn.BatchRMSNorm(3, momentum=0.3, eps=1e-3)
+    module = co.nn.BatchRMSNorm(3, decay=0.3, eps=1e-3)
     module(torch.randn(5, 3))
     assert set(module.state_dict()) == {"running_ms", "num_batches"} and not list(module.parameters())
-    assert repr(module) == "BatchRMSNorm(3, momentum=0.3, eps=0.001)"
+    assert repr(module) == "BatchRMSNorm(3, decay=0.3, eps=0.001)"
     clone = copy.deepcopy(module)
     clone(torch.randn(5, 3))
     assert module.num_batches.item() == 1 and clone.num_batches.item() == 2
@@ -329,7 +329,7 @@ def test_module_keeps_wide_statistics():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0,), "num_features"), ((3, 1.0), "momentum"), ((3, -0.1), "momentum"), ((3, 0.1, 0.0), "eps")],
+    [((0,), "num_features"), ((3, 1.0), "decay"), ((3, -0.1), "decay"), ((3, 0.1, 0.0), "eps")],
 )
 def test_module_refuses(arguments, message):
     with pytest.raises(ValueError, match=f"BatchRMSNorm: {message}"):

@@ -47,10 +47,10 @@ CALLS = {  # name in the message: (call, arguments that are numbers, arguments t
     ),
     "batch_rms_norm": (
         lambda **o: co.batch_rms_norm(torch.ones(2, 3), torch.zeros(3), training=True, **o),
-        "momentum eps",
+        "decay eps",
         "",
     ),
-    "BatchRMSNorm": (lambda **o: conn.BatchRMSNorm(**{"num_features": 3, **o}), "momentum eps", "num_features"),
+    "BatchRMSNorm": (lambda **o: conn.BatchRMSNorm(**{"num_features": 3, **o}), "decay eps", "num_features"),
     "deep_mlp": (
         lambda **o: conn.deep_mlp(**{"inputs": 4, "classes": 2, "depth": 2, **o}),
         "",

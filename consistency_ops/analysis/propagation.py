@@ -83,15 +83,15 @@ def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     norms = [
-        (module, module.momentum, 0.0 if isinstance(module, BatchRMSNorm) else 1.0)
+        (module, "decay", module.decay) if isinstance(module, BatchRMSNorm) else (module, "momentum", module.momentum)
         for module in model.modules()
         if module.training and (isinstance(module, BatchRMSNorm) or getattr(module, "track_running_stats", False))
     ]
     model.eval()
     try:
         if norms:
-            for module, _, newest in norms:  # only the batch that comes counts
-                module.momentum = newest
+            for module, option, _ in norms:  # only the batch that comes counts
+                setattr(module, option, 0.0 if option == "decay" else 1.0)
                 module.train()
             with torch.no_grad():
                 run()
@@ -99,8 +99,8 @@ def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
                 module.eval()
         yield
     finally:
-        for module, momentum, _ in norms:
-            module.momentum = momentum
+        for module, option, value in norms:
+            setattr(module, option, value)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

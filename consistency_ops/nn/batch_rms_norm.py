@@ -15,8 +15,9 @@ class BatchRMSNorm(nn.Module):
     """Scale every channel to root mean square one over batch and pixels; see :func:`consistency_ops.batch_rms_norm`.
 
     Input (N, C) or (N, C, *spatial) with C = ``num_features``, output of the same shape, dtype and memory format.  No
-    parameters: no mean is removed, nothing is rescaled.  ``momentum`` is the weight of the *old* statistics, in [0, 1);
-    ``eps`` > 0 is relative to the most active channel: 1e-2 inside a network, 1e-10 to normalise data.
+    parameters: no mean is removed, nothing is rescaled.  ``decay`` is the weight of the *old* statistics, in [0, 1)
+    (torch's ``momentum`` is that of the new ones); ``eps`` > 0 is relative to the most active channel: 1e-2 inside a
+    network, 1e-10 to normalise data.
 
     Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
     the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.  Every training forward
@@ -27,7 +28,7 @@ class BatchRMSNorm(nn.Module):
     def __init__(
         self,
         num_features: int,
-        momentum: float = 0.1,
+        decay: float = 0.1,
         eps: float = 1e-2,
         *,
         device: torch.device | str | None = None,
@@ -35,12 +36,12 @@ class BatchRMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("BatchRMSNorm", num_features=num_features)
-        check_numbers("BatchRMSNorm", momentum=momentum, eps=eps)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"BatchRMSNorm: momentum must be in [0, 1), got {momentum}")
+        check_numbers("BatchRMSNorm", decay=decay, eps=eps)
+        if not 0 <= decay < 1:
+            raise ValueError(f"BatchRMSNorm: decay must be in [0, 1), got {decay}")
         if not 0 < eps < float("inf"):
             raise ValueError(f"BatchRMSNorm: eps must be positive and finite, got {eps}")
-        self.num_features, self.momentum, self.eps = num_features, momentum, eps
+        self.num_features, self.decay, self.eps = num_features, decay, eps
         statistics = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("running_ms", torch.zeros(num_features, device=device, dtype=statistics))
         self.register_buffer("num_batches", torch.zeros(1, device=device, dtype=torch.int64))
@@ -56,7 +57,7 @@ class BatchRMSNorm(nn.Module):
             self.running_ms,
             training=self.training and not _recomputes(),
             num_batches=self.num_batches,
-            momentum=self.momentum,
+            decay=self.decay,
             eps=self.eps,
         )
 
@@ -68,7 +69,7 @@ class BatchRMSNorm(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, momentum={self.momentum}, eps={self.eps}"
+        return f"{self.num_features}, decay={self.decay}, eps={self.eps}"
 
 
 def _recomputes() -> bool:

@@ -31,12 +31,12 @@ def batch_rms_norm(
     *,
     training: bool,
     num_batches: Tensor | None = None,
-    momentum: float = 0.1,
+    decay: float = 0.1,
     eps: float = 1e-2,
 ) -> Tensor:
     """Divide every channel of ``x`` by its root mean square over the batch and the pixels (arXiv 1708.00631).
 
-    With v = ``running_ms`` and rho = ``momentum``, the weight of the *old* value::
+    With v = ``running_ms`` and rho = ``decay``, the weight of the *old* value::
 
         v_c <- rho v_c + (1 - rho) mean(x_c^2)                       in training only, in place
         D_c  = sqrt(v_c / (1 - rho^num_batches) + eps * max_k(v_k + 1e-6))
@@ -44,7 +44,7 @@ def batch_rms_norm(
 
     ``x``: (N, C) or (N, C, *spatial), any memory format; float32, float64, bfloat16 or float16.
     ``running_ms``: (C), contiguous, float32 or float64, starts at 0.  ``num_batches``: int64, shape (1,), starts at 0;
-    counts the training batches, this one included; None, or a count of 0: v is not corrected.  ``momentum`` in [0, 1).
+    counts the training batches, this one included; None, or a count of 0: v is not corrected.  ``decay`` in [0, 1).
     ``eps`` > 0 is relative to the most active channel, which limits the gain of the least active to about 1 / sqrt(eps)
     times that of the most active (1e-10 for a layer that normalises data).
 
@@ -55,12 +55,12 @@ def batch_rms_norm(
     Raises TypeError (types), ValueError (shapes and ranges), NotImplementedError (complex, sparse, nested),
     RuntimeError (devices, or ``running_ms`` requires a gradient).
     """
-    _check(x, running_ms, num_batches, momentum, eps)
+    _check(x, running_ms, num_batches, decay, eps)
     if training:
-        denominator = _training(x.detach(), running_ms, num_batches, momentum, eps)
+        denominator = _training(x.detach(), running_ms, num_batches, decay, eps)
     else:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        denominator = _evaluation(running_ms, num_batches, dtype, momentum, eps)
+        denominator = _evaluation(running_ms, num_batches, dtype, decay, eps)
     if torch.compiler.is_compiling():
         return _plain_division(x, denominator)
     if _transforming() or forward_ad._current_level >= 0:
@@ -71,7 +71,7 @@ def batch_rms_norm(
         return _divide(x, denominator)
 
 
-def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: float, eps: float) -> None:
+def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, decay: float, eps: float) -> None:
     def fail(error: type[Exception], message: str) -> None:
         raise error(f"batch_rms_norm: {message}")
 
@@ -107,9 +107,9 @@ def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, momentum: 
             fail(ValueError, f"num_batches must have shape (1,), got {tuple(num_batches.shape)}")
         if num_batches.device != x.device:
             fail(RuntimeError, f"num_batches must be on {x.device}, got {num_batches.device}")
-    check_numbers("batch_rms_norm", momentum=momentum, eps=eps)
-    if not 0 <= momentum < 1:
-        fail(ValueError, f"momentum must be in [0, 1), got {momentum}")
+    check_numbers("batch_rms_norm", decay=decay, eps=eps)
+    if not 0 <= decay < 1:
+        fail(ValueError, f"decay must be in [0, 1), got {decay}")
     if not 0 < eps < float("inf"):
         fail(ValueError, f"eps must be positive and finite, got {eps}")
 
@@ -163,12 +163,12 @@ _apply_fast = super(Function, _Division).apply  # without the Python wrapper tha
 
 
 @torch.library.register_fake("consistency_ops::batch_rms_norm_denominator_")
-def _(x, running_ms, num_batches, momentum, eps):
+def _(x, running_ms, num_batches, decay, eps):
     return running_ms.new_empty(running_ms.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.register_fake("consistency_ops::batch_rms_norm_denominator")
-def _(running_ms, num_batches, dtype, momentum, eps):
+def _(running_ms, num_batches, dtype, decay, eps):
     return running_ms.new_empty(running_ms.shape, dtype=dtype)
 
 
@@ -197,7 +197,7 @@ def _samples(info, in_dims, tensors):
 
 
 @torch.library.register_vmap("consistency_ops::batch_rms_norm_denominator_")
-def _(info, in_dims, x, running_ms, num_batches, momentum, eps):
+def _(info, in_dims, x, running_ms, num_batches, decay, eps):
     if in_dims[1] is None or (num_batches is not None and in_dims[2] is None):
         raise RuntimeError(
             "batch_rms_norm: under vmap, training updates running_ms and num_batches in place, so they must be batched "
@@ -206,17 +206,17 @@ def _(info, in_dims, x, running_ms, num_batches, momentum, eps):
     results = []
     for sample, statistics, count in _samples(info, in_dims, (x, running_ms, num_batches)):
         updated = statistics.contiguous()
-        results.append(_training(sample, updated, count, momentum, eps))
+        results.append(_training(sample, updated, count, decay, eps))
         if updated is not statistics:
             statistics.copy_(updated)
     return torch.stack(results), 0
 
 
 @torch.library.register_vmap("consistency_ops::batch_rms_norm_denominator")
-def _(info, in_dims, running_ms, num_batches, dtype, momentum, eps):
+def _(info, in_dims, running_ms, num_batches, dtype, decay, eps):
     return torch.stack(
         [
-            _evaluation(statistics.contiguous(), count, dtype, momentum, eps)
+            _evaluation(statistics.contiguous(), count, dtype, decay, eps)
             for statistics, count in _samples(info, in_dims, (running_ms, num_batches))
         ]
     ), 0
