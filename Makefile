@@ -12,9 +12,13 @@ BENCH ?= modulus memory step precondition scaling peers decorrelation orthogonal
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(wildcard csrc/autograd/* csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
+# What the compilers say, without the command line of every file, which ninja prints.
+COMPILE = flock .build.lock python setup.py -q build_ext --inplace | sed -u '/^\[[0-9]*\/[0-9]*\] /d; /^ninja: no work/d'
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
 	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 export PATH := $(BIN):$(PATH)
 export MAX_JOBS ?= 2
 # OpenMP threads that spin while they wait make small steps many times slower on a busy machine.
@@ -26,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help train test test-slow test-nightly test-all bench build wheel lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned method, side by side; results in runs/
 	python -m consistency_ops train $(ARGS)
@@ -34,13 +38,13 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
-test-slow: $(LIBRARY) $(VENV)/.frameworks
+test-slow: $(LIBRARY) $(VENV)/.frameworks ## long trainings, sanitizers, CUDA compilation, trainers of other people
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
 	python -m pytest -q -n $(MAX_JOBS) -m nightly $(ARGS)
 
-test-all: test test-slow ## the tests and the slow ones: long trainings, sanitizers, CUDA compilation
+test-all: test test-slow ## the tests and the slow ones
 
 bench: $(LIBRARY) ## speed and memory against torch, steps against other optimizers; BENCH="step peers" for some of it
 	@set -e; for name in $(BENCH); do \
@@ -48,7 +52,7 @@ bench: $(LIBRARY) ## speed and memory against torch, steps against other optimiz
 		else python -m benchmarks.micro.bench_$$name $(ARGS); fi; done
 
 build: $(VENV)/.installed ## compile the extension in place, only what changed
-	@flock .build.lock python setup.py -q build_ext --inplace
+	@$(COMPILE)
 
 wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10 and torch >= 2.10
 	@rm -rf build/lib* build/bdist*
@@ -69,7 +73,8 @@ clean: ## remove what was built; .venv and runs/ stay
 	rm -rf build dist *.egg-info $(LIBRARY) consistency_ops/_autograd_* .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(LIBRARY): $(VENV)/.installed $(SOURCES)
-	@flock .build.lock python setup.py -q build_ext --inplace
+	@echo "compiling the extension (a minute or more)"
+	@$(COMPILE)
 
 $(VENV)/.installed: requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer."; exit 1; }

@@ -1,6 +1,14 @@
 """Second-order training at first-order cost: the system of arXiv 1708.00631 as fused kernels for PyTorch."""
 
-from .ops import library as _library  # first: it says in one sentence what is missing
+import sys as _sys
+
+try:
+    from .ops import library as _library  # first: it says in one sentence what is missing
+except ImportError as error:
+    # `python -m consistency_ops` imports the package before __main__, and would show a traceback around the sentence.
+    if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].endswith("consistency_ops"):
+        _sys.exit(f"error: {error}")
+    raise
 
 # isort: split
 from . import analysis, layers, nn, optim

@@ -11,13 +11,14 @@ COMMANDS = {
     "analyse": ("consistency_ops.cli.analyse", "say what is wrong in a network, layer by layer, as a web page"),
     "train": ("consistency_ops.cli.train", "train one network with several optimizers side by side on real data"),
 }
+ALIASES = {"analyze": "analyse"}
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return (
-        "usage: python -m consistency_ops [command] [options]\n\n"
+        "usage: python -m consistency_ops [--version | command [options]]\n\n"
         "Without a command: print versions, build and devices, as a bug report needs them.\n\n"
         f"commands:\n{commands}\n\n"
         "python -m consistency_ops COMMAND --help tells more."
@@ -26,7 +27,7 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     if not argv:
-        from consistency_ops.environment import format_report
+        from .environment import format_report
 
         print(format_report())
         return 0
@@ -34,6 +35,12 @@ def main(argv: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if command == "--version":
+        from . import __version__
+
+        print(f"consistency_ops {__version__}")
+        return 0
+    command = ALIASES.get(command, command)
     if command not in COMMANDS:
         print(f"error: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2

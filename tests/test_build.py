@@ -206,6 +206,14 @@ def test_import_unbuilt(checkout):
     assert f"not built in {checkout / 'consistency_ops'}" in message and "make build" in message
 
 
+def test_the_command_line_of_an_unbuilt_checkout_is_one_sentence(checkout):
+    for arguments in ([], ["train", "--epochs", "1"]):
+        done = python(checkout, "-m", "consistency_ops", *arguments)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and done.stdout == ""
+        assert line.startswith("error: consistency_ops is not built in") and "make build" in line
+
+
 def test_import_without_torch(checkout, tmp_path):
     assert "torch is not installed: run `pip" in imported(checkout, PYTHONPATH=fake_torch(tmp_path / "fake", MISSING))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import consistency_ops
 from consistency_ops import __main__
 from consistency_ops.cli import data, models
 from consistency_ops.cli import optimizers as methods
@@ -239,11 +240,17 @@ def test_unknown_command_and_help(capsys):
     assert __main__.main(["trian"]) == 2
     error = capsys.readouterr().err
     assert "there is no command 'trian'" in error and "train" in error
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"consistency_ops {consistency_ops.__version__}\n"
     assert __main__.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         __main__.main(["train", "--help"])
     assert capsys.readouterr().out.count("\n") > 50
+    for spelling in ("analyse", "analyze"):
+        with pytest.raises(SystemExit, match="0"):
+            __main__.main([spelling, "--help"])
+        assert "Examine one network" in capsys.readouterr().out
 
 
 # ---- mistakes: one sentence, exit status 2, no traceback
