@@ -11,7 +11,7 @@ ARGS ?=
 BENCH ?= modulus memory step precondition scaling peers decorrelation orthogonal
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
-SOURCES := setup.py $(wildcard csrc/autograd/* csrc/bindings/* csrc/cpu/* csrc/cuda/* csrc/include/consistency_ops/*)
+SOURCES := setup.py $(shell find csrc -type f)
 # What the compilers say, without the command line of every file, which ninja prints.
 COMPILE = flock .build.lock python setup.py -q build_ext --inplace | sed -u '/^\[[0-9]*\/[0-9]*\] /d; /^ninja: no work/d'
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \

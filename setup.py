@@ -136,10 +136,10 @@ def configure(extension: Extension, cpp_extension) -> Extension:
     floating_point = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     warnings = ["-Wall", "-Wextra", "-isystem", str(torch_include(cpp_extension))]  # in our code, not in torch's
     args = {"cxx": [*common, *HIDDEN, *floating_point, *warnings, *prefix_maps(cpp_extension), "-g0"]}
-    sources = [*ROOT.glob("csrc/bindings/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = [path for room in ("bindings", "c_api", "cpu") for path in ROOT.glob(f"csrc/{room}/*.cpp")]
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
-    kernels = list(ROOT.glob("csrc/cuda/*.cu"))
+    kernels = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/c_api/*.cu")]
     if (toolkit := cuda_toolkit()) and kernels:
         home, release = toolkit
         # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.
@@ -221,7 +221,10 @@ setup(  # what is built and which files are shipped; all else is in pyproject.to
     package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
     package_data={
         "consistency_ops": ["py.typed"],
-        "consistency_ops.csrc": ["include/consistency_ops/*.h", "cpu/*", "cuda/*", "CMakeLists.txt", "*.in", "cmake/*"],
+        "consistency_ops.csrc": [
+            *("include/consistency_ops/*.h", "c_api/*", "cpu/*", "cuda/*", "cuda/precondition/*"),
+            *("CMakeLists.txt", "*.in", "cmake/*"),
+        ],
     },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},

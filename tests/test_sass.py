@@ -36,7 +36,7 @@ CLUSTER = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E.128", "ST.E.128")  # and distrib
 KERNELS = {
     ("precondition", r"precondition_kernel.*ILi256E"): Budget(
         registers=128,  # two CTAs of 256 threads an SM
-        static_shared=6 << 10,  # kStaticShared of precondition_plan.h
+        static_shared=6 << 10,  # kStaticShared of heuristics.h
         need=CORRECTION,
         clusters=True,
     ),
@@ -94,7 +94,7 @@ pytestmark = [
 @pytest.fixture(scope="module", params=sorted({file for file, _ in KERNELS}))
 def compiled(request):
     """(file, object for all architectures); compiled again when a source has changed."""
-    sources = sorted([*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/include/consistency_ops/*.h")])
+    sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     target = ROOT / "build" / "sass" / f"{request.param}-{digest}.o"
     if not target.exists():

@@ -2,8 +2,8 @@
 //
 // For a thousand elements the Python of an autograd function costs more than both kernels, and the stable ABI has no
 // C++ autograd.  This file uses torch's unstable C++ interface instead, so its binary serves one release of torch and
-// one of Python only.  Nothing needs it: consistency_ops/ops/modulus.py is the definition and takes over whatever is not
-// the plain case, here and in backward.
+// one of Python only.  Nothing needs it: consistency_ops/ops/modulus.py is the definition and takes over whatever is
+// not the plain case, here and in backward.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/core/LegacyTypeDispatch.h>

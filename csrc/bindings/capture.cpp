@@ -6,7 +6,7 @@
 #include <mutex>
 
 #include "bindings/checks.h"
-#include "bindings/cuda.h"
+#include "bindings/cuda_scope.h"
 #include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings/checks.h"
-#include "bindings/cuda.h"
+#include "bindings/cuda_scope.h"
 #include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"

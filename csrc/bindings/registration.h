@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "bindings/cuda.h"
+#include "bindings/cuda_scope.h"
 
 #if defined(CONSISTENCY_OPS_SIMT)  // tests/simt: the CUDA kernels on the host, beside the library's own operators
 #define CO_NAMESPACE consistency_ops_simt

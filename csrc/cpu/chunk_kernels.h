@@ -67,6 +67,10 @@ struct GatherKernels {
   // Back into G, without the rows whose bit in `skip` is set.
   void (*store_tile)(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
                      const Run* runs, int64_t count);
+};
+
+template <typename T>
+struct DirectKernels {
   // load_tile, apply and store_tile in one, for as many rows from the first on as it returns: G is read where it lies,
   // without a copy.  For chunks of 2 to 4 panels, or any with 9 taps side by side; `product`: scratch, as `out` of
   // apply.
@@ -88,6 +92,7 @@ template <typename T>
 struct IsaKernels {
   ChunkKernels<T> chunk;
   GatherKernels<T> gather[4];  // by DType
+  DirectKernels<T> direct[4];  // by DType
 };
 
 // In rising order: a machine that has one level has those below it.

@@ -2,7 +2,6 @@
 #include <atomic>
 #include <cstring>
 
-#include "consistency_ops/c_api.h"
 #include "cpu/chunk_kernels.h"
 
 namespace consistency_ops::cpu {
@@ -86,9 +85,3 @@ bool use_isa(const char* name) {
 }
 
 }  // namespace consistency_ops::cpu
-
-const char* co_cpu_isa(void) { return consistency_ops::cpu::isa_name(); }
-
-int co_set_cpu_isa(const char* name) {
-  return name != nullptr && consistency_ops::cpu::use_isa(name) ? 0 : CO_ERROR_INVALID_ARGUMENT;
-}

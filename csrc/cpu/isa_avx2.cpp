@@ -13,7 +13,7 @@
 namespace consistency_ops::cpu {
 namespace avx2 {
 #include "cpu/chunk_kernels.inl"
-#include "cpu/gather_kernels.inl"
+#include "cpu/direct_kernels.inl"
 }  // namespace avx2
 
 extern const IsaKernels<float> avx2_f32;

@@ -14,7 +14,7 @@
 namespace consistency_ops::cpu {
 namespace avx512 {
 #include "cpu/chunk_kernels.inl"
-#include "cpu/gather_kernels.inl"
+#include "cpu/direct_kernels.inl"
 }  // namespace avx512
 
 extern const IsaKernels<float> avx512_f32;

@@ -6,7 +6,7 @@
 namespace consistency_ops::cpu {
 namespace portable {
 #include "cpu/chunk_kernels.inl"
-#include "cpu/gather_kernels.inl"
+#include "cpu/direct_kernels.inl"
 }  // namespace portable
 
 extern const IsaKernels<float> portable_f32;

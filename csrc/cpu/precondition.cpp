@@ -337,8 +337,9 @@ class Launch {
       const Run bias_run{0, 0, plan.bias_column, 1};
       int64_t corrected = 0;
       if (!with_bias) {
-        corrected = g_gather.correct(layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps,
-                                     ahead, storage_ + chunk.storage, chunk.size, largest, s.product);
+        corrected = kernels.direct[static_cast<int>(layer.g_dtype)].correct(
+            layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps, ahead,
+            storage_ + chunk.storage, chunk.size, largest, s.product);
         if (corrected == rows) continue;
       }
       for (int r = 0; !by_unit && r < tile_rows; ++r) {

@@ -6,7 +6,7 @@
 // and 76 KiB of shared memory and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an
 // H200.  Everything else is bound by memory: the floor of a launch is the time to read X once and to read and write G.
 //
-// Three rungs, one kernel; they differ in how many CTAs work on a chunk and how these meet (precondition_plan.h
+// Three rungs, one kernel; they differ in how many CTAs work on a chunk and how these meet (heuristics.h
 // chooses).  All times here are estimates: nothing has been measured on a GPU.
 //
 //   V0  One CTA a chunk reads all rows of X and corrects all rows of G.  Nothing is written but G, info and damping;
@@ -15,7 +15,8 @@
 //       units, are added in the order of the ranks through distributed shared memory (1 to 2 us, against 3 to 4 through
 //       L2).  Then every CTA factors the same matrix (a broadcast would wait as long as the factor takes) and corrects
 //       its share of G.  No scratch, no spin.  For launches whose chunks do not fill the device.
-//   V2  Tickets (tasks.cuh).  Shares of X, one factor a chunk, and shares of G are tasks of their own that meet in the
+//   V2  Tickets (scheduler.cuh).  Shares of X, one factor a chunk, and shares of G are tasks of their own that meet in
+//   the
 //       workspace: the device stays full whatever the shapes, and one factor a chunk costs 504 chunks some 20 us of a
 //       full device where eight would cost 150.  A CTA that waits for an inverse asks L2 for its rows of G meanwhile.
 //
@@ -28,14 +29,14 @@
 #include <cmath>
 
 #include "consistency_ops/precondition_cuda.h"
-#include "cuda/apply.cuh"
-#include "cuda/chunk.cuh"
-#include "cuda/factor.cuh"
-#include "cuda/gram.cuh"
-#include "cuda/matrices.cuh"
-#include "cuda/permute.cuh"
-#include "cuda/precondition_plan.h"
-#include "cuda/tasks.cuh"
+#include "cuda/precondition/apply.cuh"
+#include "cuda/precondition/chunk.cuh"
+#include "cuda/precondition/chunk_io.cuh"
+#include "cuda/precondition/factor.cuh"
+#include "cuda/precondition/gram.cuh"
+#include "cuda/precondition/heuristics.h"
+#include "cuda/precondition/permute.cuh"
+#include "cuda/precondition/scheduler.cuh"
 
 namespace consistency_ops {
 namespace {
@@ -229,7 +230,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   if (options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
   if (tuning.ctas < 0 || tuning.ctas > (tuning.rung == PreconditionRung::kV1 ? kMaxCluster : kMaxShares)) return false;
-  if (tuning.counters < -1 || tuning.counters >= kCudaCounterPlaces) return false;
+  if (tuning.counters < -1 || tuning.counters >= kCudaCounterSlots) return false;
   int run = 0;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];

@@ -8,7 +8,7 @@
 #include <cstdio>
 
 #include "consistency_ops/c_api.h"
-#include "cuda/factor.cuh"
+#include "cuda/precondition/factor.cuh"
 
 using namespace consistency_ops;
 

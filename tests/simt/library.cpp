@@ -10,8 +10,8 @@
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
-#include "cuda/counter_places.h"
-#include "cuda/precondition_plan.h"
+#include "cuda/precondition/counter_slots.h"
+#include "cuda/precondition/heuristics.h"
 #include "simt/runtime.h"
 
 using namespace consistency_ops;
@@ -19,7 +19,7 @@ using namespace consistency_ops;
 namespace {
 
 thread_local std::string error;
-std::unique_ptr<CounterPlaces> places;
+std::unique_ptr<CounterSlots> slots;
 
 // What test_simt_accesses.py cannot count, because one call stands for the reads of 32 lanes: ldmatrix reads 8 rows of
 // 16 bytes at once, without bank conflicts if they lie in the 8 groups of 4 banks.
@@ -113,11 +113,11 @@ API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t
   return precondition_workspace_cuda(layers, count, *options, *tuning);
 }
 
-API void simt_counter_places() { places = std::make_unique<CounterPlaces>(); }
+API void simt_counter_slots() { slots = std::make_unique<CounterSlots>(); }
 
-API int32_t simt_place_of_stream(int32_t device, uint64_t stream) { return places->of_stream(device, stream); }
+API int32_t simt_slot_of_stream(int32_t device, uint64_t stream) { return slots->of_stream(device, stream); }
 
-API int32_t simt_place_of_capture(int32_t device) { return places->of_capture(device); }
+API int32_t simt_slot_of_capture(int32_t device) { return slots->of_capture(device); }
 
 API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, int32_t clusters,
                                  const CudaTuning* tuning) {

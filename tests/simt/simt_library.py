@@ -41,6 +41,12 @@ BUILDS = {  # flags of the kernels, flags of the runtime
 }
 
 
+def kernel_source(name: str, root: Path = ROOT) -> Path:
+    """The file of this name below csrc/cuda."""
+    (path,) = (root / "csrc" / "cuda").rglob(name)
+    return path
+
+
 def build(kind: str, root: Path = ROOT) -> Path:
     """The shared library of one of ``BUILDS`` from the sources under ``root``; compiles only what has changed."""
     kernel_flags, runtime_flags = BUILDS[kind]
@@ -521,15 +527,15 @@ class Library:
         how = tuning or Tuning()
         return self._library.simt_precondition_workspace(array, count, ctypes.byref(options), ctypes.byref(how))
 
-    def counter_places(self) -> None:
-        """A new CounterPlaces for the next two."""
-        self._library.simt_counter_places()
+    def counter_slots(self) -> None:
+        """A new CounterSlots for the next two."""
+        self._library.simt_counter_slots()
 
-    def place_of_stream(self, device: int, stream: int) -> int:
-        return self._library.simt_place_of_stream(device, ctypes.c_uint64(stream))
+    def slot_of_stream(self, device: int, stream: int) -> int:
+        return self._library.simt_slot_of_stream(device, ctypes.c_uint64(stream))
 
-    def place_of_capture(self, device: int) -> int:
-        return self._library.simt_place_of_capture(device)
+    def slot_of_capture(self, device: int) -> int:
+        return self._library.simt_slot_of_capture(device)
 
     def permutes(self, matrix: RowMatrix, tuning: Tuning | None = None) -> bool:
         return self._library.simt_permutes(ctypes.byref(matrix), ctypes.byref(tuning or Tuning()))

@@ -66,7 +66,7 @@ def test_cost_of_a_line(counted, space, file, snippet, most):
 
 
 def numbers_of(file, snippet):
-    text = (simt.ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    text = simt.kernel_source(file).read_text().splitlines()
     numbers = [n for n, line in enumerate(text, 1) if snippet in line and not line.lstrip().startswith("//")]
     assert numbers, "the line is still there"
     return numbers

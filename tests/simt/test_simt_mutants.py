@@ -21,14 +21,14 @@ CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trac
 CASES += ("96", "128", "128@V0")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
 CASES += ("same input@V2", "same input, bias, trace@V2", "permuted, same input@packed")
-FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "matrices.cuh", "permute.cuh", "tasks.cuh", "precondition.cu")
+FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "chunk_io.cuh", "permute.cuh", "scheduler.cuh", "precondition.cu")
 
 
 def find(pattern, files=FILES):
     """(file, line number) of every match outside comments."""
     found = []
     for name in files:
-        lines = (simt.ROOT / "csrc" / "cuda" / name).read_text().splitlines()
+        lines = simt.kernel_source(name).read_text().splitlines()
         for number, line in enumerate(lines, 1):
             if pattern.search(line) and not line.lstrip().startswith("//") and "// redundant: " not in line:
                 found.append((name, number))
@@ -39,7 +39,7 @@ def edit(folder, file, number, change):
     """A copy of the sources in which one line is changed."""
     for part in ("csrc", "tests/simt"):
         shutil.copytree(simt.ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "csrc" / "cuda" / file
+    path = simt.kernel_source(file, folder)
     lines = path.read_text().split("\n")
     changed = change(lines[number - 1])
     assert changed != lines[number - 1]
@@ -84,7 +84,7 @@ def test_deleted_synchronisation_of_the_capture_is_noticed(tmp_path, file, numbe
 
 
 def plant(file, original, mutant):
-    text = (simt.ROOT / "csrc" / "cuda" / file).read_text()
+    text = simt.kernel_source(file).read_text()
     assert text.count(original) == 1, (file, original)
     number = text[: text.index(original)].count("\n") + 1
     return file, number, original, mutant
@@ -107,18 +107,18 @@ PLANTED = [
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),
     plant("gram.cuh", "store_cluster(tiles + e, rank, sum)", "store_cluster(tiles + e, 0, sum)"),
-    plant("matrices.cuh", "for (int r = 1; r < count; ++r)", "for (int r = 2; r < count; ++r)"),
-    plant("matrices.cuh", "for (int s = 1; s < chunk.shared.sums; ++s)", "for (int s = 1; s < 1; ++s)"),
-    plant("tasks.cuh", "shared.awaited += ctas;", "shared.awaited += ctas - 1;"),
-    plant("tasks.cuh", "ctas * static_cast<uint32_t>(shared.sums)", "ctas"),
-    plant("tasks.cuh", "shared.stages &= ~kStageApply;", ""),
-    plant("tasks.cuh", "counters->ticket = 0;", ""),
-    plant("tasks.cuh", "counters->inverted[l] = counters->corrected[l] = 0;", "counters->corrected[l] = 0;"),
-    plant("tasks.cuh", "atomicExch(&counters->finished, 0u);", ""),
-    plant("tasks.cuh", "if (user >= 0) {", "if (user < 0) {"),
-    plant("tasks.cuh", "= static_cast<uint32_t>(shared.packs);", "= static_cast<uint32_t>(shared.packs - 1);"),
-    plant("tasks.cuh", "= static_cast<uint32_t>(shared.moves);", "= static_cast<uint32_t>(shared.moves - 1);"),
-    plant("tasks.cuh", "ctas * static_cast<uint32_t>(shared.slabs);", "ctas;"),
+    plant("chunk_io.cuh", "for (int r = 1; r < count; ++r)", "for (int r = 2; r < count; ++r)"),
+    plant("chunk_io.cuh", "for (int s = 1; s < chunk.shared.sums; ++s)", "for (int s = 1; s < 1; ++s)"),
+    plant("scheduler.cuh", "shared.awaited += ctas;", "shared.awaited += ctas - 1;"),
+    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(shared.sums)", "ctas"),
+    plant("scheduler.cuh", "shared.stages &= ~kStageApply;", ""),
+    plant("scheduler.cuh", "counters->ticket = 0;", ""),
+    plant("scheduler.cuh", "counters->inverted[l] = counters->corrected[l] = 0;", "counters->corrected[l] = 0;"),
+    plant("scheduler.cuh", "atomicExch(&counters->finished, 0u);", ""),
+    plant("scheduler.cuh", "if (user >= 0) {", "if (user < 0) {"),
+    plant("scheduler.cuh", "= static_cast<uint32_t>(shared.packs);", "= static_cast<uint32_t>(shared.packs - 1);"),
+    plant("scheduler.cuh", "= static_cast<uint32_t>(shared.moves);", "= static_cast<uint32_t>(shared.moves - 1);"),
+    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(shared.slabs);", "ctas;"),
     plant("permute.cuh", "table[restore ? unit : position]", "table[position]"),
     plant("permute.cuh", "chunk.shared.bias_position != units) {", "chunk.shared.bias_position == units) {"),
     plant("permute.cuh", "= one_bits<Raw>(", "= 0 & one_bits<Raw>("),
@@ -126,9 +126,11 @@ PLANTED = [
     plant("permute.cuh", "walk.row * work.to_pitch", "walk.row * work.in_units"),
     plant("precondition.cu", "? static_cast<int32_t>(at) : chunk.shared.bias_position;", "? at : layer.units - 1;"),
     plant("precondition.cu", "turn++ % 2 * packed_bytes", "turn++ % 1 * packed_bytes"),
-    plant("tasks.cuh", "count = min(n, first + size) - first;", "count = size;"),
-    plant("tasks.cuh", "min(members[member].outputs, begin + shared.outputs)", "members[member].outputs"),
-    plant("tasks.cuh", "all_outputs += params.layers[l + m].outputs;", "all_outputs = params.layers[l + m].outputs;"),
+    plant("scheduler.cuh", "count = min(n, first + size) - first;", "count = size;"),
+    plant("scheduler.cuh", "min(members[member].outputs, begin + shared.outputs)", "members[member].outputs"),
+    plant(
+        "scheduler.cuh", "all_outputs += params.layers[l + m].outputs;", "all_outputs = params.layers[l + m].outputs;"
+    ),
     plant("precondition.cu", "for (int m = 0; m < shared.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
     plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.shared.failed_minor;", ""),
     plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),

@@ -382,21 +382,21 @@ def test_workspace_is_left_ready_for_the_next_launch(library):
 
 @pytest.mark.parametrize("name", ["trace@V0", "trace@V1", "bias@V2", "same input@V2", "permuted, four layers@packed"])
 def test_counters_of_the_library(library, name):
-    """Launch after launch in one place, then in another: each leaves zeros there, and the workspace alone."""
-    for place in (7, 255):
-        run_cases.check_schedules(library, dataclasses.replace(cases.named(name), counters=place), seeds=4)
+    """Launch after launch in one slot, then in another: each leaves zeros there, and the workspace alone."""
+    for slot in (7, 255):
+        run_cases.check_schedules(library, dataclasses.replace(cases.named(name), counters=slot), seeds=4)
 
 
-def test_places_of_the_counters(library):
-    """A place belongs to one stream of a device, or to one captured launch, for good; -1 when all are given away."""
-    library.counter_places()
-    streams = [library.place_of_stream(0, 10 + s) for s in range(65)]
+def test_slots_of_the_counters(library):
+    """A slot belongs to one stream of a device, or to one captured launch, for good; -1 when all are given away."""
+    library.counter_slots()
+    streams = [library.slot_of_stream(0, 10 + s) for s in range(65)]
     assert streams == [*range(64), -1]
-    assert [library.place_of_stream(0, 10 + s) for s in range(65)] == streams
-    assert [library.place_of_capture(0) for _ in range(194)] == [*range(64, 256), -1, -1]
-    assert library.place_of_stream(1, 10) == 0, "another device has places of its own"
-    assert library.place_of_stream(1, 2**63) == 1
-    assert library.place_of_capture(1) == 64
+    assert [library.slot_of_stream(0, 10 + s) for s in range(65)] == streams
+    assert [library.slot_of_capture(0) for _ in range(194)] == [*range(64, 256), -1, -1]
+    assert library.slot_of_stream(1, 10) == 0, "another device has slots of its own"
+    assert library.slot_of_stream(1, 2**63) == 1
+    assert library.slot_of_capture(1) == 64
 
 
 def test_more_layers_than_one_launch_describes(library):

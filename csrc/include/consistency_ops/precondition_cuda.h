@@ -36,13 +36,13 @@ struct CudaTuning {
   int32_t ctas = 0;   // of a chunk: the cluster of V1 (1 .. 8), the shares of V2 (1 .. 1024); 0: automatic
   bool tf32 = false;  // one TF32 pass for every product: torch's float32 matmul precision "high"
   Packing packing = Packing::kAutomatic;
-  // Where CTAs that meet in device memory count: -1, at the beginning of the workspace; 0 .. kCudaCounterPlaces - 1, in
-  // memory of the library on the device, which is zero when it is loaded.  Launches that may overlap need places of
+  // Where CTAs that meet in device memory count: -1, at the beginning of the workspace; 0 .. kCudaCounterSlots - 1, in
+  // memory of the library on the device, which is zero when it is loaded.  Launches that may overlap need slots of
   // their own.
   int32_t counters = -1;
 };
 
-constexpr int32_t kCudaCounterPlaces = 256;
+constexpr int32_t kCudaCounterSlots = 256;
 
 // Queues the correction on `stream` (a cudaStream_t) and returns at once: no synchronisation, no allocation, no copy.
 // One kernel launch for every 118 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16

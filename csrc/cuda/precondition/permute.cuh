@@ -23,7 +23,7 @@
 // does not fit (rows of more than 15,600 units of float32 or 23,500 of 16 bits) is left to the gather.
 #pragma once
 
-#include "cuda/tasks.cuh"
+#include "cuda/precondition/scheduler.cuh"
 
 namespace consistency_ops {
 

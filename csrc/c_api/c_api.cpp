@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
+#include "c_api/structs.h"
 #include "consistency_ops/random.h"
 #include "consistency_ops/types.h"
 #include "consistency_ops/version.h"
-#include "cpu/c_api_structs.h"
 #include "cpu/chunk_kernels.h"
 
 namespace {
@@ -113,6 +113,10 @@ int64_t rows_of(int64_t numel) { return numel == 0 ? 0 : 1; }
 int32_t co_version(void) {
   return CONSISTENCY_OPS_VERSION_MAJOR * 10000 + CONSISTENCY_OPS_VERSION_MINOR * 100 + CONSISTENCY_OPS_VERSION_PATCH;
 }
+
+const char* co_cpu_isa(void) { return cpu::isa_name(); }
+
+int co_set_cpu_isa(const char* name) { return name != nullptr && cpu::use_isa(name) ? 0 : CO_ERROR_INVALID_ARGUMENT; }
 
 int co_cholesky_f32(int64_t n, float* a, int64_t lda, int32_t* info) { return cholesky(n, a, lda, info); }
 int co_cholesky_f64(int64_t n, double* a, int64_t lda, int32_t* info) { return cholesky(n, a, lda, info); }

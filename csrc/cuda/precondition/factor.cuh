@@ -14,7 +14,7 @@
 // flops of the 181 chunks of ResNet-50 done in 5 us.  Calculated: nothing was measured.
 #pragma once
 
-#include "cuda/chunk.cuh"
+#include "cuda/precondition/chunk.cuh"
 
 namespace consistency_ops {
 

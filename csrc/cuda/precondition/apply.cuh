@@ -15,7 +15,7 @@
 // (ViT-B/16: some 200 us of products beside 281).  It waits for a GPU that shows which of the two bounds.
 #pragma once
 
-#include "cuda/tasks.cuh"
+#include "cuda/precondition/scheduler.cuh"
 
 namespace consistency_ops {
 

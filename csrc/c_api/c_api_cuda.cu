@@ -1,9 +1,9 @@
 // The CUDA launchers with C linkage (c_api_cuda.h).  Host code only.
+#include "c_api/structs.h"
 #include "consistency_ops/batch_rms_norm_cuda.h"
 #include "consistency_ops/c_api_cuda.h"
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
-#include "cpu/c_api_structs.h"
 
 using namespace consistency_ops;
 using c_api::code;

@@ -18,7 +18,7 @@
 // block take 24, 70 and 26 us of tensor cores beside 87, 281 and 233 us of DRAM.
 #pragma once
 
-#include "cuda/chunk.cuh"
+#include "cuda/precondition/chunk.cuh"
 
 namespace consistency_ops {
 

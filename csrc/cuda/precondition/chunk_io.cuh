@@ -5,7 +5,7 @@
 // for 128 units instead of 64, and no index to compute.
 #pragma once
 
-#include "cuda/chunk.cuh"
+#include "cuda/precondition/chunk.cuh"
 
 namespace consistency_ops {
 

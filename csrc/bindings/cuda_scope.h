@@ -17,7 +17,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/counter_places.h"
+#include "cuda/precondition/counter_slots.h"
 #endif
 #if defined(USE_CUDA) || defined(CONSISTENCY_OPS_SIMT)
 #define CO_CUDA_KERNELS 1
@@ -71,13 +71,13 @@ class CudaScope {
 
   // CudaTuning::counters of a launch on this stream.
   int32_t counters() const {
-    static CounterPlaces places;
+    static CounterSlots slots;
     auto* const on = static_cast<cudaStream_t>(stream());
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     unsigned long long id = 0;
     if (cudaStreamIsCapturing(on, &capture) == cudaSuccess) {
-      if (capture != cudaStreamCaptureStatusNone) return places.of_capture(device_);
-      if (cudaStreamGetId(on, &id) == cudaSuccess) return places.of_stream(device_, id);
+      if (capture != cudaStreamCaptureStatusNone) return slots.of_capture(device_);
+      if (cudaStreamGetId(on, &id) == cudaSuccess) return slots.of_stream(device_, id);
     }
     (void)cudaGetLastError();  // or the next call that looks would find it
     return -1;

@@ -20,10 +20,10 @@
 // that runs or has run; and a task waits for smaller numbers only.  So there is progress at any number of resident
 // CTAs, without a cooperative launch.  The last CTA resets the counters: the next launch and a replayed graph find them
 // as the first launch did.  They lie in the library's own device memory, which is zero when it is loaded, so that no
-// call has to fill anything with zeros first; counter_places.h says which of the 256 places a launch takes.
+// call has to fill anything with zeros first; counter_slots.h says which of the 256 slots a launch uses.
 #pragma once
 
-#include "cuda/chunk.cuh"
+#include "cuda/precondition/chunk.cuh"
 
 namespace consistency_ops {
 
@@ -64,12 +64,12 @@ struct PreconditionParams {
 };
 static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
 
-CO_DEVICE_MEMORY Counters counter_places[kCudaCounterPlaces];
+CO_DEVICE_MEMORY Counters counter_slots[kCudaCounterSlots];
 
 // Null where no task waits.
 CO_DEVICE Counters* counters_of(const PreconditionParams& params) {
   if (params.workspace == nullptr) return nullptr;
-  return params.counters < 0 ? reinterpret_cast<Counters*>(params.workspace) : counter_places + params.counters;
+  return params.counters < 0 ? reinterpret_cast<Counters*>(params.workspace) : counter_slots + params.counters;
 }
 
 CO_HOST_DEVICE inline int64_t all_units(const PreconditionLayer& layer) {

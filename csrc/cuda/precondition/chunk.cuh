@@ -3,7 +3,7 @@
 
 #include "consistency_ops/precondition.h"
 #include "cuda/convert.cuh"
-#include "cuda/precondition_plan.h"
+#include "cuda/precondition/heuristics.h"
 
 namespace consistency_ops {
 
