@@ -8,7 +8,7 @@
 // bfloat16 numbers, and so is a float32 G, which is what the fused kernel's accuracy costs with these libraries.
 //
 // The tests run it on the CPU with stand-ins for MathDx (tests/simt); it has never run on a GPU.
-#include "cuda/port.cuh"
+#include "cuda/convert.cuh"
 
 using namespace consistency_ops;
 

@@ -166,7 +166,8 @@ def link(sm: int, parts: list[Path]) -> bytes:
 
 def build(sm: int, folder: Path = ROOT / "build" / "mathdx") -> Path:
     """The cubin for one architecture, such as 90; made again when a source has changed."""
-    sources = [SOURCE, ROOT / "csrc" / "cuda" / "port.cuh", Path(__file__)]
+    headers = [ROOT / "csrc" / "cuda" / name for name in ("port.cuh", "ptx.cuh", "convert.cuh")]
+    sources = [SOURCE, *headers, Path(__file__)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     target = folder / f"mathdx-sm_{sm}-{digest}.cubin"
     if target.exists():

@@ -1,9 +1,11 @@
 // Elements in memory <-> float.
 #pragma once
 
-#include "cuda/port.cuh"
+#include "cuda/ptx.cuh"
 
 namespace consistency_ops {
+
+CO_DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
 // The float that an element of storage `Raw` holds, and back: uint32_t is a float32, uint16_t what `dtype` says.
 template <typename Raw>

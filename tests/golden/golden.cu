@@ -1,4 +1,4 @@
-// Every wrapper of csrc/cuda/port.cuh on fixed operands, one line each: `name bits bits ...` in hexadecimal.
+// Every wrapper of csrc/cuda/ptx.cuh on fixed operands, one line each: `name bits bits ...` in hexadecimal.
 //
 // nvcc compiles the instructions, another compiler the host bodies that tests/simt runs; both must print the same
 // (test_golden.py; the matrix product to rounding).
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/port.cuh"
+#include "cuda/convert.cuh"
 
 using namespace consistency_ops;
 

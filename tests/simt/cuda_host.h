@@ -1,12 +1,13 @@
-// What a kernel sees of CUDA when g++ compiles it: the built-in functions that csrc/cuda uses, on the runtime of
-// runtime.h. Included by csrc/cuda/port.cuh only.  A function that is missing here is a compile error, never a silent
-// difference.
+// What a kernel sees of CUDA when g++ compiles it: the built-in functions that csrc/cuda uses, and the macros and the
+// launch of csrc/cuda/port.cuh, on the runtime of runtime.h.  Included by ptx_host.h.  A function that is missing here
+// is a compile error, never a silent difference.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "consistency_ops/types.h"
 #include "simt/runtime.h"
 
 #define __global__
@@ -17,6 +18,12 @@
 #define __shared__ static_assert(false, "declare shared memory with CO_SHARED or CO_DYNAMIC_SHARED")
 #define CO_SHARED(T, name, dims) auto& name = simt::shared_array<T dims>([] {})
 #define CO_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(simt::dynamic_shared())
+#define CO_DEVICE inline
+#define CO_DEVICE_MEMORY static
+#define CO_KERNEL_PARAM(T, name) const T& name
+#define CO_UNROLL
+#define CO_UNROLL_4
+#define CO_NO_UNROLL
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 struct alignas(8) uint2 {
@@ -162,3 +169,14 @@ template <typename A, typename B>
 std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
+
+namespace consistency_ops {
+
+template <typename Kernel, typename Params>
+Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* /*stream*/, const Params& params,
+              int cluster = 1) {
+  simt::launch(grid, block, dim3(static_cast<unsigned>(cluster)), dynamic_shared, [&] { kernel(params); });
+  return Status::kOk;
+}
+
+}  // namespace consistency_ops

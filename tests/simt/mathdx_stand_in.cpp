@@ -2,7 +2,7 @@
 // it runs on the CPU.  All threads of a CTA call; as with MathDx, who needs a barrier before or after has one.
 #include <cmath>
 
-#include "cuda/port.cuh"
+#include "cuda/convert.cuh"
 
 using namespace consistency_ops;
 

@@ -1,9 +1,9 @@
-// Small kernels, right and wrong ones, that show what the host runtime notices; and the host bodies of port.cuh's
+// Small kernels, right and wrong ones, that show what the host runtime notices; and the host bodies of ptx.cuh's
 // wrappers.
 #include <cstring>
 #include <string>
 
-#include "cuda/port.cuh"
+#include "cuda/convert.cuh"
 
 using namespace consistency_ops;
 

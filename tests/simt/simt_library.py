@@ -26,6 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu")
 INCLUDES = ("tests", "csrc", "csrc/include")
+KERNEL = ("-x", "c++", "-include", "simt/ptx_host.h")  # flags of a file with kernels: CUDA on the host runtime
 COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 AUTOMATIC, V0, V1, V2 = range(4)  # PreconditionRung
@@ -42,8 +43,8 @@ BUILDS = {  # flags of the kernels, flags of the runtime
 
 
 def kernel_source(name: str, root: Path = ROOT) -> Path:
-    """The file of this name below csrc/cuda."""
-    (path,) = (root / "csrc" / "cuda").rglob(name)
+    """The file of this name below csrc/cuda, or beside this one."""
+    (path,) = [*(root / "csrc" / "cuda").rglob(name), *(root / "tests" / "simt").glob(name)]
     return path
 
 
@@ -51,8 +52,9 @@ def build(kind: str, root: Path = ROOT) -> Path:
     """The shared library of one of ``BUILDS`` from the sources under ``root``; compiles only what has changed."""
     kernel_flags, runtime_flags = BUILDS[kind]
     units = [("tests/simt/runtime.cpp", runtime_flags)]
-    units += [(f"tests/simt/{name}.cpp", kernel_flags) for name in ("library", "selftest", "chunk_api")]
-    units += [(f"csrc/cuda/{name}", [*kernel_flags, "-x", "c++"]) for name in KERNELS]
+    units += [(f"tests/simt/{name}.cpp", [*kernel_flags, *KERNEL]) for name in ("selftest", "chunk_api")]
+    units += [("tests/simt/library.cpp", kernel_flags)]
+    units += [(f"csrc/cuda/{name}", [*kernel_flags, *KERNEL]) for name in KERNELS]
     units += [("csrc/cpu/capture.cpp", kernel_flags)]  # to compare with
     if kind == "accesses":
         units.append(("tests/simt/access.cpp", runtime_flags))
@@ -68,7 +70,7 @@ def build_operators() -> Path:
     target = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())[1]
     flags = ["-O2", "-DCONSISTENCY_OPS_SIMT", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
     units = [("tests/simt/runtime.cpp", ["-O2"])]
-    units += [(f"csrc/cuda/{name}", ["-O2", "-x", "c++"]) for name in KERNELS]
+    units += [(f"csrc/cuda/{name}", ["-O2", *KERNEL]) for name in KERNELS]
     names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
     units += [(f"csrc/bindings/{name}", flags) for name in names]
     units += [("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
@@ -111,7 +113,10 @@ def link(
 def compile_object(root: Path, source: str, flags: list[str]) -> Path:
     """An object named after what went into it; a copy of the sources shares those of the checkout."""
     flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
-    name = f"{digest(COMPILER, *flags, *included(root, root / source, {}))}.o"
+    seen: dict[Path, str] = {}
+    if "-include" in flags:
+        included(root, root / "tests" / flags[flags.index("-include") + 1], seen)
+    name = f"{digest(COMPILER, *flags, *included(root, root / source, seen))}.o"
     found = [base / "build" / "simt" / name for base in (ROOT, root)]
     if not any(path.exists() for path in found):
         includes = [f"-I{root / folder}" for folder in INCLUDES]

@@ -33,8 +33,8 @@ class HostRun:
 def kernels():
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
-    units = [("tests/simt/runtime.cpp", ["-O2"]), ("tests/simt/mathdx_stand_in.cpp", ["-O2"])]
-    units.append(("benchmarks/micro/mathdx.cu", ["-O2", "-x", "c++"]))
+    units = [("tests/simt/runtime.cpp", ["-O2"]), ("tests/simt/mathdx_stand_in.cpp", ["-O2", *simt.KERNEL])]
+    units.append(("benchmarks/micro/mathdx.cu", ["-O2", *simt.KERNEL]))
     kernels = HostRun(simt.link("mathdx", simt.ROOT, units, ["-O2"]))
     kernels.library.mathdx_chunk_bytes.restype = ctypes.c_int64
     assert kernels.library.mathdx_chunk_bytes() == ctypes.sizeof(mathdx.Chunk)

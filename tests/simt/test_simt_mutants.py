@@ -133,9 +133,13 @@ PLANTED = [
     ),
     plant("precondition.cu", "for (int m = 0; m < shared.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
     plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.shared.failed_minor;", ""),
-    plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"),
-    plant("port.cuh", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"),
-    plant("port.cuh", "__atomic_load_n(counter, __ATOMIC_ACQUIRE)", "__atomic_load_n(counter, 0)"),
+    plant(
+        "ptx_host.h", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"
+    ),
+    plant(
+        "ptx_host.h", "__atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL)", "__atomic_fetch_add(counter, value, 0)"
+    ),
+    plant("ptx_host.h", "__atomic_load_n(counter, __ATOMIC_ACQUIRE)", "__atomic_load_n(counter, 0)"),
 ]
 
 

@@ -1,0 +1,155 @@
+// One wrapper for every PTX instruction that the kernels use.
+//
+// The host runtime of tests/simt has a body of the same meaning for each (tests/simt/ptx_host.h, included before any
+// kernel file); tests/golden compares the two on a GPU.  Clusters exist from sm_90 on: on sm_80 their wrappers compile
+// to nothing, and the launcher never asks for them.
+#pragma once
+
+#include "cuda/port.cuh"
+
+#if defined(__CUDACC__)
+namespace consistency_ops {
+
+// threadIdx.x, read from its register at every call.  The compiler would keep values derived from one reading through
+// the whole kernel, and spill them.
+CO_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// All threads of a cluster wait for one another; what they wrote to any of its shared memories is visible afterwards.
+CO_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __syncwarp();  // .aligned wants whole warps
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Reads from the shared memory of CTA `rank` of the cluster, at the place that `address` has in this CTA's.
+CO_DEVICE Float4 load_cluster(const Float4* address, int rank) {
+  Float4 value{};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
+      : "=f"(value.v[0]), "=f"(value.v[1]), "=f"(value.v[2]), "=f"(value.v[3])
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address))), "r"(rank)
+      : "memory");
+#endif
+  return value;
+}
+
+CO_DEVICE int load_cluster(const int* address, int rank) {
+  int value = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %1, %2;\n ld.shared::cluster.u32 %0, [remote]; }"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address))), "r"(rank)
+               : "memory");
+#endif
+  return value;
+}
+
+// Writes there.
+CO_DEVICE void store_cluster(Float4* address, int rank, const Float4& value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5}; }" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(address))),
+      "r"(rank), "f"(value.v[0]), "f"(value.v[1]), "f"(value.v[2]), "f"(value.v[3])
+      : "memory");
+#endif
+}
+
+// Fetches the line that holds `address` into L2.  The address must be readable.
+CO_DEVICE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// Float to the bits of a 16-bit float, rounded to nearest, ties to even; and back.  (bfloat16 to float is a shift:
+// convert.cuh.)
+CO_DEVICE uint16_t float_to_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+CO_DEVICE uint16_t float_to_float16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+CO_DEVICE float float16_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+// Publishing between CTAs: what the adding thread has seen before `add_release` is visible to a thread whose
+// `load_acquire` sees the sum.
+CO_DEVICE void add_release(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Both at once, for a counter that several CTAs publish with and that the last one reads; returns the value before.
+CO_DEVICE uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+CO_DEVICE uint32_t load_acquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// The nearest TF32 number (10 explicit bits of mantissa), ties away from zero, as a float.
+CO_DEVICE float to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// D[16 x 8] += A[16 x 8] B[8 x 8] by one warp; A and B are TF32, sums are float.  With g = lane / 4 and t = lane % 4 a
+// lane holds a = {A[g][t], A[g + 8][t], A[g][t + 4], A[g + 8][t + 4]}, b = {B[t][g], B[t + 4][g]}, d = {D[g][2t],
+// D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]} (PTX ISA, mma.m16n8k8).
+CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory, transposed.  Lane 8 i + r passes the address of row r
+// of matrix i, 8 numbers on 16 bytes; register i of a lane is then {M_i[2t][g], M_i[2t + 1][g]}, the first in the low
+// half (PTX ISA, ldmatrix).
+CO_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// D[16 x 8] += A[16 x 16] B[16 x 8] by one warp; A and B are bfloat16 or float16, their products exact, sums are float.
+// A lane holds a = {A[g][2t ..], A[g + 8][2t ..], A[g][2t + 8 ..], A[g + 8][2t + 8 ..]}, b = {B[2t ..][g], B[2t + 8
+// ..][g]} in pairs, and d as above (PTX ISA, mma.m16n8k16).
+template <bool kBFloat16>
+CO_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (kBFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+}  // namespace consistency_ops
+#endif

@@ -1,0 +1,162 @@
+// The wrappers of csrc/cuda/ptx.cuh on the host runtime: what each PTX instruction does, in C++.
+//
+// Every kernel file is compiled with `-include` of this header (simt_library.py), so that csrc includes nothing from
+// the tests.  test_simt_runtime.py holds the bodies against what PTX documents, tests/golden against a GPU.
+#pragma once
+
+#include "simt/cuda_host.h"
+// after the macros that it needs
+#include "cuda/port.cuh"
+
+namespace consistency_ops {
+
+inline int fresh_thread() { return static_cast<int>(threadIdx.x); }
+
+inline void cluster_barrier(SIMT_SITE) { simt::cluster_barrier({file, line}); }
+
+inline Float4 load_cluster(const Float4* address, int rank) {
+  return *static_cast<const Float4*>(simt::map_shared_rank(const_cast<Float4*>(address), rank));
+}
+inline int load_cluster(const int* address, int rank) {
+  return *static_cast<const int*>(simt::map_shared_rank(const_cast<int*>(address), rank));
+}
+inline void store_cluster(Float4* address, int rank, const Float4& value) {
+  *static_cast<Float4*>(simt::map_shared_rank(address, rank)) = value;
+}
+
+inline void prefetch_l2(const void* address) { (void)*static_cast<const volatile unsigned char*>(address); }
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_float16(float value) {
+  const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {                                               // subnormal: the sum rounds to 2^-24
+    const float sum = __uint_as_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (__float_as_uint(sum) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13));
+}
+
+inline float float16_to_float(uint16_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+  const float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;  // rebiases the exponent, subnormals included
+  return __uint_as_float(sign | __float_as_uint(scaled));
+}
+
+inline void add_release(uint32_t* counter, uint32_t value) {
+  simt::atomic_point();
+  __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
+}
+
+inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  simt::atomic_point();
+  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+}
+
+inline uint32_t load_acquire(const uint32_t* counter) {
+  simt::atomic_point();
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+}
+
+inline float to_tf32(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return value;
+  return __uint_as_float((bits + 0x1000u) & 0xffffe000u);
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  struct Operands {
+    float* d;
+    const float *a, *b;
+  } mine{d, a, b};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         float left[16][8], right[8][8];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           const int g = lane / 4, t = lane % 4;
+                           for (int i = 0; i < 4; ++i) {  // the hardware ignores the 13 lowest bits
+                             left[g + i % 2 * 8][t + i / 2 * 4] =
+                                 __uint_as_float(__float_as_uint(o->a[i]) & 0xffffe000u);
+                           }
+                           for (int i = 0; i < 2; ++i)
+                             right[t + i * 4][g] = __uint_as_float(__float_as_uint(o->b[i]) & 0xffffe000u);
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 4; ++i) {
+                             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                             float sum = 0.0f;
+                             for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
+                             o->d[i] += sum;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+}
+
+inline void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
+  struct Operands {
+    uint32_t* m;
+    const uint16_t* row;
+  } mine{m, row};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         for (int i = 0; i < 4; ++i) {
+                           for (int lane = 0; lane < 32; ++lane) {
+                             const int g = lane / 4, t = lane % 4;
+                             const auto at = [&](int r) -> uint32_t {
+                               return static_cast<const Operands*>(lanes[8 * i + r])->row[g];
+                             };
+                             static_cast<Operands*>(lanes[lane])->m[i] = at(2 * t) | at(2 * t + 1) << 16;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+}
+
+template <bool kBFloat16>
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         const auto value = [](uint32_t pair, int half) {
+                           const uint32_t bits = pair >> (16 * half) & 0xffffu;
+                           return kBFloat16 ? __uint_as_float(bits << 16)
+                                            : float16_to_float(static_cast<uint16_t>(bits));
+                         };
+                         float left[16][16], right[16][8];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           const int g = lane / 4, t = lane % 4;
+                           for (int i = 0; i < 8; ++i) {
+                             left[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = value(o->a[i / 2], i % 2);
+                           }
+                           for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + i / 2 * 8][g] = value(o->b[i / 2], i % 2);
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 4; ++i) {
+                             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                             float sum = 0.0f;
+                             for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+                             o->d[i] += sum;
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+}
+
+}  // namespace consistency_ops
