@@ -1,5 +1,5 @@
 """Which layer types are covered: the public face of ``engine/layer_types.py``."""
 
-from .engine.layer_types import register
+from .engine.layer_types import layer_type, register
 
-__all__ = ["register"]
+__all__ = ["layer_type", "register"]

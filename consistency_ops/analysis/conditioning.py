@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..engine.layer_types import layer_type
+from ..layers import layer_type
 from ..ops.checks import check_integers, check_numbers
 from .recorder import Layers, Point, Recorder, weighted
 from .results import COLOURS, Result, figure, log_scale, over_layers

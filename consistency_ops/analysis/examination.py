@@ -10,40 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activation_statistics import ActivationStatistics, activation_statistics
-from .conditioning import Conditioning, conditioning
-from .findings import Finding, find
-from .gradient_energy import GradientEnergy, gradient_energy
-from .lipschitz import LipschitzBound, lipschitz_bound
-from .propagation import Propagation, propagation
+from .activation_statistics import activation_statistics
+from .conditioning import conditioning
+from .findings import Finding, Measurements, find
+from .gradient_energy import gradient_energy
+from .html_page import page
+from .lipschitz import lipschitz_bound
+from .propagation import propagation
 from .recorder import Layers, first_tensor
-from .results import Result
-from .weight_domination import WeightDomination, weight_domination
+from .weight_domination import weight_domination
 
 
 @dataclass(frozen=True)
-class Analysis(Result):
+class Analysis(Measurements):
     """What was measured, and what it means: ``findings``, the most serious ones first."""
 
-    model: str
-    parameters: int
-    mode: str
-    samples: int
-    loss: float
-    statistics: ActivationStatistics
-    energy: GradientEnergy
-    conditioning: Conditioning
-    domination: WeightDomination
-    propagation: Propagation
-    lipschitz: LipschitzBound | None
-    no_lipschitz: str  # why there is no bound
     findings: list[Finding]
 
     def to_html(self, title: str = "", about: dict[str, str] | None = None) -> str:
         """One self-contained page: text, tables and inline SVG; no script, nothing from a network."""
-        from .html_page import page
-
-        return page(self, title or self.model, about or {})
+        return page(self, self.findings, title or self.model, about or {})
 
 
 def analyse(
@@ -61,7 +47,7 @@ def analyse(
     :func:`weight_domination` attached, :func:`propagation`, and :func:`lipschitz_bound` where it exists.
     ``.grad`` of the parameters and running statistics are as after one training step without an update; weights are
     untouched. Advice follows from the measured numbers by the thresholds in
-    ``consistency_ops.analysis.report.findings``, which the page repeats.
+    ``consistency_ops.analysis.findings``, which the page repeats.
 
     Args:
         model, inputs: called as ``model(*inputs)``, in its present mode; dimension 0 is the batch.
@@ -104,18 +90,20 @@ def analyse(
             bound = lipschitz_bound(model, *inputs)
     except NotImplementedError as error:
         reason = str(error).removeprefix("lipschitz_bound: ")
-    results = first.result(), second.result(), third.result(), fourth.result()
     number = float(value.detach())
-    found = find(*results, spread, number, tensor is not None and bool(tensor.isfinite().all()))
-    return Analysis(
-        type(model).__name__,
-        sum(p.numel() for p in model.parameters()),
-        "training" if model.training else "evaluation",
-        batch,
-        number if math.isfinite(number) else math.nan,
-        *results,
-        spread,
-        bound,
-        reason,
-        found,
+    measured = Measurements(
+        model=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        mode="training" if model.training else "evaluation",
+        samples=batch,
+        loss=number if math.isfinite(number) else math.nan,
+        statistics=first.result(),
+        energy=second.result(),
+        conditioning=third.result(),
+        domination=fourth.result(),
+        propagation=spread,
+        lipschitz=bound,
+        no_lipschitz=reason,
     )
+    found = find(measured, finite=tensor is not None and bool(tensor.isfinite().all()))
+    return Analysis(**vars(measured), findings=found)

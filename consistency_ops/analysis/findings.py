@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .activation_statistics import ActivationStatistics
 from .conditioning import Conditioning, LayerConditioning
 from .gradient_energy import GradientEnergy
+from .lipschitz import LipschitzBound
 from .propagation import Propagation
 from .results import Result
 from .weight_domination import DOMINATED, WeightDomination
@@ -27,6 +28,24 @@ HELPS = 10.0  # a remedy must lower a condition number by this factor to be name
 
 
 @dataclass(frozen=True)
+class Measurements(Result):
+    """What all monitors measured in one network on one batch."""
+
+    model: str
+    parameters: int
+    mode: str
+    samples: int
+    loss: float  # NaN if it is not finite
+    statistics: ActivationStatistics
+    energy: GradientEnergy
+    conditioning: Conditioning
+    domination: WeightDomination
+    propagation: Propagation
+    lipschitz: LipschitzBound | None
+    no_lipschitz: str  # why there is no bound
+
+
+@dataclass(frozen=True)
 class Finding(Result):
     """One trouble. ``severity``: 3 prevents training, 2 slows it down, 1 is worth knowing."""
 
@@ -41,17 +60,10 @@ class Finding(Result):
         return f"[{'?!!!'[self.severity] * self.severity}] {self.title}: {self.measured} {self.advice}"
 
 
-def find(
-    statistics: ActivationStatistics,
-    energy: GradientEnergy,
-    conditioning: Conditioning,
-    domination: WeightDomination,
-    propagation: Propagation,
-    loss: float,
-    finite: bool,
-) -> list[Finding]:
-    """All findings, the most serious ones first."""
-    if not finite or not math.isfinite(loss):
+def find(measured: Measurements, finite: bool) -> list[Finding]:
+    """All findings, the most serious ones first; ``finite``: whether the output of the network is."""
+    statistics, energy, conditioning = measured.statistics, measured.energy, measured.conditioning
+    if not finite or not math.isfinite(measured.loss):
         broken = next((layer.name for layer in statistics.layers if not math.isfinite(layer.rms[-1])), "the output")
         text = f"The output or the loss is not a finite number; the first layer with a bad output is {broken}."
         advice = "Look for a division by 0, a logarithm of 0, or weights that a diverged training left behind."
@@ -64,8 +76,8 @@ def find(
         _conditioning(conditioning),
         _direction(conditioning),
         _curvature(conditioning),
-        _domination(domination),
-        _image(propagation),
+        _domination(measured.domination),
+        _image(measured.propagation),
         _rows(conditioning),
     ]
     return sorted((f for f in found if f is not None), key=lambda f: -f.severity)

@@ -7,12 +7,10 @@ import math
 import re
 from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import findings as rules
-
-if TYPE_CHECKING:
-    from .examination import Analysis
+from .findings import Finding, Measurements
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -45,7 +43,7 @@ _CAPTIONS = {
 _SEVERITY = {3: "prevents training", 2: "slows training", 1: "worth knowing"}
 
 
-def page(result: Analysis, title: str, about: dict[str, str]) -> str:
+def page(result: Measurements, findings: list[Finding], title: str, about: dict[str, str]) -> str:
     facts = {
         "network": f"{result.model}, {result.parameters:,} parameters, {result.mode} mode",
         "batch": f"{result.samples} samples, loss {number(result.loss)}",
@@ -55,7 +53,7 @@ def page(result: Analysis, title: str, about: dict[str, str]) -> str:
         f"<h1>{escape(title)}</h1>",
         *(f'<p class="about">{escape(k)}: {escape(v)}</p>' for k, v in facts.items()),
         "<h2>What is wrong, and what would help</h2>",
-        *_findings(result),
+        *_findings(findings),
         "<h2>Layer by layer</h2>",
         _layers(result),
         "<p class='rule'>rms: root mean square of the output. gradient: of the loss by that output. "
@@ -132,14 +130,14 @@ def figure(result: Any, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _findings(result: Analysis) -> list[str]:
-    if not result.findings:
+def _findings(findings: list[Finding]) -> list[str]:
+    if not findings:
         return ['<div class="finding good"><h3>Nothing</h3><p>No threshold was crossed.</p></div>']
     return [
         f'<div class="finding s{f.severity}"><h3>{escape(f.title)} <small>({_SEVERITY[f.severity]})</small></h3>'
         f"<p>{escape(f.measured)}</p><p><b>What helps.</b> {escape(f.advice)}</p>"
         f'<p class="rule">Rule: {escape(f.rule)}.</p></div>'
-        for f in result.findings
+        for f in findings
     ]
 
 
@@ -147,7 +145,7 @@ def _mark(value: float, bad: bool) -> Any:
     return (value, True) if bad else value
 
 
-def _layers(result: Analysis) -> str:
+def _layers(result: Measurements) -> str:
     statistics = {x.name: x for x in result.statistics.layers}
     energy = {x.name: x for x in result.energy.layers}
     ratios = {x.name: x.ratio() for x in result.domination.layers}
@@ -178,7 +176,7 @@ def _layers(result: Analysis) -> str:
 _REMEDIES = ("input", "normalised", "preconditioned", "both")
 
 
-def _activations(result: Analysis) -> str:
+def _activations(result: Measurements) -> str:
     rows = [
         [
             x.name,
@@ -197,7 +195,7 @@ def _activations(result: Analysis) -> str:
     return f"<h2>Activations</h2>{table(head, rows)}" if rows else ""
 
 
-def _blocks(result: Analysis) -> str:
+def _blocks(result: Measurements) -> str:
     rows = [
         [
             f"{b.start} → {b.end}",
@@ -228,7 +226,7 @@ def _blocks(result: Analysis) -> str:
     return table(head, rows)
 
 
-def _lipschitz(result: Analysis) -> str:
+def _lipschitz(result: Measurements) -> str:
     bound = result.lipschitz
     if bound is None:
         return f"<p>There is no global bound for this network: {escape(result.no_lipschitz)}.</p>"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..engine.layer_types import layer_type
+from ..layers import layer_type
 from ..ops.checks import check_module
 
 Layers = Sequence[str | type[nn.Module]] | None

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def _analyse(args: argparse.Namespace) -> int:
-    from ..analysis.examination import analyse
+    from ..analysis import analyse
     from .subject import load
 
     _writable(args.out)
