@@ -14,6 +14,7 @@ except ImportError as error:
 from . import analysis, layers, nn, optim
 from .environment import build_info, cmake_prefix_path, include_dir
 from .ops import (
+    PreconditionResult,
     batch_rms_norm,
     chunked_covariance,
     foreach_precondition_,
@@ -26,6 +27,7 @@ from .preconditioner import Preconditioner
 __version__ = "0.1.0"
 
 __all__ = [
+    "PreconditionResult",
     "Preconditioner",
     "analysis",
     "batch_rms_norm",

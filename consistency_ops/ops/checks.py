@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
+
 MAX_CHUNK = 256  # kMaxChunk of csrc/include/consistency_ops/types.h
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_INTEGERS = (int, torch.SymInt)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a plain dense tensor of a floating dtype that the operators know."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATS:
@@ -21,13 +28,14 @@ def check_tensor(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise NotImplementedError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-    if hasattr(tensor, "to_local"):
+    if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
         raise NotImplementedError(
             f"{op}: {name} must be a plain tensor, got {type(tensor).__name__}; pass its to_local()"
         )
 
 
 def check_device(op: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless all tensors are on one device that has kernels for their dtypes."""
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
@@ -42,64 +50,15 @@ def check_device(op: str, tensors: Sequence[Tensor]) -> None:
 
 @functools.cache
 def has_cuda_kernels() -> bool:
+    """Whether the compiled library that runs was built with CUDA kernels."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("consistency_ops::foreach_precondition_", "CUDA")
 
 
-def check_options(op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int) -> None:
-    check_chunk(op, chunk, group, max_rows)
-    check_numbers(op, damping=damping)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
-    if scaling not in ("absolute", "trace"):
-        raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
-
-
-def check_integers(op: str, **values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-
-
-def check_numbers(op: str, **values: float) -> None:
-    for name, value in values.items():
-        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-
-
-def check_list(op: str, name: str, values: Iterable, count: int | None = None) -> list:
-    """The values as a list; ``count``: of the layers, each of which must have one."""
-    if isinstance(values, Tensor) or not isinstance(values, Iterable):
-        raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
-    values = list(values)
-    if count is not None and len(values) != count:
-        raise ValueError(f"{op}: {name} must have one entry for each of the {count} layers, got {len(values)}")
-    return values
-
-
-def check_module(op: str, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def check_names(op: str, name: str, values: str | type | Iterable[str | type]) -> tuple[str | type, ...]:
-    """What chooses layers: one name, pattern or type, or several."""
-    several = isinstance(values, Iterable) and not isinstance(values, str | type)
-    found = tuple(values) if several else (values,)
-    for one in found:
-        if not isinstance(one, str | type):
-            raise TypeError(f"{op}: {name} must be names, patterns or types, got {one!r}")
-    return found
-
-
-def check_sizes(op: str, **values: int) -> None:
-    check_integers(op, **values)
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-
-
-def check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> None:
-    check_integers(op, chunk=chunk, max_rows=max_rows)
+def check_options(
+    op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int, **seeds: int
+) -> None:
+    """Raise unless every option of the correction has its type and is in its range; ``seeds`` are any integers."""
+    check_integers(op, chunk=chunk, max_rows=max_rows, **seeds)
     if not 1 <= chunk <= MAX_CHUNK:
         raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
     if group is not None:
@@ -108,10 +67,64 @@ def check_chunk(op: str, chunk: int, group: int | None, max_rows: int = 1) -> No
             raise ValueError(f"{op}: group must be in [1, chunk = {chunk}], got {group}")
     if max_rows < 1:
         raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
+    check_numbers(op, damping=damping)
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
+    if scaling not in ("absolute", "trace"):
+        raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
+
+
+def check_integers(op: str, **values: int) -> None:
+    """Raise unless every value is an integer, under ``torch.compile`` perhaps a symbolic one."""
+    for name, value in values.items():
+        if not isinstance(value, _INTEGERS):
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def check_numbers(op: str, **values: float) -> None:
+    """Raise unless every value is a real number, under ``torch.compile`` perhaps a symbolic one."""
+    for name, value in values.items():
+        if not isinstance(value, _NUMBERS):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def check_list(op: str, name: str, values: Iterable[T], count: int | None = None) -> list[T]:
+    """Return ``values`` as a list; raise unless they can be one, with an entry for each of the ``count`` layers."""
+    # A list, the usual case, needs none of the other questions, which cost half a microsecond.
+    if type(values) is not list and (isinstance(values, Tensor) or not isinstance(values, Iterable)):
+        raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
+    values = list(values)
+    if count is not None and len(values) != count:
+        raise ValueError(f"{op}: {name} must have one entry for each of the {count} layers, got {len(values)}")
+    return values
+
+
+def check_module(op: str, model: nn.Module) -> None:
+    """Raise unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_names(op: str, name: str, values: str | type[Any] | Iterable[str | type[Any]]) -> tuple[str | type[Any], ...]:
+    """Return what chooses layers, one or several names, ``fnmatch`` patterns or types, as a tuple."""
+    found: tuple[Any, ...]
+    found = (values,) if isinstance(values, str | type) or not isinstance(values, Iterable) else tuple(values)
+    for one in found:
+        if not isinstance(one, str | type):
+            raise TypeError(f"{op}: {name} must be names, patterns or types, got {one!r}")
+    return found
+
+
+def check_sizes(op: str, **values: int) -> None:
+    """Raise unless every value is an integer of at least 1."""
+    check_integers(op, **values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
 
 
 def check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None) -> None:
-    """Types and shapes of one layer."""
+    """Raise unless the tensors of one layer have dtypes that the operators know, and shapes that fit together."""
     check_tensor(op, "grad", grad)
     check_tensor(op, "inputs", inputs)
     if not 2 <= grad.dim() <= 5:
@@ -138,6 +151,10 @@ def check_layer(op: str, grad: Tensor, inputs: Tensor, bias_grad: Tensor | None)
 
 
 def check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
+    """Return ``permutation`` as the operators want it, int64 and contiguous; raise unless it is one of the units.
+
+    On CUDA its values are checked on the device, without waiting: a wrong one ends the process later.
+    """
     if not isinstance(permutation, Tensor) or permutation.dtype not in (torch.int64, torch.int32):
         kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
         raise TypeError(f"{op}: permutation must be an int64 or int32 tensor, got {kind}")
@@ -153,13 +170,14 @@ def check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
 
 
 def check_row_counts(op: str, row_counts: list[Tensor]) -> None:
+    """Raise unless every count is a one-element int64 tensor."""
     for count in row_counts:
         if not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1:
             raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {count!r}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte that a tensor may touch."""
+    """The addresses of the first byte that a tensor may touch, and of the one behind the last."""
     begin = tensor.data_ptr()
     if tensor.is_contiguous():
         return begin, begin + tensor.nbytes
@@ -168,7 +186,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices of a strided tensor name one element."""
+    """Whether two different indices of a strided tensor name the same element."""
     reach = 0  # furthest element of the dimensions so far, the smallest strides first
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -180,7 +198,8 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
-    return offsets.unique().numel() < tensor.numel()
+    distinct: Tensor = offsets.unique()  # type: ignore[no-untyped-call]  # torch does not annotate unique
+    return distinct.numel() < tensor.numel()
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
@@ -195,7 +214,7 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Refuses gradients that overlap; returns the inputs, those that alias a gradient copied."""
+    """Raise if tensors that will be ``written`` overlap; return the inputs, copied where they overlap one of those."""
     for tensor in written:
         if not tensor.is_contiguous() and _overlaps_itself(tensor):
             raise RuntimeError(
@@ -227,7 +246,7 @@ def check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether it has an address."""
+    """Whether ``tensor`` has memory; a tensor that is traced or fake has none, and neither has one on ``meta``."""
     return not torch.compiler.is_compiling() and tensor.device.type in ("cpu", "cuda") and not _is_fake(tensor)
 
 

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import Scaling, check_entries, count_chunks, default_group, dense, signed
+from .arguments import Options, Scaling, check_entries, count_chunks, default_group, dense, layer_numbers, signed
 from .checks import (
-    check_chunk,
     check_device,
-    check_integers,
     check_layer,
     check_list,
-    check_options,
     check_overlap,
     check_permutation,
     check_row_counts,
     check_tensor,
     is_real,
 )
+from .registration import register_fake
 
 
 def chunked_covariance(
@@ -33,29 +31,27 @@ def chunked_covariance(
     seed: int = 0,
     step: int = 0,
 ) -> Tensor:
-    """Second moments ``X_c^T X_c / n`` of every chunk of units of ``inputs`` (..., units); the mean is not removed.
+    """Return the second moments ``X_c^T X_c / n`` of every chunk of units; the mean is not removed.
 
-    The division, the rows and the defaults are those of :func:`precondition` (``group``: of the dtype of ``inputs``).
+    Args:
+        inputs: ``(..., units)``; every leading position is a row.
+        chunk, max_rows, permutation, seed, step: as for :func:`precondition`; they give the same division and the same
+            rows.
+        group: as for :func:`precondition`, but the default is that of the dtype of ``inputs``.
 
     Returns:
-        (chunks, chunk, chunk), float32 (float64 for float64), in the order of the division; the tails of chunks
-        smaller than ``chunk`` are zero.  No rows: all zero.
+        ``(chunks, chunk, chunk)``, float32 (float64 for float64 inputs), in the order of the division. A chunk that has
+        fewer units than ``chunk`` ends in rows and columns of zeros. Without rows everything is zero.
 
     Raises:
-        As :func:`precondition`.
+        The errors of :func:`precondition`.
     """
-    op = "chunked_covariance"
-    check_chunk(op, chunk, group, max_rows)
-    check_integers(op, seed=seed, step=step)
-    check_tensor(op, "inputs", inputs)
-    if inputs.dim() < 1 or inputs.shape[-1] == 0:
-        raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(inputs.shape)}")
-    check_device(op, [inputs])
+    options = Options("chunked_covariance", chunk=chunk, group=group, max_rows=max_rows, seed=seed, step=step)
+    check_units(options.op, inputs)
+    check_device(options.op, [inputs])
     if permutation is not None:
-        permutation = check_permutation(op, permutation, inputs.shape[-1])
-    return foreach_covariance(
-        [inputs], chunk=chunk, group=group, max_rows=max_rows, permutation=[permutation], seed=seed, step=step
-    )[0]
+        permutation = check_permutation(options.op, permutation, inputs.shape[-1])
+    return _covariances(options, [inputs], None, None, [permutation], None, None)[0]
 
 
 def foreach_covariance(
@@ -72,38 +68,49 @@ def foreach_covariance(
     layers: Sequence[int] | None = None,
     row_counts: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """First stage of :func:`foreach_precondition_`: each layer's chunked second moments, undamped.
+    """Compute the first stage of :func:`foreach_precondition_`: the second moments of each layer's chunks, undamped.
 
     ``chunk``, ``group``, ``max_rows``, ``permutation``, ``seed``, ``step``, ``layers`` and ``row_counts`` are those of
     :func:`foreach_precondition_`.
 
     Args:
-        inputs: one entry a layer, (..., units), or (N, in, *spatial) where the layer's entry of ``grads`` has as many
-            dimensions.
-        grads: the gradients that will be corrected; their shapes tell convolutions and their groups, their dtypes the
-            default ``group``.  Without them every input is (..., units).
-        bias: whether the layer's bias is one more unit.
+        inputs: one tensor for each layer, ``(..., units)``, or ``(N, in, *spatial)`` if the layer's entry of ``grads``
+            has as many dimensions.
+        grads: the gradients that will be corrected. Only their shapes and dtypes are used: the shapes tell convolutions
+            and their groups, the dtypes the default ``group``. Without them every input is ``(..., units)``.
+        bias: for each layer whether its bias is one more unit. Default: no layer's.
 
     Returns:
-        A (chunks, chunk, chunk) tensor for each layer, (groups * chunks, chunk, chunk) for a grouped convolution;
-        float32, or float64 if any input is float64.
+        For each layer a tensor ``(chunks, chunk, chunk)``, for a grouped convolution ``(groups * chunks, chunk,
+        chunk)``; float32, or float64 if any input is float64.
 
     Raises:
-        As :func:`precondition`.
+        The errors of :func:`precondition`.
     """
-    op = "foreach_covariance"
-    check_chunk(op, chunk, group, max_rows)
-    check_integers(op, seed=seed, step=step)
+    options = Options("foreach_covariance", chunk=chunk, group=group, max_rows=max_rows, seed=seed, step=step)
+    op = options.op
     inputs = check_list(op, "inputs", inputs)
     check_entries(op, len(inputs), layers, grads=grads, bias=bias, permutation=permutation, row_counts=row_counts)
     if not inputs:
         return []
     for i, x in enumerate(inputs):
-        check_tensor(op, "inputs", x)
         if grads is not None:
             check_layer(op, grads[i], x, None)
-        elif not x.dim() or not x.shape[-1]:
-            raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(x.shape)}")
+        else:
+            check_units(op, x)
+    return _covariances(options, inputs, grads, bias, permutation, layers, row_counts)
+
+
+def _covariances(
+    options: Options,
+    inputs: list[Tensor],
+    grads: Sequence[Tensor] | None,
+    bias: Sequence[bool] | None,
+    permutation: Sequence[Tensor | None] | None,
+    layers: Sequence[int] | None,
+    row_counts: Sequence[Tensor | None] | None,
+) -> list[Tensor]:
+    chunk, group = options.chunk, options.group
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -113,25 +120,33 @@ def foreach_covariance(
         groups.append(default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
     orders, order_layers = dense(permutation)
     counts, count_layers = dense(row_counts)
-    check_row_counts(op, counts)
-    check_device(op, [*inputs, *counts])
+    check_row_counts(options.op, counts)
+    check_device(options.op, [*inputs, *counts])
     with torch.no_grad():
-        return torch.ops.consistency_ops.foreach_covariance(
+        covariances: list[Tensor] = torch.ops.consistency_ops.foreach_covariance(
             inputs,
             orders,
             counts,
             order_layers,
             count_layers,
-            list(range(len(inputs))) if layers is None else list(layers),
+            layer_numbers(layers, len(inputs)),
             groups,
             dims,
             units,
             [False] * len(inputs) if bias is None else list(bias),
             chunk,
-            max_rows,
-            signed(seed),
-            signed(step),
+            options.max_rows,
+            signed(options.seed),
+            signed(options.step),
         )
+    return covariances
+
+
+def check_units(op: str, inputs: Tensor) -> None:
+    """Raise unless ``inputs`` is a tensor ``(..., units)`` with at least one unit."""
+    check_tensor(op, "inputs", inputs)
+    if not inputs.dim() or not inputs.shape[-1]:
+        raise ValueError(f"{op}: inputs must be (..., units) with at least one unit, got {tuple(inputs.shape)}")
 
 
 def foreach_inverse(
@@ -142,23 +157,24 @@ def foreach_inverse(
     scaling: Scaling = "absolute",
     chunk: int = 128,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Second stage: ``(A_c + damping I)^-1`` of the results of :func:`foreach_covariance`, or of averages of them.
+    """Compute the second stage: ``(A_c + damping I)^-1`` of every chunk.
 
     Args:
-        covariances: (groups * chunks, ``chunk``, ``chunk``) a layer, contiguous, all float32 or all float64.
-        units: of each layer (of one group of a convolution), with the bias.
-        damping, scaling: as for :func:`precondition`; ``"trace"`` needs all chunks of a layer together.
-        chunk: the one of the covariances.
+        covariances: the results of :func:`foreach_covariance`, or averages of them: for each layer ``(groups * chunks,
+            chunk, chunk)``, contiguous, all float32 or all float64.
+        units: the number of units of each layer, the bias included; for a grouped convolution that of one group.
+        damping, scaling: as for :func:`precondition`. ``"trace"`` needs all chunks of a layer together.
+        chunk: that of the covariances.
 
     Returns:
-        ``(inverses, info, damping_used)``, the last two of :func:`foreach_precondition_`; the inverse of a chunk that
-        was given up is zero.
+        ``(inverses, info, damping_used)``. The inverse of a chunk that was given up is zero. ``info`` and
+        ``damping_used`` are those of :func:`foreach_precondition_`.
 
     Raises:
-        As :func:`precondition`.
+        The errors of :func:`precondition`.
     """
-    op = "foreach_inverse"
-    check_options(op, damping, scaling, chunk, None, 1)
+    options = Options("foreach_inverse", damping, scaling, chunk)
+    op = options.op
     covariances = check_list(op, "covariances", covariances)
     check_entries(op, len(covariances), None, units=units)
     if not covariances:
@@ -168,9 +184,10 @@ def foreach_inverse(
         check_tensor(op, "covariances", covariance)
     check_device(op, covariances)
     with torch.no_grad():
-        return torch.ops.consistency_ops.foreach_inverse(
+        results: tuple[list[Tensor], Tensor, Tensor] = torch.ops.consistency_ops.foreach_inverse(
             covariances, list(units), float(damping), scaling == "trace", chunk
         )
+    return results
 
 
 def foreach_apply_(
@@ -186,30 +203,26 @@ def foreach_apply_(
     step: int = 0,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
+    """Compute the third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
 
-    ``grads`` and ``bias_grads`` (``None`` for layers without) are those of :func:`foreach_precondition_`, ``inverses``
-    and ``info`` those of :func:`foreach_inverse`.  ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and
-    ``layers`` must be those of the covariance.  Chunks with ``info != 0`` are left alone.
+    ``grads`` and ``bias_grads`` (``None`` for a layer without) are those of :func:`foreach_precondition_`. ``chunk``,
+    ``group``, ``permutation``, ``seed``, ``step`` and ``layers`` must be those with which the covariances were
+    computed.
+
+    Args:
+        inverses, info: the results of :func:`foreach_inverse`. Chunks with ``info != 0`` are left alone.
 
     Raises:
-        As :func:`foreach_precondition_`; nothing has been changed then.
+        The errors of :func:`foreach_precondition_`. Nothing has been changed then.
     """
     op = "foreach_apply_"
-    check_chunk(op, chunk, group)
-    check_integers(op, seed=seed, step=step)
-    grads, inverses = check_list(op, "grads", grads), check_list(op, "inverses", inverses)
-    check_entries(op, len(grads), layers, inverses=inverses, bias_grads=bias_grads, permutation=permutation)
+    Options(op, chunk=chunk, group=group, seed=seed, step=step)
+    grads, inverses, biases, bias_layers = _check_written(
+        op, grads, "inverses", inverses, bias_grads, permutation, layers, info
+    )
     if not grads:
         return
-    for tensor in (*grads, *inverses):
-        check_tensor(op, "grads and inverses", tensor)
-    biases, bias_layers = dense(bias_grads)
-    check_device(op, [*grads, *biases, *inverses, info])
     orders, order_layers = dense(permutation)
-    if is_real(grads[0]):
-        check_overlap(op, [*grads, *biases], [])
-    groups = [default_group(g.dtype, chunk) if group is None else group for g in grads]
     with torch.no_grad():
         torch.ops.consistency_ops.foreach_apply_(
             grads,
@@ -219,8 +232,8 @@ def foreach_apply_(
             orders,
             bias_layers,
             order_layers,
-            list(range(len(grads))) if layers is None else list(layers),
-            groups,
+            layer_numbers(layers, len(grads)),
+            [default_group(g.dtype, chunk) if group is None else group for g in grads],
             chunk,
             signed(seed),
             signed(step),
@@ -241,45 +254,39 @@ def foreach_correct_(
     step: int = 0,
     layers: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Second and third stage in one launch: what :func:`foreach_inverse` and :func:`foreach_apply_` do, bit for bit,
-    without the inverses in memory.
+    """Compute the second and the third stage in one launch, without the inverses in memory.
 
-    ``grads`` and ``bias_grads`` (``None`` for layers without) are those of :func:`foreach_precondition_`,
-    ``covariances``, ``damping`` and ``scaling`` those of :func:`foreach_inverse`.  ``chunk``, ``group``,
-    ``permutation``, ``seed``, ``step`` and ``layers`` must be those of the covariance.
-    Neighbours with one covariance share its inverse, as in :func:`foreach_precondition_`.
+    The result is, bit for bit, that of :func:`foreach_inverse` and :func:`foreach_apply_`. ``grads`` and ``bias_grads``
+    (``None`` for a layer without) are those of :func:`foreach_precondition_`, ``covariances``, ``damping`` and
+    ``scaling`` those of :func:`foreach_inverse`. ``chunk``, ``group``, ``permutation``, ``seed``, ``step`` and
+    ``layers`` must be those with which the covariances were computed. Consecutive layers that get the same tensor as
+    covariance share its inverse, as in :func:`foreach_precondition_`.
 
     Returns:
-        ``(info, damping_used)``, as :func:`foreach_precondition_`; a layer without outputs is not factored: 0 and
-        ``damping``.
+        ``(info, damping_used)``, as for :func:`foreach_precondition_`. A layer without outputs is not factored: its
+        entries are 0 and ``damping``.
 
     Raises:
-        As :func:`foreach_precondition_`; nothing has been changed then.
+        The errors of :func:`foreach_precondition_`. Nothing has been changed then.
     """
     op = "foreach_correct_"
-    check_options(op, damping, scaling, chunk, group, 1)
-    check_integers(op, seed=seed, step=step)
-    grads, covariances = check_list(op, "grads", grads), check_list(op, "covariances", covariances)
-    check_entries(op, len(grads), layers, covariances=covariances, bias_grads=bias_grads, permutation=permutation)
+    Options(op, damping, scaling, chunk, group, seed=seed, step=step)
+    grads, covariances, biases, bias_layers = _check_written(
+        op, grads, "covariances", covariances, bias_grads, permutation, layers
+    )
     if not grads:
         empty = torch.empty(0, dtype=torch.int32)
         return empty, empty.float()
-    for tensor in (*grads, *covariances):
-        check_tensor(op, "grads and covariances", tensor)
-    biases, bias_layers = dense(bias_grads)
-    check_device(op, [*grads, *biases, *covariances])
     orders, order_layers = dense(permutation)
-    if is_real(grads[0]):
-        check_overlap(op, [*grads, *biases], [])
     with torch.no_grad():
-        return torch.ops.consistency_ops.foreach_correct_(
+        results: tuple[Tensor, Tensor] = torch.ops.consistency_ops.foreach_correct_(
             grads,
             biases,
             covariances,
             orders,
             bias_layers,
             order_layers,
-            list(range(len(grads))) if layers is None else list(layers),
+            layer_numbers(layers, len(grads)),
             [default_group(g.dtype, chunk) if group is None else group for g in grads],
             float(damping),
             scaling == "trace",
@@ -287,25 +294,53 @@ def foreach_correct_(
             signed(seed),
             signed(step),
         )
+    return results
 
 
-@torch.library.register_fake("consistency_ops::foreach_covariance")
+def _check_written(
+    op: str,
+    grads: Sequence[Tensor],
+    name: str,
+    matrices: Sequence[Tensor],
+    bias_grads: Sequence[Tensor | None] | None,
+    permutation: Sequence[Tensor | None] | None,
+    layers: Sequence[int] | None,
+    *others: Tensor,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """Check the arguments of a stage that writes gradients: ``name`` is that of ``matrices``, one for each layer.
+
+    Returns the gradients and the matrices as lists, the gradients of biases that exist, and their layers.
+    """
+    grads, matrices = check_list(op, "grads", grads), check_list(op, name, matrices)
+    lists = {name: matrices, "bias_grads": bias_grads, "permutation": permutation}
+    check_entries(op, len(grads), layers, **lists)
+    for tensor in (*grads, *matrices):
+        check_tensor(op, f"grads and {name}", tensor)
+    biases, bias_layers = dense(bias_grads)
+    if grads:
+        check_device(op, [*grads, *biases, *matrices, *others])
+        if is_real(grads[0]):
+            check_overlap(op, [*grads, *biases], [])
+    return grads, matrices, biases, bias_layers
+
+
+@register_fake("foreach_covariance")
 def _(
-    inputs,
-    permutations,
-    row_counts,
-    permutation_layers,
-    row_count_layers,
-    layers,
-    groups,
-    unit_dims,
-    units,
-    bias,
-    chunk,
-    max_rows,
-    seed,
-    step,
-):
+    inputs: list[Tensor],
+    permutations: list[Tensor],
+    row_counts: list[Tensor],
+    permutation_layers: list[int],
+    row_count_layers: list[int],
+    layers: list[int],
+    groups: list[int],
+    unit_dims: list[int],
+    units: list[int],
+    bias: list[bool],
+    chunk: int,
+    max_rows: int,
+    seed: int,
+    step: int,
+) -> list[Tensor]:
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     return [
         x.new_empty(x.shape[dim] // u * count_chunks(u + int(b), chunk), chunk, chunk, dtype=dtype)
@@ -313,39 +348,52 @@ def _(
     ]
 
 
-@torch.library.register_fake("consistency_ops::foreach_inverse")
-def _(covariances, units, damping, trace_scaling, chunk):
-    total = sum(c.shape[0] for c in covariances)
-    first = covariances[0]
-    return (
-        [torch.empty_like(c) for c in covariances],
-        first.new_empty(total, dtype=torch.int32),
-        first.new_empty(total, dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("consistency_ops::foreach_apply_")
+@register_fake("foreach_inverse")
 def _(
-    grads, bias_grads, inverses, info, permutations, bias_layers, permutation_layers, layers, groups, chunk, seed, step
-):
+    covariances: list[Tensor], units: list[int], damping: float, trace_scaling: bool, chunk: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    return [torch.empty_like(c) for c in covariances], *_results(covariances)
+
+
+@register_fake("foreach_apply_")
+def _(
+    grads: list[Tensor],
+    bias_grads: list[Tensor],
+    inverses: list[Tensor],
+    info: Tensor,
+    permutations: list[Tensor],
+    bias_layers: list[int],
+    permutation_layers: list[int],
+    layers: list[int],
+    groups: list[int],
+    chunk: int,
+    seed: int,
+    step: int,
+) -> None:
     return None
 
 
-@torch.library.register_fake("consistency_ops::foreach_correct_")
+@register_fake("foreach_correct_")
 def _(
-    grads,
-    bias_grads,
-    covariances,
-    permutations,
-    bias_layers,
-    permutation_layers,
-    layers,
-    groups,
-    damping,
-    trace_scaling,
-    chunk,
-    seed,
-    step,
-):
+    grads: list[Tensor],
+    bias_grads: list[Tensor],
+    covariances: list[Tensor],
+    permutations: list[Tensor],
+    bias_layers: list[int],
+    permutation_layers: list[int],
+    layers: list[int],
+    groups: list[int],
+    damping: float,
+    trace_scaling: bool,
+    chunk: int,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    return _results(covariances)
+
+
+def _results(covariances: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty ``info`` and ``damping_used``."""
     total = sum(c.shape[0] for c in covariances)
-    return grads[0].new_empty(total, dtype=torch.int32), grads[0].new_empty(total, dtype=torch.float32)
+    first = covariances[0]
+    return first.new_empty(total, dtype=torch.int32), first.new_empty(total, dtype=torch.float32)

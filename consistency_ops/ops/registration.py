@@ -1,0 +1,36 @@
+"""``torch.library``'s decorators for the operators of this library, with the types that torch leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+NAMESPACE = "consistency_ops"  # CO_NAMESPACE of csrc/bindings/registration.h
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def register_fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate the function that says shape, strides, dtype and device of the results of operator ``name``.
+
+    ``torch.compile``, ``torch.export`` and fake tensors call it instead of the operator. It takes the operator's
+    arguments.
+    """
+    decorator: Callable[[Callable[P, R]], Callable[P, R]] = torch.library.register_fake(
+        f"{NAMESPACE}::{name}", _stacklevel=2
+    )
+    return decorator
+
+
+def register_vmap(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate the function that ``torch.vmap`` calls instead of operator ``name``: ``(info, in_dims, *arguments)``."""
+    decorator: Callable[[Callable[P, R]], Callable[P, R]] = torch.library.register_vmap(f"{NAMESPACE}::{name}")
+    return decorator
+
+
+def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+    """Give operator ``name`` its derivative, and the function that saves what the derivative needs."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
