@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-nightly test-all bench build wheel lint format clean
+.PHONY: help train test test-slow test-nightly test-all bench build wheel docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
-test-slow: $(LIBRARY) $(VENV)/.frameworks ## long trainings, sanitizers, CUDA compilation, trainers of other people
+test-slow: $(LIBRARY) $(VENV)/.frameworks $(VENV)/.docs ## long trainings, sanitizers, CUDA compilation, trainers of other people
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
@@ -58,6 +58,9 @@ wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10
 	@rm -rf build/lib* build/bdist*
 	@flock .build.lock python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+docs: $(LIBRARY) $(VENV)/.docs ## the manual as web pages, build/docs/index.html; a warning is an error
+	python -m sphinx -q -W --keep-going -j auto -b html docs build/docs
 
 lint: $(VENV)/.installed ## ruff and clang-format, changing nothing
 	ruff check .
@@ -88,4 +91,8 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.installed
 	"$(BIN)/python" -m pip install -qq -r requirements-frameworks.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.installed
+	"$(BIN)/python" -m pip install -qq -r requirements-docs.txt
 	@touch $@

@@ -1,9 +1,10 @@
-"""Every table of README.md, and the plots, rebuilt from benchmarks/results.
+"""Every table of README.md and of the pages in docs, and the plots, rebuilt from benchmarks/results.
 
-    python -m benchmarks.report           write them
-    python -m benchmarks.report --check   change nothing; exit 1 where a table differs
+    python -m benchmarks.report                 write them
+    python -m benchmarks.report --check         change nothing; exit 1 where a table differs
+    python -m benchmarks.report --file A B ...  the tables of these files instead
 
-A table stands between two lines of the README and is written by the function of that name in ``TABLES``:
+A table stands between two lines of a page and is written by the function of that name in ``TABLES``:
 
     <!-- table: NAME -->
     <!-- end -->
@@ -50,7 +51,7 @@ def step() -> str:
     return "\n".join(lines)
 
 
-LAYERS = {  # workload: how README calls it, and the file that has it
+LAYERS = {  # workload: how the page calls it, and the file that has it
     "mlp": ("MLP 784-100-100-100-10", "precondition"),
     "wide-mlp": ("3 x Linear 512", "precondition"),
     "resnet50": ("ResNet-50, bfloat16 inputs", "precondition"),
@@ -181,7 +182,12 @@ def plots() -> dict[Path, Callable[[Path], None]]:
     drawn = {
         RESULTS / "peers" / f"{task}.png": (lambda path, task=task: peers.plot(stored(task), task, path))
         for task in measured_tasks()
-    } | {RESULTS / "scaling.png": lambda path: bench_scaling.plot(read("scaling"), path)}
+    } | {
+        RESULTS / "scaling.png": lambda path: bench_scaling.plot(read("scaling"), path),
+        ROOT / "docs" / "images" / "overview.png": lambda path: peers.summary_plot(
+            stored("deep-mlp"), "deep-mlp", read("peers/cost"), "deep MLP, batch 500", path
+        ),
+    }
     if (RESULTS / "cuda.json").exists():
         drawn[RESULTS / "cuda.png"] = lambda path: bench_cuda.plot(read("cuda"), path)
     return drawn
@@ -205,16 +211,24 @@ def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> st
     return BLOCK.sub(block, text)
 
 
+def pages() -> list[Path]:
+    """README.md and the pages in docs that have a table to make."""
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in texts if path.is_file() and "<!-- table:" in path.read_text()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the tables only")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="the text with the table blocks")
+    parser.add_argument("--file", type=Path, nargs="+", help="texts with table blocks (default: README.md and docs)")
     arguments = parser.parse_args()
     try:
-        if not arguments.file.is_file():
-            raise ReportError(f"{arguments.file}: there is no such file")
-        old = arguments.file.read_text()
-        new = rebuild(old)
+        old = {}
+        for path in arguments.file or pages():
+            if not path.is_file():
+                raise ReportError(f"{path}: there is no such file")
+            old[path] = path.read_text()
+        new = {path: rebuild(text) for path, text in old.items()}
         if not arguments.check:
             for path, draw in plots().items():
                 draw(path)
@@ -223,13 +237,17 @@ def main() -> int:
         print(f"report: {error}", file=sys.stderr)
         return 1
     if arguments.check:
-        difference = difflib.unified_diff(
-            old.splitlines(), new.splitlines(), str(arguments.file), "benchmarks/results", lineterm="", n=0
-        )
-        lines = list(difference)
+        lines = [
+            line
+            for path in old
+            for line in difflib.unified_diff(
+                old[path].splitlines(), new[path].splitlines(), str(path), "benchmarks/results", lineterm="", n=0
+            )
+        ]
         print("\n".join(lines))
         return bool(lines)
-    arguments.file.write_text(new)
+    for path, text in new.items():
+        path.write_text(text)
     return 0
 
 

@@ -274,9 +274,16 @@ def test_characters_come_with_python():
     assert torch.equal(split.train[0][0, 1:], split.train[1][0, :-1])
 
 
-def test_readme_tables_equal_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert report.rebuild(readme) == readme, "run python -m benchmarks.report"
+@pytest.mark.parametrize("page", report.pages(), ids=lambda page: page.name)
+def test_readme_tables_equal_the_results(page):
+    text = page.read_text()
+    assert report.rebuild(text) == text, "run python -m benchmarks.report"
+
+
+def test_every_table_that_is_not_of_one_task_stands_on_a_page():
+    text = "\n".join(page.read_text() for page in report.pages())
+    shown = {match["name"] for match in report.BLOCK.finditer(text)}
+    assert shown >= set(report.TABLES) - {f"peers-{task}" for task in TASKS}
 
 
 def test_tables_of_what_watching_and_sharing_cost():
@@ -306,8 +313,12 @@ def test_report_check_exits_with_1_on_a_difference(tmp_path):
     command = [sys.executable, "-m", "benchmarks.report", "--check", "--file", str(path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "-wrong" in result.stdout
+    both = [*command, str(tmp_path / "page.md")]
+    (tmp_path / "page.md").write_text("<!-- table: monitors -->\nother\n<!-- end -->\n")
     path.write_text(report.rebuild(path.read_text()))
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
+    result = subprocess.run(both, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "-other" in result.stdout and "wrong" not in result.stdout
 
 
 @pytest.mark.parametrize("task", report.measured_tasks())

@@ -2,8 +2,10 @@
 
 import ast
 import ctypes
+import logging
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -14,7 +16,7 @@ import torch
 
 import consistency_ops as co
 from consistency_ops.ops.library import library
-from support import frameworks
+from support import documents, frameworks
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(library._name)
@@ -106,24 +108,47 @@ def test_the_report_on_the_command_line(tmp_path):
 def test_the_commands_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"^\s*make ([a-z-]+)", readme, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", readme))
-    assert {"train", "test"} <= named <= targets
+    texts = "\n".join(map(documents.read, documents.texts()))
+    named = set(re.findall(r"^\s*make ([a-z-]+)", texts, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", texts))
+    assert {"train", "test", "docs"} <= named <= targets
     if shutil.which("make"):
         listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert set(re.findall(r"^make (\S+)", listed, re.MULTILINE)) == targets
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
-def test_the_examples_of_the_readme_run(capsys):
-    """All but those of training frameworks: tests/test_trainers.py runs these."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert examples
+PAGES_WITH_EXAMPLES = [
+    name for name in documents.manual() if any(not frameworks.used_by(block) for block in documents.examples(name))
+]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES)
+def test_the_examples_of_the_readme_run(page, capsys, monkeypatch):
+    """Also those of the pages in docs, each page as one program; tests/test_trainers.py runs those of frameworks."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_port())).items():
+        monkeypatch.setenv(name, value)  # as torchrun does
+    logger = logging.getLogger("consistency_ops")
+    level = logger.level
     namespace = {}
-    for example in examples:
-        if not frameworks.used_by(example):
-            exec(compile(example, "README.md", "exec"), namespace)
+    try:
+        for example in documents.examples(page):
+            if not frameworks.used_by(example):
+                exec(compile(example, page, "exec"), namespace)
+    finally:
+        logger.setLevel(level)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     assert capsys.readouterr().out
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
+def test_the_pages_with_examples_are_found():
+    assert {"README.md", "docs/usage.md", "docs/distributed.md", "docs/choosing.md"} <= set(PAGES_WITH_EXAMPLES)
 
 
 def named_tests(text):
@@ -144,11 +169,12 @@ def functions_of(path):
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the checkout that holds the README")
-@pytest.mark.parametrize("document", ["README.md", "tests/README.md"])
+@pytest.mark.parametrize("document", documents.texts())
 def test_the_tests_of_the_readme_exist(document):
-    named = list(named_tests((ROOT / document).read_text()))
-    assert len([name for _, name in named if name]) > 50
+    """Those that any text names; two pages are lists of them."""
+    named = list(named_tests(documents.read(document)))
+    if document in ("docs/compatibility.md", "tests/README.md"):
+        assert len([name for _, name in named if name]) > 50
     missing = [
         f"{file}::{name}"
         for file, name in named

@@ -1,6 +1,5 @@
 """One line in the training scripts of others: Hugging Face Trainer, Accelerate, Lightning, a plain loop with timm."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import consistency_ops as co
-from support import frameworks, ranks, trainers
+from support import documents, frameworks, ranks, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,16 +125,19 @@ def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path):
             assert found.get("difference", 0.0) < 1e-4  # of fully_shard from DistributedDataParallel, float32
 
 
-def readme_examples():
-    readme = ROOT / "README.md"
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []
-    return [block for block in blocks if frameworks.used_by(block)]
+EXAMPLES = [
+    (name, block) for name in documents.manual() for block in documents.examples(name) if frameworks.used_by(block)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", readme_examples())
-def test_examples_of_the_readme(example, tmp_path, monkeypatch):
-    """Each runs alone, as somebody who copies it would run it."""
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
+def test_examples_of_the_readme(page, example, tmp_path, monkeypatch):
+    """Those of the manual that use a framework. Each runs alone, as somebody who copies it would run it."""
     frameworks.require(*frameworks.used_by(example))
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, page, "exec"), {})
+
+
+def test_every_framework_has_an_example():
+    assert {name for _, block in EXAMPLES for name in frameworks.used_by(block)} == set(frameworks.NAMES)

@@ -151,6 +151,57 @@ def plot(runs: list[dict], task: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+SHOWN = {  # peer: (name in the figure, colour), in the order of the bars
+    "sgd": ("SGD", "C0"),
+    "adamw": ("AdamW", "C1"),
+    "muon": ("Muon", "C2"),
+    "sgd+pre": ("SGD + correction", "C0"),
+    "adamw+pre": ("AdamW + correction", "C1"),
+    "muon+pre": ("Muon + correction", "C2"),
+    "soap": ("SOAP", "grey"),
+    "kfac": ("K-FAC", "black"),
+}
+
+
+def summary_plot(runs: list[dict], task: str, costs: dict, model: str, path: Path) -> None:
+    """What the correction buys and what it costs: the metric against steps, and the time of a step over SGD's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(9.2, 4), layout="constrained")
+    ratios = {row["optimizer"]: row["ratio"] for row in costs["rows"] if row["model"] == model}
+    for peer, (text, colour) in SHOWN.items():
+        found = [run["curve"] for run in final_runs(runs, peer)]
+        mean = [statistics.mean(point[3] for point in points) for points in zip(*found, strict=True)]
+        style = dict(
+            color=colour, linewidth=2.2 if PEERS[peer].order == 3 else 1.2, linestyle=STYLES[PEERS[peer].order]
+        )
+        curves.plot([point[0] for point in found[0]], mean, label=text, **style)
+    curves.set(xlabel="steps", ylabel=f"{TASKS[task].metric}, {task}", yscale="log")
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if round(100 * value) in (5, 20, 50) else "")
+    curves.grid(alpha=0.25, which="both")
+    figure.legend(*curves.get_legend_handles_labels(), fontsize="small", ncol=4, loc="outside lower center")
+    names = [peer for peer in SHOWN if peer in ratios]
+    colours = [SHOWN[peer][1] for peer in names]
+    faces = [colour if PEERS[peer].order == 3 else "white" for peer, colour in zip(names, colours, strict=True)]
+    drawn = bars.barh([SHOWN[peer][0] for peer in names], [ratios[peer] for peer in names], color=faces)
+    for bar, colour in zip(drawn, colours, strict=True):
+        bar.set_edgecolor(colour)
+    bars.bar_label(drawn, fmt="%.2f", padding=3, fontsize="small")
+    bars.invert_yaxis()
+    bars.margins(x=0.12)
+    bars.set(xlabel="CPU time of a step, SGD's = 1", title=f"{model}: what a step costs")
+    seeds = len(final_runs(runs, next(iter(SHOWN))))
+    curves.set_title(f"{task}: mean of {seeds} seeds, each at its best trial")
+    for axis in (curves, bars):
+        axis.title.set_fontsize("medium")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def overview(runs: dict[str, list[dict]]) -> str:
     """Steps (CPU seconds) to the hardest target of a task that any optimizer reaches with every seed; else the end."""
     tasks = [task for task in TASKS if runs.get(task)]

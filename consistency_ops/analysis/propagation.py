@@ -185,7 +185,7 @@ def propagation(
     vanishing gradients).
 
     For J = d y_end / d y_start of one sample: its singular values; the share of the residual r = d loss / d y_end that
-    lies in the image of J (only that share is passed on to shallower layers); and |J^T r| / (|J| |r|). A model in
+    lies in the image of J (only that share is passed on to shallower layers); and ``|J^T r| / (|J| |r|)``. A model in
     training mode is measured with dropout off and with its batch normalisations frozen at the statistics of
     ``inputs``; one in evaluation mode as it is. The model is left as it was.
 

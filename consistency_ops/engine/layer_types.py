@@ -129,7 +129,7 @@ def register(
         module_type: the layer's class. Its forward takes the input as first argument, and its output is linear in it.
         unit_dim: negative dimension of the input that counts the units: -1 for (..., in), -3 for (N, in, H, W).
         weight, bias: names of the parameters; ``bias=None`` if the layer adds none (or it must not be joined).
-        matrix: returns a view of the weight, and of its gradient, as (out, in) or (out, in / groups, \\*kernel).
+        matrix: returns a view of the weight, and of its gradient, as ``(out, in)`` or ``(out, in / groups, *kernel)``.
             ``None``: they already have that shape. It must be a view: the gradient is corrected through it, in place,
             and :class:`~consistency_ops.Preconditioner` refuses a copy.
 

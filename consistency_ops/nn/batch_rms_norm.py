@@ -14,10 +14,10 @@ from ..ops.checks import check_numbers, check_sizes
 class BatchRMSNorm(nn.Module):
     """Scale every channel to root mean square one over batch and pixels; see :func:`consistency_ops.batch_rms_norm`.
 
-    Input (N, C) or (N, C, *spatial) with C = ``num_features``, output of the same shape, dtype and memory format.  No
-    parameters: no mean is removed, nothing is rescaled.  ``decay`` is the weight of the *old* statistics, in [0, 1)
-    (torch's ``momentum`` is that of the new ones); ``eps`` > 0 is relative to the most active channel: 1e-2 inside a
-    network, 1e-10 to normalise data.
+    Input ``(N, C)`` or ``(N, C, *spatial)`` with C = ``num_features``, output of the same shape, dtype and memory
+    format. No parameters: no mean is removed, nothing is rescaled. ``decay`` is the weight of the *old* statistics, in
+    [0, 1) (torch's ``momentum`` is that of the new ones); ``eps`` > 0 is relative to the most active channel: 1e-2
+    inside a network, 1e-10 to normalise data.
 
     Buffers: ``running_ms`` (C) and ``num_batches`` (1).  The statistics stay float32 (float64 after ``double()``) when
     the module is cast to a narrower type; bfloat16 and float16 inputs are accepted as they are.  Every training forward

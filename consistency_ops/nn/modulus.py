@@ -6,7 +6,7 @@ from ..ops.modulus import modulus
 
 
 class Modulus(nn.Module):
-    """|x| of every element, real or complex; see :func:`consistency_ops.modulus`.  Shapes: any, unchanged."""
+    """``|x|`` of every element, real or complex; see :func:`consistency_ops.modulus`.  Shapes: any, unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         return modulus(x)

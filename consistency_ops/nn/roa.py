@@ -30,7 +30,7 @@ def roa_jacobian_bounds(
 ) -> JacobianBounds:
     """Bounds on all singular values of the Jacobian of x <- alpha O_l x + beta phi(W_l x + b_l), l = 1, ..., L.
 
-    With |phi'| <= ``slope`` and spectral norms w_l = ``weight_norms``::
+    With ``|phi'|`` <= ``slope`` and spectral norms w_l = ``weight_norms``::
 
         prod_l max(0, alpha - beta slope w_l)  <=  sigma_min  <=  sigma_max  <=  prod_l (alpha + beta slope w_l)
 

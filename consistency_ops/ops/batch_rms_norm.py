@@ -42,7 +42,7 @@ def batch_rms_norm(
         D_c  = sqrt(v_c / (1 - rho^num_batches) + eps * max_k(v_k + 1e-6))
         y    = x / D,    dL/dx = dL/dy / D                           D is a constant in backward
 
-    ``x``: (N, C) or (N, C, *spatial), any memory format; float32, float64, bfloat16 or float16.
+    ``x``: ``(N, C)`` or ``(N, C, *spatial)``, any memory format; float32, float64, bfloat16 or float16.
     ``running_ms``: (C), contiguous, float32 or float64, starts at 0.  ``num_batches``: int64, shape (1,), starts at 0;
     counts the training batches, this one included; None, or a count of 0: v is not corrected.  ``decay`` in [0, 1).
     ``eps`` > 0 is relative to the most active channel, which limits the gain of the least active to about 1 / sqrt(eps)

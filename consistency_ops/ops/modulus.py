@@ -39,7 +39,7 @@ def modulus(x: Tensor) -> Tensor:
 
     The real derivative is -1 below zero and +1 at and above zero (also at -0.0 and NaN), so that the differential is
     orthogonal everywhere; one bit an element is kept for it, and nothing if no gradient is needed.  The complex
-    derivative is x / |x|, and 0 at 0; ``x`` is kept.
+    derivative is ``x / |x|``, and 0 at 0; ``x`` is kept.
 
     Raises TypeError for other dtypes, NotImplementedError for sparse and nested tensors.
     """

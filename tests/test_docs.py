@@ -1,0 +1,85 @@
+"""The manual: it is built without a warning, its links lead somewhere, README is short, every name has its place."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import consistency_ops as co
+from consistency_ops import experimental, ops
+from support import documents
+
+ROOT = documents.ROOT
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs" / "conf.py").exists(), reason="needs the checkout that holds docs")
+
+
+def anchors(text):
+    """What ``#...`` may name in a page: its headings as GitHub and MyST write them, and explicit labels."""
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\((.+)\)=$", text, re.MULTILINE))
+
+
+def dead_links(name, text):
+    """Links between files of the checkout that lead nowhere."""
+    dead = []
+    for link in LINK.findall(re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("name", documents.texts())
+def test_every_link_leads_to_a_file_and_a_heading(name):
+    assert dead_links(name, documents.read(name)) == []
+
+
+def test_a_dead_link_would_be_noticed():
+    text = "[a](docs/install.md#what-it-needs) [b](docs/gone.md) [c](docs/install.md#gone) [d](https://arxiv.org/abs/1)"
+    assert dead_links("README.md", text) == ["docs/gone.md", "docs/install.md#gone"]
+
+
+def test_the_readme_is_short():
+    text = documents.read("README.md")
+    assert len(text.splitlines()) <= 200 and len(text.encode()) <= 10_000
+
+
+def test_every_public_name_is_on_an_api_page():
+    """By a directive of its own, or by that of its module, which takes all of ``__all__``."""
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    for module in (co.nn, co.optim, co.analysis, experimental):
+        assert f".. automodule:: {module.__name__}\n   :members:" in pages, module.__name__
+    modules = {"analysis", "layers", "nn", "optim"}
+    names = {*co.__all__, *ops.__all__} - modules
+    described = set(re.findall(r"^\.\. (?:auto\w+|data):: (?:[\w.]*\.)?(\w+)$", pages, re.MULTILINE))
+    assert names - described == set()
+    assert "consistency_ops.layers.register" in pages
+
+
+def test_every_page_is_in_the_table_of_contents():
+    pages = {name.removeprefix("docs/").removesuffix(".md") for name in documents.manual() if name != "README.md"}
+    listed = {"index"}
+    for index, folder in (("docs/index.md", ""), ("docs/api/index.md", "api/")):
+        for tree in re.findall(r"```{toctree}\n(.*?)```", documents.read(index), re.DOTALL):
+            listed |= {folder + line for line in tree.splitlines() if line and not line.startswith(":")}
+    assert pages == listed
+
+
+@pytest.mark.slow
+def test_the_manual_is_built_without_a_warning(tmp_path):
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    places = ["-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")]
+    done = subprocess.run([*command, *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "html" / "api" / "preconditioner.html").read_text()
+    assert "max_rows" in page and "load_state_dict" in page
