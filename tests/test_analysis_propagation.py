@@ -83,7 +83,7 @@ def test_lanczos_trace_estimates_are_close_on_a_convolution():
 
 
 def test_modulus_keeps_the_image_and_relu_loses_half():
-    """METHOD section 9, check 12."""
+    """Of a random residual ReLU passes half of the energy back through an orthogonal layer, the modulus all of it."""
     weight = nn.init.orthogonal_(torch.empty(64, 64))
     x = torch.randn(16, 64)
     for activation, wanted in ((co.nn.Modulus(), 1.0), (nn.ReLU(), 0.5)):

@@ -28,7 +28,7 @@ def test_the_expert_baseline_is_the_correction(chunk):
 
 
 def test_bytes_are_those_of_the_table():
-    """KERNELS.md 3.1: (ii) 6.3 + 6.3 MB, (v) 33.6 + 67.1 MB in bfloat16."""
+    """Inputs read once, gradients read and written: (ii) 6.3 + 6.3 MB, (v) 33.6 + 67.1 MB in bfloat16."""
     for number, megabytes in (("ii", 12.6), ("v", 100.7), ("vi", 292 + 810)):
         setting = bench_cuda.SETTINGS[number]
         workload = WORKLOADS[setting.workload]

@@ -8,7 +8,6 @@ import io
 import pickle
 import tarfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +17,9 @@ from PIL import Image
 from consistency_ops.cli import data, download
 from consistency_ops.cli import data_formats as formats
 from consistency_ops.cli.errors import DataError, UserError
+from support.data import published
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def real(name):
-    if not (REAL / name).is_dir():
-        pytest.skip(f"no {name} files in ../shared/data")
-    return REAL / name
 
 
 def random_images(count, shape, seed=0):
@@ -396,13 +389,13 @@ def test_download_without_a_network_or_a_folder(tmp_path, monkeypatch):
 
 
 def test_published_md5_sums_of_mnist():
-    folder = real("mnist")
+    folder = published("mnist")
     download.download("mnist", folder, pytest.fail)  # nothing may be fetched: all sums are right
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
 def test_real_idx(name):
-    images = data.load(name, real(name))
+    images = data.load(name, published(name))
     assert images.train_x.shape == (60000, 1, 28, 28) and images.test_x.shape == (10000, 1, 28, 28)
     assert torch.bincount(images.test_y).shape == (10,)
     if name == "mnist":
@@ -412,7 +405,7 @@ def test_real_idx(name):
 
 
 def test_real_cifar10_images():
-    images = data.load("cifar10", real("cifar10"), limit=200)
+    images = data.load("cifar10", published("cifar10"), limit=200)
     assert images.train_x.shape == (200, 3, 32, 32) and images.test_x.shape == (200, 3, 32, 32)
     assert len(torch.bincount(images.train_y, minlength=10).nonzero()) == 10
     assert 100 < images.train_x.float().mean() < 140  # the mean of CIFAR-10 is about 121

@@ -163,9 +163,9 @@ def test_seed_step_and_layer_all_change_the_division():
 
 
 def test_subsampling_of_the_cifar_network():
-    """METHOD section 9, check 5, with max_rows alone: 512000, 128000, 32000, 8000, 500 rows give 52, 13, 4, 1, 1.
+    """512000, 128000, 32000, 8000 and 500 rows of its layers give strides of 52, 13, 4, 1, 1.
 
-    The released code stops at 50 (METHOD 1.6); DESIGN.md section 3 drops that cap: at most max_rows rows are used."""
+    The released code of arXiv 1708.00631 has no stride above 50. There is no such cap here: max_rows is a promise."""
     strides = [reference.sample_rows(rows, 10_000).step for rows in (512_000, 128_000, 32_000, 8_000, 500)]
     assert strides == [52, 13, 4, 1, 1]
 

@@ -174,7 +174,7 @@ def contractive_style(depth=5, width=10):
 
 
 def test_bound_is_the_product_of_the_method():
-    """METHOD section 9, check 11: the log-domain bound against the brute-force products, plain and folded."""
+    """The bound is kept as a logarithm: against the products themselves, plain and folded."""
     model = contractive_style().eval()
     plain, folded, gain = 1.0, 1.0, None
     for layer in model:

@@ -1,10 +1,9 @@
-"""Acceptance checks 1-8, 10 and 12 of arXiv 1708.00631: what the method must do, whoever implements it."""
+"""What the method of arXiv 1708.00631 must do, whoever implements it."""
 
 import copy
 import gzip
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 import consistency_ops as co
 from consistency_ops.optim import SGD2, select_learning_rate
 from consistency_ops.preconditioner import Preconditioner
-
-MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
+from support.data import published
 
 
 def half_square(y, target):
@@ -35,9 +33,6 @@ def one_step(model, optimizer, x, target):
     optimizer.step()
 
 
-# 1
-
-
 @pytest.mark.parametrize("units", [3, 100, 255, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_undamped_step_solves_least_squares(units, dtype):
@@ -51,9 +46,6 @@ def test_one_undamped_step_solves_least_squares(units, dtype):
     torch.testing.assert_close(got, solution, rtol=bound, atol=bound)
 
 
-# 2
-
-
 def test_limits_of_the_damping():
     x, grad = torch.randn(200, 60), torch.randn(30, 60)
     large = 1e6
@@ -61,9 +53,6 @@ def test_limits_of_the_damping():
     torch.testing.assert_close(scaled, grad, rtol=1e-4, atol=1e-5)
     direct = torch.linalg.solve(x.double().T @ x.double() / 200 + torch.eye(60).double(), grad.double().T).T
     torch.testing.assert_close(co.precondition(grad, x, damping=1.0).double(), direct, rtol=1e-5, atol=1e-5)
-
-
-# 3
 
 
 @pytest.mark.parametrize(("damping", "kind"), [(0.0, "invertible"), (0.5, "orthogonal")])
@@ -92,9 +81,6 @@ def test_the_damped_step_is_not_equivariant_to_a_skew_map():
     one = co.precondition(grad, x, damping=0.5) @ x.T
     two = co.precondition(grad @ a, x @ a, damping=0.5) @ (x @ a).T
     assert (one - two).abs().max() > 0.1
-
-
-# 4
 
 
 def test_a_chunk_as_large_as_the_layer_is_the_full_solve():
@@ -130,9 +116,6 @@ def test_the_seed_fixes_the_division_and_every_column_is_updated_once(group):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-# 5
-
-
 def test_subsample_factors_of_the_cifar_network():
     def block(inputs, outputs):
         return [nn.Conv2d(inputs, outputs, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
@@ -146,9 +129,6 @@ def test_subsample_factors_of_the_cifar_network():
     seen, stride = zip(*(capture.state[i, 1:3].tolist() for i, capture in enumerate(captures)), strict=True)
     assert seen == (512_000, 128_000, 32_000, 8_000, 500)
     assert stride == (50, 13, 4, 1, 1)
-
-
-# 6
 
 
 def test_convolution_on_one_pixel_is_the_connected_layer():
@@ -182,9 +162,6 @@ def test_every_tap_is_solved_with_the_same_matrix():
     torch.testing.assert_close(conv.bias.grad, biases, rtol=1e-9, atol=1e-9)
 
 
-# 7
-
-
 @pytest.mark.parametrize("shape", [(50, 6), (5, 6, 4, 3)], ids=str)
 def test_rms_norm(shape):
     norm, rho, eps = co.nn.BatchRMSNorm(6).double(), 0.1, 1e-2
@@ -210,9 +187,6 @@ def test_rms_norm(shape):
     assert torch.equal(norm.running_ms, kept)
     # Finite differences see the derivative for the D of evaluation, which does not move.
     assert torch.autograd.gradcheck(norm, (x.requires_grad_(),))
-
-
-# 8
 
 
 def test_first_step_of_a_constant_gradient():
@@ -242,15 +216,12 @@ def test_steady_decay_is_ten_times_the_nominal_one():
     assert torch.equal(layer.bias, bias)
 
 
-# 10
-
-
 class FirstEpoch:
     """Net C of the paper on real MNIST: raw pixels minus their mean, weights N(0, 0.01^2), batches of 500."""
 
-    def __init__(self):
+    def __init__(self, folder):
         def read(name, skip):
-            return np.frombuffer(gzip.decompress((MNIST / name).read_bytes()), np.uint8, offset=skip)
+            return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=skip)
 
         images = {split: read(f"{split}-images-idx3-ubyte.gz", 16).reshape(-1, 784) for split in ("train", "t10k")}
         self.y = {split: torch.tensor(read(f"{split}-labels-idx1-ubyte.gz", 8)).long() for split in images}
@@ -286,9 +257,7 @@ class FirstEpoch:
 
 @pytest.fixture(scope="module")
 def first_epoch():
-    if not MNIST.is_dir():
-        pytest.skip("no MNIST files in ../shared/data/mnist")
-    return FirstEpoch()
+    return FirstEpoch(published("mnist"))
 
 
 def test_first_epoch_on_mnist(first_epoch):
@@ -309,9 +278,6 @@ def test_first_epoch_on_mnist(first_epoch):
 def test_without_normalization_the_deep_net_stays_at_chance(first_epoch):
     model = first_epoch.net(normalized=False)
     assert first_epoch.error(model, SGD2(model, lr=1.0)) > 0.85
-
-
-# 12
 
 
 def jacobian_of(activation, weight, x):

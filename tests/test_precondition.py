@@ -147,7 +147,7 @@ def test_channels_last_equals_contiguous(dtype):
 
 
 def test_one_by_one_convolution_equals_linear():
-    """METHOD section 9, check 6: a 1x1 convolution on 1x1 maps is the fully connected layer."""
+    """A 1x1 convolution on 1x1 maps is the fully connected layer."""
     generator = torch.Generator().manual_seed(5)
     inputs, grad = torch.randn(50, 40, generator=generator), torch.randn(12, 40, generator=generator)
     bias = torch.randn(12, generator=generator)

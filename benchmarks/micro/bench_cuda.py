@@ -43,7 +43,7 @@ RUNGS = {"V0": 1, "V1": 2, "V2": 3}  # PreconditionRung
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A workload of KERNELS.md section 3: rows, chunk, repetitions of its layers, and the target in microseconds."""
+    """A workload of workloads.py: rows, chunk, repetitions of its layers, and the target in microseconds."""
 
     workload: str
     rows: int

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import DATA
 from benchmarks.peers import tables
 from benchmarks.peers.optimizers import MISSING, PEERS
 from benchmarks.peers.runs import RESULTS, Store, compete
-from benchmarks.peers.tasks import DEFAULT_DATA, TASKS
+from benchmarks.peers.tasks import TASKS
 
 QUICK = Path("runs", "peers")
 
@@ -28,7 +29,12 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="of the final runs")
     parser.add_argument("--steps", type=int, help="of a final run, instead of the task's own number")
-    parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA, help="holds mnist/, fashion-mnist/, cifar10/")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=DATA,
+        help=f"holds mnist/, fashion-mnist/, cifar10/ (default: {DATA}; CONSISTENCY_OPS_DATA sets it)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON lines")
     parser.add_argument(
         "--quick", action="store_true", help=f"char-gpt, which needs no data files, 60 steps, one seed, into {QUICK}"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import DATA
 from benchmarks.peers.runs import RESULTS, Store, last, run_once
-from benchmarks.peers.tasks import DEFAULT_DATA, TASKS, VARIANTS, Split
+from benchmarks.peers.tasks import TASKS, VARIANTS, Split
 
 SAME_RATE: dict[str, dict[str, object]] = {
     "defaults": {},
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--changes", nargs="+", choices=[*SAME_RATE, *BEST_RATE, *SGD_ONLY], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--data-dir", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=RESULTS / "ablations.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

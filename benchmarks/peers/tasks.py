@@ -17,7 +17,6 @@ from consistency_ops.nn import deep_mlp
 
 HELD_OUT = 2500  # training images that only judge the trials
 TEST = 2500  # test images of a curve: an evaluation costs less than the steps between two
-DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import DATA
 from benchmarks.training import fit, frame
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +46,11 @@ def run(name: str, experiment, arguments: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     for key, value in experiment.SIZE.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--data-dir", type=Path, help="folder of the published files of the data set")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help=f"folder of the published files (default: that of the data set in {DATA}; CONSISTENCY_OPS_DATA sets it)",
+    )
     parser.add_argument("--again", action="store_true", help="repeat runs that are stored")
     parser.add_argument("--plot", action="store_true", help="run nothing, draw the figure of what is stored")
     parser.add_argument("--out", type=Path, default=frame.RESULTS, help="folder of the JSON and the figure")

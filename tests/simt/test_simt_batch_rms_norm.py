@@ -1,4 +1,4 @@
-"""The CUDA batch RMS normalisation, run on the CPU, against float64 (METHOD 1.8)."""
+"""The CUDA batch RMS normalisation, run on the CPU, against float64."""
 
 import shutil
 
