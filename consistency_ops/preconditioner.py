@@ -55,7 +55,7 @@ class Preconditioner:
         optimizer: any ``torch.optim.Optimizer`` over its parameters; it keeps the preconditioner alive. ``None``: call
             :meth:`step` before the optimizer's.
         damping: number >= 0, or a function of the step (0, 1, ...) that returns one.
-        scaling: ``"trace"`` divides ``A`` by its mean diagonal entry first, so that a tuned learning rate stays valid;
+        scaling: ``"trace"`` divides ``A`` by its mean diagonal entry first, so that the gradient keeps its scale;
             ``"absolute"`` is the paper's rule.
         chunk: largest number of units inverted together, 1 to 256.
         group: consecutive units that stay together in the random division; ``None``: as many as fill 32 bytes.
