@@ -179,7 +179,7 @@ def precondition(
         units_in = rows[:, g * grad.shape[1] : (g + 1) * grad.shape[1]]
         covariance = _covariance(units_in, bias is not None, max_rows, seed, step, layer)
         taps = grad[out].flatten(2).transpose(1, 2) if grad.dim() > 2 else grad[out].unsqueeze(1)  # (out, taps, units)
-        if bias is not None:
+        if bias_grad is not None:
             taps = torch.cat([taps, bias_grad[out, None, None].expand(-1, taps.shape[1], 1)], dim=2)
         units = taps.shape[2]
         if scaling == "trace":

@@ -1,25 +1,29 @@
 """Batch RMS normalisation: scale consistency without means, scales or shifts (arXiv 1708.00631).
 
-Three operators: the denominators in training (which updates the statistics in place), in evaluation, and the division.
-Only the division is differentiable.  Its derivative has two homes: an autograd function in eager mode, which every
-transform of ``torch.func`` and forward-mode AD understand, and plain torch under ``torch.compile``, which fuses it with
-its neighbours.
+There are three operators: one computes the denominators in training and updates the statistics in place, one computes
+them in evaluation, one divides. Only the division is differentiable. Its derivative is written twice: as an autograd
+function for eager mode, which every transform of ``torch.func`` and forward-mode AD understand, and as plain torch for
+``torch.compile``, which fuses it with its neighbours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .checks import check_numbers
+from .registration import register_autograd, register_fake, register_vmap
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STATISTICS = frozenset({torch.float32, torch.float64})
 
-_training = torch.ops.consistency_ops.batch_rms_norm_denominator_.default
-_evaluation = torch.ops.consistency_ops.batch_rms_norm_denominator.default
-_divide = torch.ops.consistency_ops.batch_rms_norm_divide.default
+_training: Callable[..., Tensor] = torch.ops.consistency_ops.batch_rms_norm_denominator_.default
+_evaluation: Callable[..., Tensor] = torch.ops.consistency_ops.batch_rms_norm_denominator.default
+_divide: Callable[[Tensor, Tensor], Tensor] = torch.ops.consistency_ops.batch_rms_norm_divide.default
 _transforming = torch._C._are_functorch_transforms_active
 # Around every eager division: past the registered formula, which is Python and costs more than a small tensor.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -42,18 +46,28 @@ def batch_rms_norm(
         D_c  = sqrt(v_c / (1 - rho^num_batches) + eps * max_k(v_k + 1e-6))
         y    = x / D,    dL/dx = dL/dy / D                           D is a constant in backward
 
-    ``x``: ``(N, C)`` or ``(N, C, *spatial)``, any memory format; float32, float64, bfloat16 or float16.
-    ``running_ms``: (C), contiguous, float32 or float64, starts at 0.  ``num_batches``: int64, shape (1,), starts at 0;
-    counts the training batches, this one included; None, or a count of 0: v is not corrected.  ``decay`` in [0, 1).
-    ``eps`` > 0 is relative to the most active channel, which limits the gain of the least active to about 1 / sqrt(eps)
-    times that of the most active (1e-10 for a layer that normalises data).
+    Evaluation repeats the D of the last training batch. Before the first one v is 0, so that D is ``sqrt(1e-6 eps)`` in
+    every channel. An empty batch updates nothing. A NaN or Inf in one channel makes its v, and through the maximum
+    every D, not finite, for as long as v remembers it. Sums do not depend on the number of threads.
 
-    Evaluation repeats the D of the last training batch.  Before the first one v is 0, so that D = sqrt(1e-6 eps) in
-    every channel.  An empty batch updates nothing.  A NaN or Inf in one channel makes its v, and through the maximum
-    every D, not finite, for as long as v remembers it.  Sums do not depend on the number of threads.
+    Args:
+        x: ``(N, C)`` or ``(N, C, *spatial)`` in any memory format; float32, float64, bfloat16 or float16.
+        running_ms: ``(C,)``, contiguous, float32 or float64; starts at 0.
+        training: whether the statistics are those of this batch, and are updated.
+        num_batches: int64, ``(1,)``; starts at 0 and counts the training batches, this one included. ``None``, or a
+            count of 0: v is not corrected for its start at 0.
+        decay: in [0, 1).
+        eps: greater than 0, relative to the most active channel. It limits the gain of the least active channel to
+            about ``1 / sqrt(eps)`` times that of the most active. 1e-10 for a layer that normalises data.
 
-    Raises TypeError (types), ValueError (shapes and ranges), NotImplementedError (complex, sparse, nested),
-    RuntimeError (devices, or ``running_ms`` requires a gradient).
+    Returns:
+        ``y``, with the shape, dtype and memory format of ``x``.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, or a number out of range.
+        NotImplementedError: a complex, sparse or nested tensor.
+        RuntimeError: tensors on several devices, or ``running_ms`` requires a gradient.
     """
     _check(x, running_ms, num_batches, decay, eps)
     if training:
@@ -64,7 +78,7 @@ def batch_rms_norm(
     if torch.compiler.is_compiling():
         return _plain_division(x, denominator)
     if _transforming() or forward_ad._current_level >= 0:
-        return _Division.apply(x, denominator)
+        return _division(x, denominator)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_fast(x, denominator)
     with _below_autograd():
@@ -122,82 +136,90 @@ class _Division(Function):
     """x / D with D a constant.  Linear in ``x``."""
 
     @staticmethod
-    def forward(x, denominator):
+    def forward(x: Tensor, denominator: Tensor) -> Tensor:
         with _below_autograd():
             return _divide(x, denominator)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (denominator,) = ctx.saved_tensors  # in a checkpoint this recomputes the forward pass, with autograd
         if torch.compiler.is_compiling():
             return _plain_division(grad, denominator), None
         if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
-            return _Division.apply(grad, denominator), None
+            return _division(grad, denominator), None
         with _below_autograd():
             return _divide(grad, denominator), None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
-        return _Division.apply(tangent, *ctx.saved_tensors)
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _division(tangent, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info, in_dims, x, denominator):
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, denominator: Tensor) -> tuple[Tensor, int]:
         x_dim, d_dim = in_dims
         if d_dim is None:  # one more dimension of pixels
-            return _Division.apply(x.movedim(x_dim, -1), denominator), -1
+            return _division(x.movedim(x_dim, -1), denominator), -1
         # As many times the channels.
         x = x.unsqueeze(1).expand(-1, info.batch_size, *x.shape[1:]) if x_dim is None else x.movedim(x_dim, 1)
-        y = _Division.apply(x.flatten(1, 2), denominator.movedim(d_dim, 0).flatten())
-        return y.unflatten(1, x.shape[1:3]), 1
+        y = _division(x.flatten(1, 2), denominator.movedim(d_dim, 0).flatten())
+        return y.reshape(len(y), *x.shape[1:3], *y.shape[2:]), 1
 
 
-_apply_fast = super(Function, _Division).apply  # without the Python wrapper that looks for transforms
+_division: Callable[[Tensor, Tensor], Tensor] = _Division.apply
+# Without the Python wrapper of apply, which looks for transforms.
+_apply_fast: Callable[[Tensor, Tensor], Tensor] = super(Function, _Division).apply
 
 
 # What the compiler and torch.func need to know of the operators.
 
 
-@torch.library.register_fake("consistency_ops::batch_rms_norm_denominator_")
-def _(x, running_ms, num_batches, decay, eps):
+@register_fake("batch_rms_norm_denominator_")
+def _(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, decay: float, eps: float) -> Tensor:
     return running_ms.new_empty(running_ms.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("consistency_ops::batch_rms_norm_denominator")
-def _(running_ms, num_batches, dtype, decay, eps):
+@register_fake("batch_rms_norm_denominator")
+def _(running_ms: Tensor, num_batches: Tensor | None, dtype: torch.dtype, decay: float, eps: float) -> Tensor:
     return running_ms.new_empty(running_ms.shape, dtype=dtype)
 
 
-@torch.library.register_fake("consistency_ops::batch_rms_norm_divide")
-def _(x, denominator):
+@register_fake("batch_rms_norm_divide")
+def _(x: Tensor, denominator: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _save_denominator(ctx, inputs, output):
+def _save_denominator(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _division_formula(ctx, grad):
+def _division_formula(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _divide(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd(
-    "consistency_ops::batch_rms_norm_divide", _division_formula, setup_context=_save_denominator
-)
+register_autograd("batch_rms_norm_divide", _division_formula, setup_context=_save_denominator)
 
 
-def _samples(info, in_dims, tensors):
-    """For each element of the batch, the given tensors (None stays None)."""
+def _samples(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Iterator[list[Any]]:
+    """Yield for each element of the batch its part of every tensor; None stays None."""
     for i in range(info.batch_size):
         yield [t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=False)]
 
 
-@torch.library.register_vmap("consistency_ops::batch_rms_norm_denominator_")
-def _(info, in_dims, x, running_ms, num_batches, decay, eps):
+@register_vmap("batch_rms_norm_denominator_")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    running_ms: Tensor,
+    num_batches: Tensor | None,
+    decay: float,
+    eps: float,
+) -> tuple[Tensor, int]:
     if in_dims[1] is None or (num_batches is not None and in_dims[2] is None):
         raise RuntimeError(
             "batch_rms_norm: under vmap, training updates running_ms and num_batches in place, so they must be batched "
@@ -212,8 +234,16 @@ def _(info, in_dims, x, running_ms, num_batches, decay, eps):
     return torch.stack(results), 0
 
 
-@torch.library.register_vmap("consistency_ops::batch_rms_norm_denominator")
-def _(info, in_dims, running_ms, num_batches, dtype, decay, eps):
+@register_vmap("batch_rms_norm_denominator")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    running_ms: Tensor,
+    num_batches: Tensor | None,
+    dtype: torch.dtype,
+    decay: float,
+    eps: float,
+) -> tuple[Tensor, int]:
     return torch.stack(
         [
             _evaluation(statistics.contiguous(), count, dtype, decay, eps)

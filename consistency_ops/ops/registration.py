@@ -1,4 +1,4 @@
-"""``torch.library``'s decorators for the operators of this library, with the types that torch leaves out."""
+"""What registers an operator and its derivative with torch, with the types that torch leaves out."""
 
 from __future__ import annotations
 
