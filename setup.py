@@ -139,7 +139,9 @@ def configure(extension: Extension, cpp_extension) -> Extension:
     sources = [path for room in ("bindings", "c_api", "cpu") for path in ROOT.glob(f"csrc/{room}/*.cpp")]
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
-    kernels = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/c_api/*.cu")]
+    kernels = [
+        path for glob in ("cuda/*.cu", "cuda/precondition/*.cpp", "c_api/*.cu") for path in ROOT.glob(f"csrc/{glob}")
+    ]
     if (toolkit := cuda_toolkit()) and kernels:
         home, release = toolkit
         # The stable ABI needs neither c10_cuda nor torch_cuda, so CppExtension does: torch itself may be a CPU build.

@@ -15,7 +15,7 @@ static_assert(CO_CUDA_COUNTER_BYTES == kCudaCounterBytes);
 namespace {
 
 bool known_tuning(const co_cuda_tuning* tuning) {
-  return tuning == nullptr || (0 <= tuning->rung && tuning->rung <= static_cast<int32_t>(PreconditionRung::kV2) &&
+  return tuning == nullptr || (0 <= tuning->rung && tuning->rung <= static_cast<int32_t>(PreconditionRung::kTaskQueue) &&
                                0 <= tuning->packing && tuning->packing <= static_cast<int32_t>(Packing::kAlways));
 }
 

@@ -53,14 +53,14 @@ template <int kWarps>
 void cholesky_kernel(const CholeskyParams& params) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
-  const Chunk chunk{shared[0], tiles, nullptr};
-  if (threadIdx.x == 0) shared[0].size = params.n;
+  const Chunk chunk(shared[0], tiles, nullptr);
+  if (threadIdx.x == 0) shared[0].task.size = params.n;
   __syncthreads();
   load_lower(chunk, params.a, params.lda, true);
   factor<kWarps>(chunk);
   __syncthreads();
-  if (threadIdx.x == 0) *params.info = shared[0].failed_minor;
-  if (shared[0].failed_minor != 0) return;
+  if (threadIdx.x == 0) *params.info = shared[0].scratch.failed_minor;
+  if (shared[0].scratch.failed_minor != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < params.n * params.n; e += kWarps * 32) {
     const int row = e / params.n, column = e % params.n;
     if (row >= column) params.a[column * params.lda + row] = element(chunk, row, column);
@@ -70,13 +70,13 @@ void cholesky_kernel(const CholeskyParams& params) {
 // tiles <- L and what factor() leaves beside it.
 template <int kWarps>
 Chunk load_factor(const SolveParams& params, float* tiles, ChunkShared& shared) {
-  const Chunk chunk{shared, tiles, nullptr};
+  const Chunk chunk(shared, tiles, nullptr);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) shared.size = params.n;
+  if (thread == 0) shared.task.size = params.n;
   __syncthreads();
   load_lower(chunk, params.l, params.lda, false);
   for (int i = thread; i < chunk.padded(); i += kWarps * 32) {
-    shared.inverse_pivot[i] = i < params.n ? 1.0f / params.l[i * params.lda + i] : 1.0f;
+    shared.scratch.inverse_pivot[i] = i < params.n ? 1.0f / params.l[i * params.lda + i] : 1.0f;
   }
   __syncthreads();
   return chunk;
@@ -130,7 +130,7 @@ void solve_kernel(const SolveParams& params) {
     for (int k = 0; k < side; ++k) {
       float* mine = rows + k * kTileFloats;
       if (warp == 0) {
-        solve_row(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].inverse_pivot + k * kTile);
+        solve_row(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].scratch.inverse_pivot + k * kTile);
       }
       __syncthreads();
       for (int j = k + 1 + warp; j < side; j += kWarps) {
@@ -143,7 +143,8 @@ void solve_kernel(const SolveParams& params) {
     for (int k = side - 1; k >= 0; --k) {
       float* mine = rows + k * kTileFloats;
       if (warp == 0) {
-        solve_row_backward(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].inverse_pivot + k * kTile);
+        solve_row_backward(mine + lane * kTilePitch, lower_tile(tiles, k, k),
+                           shared[0].scratch.inverse_pivot + k * kTile);
       }
       __syncthreads();
       for (int j = warp; j < k; j += kWarps) {

@@ -126,12 +126,12 @@ API LaunchShape simt_choose_rung(int64_t chunks, int64_t longest_rows, int64_t p
 
 API bool simt_permutes(const RowMatrix* matrix, const CudaTuning* tuning) { return permutes(*matrix, *tuning); }
 
-API LayerShares simt_share_layer(const LayerWork* work, const LaunchShape* shape, const CudaTuning* tuning) {
-  return share_layer(*work, *shape, *tuning);
+API LayerTasks simt_tasks_of_layer(const LayerWork* work, const LaunchShape* shape, const CudaTuning* tuning) {
+  return tasks_of_layer(*work, *shape, *tuning);
 }
 
-API PreconditionPlan simt_plan(int32_t units, int32_t shared_bytes, int32_t slab_bytes) {
-  return plan_precondition(units, shared_bytes, slab_bytes);
+API CtaShape simt_choose_cta(int32_t units, int32_t shared_bytes, int32_t slab_bytes) {
+  return choose_cta(units, shared_bytes, slab_bytes);
 }
 
 API void simt_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step, uint32_t layer,

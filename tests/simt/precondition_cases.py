@@ -372,10 +372,10 @@ LARGE = {
 }
 
 RUNGS = {  # of the ladder, with several CTAs a chunk although the cases are small
-    "V0": dict(rung=simt.V0),
-    "V1": dict(rung=simt.V1, ctas=4),
-    "V2": dict(rung=simt.V2, ctas=3),
-    "packed": dict(rung=simt.V2, ctas=3, packing=simt.ALWAYS),
+    "one_cta": dict(rung=simt.ONE_CTA),
+    "cluster": dict(rung=simt.CLUSTER, ctas=4),
+    "queue": dict(rung=simt.TASK_QUEUE, ctas=3),
+    "packed": dict(rung=simt.TASK_QUEUE, ctas=3, packing=simt.ALWAYS),
 }
 
 
@@ -403,6 +403,6 @@ PERMUTED = {f"permuted, {name}": case for name, case in PERMUTED.items()}
 
 
 def named(name: str) -> Case:
-    """A case of SMALL or LARGE; "trace@V2" is one on a rung, "trace" leaves the choice to the launcher."""
+    """A case of SMALL or LARGE; "trace@queue" is one on a rung, "trace" leaves the choice to the launcher."""
     case, _, rung = name.partition("@")
     return dataclasses.replace({**SMALL, **LARGE, **PERMUTED}[case], **RUNGS.get(rung, {}))

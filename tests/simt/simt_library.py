@@ -25,11 +25,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu")
+PLAN = "csrc/cuda/precondition/plan.cpp"
 INCLUDES = ("tests", "csrc", "csrc/include")
 KERNEL = ("-x", "c++", "-include", "simt/ptx_host.h")  # flags of a file with kernels: CUDA on the host runtime
 COMPILER = os.environ.get("CXX", "c++")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
-AUTOMATIC, V0, V1, V2 = range(4)  # PreconditionRung
+AUTOMATIC, ONE_CTA, CLUSTER, TASK_QUEUE = range(4)  # PreconditionRung
 NEVER, ALWAYS = 1, 2  # Packing, where 0 is automatic too
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -53,7 +54,7 @@ def build(kind: str, root: Path = ROOT) -> Path:
     kernel_flags, runtime_flags = BUILDS[kind]
     units = [("tests/simt/runtime.cpp", runtime_flags)]
     units += [(f"tests/simt/{name}.cpp", [*kernel_flags, *KERNEL]) for name in ("selftest", "chunk_api")]
-    units += [("tests/simt/library.cpp", kernel_flags)]
+    units += [(name, kernel_flags) for name in ("tests/simt/library.cpp", PLAN)]
     units += [(f"csrc/cuda/{name}", [*kernel_flags, *KERNEL]) for name in KERNELS]
     units += [("csrc/cpu/capture.cpp", kernel_flags)]  # to compare with
     if kind == "accesses":
@@ -73,7 +74,7 @@ def build_operators() -> Path:
     units += [(f"csrc/cuda/{name}", ["-O2", *KERNEL]) for name in KERNELS]
     names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
     units += [(f"csrc/bindings/{name}", flags) for name in names]
-    units += [("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
+    units += [(PLAN, ["-O2"]), ("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     return link("operators", ROOT, units, ["-O2"], libraries)
 
@@ -321,16 +322,14 @@ class LayerWork(ctypes.Structure):
 
 
 class LaunchShape(ctypes.Structure):
-    _fields_ = (("rung", ctypes.c_int32), ("cluster", ctypes.c_int32), ("ways", ctypes.c_int64))
+    _fields_ = (("rung", ctypes.c_int32), ("cluster", ctypes.c_int32), ("parts", ctypes.c_int64))
 
 
-class LayerShares(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int16) for name in ("sums", "slabs", "packs", "moves"))
+class LayerTasks(ctypes.Structure):
+    _fields_ = tuple((f"{kind}_tasks", ctypes.c_int16) for kind in ("gram", "apply", "pack", "permute"))
 
 
-class Plan(ctypes.Structure):
-    """PreconditionPlan."""
-
+class CtaShape(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "apply_rows", "shared_bytes")
     )
@@ -427,9 +426,9 @@ class Library:
         self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
         self._library.simt_size_of.restype = ctypes.c_int64
         self._library.simt_precondition_workspace.restype = ctypes.c_int64
-        self._library.simt_plan.restype = Plan
+        self._library.simt_choose_cta.restype = CtaShape
         self._library.simt_choose_rung.restype = LaunchShape
-        self._library.simt_share_layer.restype = LayerShares
+        self._library.simt_tasks_of_layer.restype = LayerTasks
         self._library.simt_permutes.restype = ctypes.c_bool
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
@@ -545,15 +544,15 @@ class Library:
     def permutes(self, matrix: RowMatrix, tuning: Tuning | None = None) -> bool:
         return self._library.simt_permutes(ctypes.byref(matrix), ctypes.byref(tuning or Tuning()))
 
-    def shares(
+    def tasks(
         self,
         layers: list[tuple[int, int, int]],
         clusters: bool,
         trace: bool = False,
         tuning: Tuning | None = None,
         permuted_bytes: int = 0,
-    ) -> tuple[int, int, list[LayerShares]]:
-        """(rung, cluster, shares a layer) of layers with (chunks, rows of X, rows of G), which are permuted if
+    ) -> tuple[int, int, list[LayerTasks]]:
+        """(rung, cluster, tasks of every layer) of layers with (chunks, rows of X, rows of G), which are permuted if
         ``permuted_bytes`` are."""
         how = tuning or Tuning()
         chunks, longest = sum(layer[0] for layer in layers), max(max(layer[1:]) for layer in layers)
@@ -564,14 +563,14 @@ class Library:
             int(clusters),
             ctypes.byref(how),
         )
-        shares = []
+        tasks = []
         for layer in layers:
             work = LayerWork(*layer, trace, permuted_bytes > 0, permuted_bytes > 0)
-            shares.append(self._library.simt_share_layer(ctypes.byref(work), ctypes.byref(shape), ctypes.byref(how)))
-        return shape.rung, shape.cluster, shares
+            tasks.append(self._library.simt_tasks_of_layer(ctypes.byref(work), ctypes.byref(shape), ctypes.byref(how)))
+        return shape.rung, shape.cluster, tasks
 
-    def plan(self, units: int, device: str, slab_bytes: int = 0) -> Plan:
-        return self._library.simt_plan(units, SHARED_BYTES[device], slab_bytes)
+    def choose_cta(self, units: int, device: str, slab_bytes: int = 0) -> CtaShape:
+        return self._library.simt_choose_cta(units, SHARED_BYTES[device], slab_bytes)
 
     def division(self, units: int, chunk: int, group: int, seed: int, step: int, layer: int) -> np.ndarray:
         order = np.empty(units, np.int64)

@@ -22,7 +22,7 @@ pytestmark = [
 SHARED = [
     ("gram.cuh", "const float value = left[", 1.0),
     ("gram.cuh", "const float value = right[", 1.0),
-    ("gram.cuh", "chunk.arena[at] = chunk.shared.tf32", 1.0),
+    ("gram.cuh", "chunk.arena[at] = chunk.task.tf32", 1.0),
     ("gram.cuh", "*element = first ?", 4.0),  # once in 512 rows
     ("factor.cuh", "row[c] = tile[lane * kTilePitch + c]", 1.0),
     ("factor.cuh", "row[c] -= row[j] * tile[c * kTilePitch + j]", 1.0),
@@ -39,7 +39,7 @@ SHARED = [
 GLOBAL = [
     ("gram.cuh", "raw[i] = x[", 5.0),
     ("apply.cuh", "value = to_float<Raw>(dtype, g[", 5.0),
-    ("apply.cuh", "g[chunk.shared.row_offset[row]", 5.0),
+    ("apply.cuh", "g[chunk.scratch.row_offset[row]", 5.0),
 ]
 
 
@@ -87,7 +87,7 @@ VECTORS = [
     ("shared", "const auto unit = *reinterpret_cast<const RowVector<uint16_t, kWidth>*>(work.table", 4.0),
     ("shared", "out.v[i] = work.slab[", 4.0),  # 32 random elements: 3.5 words in the fullest bank
 ]
-READS_OF_X, READS_AND_WRITES_OF_G = ("gram.cuh", "raw[i] = x["), ("apply.cuh", "g[chunk.shared.row_offset[row]")
+READS_OF_X, READS_AND_WRITES_OF_G = ("gram.cuh", "raw[i] = x["), ("apply.cuh", "g[chunk.scratch.row_offset[row]")
 
 
 def moved_sectors(counted):
@@ -112,7 +112,7 @@ def test_exact_division_reads_whole_sectors(tmp_path, case, element, gathered, p
     """
     layer = cases.named(case).layers[0]
     ideal = (layer.rows + 2 * layer.outputs) * layer.units * element / 32
-    assert moved_sectors(count(tmp_path, case + "@V2")) >= gathered * ideal
+    assert moved_sectors(count(tmp_path, case + "@queue")) >= gathered * ideal
     counted = count(tmp_path, case + "@packed")
     assert 3 * ideal <= moved_sectors(counted) <= permuted * ideal
     for space, snippet, most in VECTORS:

@@ -22,11 +22,12 @@ FILES = (
     "factor.cuh",
     "gram.cuh",
     "permute.cuh",
+    "plan.cpp",
     "precondition.cu",
     "scheduler.cuh",
 )
-RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("V1", "V2")]
-RUNGS += ["same input@V2"]
+RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
+RUNGS += ["same input@queue"]
 RUNGS += [f"permuted, {name}@packed" for name in ("aligned, bias", "not aligned", "four layers")]
 # The launcher's refusals, which test_simt_precondition.py provokes, and what one thread of many launches would reach.
 HOST = ("return Status::kInvalidArgument;", "return false;", "return plan;", "return status;")

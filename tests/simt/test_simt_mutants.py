@@ -17,10 +17,17 @@ pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is Non
 SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence|cluster_barrier)\(\);")
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
 CASES += ("three launches", "three launches, trace of one chunk", "inverse apart", "bfloat16", "float16")
-CASES += ("several layers@V1", "trace@V1", "several layers@V2", "bias@V2", "trace@V2", "NaN in X@V2")
-CASES += ("96", "128", "128@V0")
+CASES += (
+    "several layers@cluster",
+    "trace@cluster",
+    "several layers@queue",
+    "bias@queue",
+    "trace@queue",
+    "NaN in X@queue",
+)
+CASES += ("96", "128", "128@one_cta")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
-CASES += ("same input@V2", "same input, bias, trace@V2", "permuted, same input@packed")
+CASES += ("same input@queue", "same input, bias, trace@queue", "permuted, same input@packed")
 FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "chunk_io.cuh", "permute.cuh", "scheduler.cuh", "precondition.cu")
 
 
@@ -92,7 +99,7 @@ def plant(file, original, mutant):
 
 PLANTED = [
     plant("gram.cuh", "next <= kPartialRows)", "next < kPartialRows)"),
-    plant("gram.cuh", "row < rows ? chunk.shared.unit", "row <= rows ? chunk.shared.unit"),
+    plant("gram.cuh", "row < rows ? chunk.scratch.unit", "row <= rows ? chunk.scratch.unit"),
     plant("gram.cuh", "if (kSplit) {", "if (false) {"),
     plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8]", "left[i % 2 * 4 * pitch + i / 2 * 8]"),
     plant("gram.cuh", "lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8", "lane % 16) * pitch + lane / 16 * 8"),
@@ -102,37 +109,35 @@ PLANTED = [
     plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
     plant("apply.cuh", "const bool lower = tile >= block / 2;", "const bool lower = true;"),
-    plant("apply.cuh", "if (chunk.shared.not_finite[row] == 0) chunk", "chunk"),
+    plant("apply.cuh", "if (chunk.scratch.not_finite[row] == 0) chunk", "chunk"),
     plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),
     plant("gram.cuh", "store_cluster(tiles + e, rank, sum)", "store_cluster(tiles + e, 0, sum)"),
     plant("chunk_io.cuh", "for (int r = 1; r < count; ++r)", "for (int r = 2; r < count; ++r)"),
-    plant("chunk_io.cuh", "for (int s = 1; s < chunk.shared.sums; ++s)", "for (int s = 1; s < 1; ++s)"),
-    plant("scheduler.cuh", "shared.awaited += ctas;", "shared.awaited += ctas - 1;"),
-    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(shared.sums)", "ctas"),
-    plant("scheduler.cuh", "shared.stages &= ~kStageApply;", ""),
+    plant("chunk_io.cuh", "for (int s = 1; s < gram_tasks; ++s)", "for (int s = 1; s < 1; ++s)"),
+    plant("scheduler.cuh", "task.awaited += ctas;", "task.awaited += ctas - 1;"),
+    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(task.of_layer.gram_tasks)", "ctas"),
+    plant("scheduler.cuh", "task.stages &= ~kStageApply;", ""),
     plant("scheduler.cuh", "counters->ticket = 0;", ""),
     plant("scheduler.cuh", "counters->inverted[l] = counters->corrected[l] = 0;", "counters->corrected[l] = 0;"),
     plant("scheduler.cuh", "atomicExch(&counters->finished, 0u);", ""),
     plant("scheduler.cuh", "if (user >= 0) {", "if (user < 0) {"),
-    plant("scheduler.cuh", "= static_cast<uint32_t>(shared.packs);", "= static_cast<uint32_t>(shared.packs - 1);"),
-    plant("scheduler.cuh", "= static_cast<uint32_t>(shared.moves);", "= static_cast<uint32_t>(shared.moves - 1);"),
-    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(shared.slabs);", "ctas;"),
+    plant("scheduler.cuh", "(task.of_layer.pack_tasks);", "(task.of_layer.pack_tasks - 1);"),
+    plant("scheduler.cuh", "(task.of_layer.permute_tasks);", "(task.of_layer.permute_tasks - 1);"),
+    plant("scheduler.cuh", "ctas * static_cast<uint32_t>(task.of_layer.apply_tasks);", "ctas;"),
     plant("permute.cuh", "table[restore ? unit : position]", "table[position]"),
-    plant("permute.cuh", "chunk.shared.bias_position != units) {", "chunk.shared.bias_position == units) {"),
+    plant("permute.cuh", "chunk.scratch.bias_position != units) {", "chunk.scratch.bias_position == units) {"),
     plant("permute.cuh", "= one_bits<Raw>(", "= 0 & one_bits<Raw>("),
     plant("permute.cuh", "(work.out_units + kWidth - 1) / kWidth", "work.out_units / kWidth"),
     plant("permute.cuh", "walk.row * work.to_pitch", "walk.row * work.in_units"),
-    plant("precondition.cu", "? static_cast<int32_t>(at) : chunk.shared.bias_position;", "? at : layer.units - 1;"),
-    plant("precondition.cu", "turn++ % 2 * packed_bytes", "turn++ % 1 * packed_bytes"),
+    plant("precondition.cu", "? static_cast<int32_t>(at) : chunk.scratch.bias_position;", "? at : layer.units - 1;"),
+    plant("plan.cpp", "turn++ % 2 * packed_bytes", "turn++ % 1 * packed_bytes"),
     plant("scheduler.cuh", "count = min(n, first + size) - first;", "count = size;"),
-    plant("scheduler.cuh", "min(members[member].outputs, begin + shared.outputs)", "members[member].outputs"),
-    plant(
-        "scheduler.cuh", "all_outputs += params.layers[l + m].outputs;", "all_outputs = params.layers[l + m].outputs;"
-    ),
-    plant("precondition.cu", "for (int m = 0; m < shared.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
-    plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.shared.failed_minor;", ""),
+    plant("scheduler.cuh", "min(members[member].outputs, begin + task.outputs)", "members[member].outputs"),
+    plant("scheduler.cuh", "all_outputs += params.layers[", "all_outputs = params.layers["),
+    plant("precondition.cu", "for (int m = 0; m < task.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
+    plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.scratch.failed_minor;", ""),
     plant(
         "ptx_host.h", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"
     ),

@@ -96,7 +96,7 @@ def test_offsets_beyond_2_to_the_31_elements(simt, tmp_path, rung):
 
 
 def test_one_input_given_several_times_is_one_covariance(simt):
-    """Counted in CTAs of V0, one a chunk: neighbours with one tensor and one layer number, and nothing else alike."""
+    """Counted in CTAs, one a chunk: neighbours with one tensor and one layer number, and nothing else alike."""
     x, counts = torch.randn(30, 40), [torch.tensor([20]), torch.tensor([20])]
     orders = [torch.randperm(40), torch.randperm(40)]
 

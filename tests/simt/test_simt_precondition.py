@@ -42,7 +42,7 @@ def test_permuted_rows(library, name):
     run_cases.check_schedules(library, cases.named(f"{name}@packed"), seeds=4)
 
 
-@pytest.mark.parametrize("rung", ["V1", "V2"])
+@pytest.mark.parametrize("rung", ["cluster", "queue"])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128 bfloat16", "256 on sm_80"])
 def test_rungs(library, name, rung):
     """Several CTAs a chunk, although the launcher would not take so many for so little."""
@@ -50,7 +50,7 @@ def test_rungs(library, name, rung):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rung", "seeds"), [("", 40), ("@V1", 12), ("@V2", 12), ("@packed", 12)])
+@pytest.mark.parametrize(("rung", "seeds"), [("", 40), ("@cluster", 12), ("@queue", 12), ("@packed", 12)])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128", "256"])
 def test_many_schedules(library, name, rung, seeds):
     run_cases.check_schedules(library, cases.named(name + rung), seeds)
@@ -67,26 +67,26 @@ def launched(library, name, **change):
 def test_rungs_launch_what_they_say(library):
     case = "several layers"  # 3 + 1 + 2 chunks
     assert launched(library, case) == 6, "nothing is worth more than one CTA here"
-    assert launched(library, case + "@V0") == 6
-    assert launched(library, case + "@V1") == 6 * 4
-    assert launched(library, case + "@V1", device="sm_80") == 6, "no clusters"
-    assert launched(library, case + "@V2") == 6 * (3 + 1 + 3)
-    moves = 2 * (3 + 2 * 3)  # pack, permute and restore, of the two layers with several chunks
-    assert launched(library, case + "@packed") == 6 * (3 + 1 + 3) + moves
+    assert launched(library, case + "@one_cta") == 6
+    assert launched(library, case + "@cluster") == 6 * 4
+    assert launched(library, case + "@cluster", device="sm_80") == 6, "no clusters"
+    assert launched(library, case + "@queue") == 6 * (3 + 1 + 3)
+    permuting = 2 * (3 + 2 * 3)  # pack, permute and restore, of the two layers with several chunks
+    assert launched(library, case + "@packed") == 6 * (3 + 1 + 3) + permuting
     assert launched(library, "permuted, X alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 3, "kernel taps are gathered"
     assert launched(library, "permuted, G alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 2 * 3, "and images in planes"
     same = "same input"  # 3 chunks for three layers, 2 for another one
-    assert launched(library, same) == launched(library, same + "@V0") == 3 + 2
-    assert launched(library, same + "@V1") == (3 + 2) * 4
-    assert launched(library, same + "@V2") == (3 + 2) * (3 + 1 + 3)
+    assert launched(library, same) == launched(library, same + "@one_cta") == 3 + 2
+    assert launched(library, same + "@cluster") == (3 + 2) * 4
+    assert launched(library, same + "@queue") == (3 + 2) * (3 + 1 + 3)
     assert launched(library, f"permuted, {same}@packed") == (3 + 2) * (3 + 1 + 3) + 2 * (3 + 2 * 3)
     assert launched(library, f"permuted, {same}, another dtype@packed") == 2 * (3 + 1 + 3) + 3, "its G is gathered"
-    assert launched(library, "trace@V0") == 3 + 2 + (3 + 1 + 2), "sums of the layers with several chunks"
+    assert launched(library, "trace@one_cta") == 3 + 2 + (3 + 1 + 2), "gram tasks of the layers with several chunks"
     assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
 
 
 def test_rungs_agree(library):
-    """The share of the rows that a CTA sums decides the rounding, nothing more."""
+    """The part of the rows that a CTA sums decides the rounding, nothing more."""
     case = cases.Case(
         [cases.LayerCase(70, 9, rows=200, bias=True, taps=(3,)), cases.LayerCase(33, 5, rows=90, layer=1)]
     )
@@ -172,42 +172,43 @@ WORKLOADS = {
 @pytest.mark.parametrize(
     ("name", "clusters", "rung", "cluster"),
     [
-        ("i", True, simt.V0, 1),
-        ("ii", True, simt.V1, 8),
-        ("ii", False, simt.V0, 1),
-        ("iii", True, simt.V2, 1),
-        ("iv", True, simt.V2, 1),
-        ("v", True, simt.V1, 8),
-        ("v", False, simt.V2, 1),
-        ("vi", True, simt.V2, 1),
+        ("i", True, simt.ONE_CTA, 1),
+        ("ii", True, simt.CLUSTER, 8),
+        ("ii", False, simt.ONE_CTA, 1),
+        ("iii", True, simt.TASK_QUEUE, 1),
+        ("iv", True, simt.TASK_QUEUE, 1),
+        ("v", True, simt.CLUSTER, 8),
+        ("v", False, simt.TASK_QUEUE, 1),
+        ("vi", True, simt.TASK_QUEUE, 1),
     ],
 )
 def test_choice_of_the_rung(library, name, clusters, rung, cluster):
-    got_rung, got_cluster, shares = library.shares(WORKLOADS[name], clusters)
+    got_rung, got_cluster, tasks = library.tasks(WORKLOADS[name], clusters)
     assert (got_rung, got_cluster) == (rung, cluster)
     chunks = sum(layer[0] for layer in WORKLOADS[name])
-    assert rung == simt.V2 or chunks * cluster <= 264
-    for (_, x_rows, g_rows), share in zip(WORKLOADS[name], shares, strict=True):
-        sums, slabs = share.sums, share.slabs
-        assert (share.packs, share.moves) == (0, 0)
-        if rung != simt.V2:
-            assert (sums, slabs) == (0, 0)
+    assert rung == simt.TASK_QUEUE or chunks * cluster <= 264
+    for (_, x_rows, g_rows), of_layer in zip(WORKLOADS[name], tasks, strict=True):
+        gram, apply = of_layer.gram_tasks, of_layer.apply_tasks
+        assert (of_layer.pack_tasks, of_layer.permute_tasks) == (0, 0)
+        if rung != simt.TASK_QUEUE:
+            assert (gram, apply) == (0, 0)
             assert max(x_rows, g_rows) <= 1024 * cluster
             continue
-        assert sums <= 1 or x_rows / sums >= 256, "at least half of the least share"
-        assert x_rows / max(sums, 1) <= 4096
-        assert g_rows / max(slabs, 1) <= 4096
-    assert library.shares(WORKLOADS[name], clusters, trace=True)[2][0].sums >= 1, "a trace needs sums of their own"
+        assert gram <= 1 or x_rows / gram >= 256, "at least half of the least part"
+        assert x_rows / max(gram, 1) <= 4096
+        assert g_rows / max(apply, 1) <= 4096
+    with_trace = library.tasks(WORKLOADS[name], clusters, trace=True)[2]
+    assert with_trace[0].gram_tasks >= 1, "a trace needs gram tasks"
 
 
 def test_tasks_of_a_large_launch(library):
     """Enough tasks for the device, and no more than twice."""
     for name in ("iii", "iv", "vi"):
         layers = WORKLOADS[name]
-        shares = library.shares(layers, True)[2]
-        for kind in ("sums", "slabs"):
-            tasks = sum(layer[0] * max(getattr(share, kind), 1) for layer, share in zip(layers, shares, strict=True))
-            assert 400 <= tasks <= 1600, (name, kind, tasks)
+        tasks = library.tasks(layers, True)[2]
+        for kind in ("gram_tasks", "apply_tasks"):
+            all_ = sum(layer[0] * max(getattr(one, kind), 1) for layer, one in zip(layers, tasks, strict=True))
+            assert 400 <= all_ <= 1600, (name, kind, all_)
 
 
 ROWS = dict(rows=4096, units=4096, chunks=32, run_bytes=4, element_bytes=4, unit_rows=True)
@@ -243,23 +244,23 @@ def test_choice_of_permuted_rows(library, change, automatic, always):
 
 
 def test_rung_of_permuted_rows(library):
-    """Tickets from 16 MiB on; tasks for whole rows, enough of them, and sums and slabs of their own."""
+    """A task queue from 16 MiB on; tasks for whole rows, enough of them, and gram and apply tasks."""
     layer = [(32, 4096, 4096)]
-    assert library.shares(layer, True, permuted_bytes=15 << 20)[0] == simt.V1
-    rung, _, (share,) = library.shares(layer, True, permuted_bytes=96 << 20)
-    assert rung == simt.V2
-    assert (share.packs, share.moves) == (128, 128)
-    assert share.sums > 1
-    assert share.slabs > 1
-    (share,) = library.shares([(8, 100, 10_000)], True, permuted_bytes=96 << 20)[2]
-    assert (share.sums, share.packs, share.moves) == (1, 4, 264)
+    assert library.tasks(layer, True, permuted_bytes=15 << 20)[0] == simt.CLUSTER
+    rung, _, (tasks,) = library.tasks(layer, True, permuted_bytes=96 << 20)
+    assert rung == simt.TASK_QUEUE
+    assert (tasks.pack_tasks, tasks.permute_tasks) == (128, 128)
+    assert tasks.gram_tasks > 1
+    assert tasks.apply_tasks > 1
+    (tasks,) = library.tasks([(8, 100, 10_000)], True, permuted_bytes=96 << 20)[2]
+    assert (tasks.gram_tasks, tasks.pack_tasks, tasks.permute_tasks) == (1, 4, 264)
 
 
 def test_large_inputs_are_packed_without_being_asked(library):
-    """1 MiB in 256 chunks on V2; 31 rows are less."""
+    """1 MiB in 256 chunks with a task queue; 31 rows are less."""
 
     def run(rows):
-        case = cases.Case([cases.LayerCase(8192, 0, rows=rows)], rung=simt.V2)
+        case = cases.Case([cases.LayerCase(8192, 0, rows=rows)], rung=simt.TASK_QUEUE)
         (problem,), options = cases.problems_of(case), cases.options_of(case)
         options.stages = COVARIANCE
         layer, tuning = problem.describe(256), simt.Tuning(case.rung)
@@ -273,7 +274,7 @@ def test_large_inputs_are_packed_without_being_asked(library):
         return library.stats().ctas
 
     assert run(31) == 256
-    assert run(32) == 256 + 256 + 1, "a task that packs, sums in tasks of their own"
+    assert run(32) == 256 + 256 + 1, "a pack task, and gram tasks"
 
 
 def test_workspace_of_permuted_rows(library):
@@ -298,7 +299,9 @@ def test_workspace_of_permuted_rows(library):
 def test_sanitizers(kind):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
-    rungs = [f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("V1", "V2")]
+    rungs = [
+        f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("cluster", "queue")
+    ]
     permuted = [name for name in cases.PERMUTED if "16 chunks" not in name]
     if kind == "races":  # half a minute each
         permuted = [f"permuted, {name}" for name in ("aligned, bias", "not aligned", "blocks")]
@@ -380,7 +383,9 @@ def test_workspace_is_left_ready_for_the_next_launch(library):
     assert cases.written(cases.run(library, case, workspace)) == first
 
 
-@pytest.mark.parametrize("name", ["trace@V0", "trace@V1", "bias@V2", "same input@V2", "permuted, four layers@packed"])
+@pytest.mark.parametrize(
+    "name", ["trace@one_cta", "trace@cluster", "bias@queue", "same input@queue", "permuted, four layers@packed"]
+)
 def test_counters_of_the_library(library, name):
     """Launch after launch in one slot, then in another: each leaves zeros there, and the workspace alone."""
     for slot in (7, 255):
@@ -490,7 +495,9 @@ def test_refused(library, change):
 
 
 @pytest.mark.parametrize(
-    "tuning", [dict(rung=simt.V1, ctas=9), dict(rung=simt.V2, ctas=1025), dict(ctas=-1), dict(counters=256)], ids=str
+    "tuning",
+    [dict(rung=simt.CLUSTER, ctas=9), dict(rung=simt.TASK_QUEUE, ctas=1025), dict(ctas=-1), dict(counters=256)],
+    ids=str,
 )
 def test_refused_tuning(library, tuning):
     case = dataclasses.replace(cases.SMALL["one chunk"], **tuning)
@@ -508,22 +515,22 @@ def test_refused_without_workspace_or_room(library):
 
 
 @pytest.mark.parametrize("device", simt.SHARED_BYTES)
-def test_plan(library, device):
+def test_shape_of_a_cta(library, device):
     """Every chunk that fits gets whole stages, within the shared memory of the device."""
     for units in range(1, 257):
-        plan = library.plan(units, device)
+        cta = library.choose_cta(units, device)
         padded = -(-units // 32) * 32
-        if plan.threads == 0:
+        if cta.threads == 0:
             assert device == "sm_86"
             assert units > 192
             continue
         side = padded // 32
-        assert plan.threads == (256 if units <= 128 else 512)
-        assert plan.tile_floats == side * (side + 1) // 2 * 32 * 33
-        assert plan.shared_bytes == 4 * (plan.tile_floats + plan.arena_floats)
-        assert plan.shared_bytes + 6 * 1024 <= simt.SHARED_BYTES[device]
-        assert library.plan(units, device, 90 << 10).shared_bytes == max(plan.shared_bytes, 90 << 10)
-        assert plan.arena_floats >= max(8 * (padded + 8), plan.apply_rows * (padded + 5))
-        assert plan.apply_rows in (8, 16, 32, 64)
-    assert library.plan(128, "sm_90").apply_rows == 64
-    assert library.plan(256, "sm_80").apply_rows == 8
+        assert cta.threads == (256 if units <= 128 else 512)
+        assert cta.tile_floats == side * (side + 1) // 2 * 32 * 33
+        assert cta.shared_bytes == 4 * (cta.tile_floats + cta.arena_floats)
+        assert cta.shared_bytes + 6 * 1024 <= simt.SHARED_BYTES[device]
+        assert library.choose_cta(units, device, 90 << 10).shared_bytes == max(cta.shared_bytes, 90 << 10)
+        assert cta.arena_floats >= max(8 * (padded + 8), cta.apply_rows * (padded + 5))
+        assert cta.apply_rows in (8, 16, 32, 64)
+    assert library.choose_cta(128, "sm_90").apply_rows == 64
+    assert library.choose_cta(256, "sm_80").apply_rows == 8

@@ -1,4 +1,4 @@
-// G[:, c] <- G[:, c] A_c^-1 for this CTA's share of the rows of G of one layer, in place.
+// G[:, c] <- G[:, c] A_c^-1 for this CTA's part of the rows of G of one layer, in place.
 //
 // Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
 // columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
@@ -31,7 +31,7 @@ CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, in
   CO_UNROLL_4
   for (int i = 0; i < steps; ++i) {
     const int row = walk.row(i), position = walk.position(i);
-    if (row < rows) f(row, chunk.shared.unit[position], row * g_pitch(chunk.padded()) + position);
+    if (row < rows) f(row, chunk.scratch.unit[position], row * g_pitch(chunk.padded()) + position);
   }
 }
 
@@ -57,7 +57,7 @@ CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk, co
     };
     CO_NO_UNROLL
     for (int p = lane; p < chunk.size(); p += 32) {
-      const int32_t unit = chunk.shared.unit[p], before = p > 0 ? chunk.shared.unit[p - 1] : kNoUnit;
+      const int32_t unit = chunk.scratch.unit[p], before = p > 0 ? chunk.scratch.unit[p - 1] : kNoUnit;
       if (unit >= 0 && (before < 0 || sector(unit) != sector(before))) {
         prefetch_l2(static_cast<const char*>(layer.g) + offset * bytes + unit * layer.g_unit_stride * bytes);
       }
@@ -126,13 +126,14 @@ struct BiasMean {
     const int pitch = g_pitch(chunk.padded());
     if (taps == 1) {
       if (thread < rows) {
-        store_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[thread], copies[thread * pitch]);
+        store_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[thread], copies[thread * pitch]);
       }
     } else if (thread == 0) {
       for (int row = 0; row < rows; ++row) {
         sum += copies[row * pitch];
         if (++tap < taps) continue;
-        store_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row], sum / static_cast<float>(taps));
+        store_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[row],
+                      sum / static_cast<float>(taps));
         sum = 0.0f;
         tap = 0;
       }
@@ -153,7 +154,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
   const DType dtype = layer.g_dtype;
   int bias_position = -1;
   for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
-    if (chunk.shared.unit[p] == kBiasUnit) bias_position = p;
+    if (chunk.scratch.unit[p] == kBiasUnit) bias_position = p;
   }
   BiasMean bias;
 
@@ -162,19 +163,19 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
     __syncthreads();  // the last stage has been written back
     if (const int thread = fresh_thread(); thread < rows) {
       const uint32_t row = static_cast<uint32_t>(first + thread), output = row / static_cast<uint32_t>(taps);
-      chunk.shared.row_offset[thread] =
+      chunk.scratch.row_offset[thread] =
           output * layer.g_output_stride +
           strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
-      chunk.shared.bias_offset[thread] = output * layer.bias_stride;
-      chunk.shared.not_finite[thread] = 0;
+      chunk.scratch.bias_offset[thread] = output * layer.bias_stride;
+      chunk.scratch.not_finite[thread] = 0;
     }
     __syncthreads();
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
       float value = 0.0f;
       if (unit >= 0) {
-        value = to_float<Raw>(dtype, g[chunk.shared.row_offset[row] + unit * unit_stride]);
+        value = to_float<Raw>(dtype, g[chunk.scratch.row_offset[row] + unit * unit_stride]);
       } else if (unit == kBiasUnit) {
-        value = load_element(layer.bias_dtype, layer.bias_grad, chunk.shared.bias_offset[row]);
+        value = load_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[row]);
       }
       chunk.arena[at] = value;
     });
@@ -199,7 +200,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
     for (int j = 0; j < kApplyJobs; ++j) {
       const int job = warp + j * kWarps;
       if (job >= jobs) continue;
-      if (chunk.shared.tf32) {
+      if (chunk.task.tf32) {
         multiply_block<1>(sum[j], chunk, job / blocks, job % blocks, rows);
       } else {
         multiply_block<kProducts>(sum[j], chunk, job / blocks, job % blocks, rows);
@@ -207,16 +208,16 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
     }
     for_each_result([&](int row, int, float& value) {
       value = to_float<Raw>(dtype, from_float<Raw>(dtype, value));
-      if (!is_finite(value)) atomicOr(&chunk.shared.not_finite[row], 1);
+      if (!is_finite(value)) atomicOr(&chunk.scratch.not_finite[row], 1);
     });
     __syncthreads();  // the stage has been read, and the flags are complete
     for_each_result([&](int row, int at, float value) {
-      if (chunk.shared.not_finite[row] == 0) chunk.arena[at] = value;
+      if (chunk.scratch.not_finite[row] == 0) chunk.arena[at] = value;
     });
     __syncthreads();
     for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
-      if (unit < 0 || chunk.shared.not_finite[row] != 0) return;
-      g[chunk.shared.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
+      if (unit < 0 || chunk.scratch.not_finite[row] != 0) return;
+      g[chunk.scratch.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
     });
     if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
   }

@@ -1,9 +1,9 @@
-// What the CTA of one chunk keeps in shared memory, and how it walks over rows and units.
+// What a CTA keeps in shared memory, and how it walks over rows and units.
 #pragma once
 
 #include "consistency_ops/precondition.h"
 #include "cuda/convert.cuh"
-#include "cuda/precondition/heuristics.h"
+#include "cuda/precondition/plan.h"
 
 namespace consistency_ops {
 
@@ -11,55 +11,87 @@ constexpr int kMaxGramBlocks = kMaxChunk / kTile * (kMaxChunk / kTile + 1);
 constexpr int32_t kBiasUnit = -1;  // its input is 1, its gradient lies in bias_grad
 constexpr int32_t kNoUnit = -2;    // padding of the chunk to whole tiles
 
-struct ChunkShared {
-  int64_t row_offset[kMaxStageRows];  // of the stage that is loaded, in elements
+// What a CTA does.
+struct Task {
+  int32_t role, stages;           // TaskRole; the PreconditionStages that it runs, 0 if it permutes rows
+  int32_t layer, members;         // the first layer of its run, and the layers of the run
+  int32_t chunk, size;            // index in the layer, and units
+  int32_t part;                   // of the rows; counts the tasks of the same role and chunk
+  int32_t ticket;                 // its number in the launch
+  int32_t rank, cluster;          // of this CTA among the CTAs of its cluster
+  LayerTasks of_layer;            // how many tasks of every kind the layer has
+  int64_t first_output, outputs;  // this CTA's outputs, counted through all members
+  Division division;              // of the layer's units
+  uint32_t awaited;               // the value of awaited_counter that the task waits for; 0: it waits for nobody
+  uint32_t* awaited_counter;
+  uint32_t* done_counter;  // counts the CTAs whose results others wait for; may be null
+  bool tf32;               // CudaTuning
+  bool empty;              // no row was seen, or there is nothing to correct: everything stays as it is
+};
+
+// The rows of X that this CTA reads: the caller's, or their packed copy in the workspace (permute.cuh).
+struct InputRows {
+  const void* data;
+  int64_t unit_stride;
+  RowSample sample;    // this CTA's part of the sampled rows
+  int64_t all_rows;    // sampled rows of all parts
+  int32_t stage_rows;  // rows in a stage of shared memory
+  bool rows_are_fast;
+  char* packed;          // where this CTA's part of the packed rows begins
+  int64_t packed_pitch;  // elements
+};
+
+// The task's part of the workspace.  A record holds the tiles of one chunk.
+struct Records {
+  float* gram;     // of the layer: [chunks, gram_tasks, record]
+  float* inverse;  // of the chunk: a record, then failed_minor
+  int32_t floats;  // of a record
+};
+
+// What the threads of a CTA tell each other while they work.
+struct Scratch {
+  int64_t row_offset[kMaxStageRows];  // elements, of every row of the stage that is loaded
   int64_t bias_offset[kMaxApplyRows];
   int32_t unit[kMaxChunk];             // at every position of the chunk
-  int32_t gram_block[kMaxGramBlocks];  // of 16 x 32 on or below the diagonal: first row + 65536 * first column
+  int32_t gram_block[kMaxGramBlocks];  // first row + 65536 * first column of the blocks of 16 x 32 (gram.cuh)
   float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
-  int32_t not_finite[kMaxApplyRows];   // rows of the stage whose result must not be written
+  int32_t not_finite[kMaxApplyRows];   // 1: the result of this row of the stage must not be written
   float warp_sum[32];
   int32_t warp_count[32];
-  Division division;
-  RowSample rows;    // of X, the share of this CTA
-  int64_t all_rows;  // of all shares
-  const void* x;     // where this task reads X: as the caller has it, or packed (permute.cuh)
-  int64_t x_unit_stride;
-  char* packed;                   // first row of this task's share in the workspace
-  int64_t packed_pitch;           // elements
-  int64_t first_output, outputs;  // of G, of all layers with this input, the share of this CTA
-  float* sum_records;             // of the layer, in the workspace: [chunks, sums, record]
-  float* inverse_record;          // of the chunk: the inverse, then failed_minor
-  int32_t role, layer, chunk, stages;
-  int32_t members;                    // layers with this input, from `layer` on
-  int32_t ticket, part;               // of the launch; of the tasks of the same role and chunk
-  int32_t rank, cluster;              // of this CTA among the CTAs of its cluster
-  int32_t sums, slabs, packs, moves;  // LayerShares
-  int32_t record;                     // floats
-  uint32_t awaited;                   // value of `counter` that the task waits for
-  uint32_t* counter;                  // in the workspace
-  uint32_t* published;                // counts the CTAs whose results others wait for, or null
-  int32_t bias_position, last_unit;   // permute.cuh
-  int32_t size;                       // units of the chunk
-  int32_t x_stage;                    // rows of X in a stage
-  bool tf32;                          // CudaTuning
-  bool empty;                         // nothing was seen, or there is nothing to correct: everything stays as it is
-  bool x_rows_are_fast;
-  int32_t failed_minor, failed_tries;
+  int32_t bias_position, last_unit;    // permute.cuh
+  int32_t failed_minor, failed_tries;  // info of the last try, and the tries before it
+};
+
+struct ChunkShared {
+  Task task;
+  InputRows input;
+  Records records;
+  Scratch scratch;
 };
 
 // One chunk, as every thread of its CTA sees it.  What can be read again from shared memory is, because registers that
 // live through the whole kernel would be spilled.
 struct Chunk {
-  ChunkShared& shared;
+  const Task& task;
+  const InputRows& input;
+  const Records& records;
+  Scratch& scratch;
   float* tiles;  // tile (i, j), j <= i, of the symmetric or lower triangular matrix
   float* arena;
-  CO_DEVICE int size() const { return shared.size; }
-  CO_DEVICE int padded() const { return padded_units(shared.size); }
+
+  CO_DEVICE Chunk(ChunkShared& shared, float* tiles_, float* arena_)
+      : task(shared.task),
+        input(shared.input),
+        records(shared.records),
+        scratch(shared.scratch),
+        tiles(tiles_),
+        arena(arena_) {}
+  CO_DEVICE int size() const { return task.size; }
+  CO_DEVICE int padded() const { return padded_units(task.size); }
   CO_DEVICE int side() const { return padded() / kTile; }
   CO_DEVICE int tile_floats() const { return lower_tiles(side()) * kTileFloats; }
-  CO_DEVICE int x_rows() const { return static_cast<int>(shared.rows.count); }
-  CO_DEVICE int x_stage() const { return shared.x_stage; }
+  CO_DEVICE int x_rows() const { return static_cast<int>(input.sample.count); }
+  CO_DEVICE int x_stage() const { return input.stage_rows; }
 };
 
 CO_DEVICE float* lower_tile(float* tiles, int i, int j) { return tiles + (lower_tiles(i) + j) * kTileFloats; }

@@ -32,41 +32,41 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
 }
 
 // tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale
-// is 0.  The CTAs of a cluster hold the same tiles and write a share each.
+// is 0.  The CTAs of a cluster hold the same tiles and write a part each.
 CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
                             int threads) {
   CO_NO_UNROLL
-  for (int e = chunk.shared.rank * threads + fresh_thread(); e < options.chunk * options.chunk;
-       e += chunk.shared.cluster * threads) {
+  for (int e = chunk.task.rank * threads + fresh_thread(); e < options.chunk * options.chunk;
+       e += chunk.task.cluster * threads) {
     const int row = e / options.chunk, column = e % options.chunk;
     const int i = max(row, column), j = min(row, column);
     const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile,
                                    min(j, chunk.padded() - 1) / kTile)[i % kTile * kTilePitch + j % kTile];
     const bool inside = i < chunk.size() && scale != 0.0f;
-    matrices[covariance_offset(options, chunk.shared.chunk, row, column)] = inside ? value * scale : 0.0f;
+    matrices[covariance_offset(options, chunk.task.chunk, row, column)] = inside ? value * scale : 0.0f;
   }
 }
 
 CO_DEVICE void load_matrix(const PreconditionOptions& options, const Chunk& chunk, const float* matrices, int threads) {
   for_each_element(chunk, threads, [&](int row, int column, float* element) {
     const bool inside = row < chunk.size() && column < chunk.size();
-    *element = inside ? matrices[covariance_offset(options, chunk.shared.chunk, row, column)] : 0.0f;
+    *element = inside ? matrices[covariance_offset(options, chunk.task.chunk, row, column)] : 0.0f;
   });
   __syncthreads();
 }
 
-// tiles -> workspace.  The CTAs of a cluster write a share each.
+// tiles -> workspace.  The CTAs of a cluster write a part each.
 CO_DEVICE void store_tiles(const Chunk& chunk, float* record, int threads) {
   CO_NO_UNROLL
-  for (int e = chunk.shared.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4;
-       e += chunk.shared.cluster * threads) {
+  for (int e = chunk.task.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4;
+       e += chunk.task.cluster * threads) {
     global_memory(reinterpret_cast<Float4*>(record))[e] = reinterpret_cast<const Float4*>(chunk.tiles)[e];
   }
 }
 
 // tiles <- the sum of `count` records, in their order.  All threads; ends with a barrier.
 CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, int threads) {
-  const int stride = chunk.shared.record / 4;
+  const int stride = chunk.records.floats / 4;
   CO_NO_UNROLL
   for (int e = fresh_thread(); e < chunk.tile_floats() / 4; e += threads) {
     const Float4* from = global_memory(reinterpret_cast<const Float4*>(records)) + e;
@@ -79,12 +79,13 @@ CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, i
 }
 
 // Mean of the finite diagonal elements of the layer, 0 if there is none: from this chunk's own tiles where that is the
-// whole layer, else from the sums in the workspace, else from `covariance`.  The order of the sum depends on the
-// layer's shape and shares alone.
+// whole layer, else from the partial covariances in the workspace, else from `covariance`.  The order of the sum
+// depends only on the shape of the layer and on its number of gram tasks.
 CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
                             int threads) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const Division& division = chunk.shared.division;
+  const Division& division = chunk.task.division;
+  const int gram_tasks = chunk.task.of_layer.gram_tasks;
   float sum = 0.0f;
   int32_t count = 0;
   const auto add_finite = [&](float value) {
@@ -101,12 +102,11 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
     const int in_tiles = lower_tiles(u / kTile + 1) * kTileFloats - kTileFloats + u % kTile * (kTilePitch + 1);
     if (division.chunks == 1) {
       add_finite(chunk.tiles[in_tiles]);
-    } else if (chunk.shared.sums > 0) {
+    } else if (gram_tasks > 0) {
       const float* record =
-          global_memory(chunk.shared.sum_records) + static_cast<int64_t>(c) * chunk.shared.sums * chunk.shared.record;
+          global_memory(chunk.records.gram) + static_cast<int64_t>(c) * gram_tasks * chunk.records.floats;
       float value = record[in_tiles];
-      for (int s = 1; s < chunk.shared.sums; ++s)
-        value += record[static_cast<int64_t>(s) * chunk.shared.record + in_tiles];
+      for (int s = 1; s < gram_tasks; ++s) value += record[static_cast<int64_t>(s) * chunk.records.floats + in_tiles];
       add_finite(value);
     } else {
       add_finite(covariance[covariance_offset(options, c, u, u)]);
@@ -117,16 +117,16 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
     count += __shfl_xor_sync(0xffffffffu, count, lanes);
   }
   if (lane == 0) {
-    chunk.shared.warp_sum[warp] = sum;
-    chunk.shared.warp_count[warp] = count;
+    chunk.scratch.warp_sum[warp] = sum;
+    chunk.scratch.warp_count[warp] = count;
   }
   __syncthreads();
   sum = 0.0f;
   count = 0;
   CO_NO_UNROLL
   for (int w = 0; w < threads / 32; ++w) {
-    sum += chunk.shared.warp_sum[w];
-    count += chunk.shared.warp_count[w];
+    sum += chunk.scratch.warp_sum[w];
+    count += chunk.scratch.warp_count[w];
   }
   return count > 0 ? sum / static_cast<float>(count) : 0.0f;
 }

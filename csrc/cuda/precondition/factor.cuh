@@ -97,22 +97,22 @@ struct TileProduct {
   }
 };
 
-// All threads; what precedes the last step ends with a barrier.  tiles <- L; shared.failed_minor <- 0 or the order of
+// All threads; what precedes the last step ends with a barrier.  tiles <- L; failed_minor <- 0 or the order of
 // the leading minor that is not positive definite.
 template <int kWarps>
 CO_DEVICE void factor(const Chunk& chunk) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  if (thread == 0) chunk.shared.failed_minor = 0;
+  if (thread == 0) chunk.scratch.failed_minor = 0;
   for (int k = 0; k < chunk.side(); ++k) {
     float* diagonal = lower_tile(chunk.tiles, k, k);
-    float* inverse_pivot = chunk.shared.inverse_pivot + k * kTile;
+    float* inverse_pivot = chunk.scratch.inverse_pivot + k * kTile;
     __syncthreads();
     if (warp == 0) {
       const int minor = factor_diagonal_tile(diagonal, inverse_pivot);
-      if (minor != 0 && thread == 0) chunk.shared.failed_minor = k * kTile + minor;
+      if (minor != 0 && thread == 0) chunk.scratch.failed_minor = k * kTile + minor;
     }
     __syncthreads();
-    if (chunk.shared.failed_minor != 0) break;
+    if (chunk.scratch.failed_minor != 0) break;
     const int below = chunk.side() - k - 1;
     if (thread < below * kTile) {
       solve_row(lower_tile(chunk.tiles, k + 1 + warp, k) + thread % 32 * kTilePitch, diagonal, inverse_pivot);
@@ -137,7 +137,7 @@ CO_DEVICE void invert(const Chunk& chunk) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   if (warp < chunk.side()) {  // W = L^-1: the diagonal tiles, a column a lane
     float* tile = lower_tile(chunk.tiles, warp, warp);
-    const float* inverse_pivot = chunk.shared.inverse_pivot + warp * kTile;
+    const float* inverse_pivot = chunk.scratch.inverse_pivot + warp * kTile;
     float column[kTile];
     CO_UNROLL
     for (int r = 0; r < kTile; ++r) {

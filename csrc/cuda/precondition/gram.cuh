@@ -26,21 +26,21 @@ constexpr int kPartialRows = 512;
 
 template <int kWarps, typename Raw, int kLoads>
 CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
-  const Raw* x = global_memory(static_cast<const Raw*>(chunk.shared.x));
+  const Raw* x = global_memory(static_cast<const Raw*>(chunk.input.data));
   const uint32_t one = one_bits<Raw>(layer.x_dtype);
-  StageWalk<kWarps> walk(chunk.padded(), chunk.shared.x_rows_are_fast);
+  StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
-    const int32_t unit = row < rows ? chunk.shared.unit[walk.position(i)] : kNoUnit;
+    const int32_t unit = row < rows ? chunk.scratch.unit[walk.position(i)] : kNoUnit;
     raw[i] = unit == kBiasUnit ? one : 0;
-    if (unit >= 0) raw[i] = x[chunk.shared.row_offset[row] + unit * chunk.shared.x_unit_stride];
+    if (unit >= 0) raw[i] = x[chunk.scratch.row_offset[row] + unit * chunk.input.unit_stride];
   }
 }
 
 template <int kWarps, typename Raw, int kLoads>
 CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk) {
-  StageWalk<kWarps> walk(chunk.padded(), chunk.shared.x_rows_are_fast);
+  StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
     const int row = walk.row(i);
@@ -49,7 +49,7 @@ CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk) {
     if constexpr (sizeof(Raw) == 2) {
       reinterpret_cast<Raw*>(chunk.arena)[at] = static_cast<Raw>(raw[i]);
     } else {
-      chunk.arena[at] = chunk.shared.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
+      chunk.arena[at] = chunk.task.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
     }
   }
 }
@@ -64,7 +64,7 @@ CO_DEVICE void locate_gram_blocks(const Chunk& chunk) {
   int i = 0;
   while ((i + 1) * (i + 2) <= b) ++i;
   const int within = b - i * (i + 1);
-  chunk.shared.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
+  chunk.scratch.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
 }
 
 template <bool kSplit>
@@ -145,7 +145,7 @@ CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk
   }
 }
 
-// All threads; ends with a barrier.  tiles <- the sum over this CTA's share of the rows, zero if there is none.  `Raw`
+// All threads; ends with a barrier.  tiles <- the sum over this CTA's part of the rows, zero if there is none.  `Raw`
 // is uint32_t for float32 inputs, uint16_t for 16-bit ones.
 template <int kWarps, int kUnits, typename Raw>
 CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
@@ -153,10 +153,10 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
   const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
     const int thread = fresh_thread();
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
-      const int64_t row = chunk.shared.rows.offset + (first + thread) * chunk.shared.rows.stride;
-      chunk.shared.row_offset[thread] =
-          chunk.shared.x == layer.x ? strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride)
-                                    : row * chunk.shared.packed_pitch;
+      const int64_t row = chunk.input.sample.offset + (first + thread) * chunk.input.sample.stride;
+      chunk.scratch.row_offset[thread] =
+          chunk.input.data == layer.x ? strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride)
+                                      : row * chunk.input.packed_pitch;
     }
   };
 
@@ -176,14 +176,14 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     CO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       if (warp + u * kWarps < gram_blocks(chunk)) {
-        const int32_t block = chunk.shared.gram_block[warp + u * kWarps];
+        const int32_t block = chunk.scratch.gram_block[warp + u * kWarps];
         if constexpr (sizeof(Raw) == 2) {
           if (layer.x_dtype == DType::kBFloat16) {
             gram_block_16<true>(sum[u], block, chunk);
           } else {
             gram_block_16<false>(sum[u], block, chunk);
           }
-        } else if (chunk.shared.tf32) {
+        } else if (chunk.task.tf32) {
           gram_block<false>(sum[u], block, chunk);
         } else {
           gram_block<true>(sum[u], block, chunk);
@@ -194,7 +194,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
       CO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         if (warp + u * kWarps < gram_blocks(chunk))
-          add_partial(sum[u], chunk.shared.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
+          add_partial(sum[u], chunk.scratch.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
       }
     }
     if (next >= chunk.x_rows()) break;
@@ -203,14 +203,14 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
 }
 
 // All threads of a cluster; ends with a barrier.  tiles <- the sum over its CTAs, in the order of their ranks.  A CTA
-// adds its share of the elements and writes the sums to all, so between the barriers one thread alone touches an
+// adds its part of the elements and writes the sums to all, so between the barriers one thread alone touches an
 // element, in any of the shared memories.
 CO_DEVICE void sum_over_cluster(const Chunk& chunk, int threads) {
   Float4* const tiles = reinterpret_cast<Float4*>(chunk.tiles);
-  const int ranks = chunk.shared.cluster;
+  const int ranks = chunk.task.cluster;
   cluster_barrier();  // all have their partial sums
   CO_NO_UNROLL
-  for (int e = chunk.shared.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4; e += ranks * threads) {
+  for (int e = chunk.task.rank * threads + fresh_thread(); e < chunk.tile_floats() / 4; e += ranks * threads) {
     Float4 sum = load_cluster(tiles + e, 0);
     CO_UNROLL_4
     for (int rank = 1; rank < ranks; ++rank) add(sum, load_cluster(tiles + e, rank));

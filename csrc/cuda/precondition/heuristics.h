@@ -1,5 +1,5 @@
-// Host-only decisions of the precondition launch, free of CUDA so that tests can ask for them anywhere: the shared
-// memory of a CTA, and how many CTAs work on a chunk.
+// The constants and rules by which a launch is shaped: the shared memory of a CTA, and how many CTAs work on a chunk.
+// Without CUDA, so that tests can ask for them anywhere; plan.cpp applies them.
 //
 // A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena
 // that holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile
@@ -34,12 +34,12 @@ CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 
 CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
 CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 5; }
 
-struct PreconditionPlan {
-  int32_t threads;      // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
-  int32_t tile_floats;  // of the largest chunk
-  int32_t arena_floats;
+struct CtaShape {
+  int32_t threads;       // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
+  int32_t tile_floats;   // for the tiles of the largest chunk
+  int32_t arena_floats;  // for a stage of X or of G
   int32_t apply_rows;    // rows of G in a stage
-  int32_t shared_bytes;  // dynamic
+  int32_t shared_bytes;  // dynamic shared memory
 };
 
 // Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.  `arena` counts elements
@@ -50,10 +50,10 @@ CO_HOST_DEVICE inline int stage_rows(int padded, int arena) {
   return rows;
 }
 
-// For chunks of at most `units` units on a device with `shared_bytes` of shared memory a block; tasks that permute rows
-// (permute.cuh) want `slab_bytes`.
-inline PreconditionPlan plan_precondition(int units, int shared_bytes, int slab_bytes = 0) {
-  PreconditionPlan plan{};
+// The CTA for chunks of at most `units` units on a device with `shared_bytes` of shared memory a block.  Tasks that
+// permute rows (permute.cuh) need `slab_bytes` of it.
+inline CtaShape choose_cta(int units, int shared_bytes, int slab_bytes = 0) {
+  CtaShape cta{};
   const int padded = padded_units(units), side = padded / kTile;
   const int threads = side <= 4 ? 256 : 512;
   const int tiles = lower_tiles(side) * kTileFloats;
@@ -67,16 +67,17 @@ inline PreconditionPlan plan_precondition(int units, int shared_bytes, int slab_
   if (apply_rows * g_pitch(padded) > wanted) wanted = apply_rows * g_pitch(padded);
   const int arena = wanted < room ? wanted : room / 4 * 4;
   while (apply_rows > 8 && apply_rows * g_pitch(padded) > arena) apply_rows /= 2;
-  if (8 * x_pitch(padded) > arena || apply_rows * g_pitch(padded) > arena) return plan;
-  plan.threads = threads;
-  plan.tile_floats = tiles;
-  plan.arena_floats = arena;
-  plan.apply_rows = apply_rows;
-  plan.shared_bytes = std::max((tiles + arena) * 4, slab_bytes);
-  return plan;
+  if (8 * x_pitch(padded) > arena || apply_rows * g_pitch(padded) > arena) return cta;
+  cta.threads = threads;
+  cta.tile_floats = tiles;
+  cta.arena_floats = arena;
+  cta.apply_rows = apply_rows;
+  cta.shared_bytes = std::max((tiles + arena) * 4, slab_bytes);
+  return cta;
 }
 
-// Shared memory of the tasks that permute rows: the unit of every position, and full rows with one element more.
+// Shared memory of the tasks that permute rows: a table with the unit of every position, and the slab, which holds full
+// rows with one element more.
 constexpr int kMaxSlabBytes = 92 << 10;     // of sm_86, beside the fixed arrays
 constexpr int kWantedSlabBytes = 32 << 10;  // of rows
 CO_HOST_DEVICE constexpr int64_t table_units(int64_t units) { return (units / 8 + 1) * 8; }
@@ -87,36 +88,36 @@ CO_HOST_DEVICE constexpr int64_t slab_bytes(int64_t units, int64_t element_bytes
   return 2 * table_units(units) + rows * slab_pitch(units, element_bytes) * element_bytes;
 }
 
-// How many CTAs work on a chunk.  All bounds are constants and not the size of the device, because the shares of the
+// How many CTAs work on a chunk.  All bounds are constants and not the size of the device, because the parts of the
 // rows decide how a covariance is rounded: 264 CTAs are two on each of the 132 SMs of an H200.  Estimates, none of them
 // measured (workloads of the README):
 //
 //   chunks  rows  rung                      why
-//     10     128  V0                        fewer than 128 rows a CTA are not worth the exchange of a cluster
-//     12    1024  V1, clusters of 8         96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 20 us
-//     32    4096  V1, clusters of 8         256 CTAs
-//    181    4096  V2, 3 shares a chunk      the chunks fill the device, but its last wave would be half empty
-//    504    4096  V2, 2 shares a chunk
-//     32    4096  V2, group = 1             128 tasks pack X, as many permute G and restore it (permutes(), below)
+//     10     128  one CTA a chunk           fewer than 128 rows a CTA are not worth the exchange of a cluster
+//     12    1024  clusters of 8             96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 20 us
+//     32    4096  clusters of 8             256 CTAs
+//    181    4096  task queue, 3 parts       the chunks fill the device, but its last wave would be half empty
+//    504    4096  task queue, 2 parts
+//     32    4096  task queue, group = 1     128 tasks pack X, as many permute G and restore it (permutes(), below)
 constexpr int kTargetCtas = 264;
-constexpr int kMaxCluster = 8;     // what every device with clusters can launch
-constexpr int kClusterRows = 128;  // of X or G, at least, for a CTA of a cluster
-constexpr int kLongRows = 1024;    // of X or G, at most, for a CTA of V0 and V1
-constexpr int kTaskRows = 4096;    // at most, for a task of V2
-constexpr int kSumRows = 512;      // of X, at least, for a task of V2
-constexpr int kSlabRows = 128;     // of G, at least, for a task of V2
-constexpr int kMaxShares = 1024;   // of a chunk
+constexpr int kMaxCluster = 8;      // what every device with clusters can launch
+constexpr int kClusterRows = 128;   // of X or G, at least, for a CTA of a cluster
+constexpr int kLongRows = 1024;     // of X or G, at most, for a CTA without a task queue
+constexpr int kMaxTaskRows = 4096;  // of X or G, for a task of the queue
+constexpr int kMinGramRows = 512;   // of X, for a task of the queue
+constexpr int kMinApplyRows = 128;  // of G, for a task of the queue
+constexpr int kMaxParts = 1024;     // of a chunk
 
 // Whether the rows of X or of G are permuted (permute.cuh): that moves their bytes three times.  A gather moves a
 // sector once for every chunk that has a unit in it: at most `chunks` times, and at most once for every run of units.
-constexpr int kGatherPasses = 4;                    // are better than three, because they wait for no other task
+constexpr int kGatherPasses = 4;                    // cost less than three of a permutation, which other tasks wait for
 constexpr int64_t kPermutedBytes = 1 << 20;         // of a matrix, at least
-constexpr int64_t kPermutedLaunchBytes = 16 << 20;  // of all, at least, for a launch to be V2 for it
+constexpr int64_t kPermutedLaunchBytes = 16 << 20;  // of all matrices: from here on they make a launch a task queue
 constexpr int kPermuteRows = 32;                    // of a task, at least: the table of units costs as much as 5 rows
 
 struct RowMatrix {
   int64_t rows, units, chunks;
-  int64_t run_bytes;  // of units that are dealt together
+  int64_t run_bytes;  // of consecutive units that lie in one chunk
   int64_t element_bytes;
   bool unit_rows;  // the units of a row are neighbours in memory, and no row shares them
 };
@@ -134,21 +135,21 @@ inline bool permutes(const RowMatrix& matrix, const CudaTuning& tuning) {
 struct LayerWork {
   int64_t chunks, x_rows, g_rows;  // rows that the launch sums and corrects; 0 without that stage
   bool waits_for_trace;
-  bool packs_x, permutes_g;  // on V2
+  bool packs_x, permutes_g;  // with a task queue
 };
 
 struct LaunchShape {
   PreconditionRung rung;
   int32_t cluster;  // CTAs of a task
-  int64_t ways;     // V2: tasks that a chunk should be cut into
+  int64_t parts;    // into which the task queue should divide the rows of a chunk
 };
 
-// Tasks a chunk, beside the one that factors.
-struct LayerShares {
-  int16_t sums;   // sum a covariance, each over its share of the rows; 0: the factoring task does it
-  int16_t slabs;  // correct, each its share of the outputs; 0: the factoring task does it
-  int16_t packs;  // pack X for the sums, each its share of the rows, for all chunks
-  int16_t moves;  // permute G for the slabs, and as many restore it, each its share of the outputs
+// Tasks of a layer beside the factor task of every chunk.  0: the factor task does that work itself.
+struct LayerTasks {
+  int16_t gram_tasks;     // of every chunk: the covariance, each over a part of the rows
+  int16_t apply_tasks;    // of every chunk: the correction of a part of the outputs
+  int16_t pack_tasks;     // for all chunks: copy a part of the rows of X for the gram tasks
+  int16_t permute_tasks;  // for all chunks: permute a part of G for the apply tasks; as many more restore it
 };
 
 inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, bool clusters,
@@ -161,34 +162,34 @@ inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, int64_t per
   PreconditionRung rung = tuning.rung;
   if (rung == PreconditionRung::kAutomatic) {
     const bool tasks = longest_rows > int64_t{cluster} * kLongRows || permuted_bytes >= kPermutedLaunchBytes;
-    rung = tasks ? PreconditionRung::kV2 : PreconditionRung::kV1;
+    rung = tasks ? PreconditionRung::kTaskQueue : PreconditionRung::kCluster;
   }
-  if (rung == PreconditionRung::kV1 && tuning.ctas > 0) cluster = clusters ? tuning.ctas : 1;
-  if (rung != PreconditionRung::kV1) cluster = 1;
-  if (rung == PreconditionRung::kV1 && cluster == 1) rung = PreconditionRung::kV0;
-  const int64_t ways = tuning.ctas > 0 ? tuning.ctas : (2 * kTargetCtas + chunks - 1) / (chunks > 0 ? chunks : 1);
-  return {rung, cluster, ways};
+  if (rung == PreconditionRung::kCluster && tuning.ctas > 0) cluster = clusters ? tuning.ctas : 1;
+  if (rung != PreconditionRung::kCluster) cluster = 1;
+  if (rung == PreconditionRung::kCluster && cluster == 1) rung = PreconditionRung::kOneCta;
+  const int64_t parts = tuning.ctas > 0 ? tuning.ctas : (2 * kTargetCtas + chunks - 1) / (chunks > 0 ? chunks : 1);
+  return {rung, cluster, parts};
 }
 
-inline LayerShares share_layer(const LayerWork& work, const LaunchShape& shape, const CudaTuning& tuning) {
-  LayerShares shares{static_cast<int16_t>(work.waits_for_trace), 0, 0, 0};
-  if (shape.rung != PreconditionRung::kV2) return shares;
-  const auto cut = [&](int64_t rows, int64_t least) {
-    const int64_t most = (rows + least - 1) / least, fewest = (rows + kTaskRows - 1) / kTaskRows;
-    int64_t parts = shape.ways > fewest ? shape.ways : fewest;
+inline LayerTasks tasks_of_layer(const LayerWork& work, const LaunchShape& shape, const CudaTuning& tuning) {
+  LayerTasks tasks{static_cast<int16_t>(work.waits_for_trace), 0, 0, 0};
+  if (shape.rung != PreconditionRung::kTaskQueue) return tasks;
+  const auto parts_of = [&](int64_t rows, int64_t least) {
+    const int64_t most = (rows + least - 1) / least, fewest = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
+    int64_t parts = shape.parts > fewest ? shape.parts : fewest;
     if (parts > most && tuning.ctas == 0) parts = most;
-    return static_cast<int>(parts < kMaxShares ? parts : kMaxShares);
+    return static_cast<int>(parts < kMaxParts ? parts : kMaxParts);
   };
-  const int sums = cut(work.x_rows, kSumRows), slabs = cut(work.g_rows, kSlabRows);
-  if (work.x_rows > 0 && (sums > 1 || work.packs_x)) shares.sums = static_cast<int16_t>(sums);
-  if (work.g_rows > 0 && (slabs > 1 || work.permutes_g)) shares.slabs = static_cast<int16_t>(slabs);
+  const int gram_tasks = parts_of(work.x_rows, kMinGramRows), apply_tasks = parts_of(work.g_rows, kMinApplyRows);
+  if (work.x_rows > 0 && (gram_tasks > 1 || work.packs_x)) tasks.gram_tasks = static_cast<int16_t>(gram_tasks);
+  if (work.g_rows > 0 && (apply_tasks > 1 || work.permutes_g)) tasks.apply_tasks = static_cast<int16_t>(apply_tasks);
   const auto permuting = [&](int64_t rows) {
     const int64_t most = std::min<int64_t>((rows + kPermuteRows - 1) / kPermuteRows, kTargetCtas);
     return static_cast<int16_t>(tuning.ctas > 0 ? tuning.ctas : most);
   };
-  if (work.packs_x) shares.packs = permuting(work.x_rows);
-  if (work.permutes_g) shares.moves = permuting(work.g_rows);
-  return shares;
+  if (work.packs_x) tasks.pack_tasks = permuting(work.x_rows);
+  if (work.permutes_g) tasks.permute_tasks = permuting(work.g_rows);
+  return tasks;
 }
 
 }  // namespace consistency_ops

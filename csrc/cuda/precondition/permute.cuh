@@ -75,7 +75,7 @@ CO_DEVICE void permute_block(const RowPermutation<Raw>& work, const Chunk& chunk
     CO_UNROLL
     for (int i = 0; i < kBatch; ++i, walk.next()) {
       if (walk.row >= rows) continue;
-      batch[i] = *reinterpret_cast<const Vector*>(global_memory(work.from) + chunk.shared.row_offset[walk.row] +
+      batch[i] = *reinterpret_cast<const Vector*>(global_memory(work.from) + chunk.scratch.row_offset[walk.row] +
                                                   walk.column * kWidth);
     }
     CO_UNROLL
@@ -91,13 +91,13 @@ CO_DEVICE void permute_block(const RowPermutation<Raw>& work, const Chunk& chunk
     Vector out;
     CO_UNROLL
     for (int i = 0; i < kWidth; ++i) out.v[i] = work.slab[walk.row * work.slab_pitch + unit.v[i]];
-    const int64_t row = work.to_pitch > 0 ? walk.row * work.to_pitch : chunk.shared.row_offset[walk.row];
+    const int64_t row = work.to_pitch > 0 ? walk.row * work.to_pitch : chunk.scratch.row_offset[walk.row];
     *reinterpret_cast<Vector*>(global_memory(work.to) + row + walk.column * kWidth) = out;
   }
 }
 
 CO_DEVICE int64_t unit_at_position(const PreconditionLayer& layer, const Chunk& chunk, int64_t position) {
-  return layer.permutation != nullptr ? layer.permutation[position] : unit_at(chunk.shared.division, position);
+  return layer.permutation != nullptr ? layer.permutation[position] : unit_at(chunk.task.division, position);
 }
 
 // Rows of G have no place for the bias and one position too many: the unit of the last position lies where the bias
@@ -105,15 +105,15 @@ CO_DEVICE int64_t unit_at_position(const PreconditionLayer& layer, const Chunk& 
 CO_DEVICE void find_bias(const PreconditionLayer& layer, const Chunk& chunk, int threads) {
   CO_NO_UNROLL
   for (int p = fresh_thread(); p <= layer.units; p += threads) {
-    if (unit_at_position(layer, chunk, p) == layer.units) chunk.shared.bias_position = p;
+    if (unit_at_position(layer, chunk, p) == layer.units) chunk.scratch.bias_position = p;
   }
 }
 
 // Where this task's rows go: from unit to position, or back where G is restored.  In packed rows of X the bias is an
 // element like others, its input, and so is what fills the last vector.
 CO_DEVICE void tabulate(const PreconditionLayer& layer, const Chunk& chunk, uint16_t* table, int threads) {
-  const int units = static_cast<int>(layer.units), positions = static_cast<int>(chunk.shared.division.units);
-  const bool pack = chunk.shared.role == kPackTask, restore = chunk.shared.role == kRestoreTask;
+  const int units = static_cast<int>(layer.units), positions = static_cast<int>(chunk.task.division.units);
+  const bool pack = chunk.task.role == kPackTask, restore = chunk.task.role == kRestoreTask;
   const auto enter = [&](int position, int unit) {
     table[restore ? unit : position] = static_cast<uint16_t>(restore ? position : unit);
   };
@@ -123,43 +123,43 @@ CO_DEVICE void tabulate(const PreconditionLayer& layer, const Chunk& chunk, uint
     if (pack || (unit != units && p != units)) {
       enter(p, unit);
     } else if (unit == units) {
-      chunk.shared.bias_position = p;
+      chunk.scratch.bias_position = p;
     } else {
-      chunk.shared.last_unit = unit;
+      chunk.scratch.last_unit = unit;
     }
   }
   __syncthreads();
-  if (fresh_thread() == 0 && !pack && layer.has_bias && chunk.shared.bias_position != units) {
-    enter(chunk.shared.bias_position, chunk.shared.last_unit);
+  if (fresh_thread() == 0 && !pack && layer.has_bias && chunk.scratch.bias_position != units) {
+    enter(chunk.scratch.bias_position, chunk.scratch.last_unit);
   }
 }
 
-// All threads.  This task's share of the rows: of X to the workspace, or of the G of all members in place, there or
+// All threads.  This task's part of the rows: of X to the workspace, or of the G of all members in place, there or
 // back.
 template <int kThreads, typename Raw>
 CO_DEVICE void permute_rows(const PreconditionLayer* members, const Chunk& chunk, int shared_bytes) {
   constexpr int kWide = 16 / sizeof(Raw);
-  const bool pack = chunk.shared.role == kPackTask;
+  const bool pack = chunk.task.role == kPackTask;
   const PreconditionLayer& first_layer = members[0];
   const int units = static_cast<int>(first_layer.units), table_size = static_cast<int>(table_units(units));
   RowPermutation<Raw> work{};
-  work.to_pitch = pack ? chunk.shared.packed_pitch : 0;
+  work.to_pitch = pack ? chunk.input.packed_pitch : 0;
   uint16_t* const table = reinterpret_cast<uint16_t*>(chunk.tiles);
   work.table = table;
   work.slab = reinterpret_cast<Raw*>(table + table_size);
   work.slab_pitch = static_cast<int>(slab_pitch(units, sizeof(Raw)));
   work.in_units = units;
-  work.out_units = pack ? static_cast<int>(chunk.shared.division.units) : units;
+  work.out_units = pack ? static_cast<int>(chunk.task.division.units) : units;
   tabulate(first_layer, chunk, table, kThreads);
   const int row_bytes = work.slab_pitch * static_cast<int>(sizeof(Raw));
   const int stage = min(kMaxStageRows, (shared_bytes - table_size * 2) / row_bytes);
 
   CO_NO_UNROLL
-  for (int m = 0; m < (pack ? 1 : chunk.shared.members); ++m) {
+  for (int m = 0; m < (pack ? 1 : chunk.task.members); ++m) {
     const PreconditionLayer& layer = members[m];
-    const OutputRange outputs = outputs_of(members, m, chunk.shared);
+    const OutputRange outputs = outputs_of(members, m, chunk.task);
     work.from = static_cast<const Raw*>(pack ? layer.x : layer.g);
-    work.to = static_cast<Raw*>(pack ? chunk.shared.packed : layer.g);
+    work.to = static_cast<Raw*>(pack ? chunk.input.packed : layer.g);
     uintptr_t bits = reinterpret_cast<uintptr_t>(work.from) / sizeof(Raw) | static_cast<uintptr_t>(units);
     if (!pack) bits |= static_cast<uintptr_t>(layer.g_output_stride);
     CO_UNROLL
@@ -173,8 +173,8 @@ CO_DEVICE void permute_rows(const PreconditionLayer* members, const Chunk& chunk
       __syncthreads();  // the table is complete, and the last stage has been written
       if (const int thread = fresh_thread(); thread < count) {
         const int64_t row = first + thread;
-        chunk.shared.row_offset[thread] =
-            pack ? strided_offset(static_cast<uint32_t>(chunk.shared.rows.offset + row * chunk.shared.rows.stride),
+        chunk.scratch.row_offset[thread] =
+            pack ? strided_offset(static_cast<uint32_t>(chunk.input.sample.offset + row * chunk.input.sample.stride),
                                   layer.x_row_size, layer.x_row_stride)
                  : (outputs.begin + row) * layer.g_output_stride;
         work.slab[thread * work.slab_pitch + units] = one_bits<Raw>(first_layer.x_dtype);

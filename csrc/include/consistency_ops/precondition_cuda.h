@@ -11,18 +11,18 @@ struct CudaDevice {
   int32_t compute_capability = 80;  // 10 * major + minor; 90 and more have clusters
 };
 
-// The ladder: how many CTAs work on a chunk, and how they meet.
+// How many CTAs work on a chunk, and how they exchange what they have.
 enum class PreconditionRung : int32_t {
   kAutomatic = 0,
-  kV0 = 1,  // one CTA
-  kV1 = 2,  // a cluster of CTAs that share the rows of X and of G; V0 on devices without clusters
-  kV2 = 3,  // tasks for shares of X, for the inverse and for shares of G, which meet in the workspace
+  kOneCta = 1,     // one CTA does everything
+  kCluster = 2,    // a cluster divides the rows of X and of G among its CTAs; kOneCta on devices without clusters
+  kTaskQueue = 3,  // parts of X, the inverse and parts of G are tasks of a queue, which exchange through the workspace
 };
 
 // Whether the rows of X and G are permuted first, so that the units of a chunk are neighbours in memory.  It is for the
 // exact division (group = 1, or a given permutation), where a warp that gathers the units of one chunk moves a sector
-// of 32 bytes for every element.  Needs V2, and rows whose units are neighbours: linear layers, channels-last inputs,
-// 1 x 1 convolutions; others are gathered.  G is permuted in place and back.
+// of 32 bytes for every element.  It needs kTaskQueue, and rows whose units are neighbours: linear layers,
+// channels-last inputs, 1 x 1 convolutions; others are gathered.  G is permuted in place and back.
 enum class Packing : int32_t {
   kAutomatic = 0,  // matrices of 1 MiB and more, with more than 4 chunks, whose gather would move 4 times their bytes
   kNever = 1,
@@ -33,7 +33,7 @@ enum class Packing : int32_t {
 // architecture, the same bit for bit whatever the size of the device.
 struct CudaTuning {
   PreconditionRung rung = PreconditionRung::kAutomatic;
-  int32_t ctas = 0;   // of a chunk: the cluster of V1 (1 .. 8), the shares of V2 (1 .. 1024); 0: automatic
+  int32_t ctas = 0;   // of a chunk: CTAs of kCluster (1 .. 8), parts of kTaskQueue (1 .. 1024); 0: automatic
   bool tf32 = false;  // one TF32 pass for every product: torch's float32 matmul precision "high"
   Packing packing = Packing::kAutomatic;
   // Where CTAs that meet in device memory count: -1, at the beginning of the workspace; 0 .. kCudaCounterSlots - 1, in
@@ -58,9 +58,9 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
 
 constexpr int64_t kCudaCounterBytes = 2048;
 
-// Enough for every device.  Non-zero where CTAs meet in device memory: on V2, and for trace scaling of layers with
-// several chunks in the fused call.  Packing adds the sampled rows of the largest X that is packed, twice where there
-// are several.
+// Enough for every device.  Non-zero where CTAs meet in device memory: with kTaskQueue, and for trace scaling of layers
+// with several chunks in the fused call.  Packing adds the sampled rows of the largest X that is packed, twice where
+// there are several.
 int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                                     const CudaTuning& tuning = {});
 
