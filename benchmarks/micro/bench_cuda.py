@@ -5,8 +5,8 @@
 A: gather, bmm, cholesky and cholesky_solve, a layer after the other, eager.  B: expert.py in one CUDA graph.  C:
 mathdx.cu, kernels written with cuBLASDx and cuSolverDx, in one CUDA graph, where libmathdx is installed (mathdx.py);
 else a line says why not.  Ours: foreach_precondition_, in a graph (what the device does) and eager (what a training
-loop sees), with groups of a sector and with the exact division, both on the rungs V0, V1, V2 too.  V0 and V1 gather the
-units of the exact division, V2 permutes the rows of large layers.
+loop sees), with groups of a sector and with the exact division, both on every rung, too (one CTA a chunk, a cluster, a
+task queue).  The first two gather the units of the exact division, the task queue permutes the rows of large layers.
 
 Times are of CUDA events around one call, medians over interleaved rounds.  Gradients are restored before every call.
 `cold`: then 512 MiB are written, so that L2 holds nothing of the operands; `warm`: nothing.  `floor`: X read once, G
@@ -38,7 +38,7 @@ from benchmarks.micro.workloads import WORKLOADS, LayerShape
 DAMPING = 0.1
 FLUSH_BYTES = 512 << 20  # several times the L2 of any device
 TIER_C = "C: MathDx in a graph"
-RUNGS = {"V0": 1, "V1": 2, "V2": 3}  # PreconditionRung
+RUNGS = {"one CTA": 1, "cluster": 2, "task queue": 3}  # PreconditionRung
 
 
 @dataclasses.dataclass(frozen=True)
