@@ -83,3 +83,17 @@ def test_the_manual_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "html" / "api" / "preconditioner.html").read_text()
     assert "max_rows" in page and "load_state_dict" in page
+
+
+def quoted_messages():
+    """What the first column of the troubleshooting page quotes; an ellipsis stands for what differs."""
+    rows = re.findall(r"^\| (.*?) \|", documents.read("docs/troubleshooting.md"), re.MULTILINE)
+    spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if " " in span]
+    return [part for span in spans for part in re.split(r" ?\.\.\. ?", span) if part]
+
+
+def test_the_messages_of_the_troubleshooting_page_exist():
+    files = [ROOT / "setup.py", *(ROOT / "consistency_ops").rglob("*.py")]
+    strings = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))  # joined as Python does
+    assert len(quoted_messages()) > 8
+    assert [message for message in quoted_messages() if message not in strings] == []
