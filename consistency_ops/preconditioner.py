@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from . import ops
-from .distributed.pooling import Ranks
-from .distributed.rank_check import digest
-from .engine.capture import Capture, States
+from .distributed.placement import Placements
+from .distributed.pooling import Pooling
+from .engine.capture import Capture, CaptureStates
+from .engine.correction import Correction, CorrectionOptions, check, is_int
 from .engine.discovery import find_layers, find_ties
 from .engine.layer import Layer
-from .engine.layer_step import Item, is_plain, side_by_side
+from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unseen
+from .engine.notices import Notices, some
+from .engine.ownership import Ownership
 from .engine.state import StateStore, on_host
 from .ops.checks import check_module, check_names
-from .reporting import stats, summary
+from .reporting.stats import Stats, notice_failures, stats, write_scalars
+from .reporting.summary import summary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
-_GATHERING = 20  # first steps, in which a running average is too young to be reused
-
-_foreach_precondition_ = torch.ops.consistency_ops.foreach_precondition_.default
 
 
 class Preconditioner:
@@ -80,8 +80,6 @@ class Preconditioner:
         TypeError: ``model`` or ``optimizer`` has the wrong type.
     """
 
-    pools = True  # whether ranks can pool the covariances
-
     def __init__(
         self,
         model: nn.Module,
@@ -105,76 +103,98 @@ class Preconditioner:
                 f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
         optimizer = _unwrap(optimizer)
-        _check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
-        if not callable(damping):
-            _check_damping(damping)
-        _check(scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", scaling)
-        _check(_is_int(chunk, 1, ops.MAX_CHUNK), "chunk", f"in [1, {ops.MAX_CHUNK}]", chunk)
-        _check(group is None or _is_int(group, 1, chunk), "group", f"None or in [1, {chunk}]", group)
-        _check(_is_int(max_rows, 1), "max_rows", "an integer >= 1", max_rows)
-        _check(isinstance(decay, int | float) and 0 <= decay < 1, "decay", "in [0, 1)", decay)
-        _check(_is_int(every, 1), "every", "an integer >= 1", every)
-        _check(isinstance(bias, bool), "bias", "True or False", bias)
-        _check(_is_int(seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", seed)
-
-        self.damping, self.scaling, self.chunk, self.group, self.max_rows = damping, scaling, chunk, group, max_rows
-        self.decay, self.every, self.bias, self.seed = decay, every, bias, seed
+        check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
+        options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
         self.skip = check_names("Preconditioner", "skip", skip)
-        self.steps = 0  # finished
         self._optimizer = optimizer
-        self._store = StateStore(optimizer)
-        self._held: list[int] = []  # ids of the optimizer's parameters, in its order
-        self._parameters: frozenset[int] = frozenset()  # the same
-        self._checked = False  # whether hooks fire
-        self.said: set[str] = set()  # what has been logged
-        self.last_damping = math.nan  # before retries
-        self.last_division = 0  # the step whose division the last inversion had
         self._model = weakref.ref(model)
-
-        self.layers = self._find_layers(model)
-        self._states = States(len(self.layers))
-        self._ranks = Ranks(self, process_group)
+        self._store = StateStore(optimizer)
+        self._notices = Notices()
+        self._ownership = Ownership(optimizer)
+        self._correction = self._make_correction(options)
+        self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
+        self._layers = find_layers(model, self.skip, bias)
+        for layer in self._layers:
+            if layer.reason is None:
+                layer.reason = self._correction.declines(layer)
+        self._states = CaptureStates(len(self._layers))
+        self._placements = Placements(
+            self._layers,
+            self._model,
+            self._ownership.owns,
+            process_group,
+            None if self._correction.pools else type(optimizer).__name__,
+            self._store,
+            self._notices,
+        )
+        self._pooling = Pooling(self._correction, self._placements)
+        handles: list[RemovableHandle] = []
+        self._handles = handles
         try:
             self._attach()
             self._refuse_a_second_one()
-            if not any(layer.capture for layer in self.layers):
+            if not any(layer.capture for layer in self._layers):
                 raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
         except BaseException:
-            _detach(self.layers, [])
+            _detach(self._layers, handles)
             raise
-        handles = []
         if optimizer is not None:
-            handles = [
+            handles += [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
                 optimizer.register_load_state_dict_pre_hook(self._store.before_load),
                 optimizer.register_load_state_dict_post_hook(self._after_load),
             ]
-        self._detach = weakref.finalize(self, _detach, self.layers, handles)
+        self._detach = weakref.finalize(self, _detach, self._layers, handles)
         self._detach.atexit = False
+
+    def _make_correction(self, options: CorrectionOptions) -> Correction:
+        """The arithmetic; a subclass may divide or solve in another way."""
+        return Correction(options, self._store)
+
+    # The options, and how far it is
+
+    @property
+    def damping(self) -> float | Callable[[int], float]:
+        """Damping, or the function of the step that returns it. It may be set between two steps."""
+        return self._correction.options.damping
+
+    @damping.setter
+    def damping(self, value: float | Callable[[int], float]) -> None:
+        self._correction.options = replace(self._correction.options, damping=value)
+
+    @property
+    def steps(self) -> int:
+        """Number of finished steps."""
+        return self._correction.step
 
     # What is covered
 
-    def _find_layers(self, model: nn.Module) -> list[Layer]:
-        return find_layers(model, self.skip, self.bias)
-
     def _attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when it holds others."""
-        if self._optimizer is not None:
-            self._held = _ids_of_parameters(self._optimizer)
-            self._parameters = frozenset(self._held)
-        find_ties(self.layers)
-        stats.notice_tied(self)
-        for layer in self.layers:
+        self._ownership.refresh()
+        find_ties(self._layers)
+        tied = [layer.name for layer in self._layers if layer.tied and layer.capture is not None]
+        if tied:
+            self._notices.once(
+                "tied",
+                f"weights were tied after the Preconditioner was constructed, their gradients are left as they are: "
+                f"{some(tied)}. Tie weights first to keep this quiet.",
+            )
+        options = self._correction.options
+        for layer in self._layers:
             module, weight = layer.module(), layer.weight
-            if layer.capture is None and weight is not None and self._may_correct(layer) and self.owns(weight):
-                layer.capture = Capture(module, layer.kind, self._states, layer.index, self.max_rows, self.seed)
+            if layer.capture is not None or module is None or weight is None or layer.reason is not None or layer.tied:
+                continue
+            if self._ownership.owns(weight):
+                layer.capture = Capture(module, layer.kind, self._states, layer.index, options.max_rows, options.seed)
+                self._handles += self._correction.attach(layer)
         self._states.new_weights = False
 
     def _refuse_a_second_one(self) -> None:
         """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
         taken = {id(layer.module()) for layer in self._layers_of_others()}
-        for layer in self.layers:
+        for layer in self._layers:
             if layer.capture is not None and id(layer.module()) in taken:
                 raise ValueError(
                     "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
@@ -182,23 +202,12 @@ class Preconditioner:
                 )
 
     def _layers_of_others(self) -> list[Layer]:
-        """Those that other preconditioners of the same optimizer correct."""
+        """The layers that other preconditioners of the same optimizer correct."""
         if self._optimizer is None:
             return []
         owners = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
         others = [owner for owner in owners if isinstance(owner, Preconditioner) and owner is not self]
-        return [layer for other in others for layer in other.layers if layer.capture is not None]
-
-    def _may_correct(self, layer: Layer) -> bool:
-        return layer.reason is None and not layer.tied
-
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether the optimizer updates this parameter."""
-        return self._optimizer is None or id(parameter) in self._parameters
-
-    def chunk_of(self, units: int) -> int:
-        """Largest chunk for a layer of so many units, the bias included."""
-        return self.chunk
+        return [layer for other in others for layer in other._layers if layer.capture is not None]
 
     # The step
 
@@ -211,7 +220,7 @@ class Preconditioner:
         if self._optimizer is not None:
             raise RuntimeError("Preconditioner.step: must be called only when no optimizer was given, got one")
         self._correct()
-        self._finish_step()
+        self._correction.finish_step(self._layers)
 
     @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -239,256 +248,42 @@ class Preconditioner:
 
     @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self._finish_step()
+        self._correction.finish_step(self._layers)
 
     @torch.no_grad()
     def _correct(self) -> None:
-        if self._states.step > self.steps:  # the optimizer has broken off the last step, after its correction
-            self.steps = self._states.step
-        holds_others = self._optimizer is not None and _ids_of_parameters(self._optimizer) != self._held
-        if holds_others or self.steps == 0:
+        correction, states = self._correction, self._states
+        # The optimizer has broken off the last step after its correction.
+        correction.step = max(correction.step, states.step)
+        if self._ownership.refresh() or correction.step == 0:
             self._attach()
-        for layer in self.layers:
-            layer.info_at = None
-        pooled = self._ranks.correct()
-        batches = self._batches(pooled)
-        if self._states.new_weights:  # seen while the batches were made
+        for layer in self._layers:
+            layer.info_slice = None
+        pooled = self._pooling.correct()
+        steps = self._layer_steps(pooled)
+        if states.new_weights:  # seen while the steps were made
             self._attach()
-            batches = self._batches(pooled)
+            steps = self._layer_steps(pooled)
         first = False
-        if not (self._checked or self._states.paused):
-            self._checked = first = stats.notice_unseen(self, [item for batch in batches.values() for item in batch])
-        for batch in batches.values():
-            self._correct_batch(batch)
-            for item in batch:
-                item.write_back()
-        finished = not self._states.paused
-        for layer in self.layers:
+        if not (self._hooks_fire or states.paused):
+            self._hooks_fire = first = notice_unseen(steps, self._notices)
+        for batch in by_precision(steps):
+            correction.run(batch)
+            for step in batch:
+                step.write_back()
+        finished = not states.paused
+        for layer in self._layers:
             if layer.capture is not None:
                 layer.capture.begin_step(finished)
-        self._states.reset(self.steps + 1, paused=not self.refreshes(self.steps + 1), finished=finished)
+        states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
         if first:
-            stats.notice_failures(self)
+            notice_failures(correction, self._layers, self._notices)
 
-    def _batches(self, pooled: set[int]) -> dict[tuple[torch.device, torch.dtype], list[Item]]:
-        """By device and precision: one call computes in one."""
-        batches: dict[tuple[torch.device, torch.dtype], list[Item]] = {}
-        for layer in self.layers:
-            if layer.index not in pooled and layer.capture is not None and (item := self._item(layer)) is not None:
-                batches.setdefault((item.rows.device, item.rows.dtype), []).append(item)
-        return batches
-
-    def _item(self, layer: Layer) -> Item | None:
-        if (module := layer.module()) is None:
-            return None
-        parameters, kind = module._parameters, layer.kind
-        weight = parameters.get(kind.weight)
-        if weight is None or layer.tied or not self.owns(weight) or is_lazy(weight):
-            return None
-        capture = layer.capture
-        capture.follow(module, weight)
-        grad = weight.grad
-        layer.unfit_gradient = grad is not None and not is_plain(grad)
-        if capture.lost != layer.lost_rows:
-            layer.lost_rows = capture.lost
-            if layer.lost_rows:
-                stats.notice_lost(self, layer)
-        if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
-            return None
-        source = capture.source or capture
-        bias_grad = None
-        if layer.joins_bias and (bias := parameters.get(kind.bias)) is not None and self.owns(bias):
-            bias_grad = bias.grad
-            if bias_grad is not None and not is_plain(bias_grad):
-                bias_grad = None
-            if bias_grad is not None:
-                bias_grad = kind.bias_view(bias_grad)
-        return Item(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
-
-    def _correct_batch(self, batch: list[Item]) -> None:
-        """Correct the gradients of layers that are on one device, in one precision."""
-        if self.every == 1 and self.decay == 0:
-            self._correct_at_once(batch, self.chunk)
-            return
-        if not self.refreshes(self.steps):
-            self._apply(batch)
-            return
-        covariances = self._covariances(batch)
-        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
-        for i, item in enumerate(batch):
-            if self.decay > 0:
-                covariances[i] = self._average(item, item.count, covariances[i])
-            else:
-                covariances[i] = torch.where(item.count.view(1, 1, 1) > 0, covariances[i], math.nan)
-        self._correct_with(batch, covariances)
-
-    def _correct_with(self, items: list[Item], covariances: list[Tensor]) -> None:
-        """Correct by these covariances; only the steps that follow, if any reuse them, need the inverses."""
-        if self.every > 1:
-            self._keep(items, *self._invert(items, covariances))
-            self._apply(items)
-            return
-        info, used = ops.foreach_correct_(
-            [item.grad for item in items],
-            covariances,
-            bias_grads=[item.bias_grad for item in items],
-            damping=self._damping(),
-            scaling=self.scaling,
-            chunk=self.chunk,
-            group=self.group,
-            seed=self.seed,
-            step=self._division_step(),
-            layers=[item.layer.index for item in items],
-        )
-        self._note(items, info, used)
-
-    def _correct_at_once(self, batch: list[Item], chunk: int) -> None:
-        if any(item.layer.capture.source is not None for item in batch):
-            batch = side_by_side(batch)
-        # Straight to the operator: what ops.foreach_precondition_ would check holds for captured layers, or is checked
-        # by the operator, and this runs in every step.
-        joined = [(i, item.bias_grad) for i, item in enumerate(batch) if item.bias_grad is not None]
-        info, used = _foreach_precondition_(
-            [item.grad for item in batch],
-            [bias_grad for _, bias_grad in joined],
-            [item.rows for item in batch],
-            [],
-            [item.count for item in batch],
-            [i for i, _ in joined],
-            [],
-            list(range(len(batch))),
-            [item.division for item in batch],
-            [ops.default_group(item.grad.dtype, chunk) if self.group is None else self.group for item in batch],
-            self._damping(),
-            self.scaling == "trace",
-            chunk,
-            self.max_rows,
-            self.seed,
-            self.steps,
-            batch[0].grad.is_cuda and torch.get_float32_matmul_precision() != "highest",
-        )
-        self._note(batch, info, used)
-
-    def _covariances(self, items: list[Item]) -> list[Tensor]:
-        """Of the rows captured here, one (chunks, chunk, chunk) a layer."""
-        return ops.foreach_covariance(
-            [item.rows for item in items],
-            grads=[item.grad for item in items],
-            bias=[item.bias_grad is not None for item in items],
-            chunk=self.chunk,
-            group=self.group,
-            max_rows=self.max_rows,
-            seed=self.seed,
-            step=self._division_step(),
-            layers=[item.layer.index for item in items],
-            row_counts=[item.count for item in items],
-        )
-
-    def _invert(self, items: list[Item], covariances: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Inverses, info and the damping used."""
-        return ops.foreach_inverse(
-            covariances,
-            units=[item.units for item in items],
-            damping=self._damping(),
-            scaling=self.scaling,
-            chunk=self.chunk,
-        )
-
-    def _keep(self, items: list[Item], inverses: list[Tensor], info: Tensor, used: Tensor) -> None:
-        self._note(items, info, used)
-        for item, inverse in zip(items, inverses, strict=True):
-            item.layer.pending.update(inverse=inverse, info=item.layer.info)
-
-    def _average(self, item: Item, count: Tensor, covariance: Tensor) -> Tensor:
-        """The bias-corrected running covariance, NaN before anything entered it."""
-        state = self._store.get(item.layer)
-        old, weight = state.get("covariance"), state.get("weight")
-        if old is None or old.shape != covariance.shape or not item.divided_as_before:
-            old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
-        gradients = [grad for grad in (item.grad, item.bias_grad) if grad is not None]
-        finite = torch.stack([t.isfinite().all() for t in (covariance, *gradients)]).all()
-        enters = finite & (count > 0)
-        weight = torch.where(enters, self.decay * weight + (1 - self.decay), weight)
-        total = torch.where(enters, self.decay * old + (1 - self.decay) * covariance, old)
-        item.layer.pending.update(covariance=total, weight=weight)
-        item.layer.inverted_units = item.units
-        return total / weight
-
-    def _apply(self, batch: list[Item]) -> None:
-        """Multiply by the stored inverses; a layer without one waits for the next refresh."""
-        ready: list[tuple[Item, Tensor, Tensor]] = []
-        for item in batch:
-            state = {**self._store.get(item.layer), **item.layer.pending}
-            inverse, info = state.get("inverse"), state.get("info")
-            if inverse is not None and len(inverse) == self._num_chunks(item) and item.divided_as_before:
-                item.layer.info_at = info, 0, len(info)
-                ready.append((item, inverse, info))
-        if ready:
-            ops.foreach_apply_(
-                [item.grad for item, _, _ in ready],
-                [inverse for _, inverse, _ in ready],
-                torch.cat([info for _, _, info in ready]),
-                bias_grads=[item.bias_grad for item, _, _ in ready],
-                chunk=self.chunk,
-                group=self.group,
-                seed=self.seed,
-                step=self._division_step(),
-                layers=[item.layer.index for item, _, _ in ready],
-            )
-
-    def refreshes(self, step: int) -> bool:
-        """Whether a step captures and inverts. By its number alone: ranks, resumed and compiled models agree."""
-        return step % self.every == 0 or (self.decay > 0 and step < _GATHERING)
-
-    def _division_step(self) -> int:
-        return 0 if self.decay > 0 else self.steps - self.steps % self.every
-
-    def _damping(self) -> float:
-        """Called once for every inversion."""
-        value = self.damping
-        if callable(value):
-            value = _check_damping(value(self.steps), f" at step {self.steps}")
-        self.last_damping, self.last_division = value, self._division_step()
-        return value
-
-    def _num_chunks(self, item: Item) -> int:
-        units = item.units
-        return item.rows.shape[1] // item.grad.shape[1] * -(-units // self.chunk_of(units))
-
-    def _note(self, batch: list[Item], info: Tensor, used: Tensor) -> None:
-        begin = 0
-        for item in batch:
-            end = begin + self._num_chunks(item)
-            layer = item.layer
-            layer.info_at, layer.damping_at = (info, begin, end), (used, begin, end)
-            layer.inverted_units, layer.divided_as = item.units, item.division
-            begin = end
-
-    def _finish_step(self) -> None:
-        self.steps += 1
-        self._store.count_step(self.steps)
-        for layer in self.layers:
-            if layer.pending and layer.weight is not None:
-                layer.pending["division"] = torch.tensor([self._division(layer), layer.inverted_units], device="cpu")
-                for key, value in layer.pending.items():
-                    self._store.put(layer, key, value)
-                layer.pending.clear()
-
-    def _division(self, layer: Layer) -> int:
-        """A digest of what decides which units stand where in the stored matrices of a layer, but for their number."""
-        group = ops.default_group(layer.weight.dtype, self.chunk) if self.group is None else self.group
-        return digest((self.seed, self.chunk, group, layer.index, 0 if self.decay > 0 else self.every))
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Those of the optimizer; without one, those of the model."""
-        if self._optimizer is not None:
-            return [p for group in self._optimizer.param_groups for p in group["params"]]
-        model = self._model()
-        return [] if model is None else model.parameters()
-
-    def stored(self, layer: Layer) -> dict[str, Tensor]:
-        """What is kept of a layer from step to step."""
-        return self._store.get(layer)
+    def _layer_steps(self, pooled: set[int]) -> list[LayerStep]:
+        """What this step has of the layers that no other rank shares."""
+        layers = (layer for layer in self._layers if layer.index not in pooled and layer.capture is not None)
+        steps = (layer_step(layer, self._ownership.owns, self._notices) for layer in layers)
+        return [step for step in steps if step is not None]
 
     # State
 
@@ -498,31 +293,23 @@ class Preconditioner:
 
     def _resume(self) -> None:
         """Continue from what the store holds."""
-        self.steps = self._store.counted_steps()
-        divided_otherwise = []
-        for layer in self.layers:
-            layer.pending.clear()
-            if layer.capture is None:
-                continue
-            layer.capture.begin_step()
-            layer.inverted_units = None
-            if (division := self._store.get(layer).get("division")) is not None:
-                key, layer.inverted_units = division.tolist()
-                if key != self._division(layer):
-                    self._store.drop(layer)
-                    divided_otherwise.append(layer.name)
-            if self.every == 1:  # saved with a larger one
-                self._store.drop(layer, "inverse", "info")
-        if divided_otherwise:
-            stats.notice_dropped(self, divided_otherwise)
-        self._states.reset(self.steps, paused=not self.refreshes(self.steps), finished=False)
+        dropped = self._correction.resume(self._layers)
+        if dropped:
+            self._notices.once(
+                "dropped",
+                "the loaded state was saved with another seed, chunk, group or every, or with other layers before "
+                f"these, so it was dropped and their statistics start anew: {some(dropped)}. Construct the "
+                "Preconditioner as it was then.",
+            )
+        step = self._correction.step
+        self._states.reset(step, paused=not self._correction.refreshes(step), finished=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Step counter, running covariances and inverses, by layer name.
 
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
-        layers = {layer.name: dict(self._store.get(layer)) for layer in self.layers if layer.capture}
+        layers = {layer.name: dict(self._store.get(layer)) for layer in self._layers if layer.capture}
         return {
             "version": _VERSIONS[-1],
             "step": self.steps,
@@ -548,12 +335,12 @@ class Preconditioner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"Preconditioner: state_dict must be a dict, got {type(state_dict).__name__}")
         version, step, saved = (state_dict.get(key) for key in ("version", "step", "layers"))
-        _check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
-        _check(_is_int(step, 0), "state_dict step", "an integer >= 0", step)
-        _check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
-        covered = {layer.name: layer for layer in self.layers if layer.capture is not None}
+        check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
+        check(is_int(step, 0), "state_dict step", "an integer >= 0", step)
+        check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
+        covered = {layer.name: layer for layer in self._layers if layer.capture is not None}
         unknown = sorted(set(saved) - set(covered))
-        _check(not unknown, "state_dict layers", "those that are covered here", unknown)
+        check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
             if (weight := covered[name].weight) is not None:
                 for key, value in entries.items():
@@ -566,11 +353,11 @@ class Preconditioner:
         """Take out all hooks and all state; the optimizer then steps as if there had been no preconditioner."""
         self._detach()
         self._store.clear({layer.weight for layer in self._layers_of_others() if layer.weight is not None})
-        self.layers = []
+        self._layers.clear()
 
     # Reports
 
-    def stats(self, *, condition: bool = True) -> dict[str, Any]:
+    def stats(self, *, condition: bool = True) -> Stats:
         """What the last step did; reads from the device, so it waits for it. Call it between steps.
 
         Keys: ``steps`` done; ``layers`` corrected and ``uncorrected`` in number; ``coverage``, the share of the
@@ -582,7 +369,14 @@ class Preconditioner:
         Args:
             condition: whether to compute the condition numbers, which takes about as long as the correction of a step.
         """
-        return stats.stats(self, condition)
+        return stats(self._correction, self._layers, self._parameters(), self._notices, condition)
+
+    def _parameters(self) -> Iterable[Tensor]:
+        """The parameters of the optimizer; without one, those of the model."""
+        if self._optimizer is not None:
+            return [p for group in self._optimizer.param_groups for p in group["params"]]
+        model = self._model()
+        return [] if model is None else model.parameters()
 
     def log_to(self, writer: Any, step: int | None = None, prefix: str = "preconditioner") -> None:
         """Write every number of :meth:`stats` as a scalar, in the manner of TensorBoard.
@@ -592,24 +386,26 @@ class Preconditioner:
             step: on the horizontal axis; ``None``: the steps that this preconditioner has done.
             prefix: of the tags, such as ``preconditioner/failed_chunks`` and ``preconditioner/condition/0``.
         """
-        stats.log_to(self, writer, step, prefix)
+        write_scalars(self.stats(), writer, self.steps if step is None else step, prefix)
 
     def summary(self) -> str:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
-        return summary.summary(self)
+        title, owns = repr(self), self._ownership.owns
+        return summary(title, self._correction, self._layers, owns, self._placements.reason)
 
     def __repr__(self) -> str:
-        covered = sum(layer.capture is not None for layer in self.layers)
-        damping = "schedule" if callable(self.damping) else f"{self.damping:g}"
-        options = f"damping={damping}, scaling={self.scaling!r}, chunk={self.chunk}, max_rows={self.max_rows}"
-        options += f", decay={self.decay:g}" * (self.decay > 0) + f", every={self.every}" * (self.every > 1)
-        return f"Preconditioner({covered} of {len(self.layers)} layers, {options})"
+        covered = sum(layer.capture is not None for layer in self._layers)
+        o = self._correction.options
+        damping = "schedule" if callable(o.damping) else f"{o.damping:g}"
+        options = f"damping={damping}, scaling={o.scaling!r}, chunk={o.chunk}, max_rows={o.max_rows}"
+        options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
+        return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 
     def __reduce__(self) -> tuple:
         raise TypeError("Preconditioner: must be constructed anew for a copied model, got a copy; use state_dict()")
 
 
-def _detach(layers: list[Layer], handles: list) -> None:
+def _detach(layers: list[Layer], handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     for layer in layers:
@@ -617,26 +413,8 @@ def _detach(layers: list[Layer], handles: list) -> None:
             layer.capture.remove()
 
 
-def _check(condition: bool, name: str, requirement: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"Preconditioner: {name} must be {requirement}, got {value!r}")
-
-
-def _check_damping(value: float, where: str = "") -> float:
-    _check(isinstance(value, int | float) and 0 <= value < math.inf, "damping" + where, "a finite number >= 0", value)
-    return float(value)
-
-
-def _is_int(value: object, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
 def _unwrap(optimizer: Optimizer | None) -> Optimizer | None:
     """The optimizer inside the wrapper of a training framework (Accelerate, Lightning): the one whose hooks fire."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
-
-
-def _ids_of_parameters(optimizer: Optimizer) -> list[int]:
-    return [id(p) for group in optimizer.param_groups for p in group["params"]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-MAX_TRIES = 3
+MAX_TRIES = 3  # kMaxTries of csrc/include/consistency_ops/damping.h
 
 
 # Randomness: the same numbers as random.h
@@ -128,20 +128,57 @@ def chunked_covariance(
     return out
 
 
-def _correct(matrix: Tensor, covariance: Tensor, damping: float) -> tuple[Tensor, int, float]:
-    """``matrix (covariance + damping I)^-1``, or the matrix itself after three failures, each with ten times the
-    damping."""
-    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+def trace_scale(finite_sum: Tensor, finite_count: Tensor) -> Tensor:
+    """The scale of ``scaling="trace"``: the mean of the finite diagonal entries of a layer's covariance.
+
+    Args:
+        finite_sum: sum of the finite diagonal entries, one number per layer (or group of a convolution).
+        finite_count: how many entries are finite, of the same shape.
+
+    Returns:
+        The mean where it is greater than 0, and 1 elsewhere. ``damping.h`` has the same rule for the kernels.
+    """
+    mean = finite_sum / finite_count
+    return torch.where(mean > 0, mean, 1)
+
+
+def trace_scale_of(diagonal: Tensor, units: int | None = None) -> Tensor:
+    """:func:`trace_scale` over the last dimension of ``diagonal``.
+
+    ``units``: number of entries that are not padding; padding is 0. ``None``: all of them.
+    """
+    finite = diagonal.isfinite()
+    total = torch.where(finite, diagonal, 0).sum(-1)
+    return trace_scale(total, (diagonal.shape[-1] if units is None else units) - (~finite).sum(-1))
+
+
+def damped_cholesky(covariance: Tensor, damping: float) -> tuple[Tensor, int, float]:
+    """The Cholesky factor of ``covariance + damping I``, with 10 and 100 times the damping after a failure.
+
+    Returns:
+        ``(factor, info, used)``. ``info`` is 0, or after :data:`MAX_TRIES` failures the order of the leading minor that
+        is not positive definite (1 if the covariance is not finite). ``used``: the damping of the last try.
+    """
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for tries in range(MAX_TRIES):
         used = damping * 10.0**tries
         factor, info = torch.linalg.cholesky_ex(covariance + used * eye)
         if not covariance.isfinite().all():
             info = info.clamp(min=1)
         if info == 0:
-            corrected = torch.cholesky_solve(matrix.T, factor).T
-            finite = corrected.isfinite().all(dim=1, keepdim=True)
-            return torch.where(finite, corrected, matrix), 0, used
-    return matrix, int(info), used
+            break
+    return factor, int(info), used
+
+
+def _correct(matrix: Tensor, covariance: Tensor, damping: float) -> tuple[Tensor, int, float]:
+    """``matrix (covariance + damping I)^-1``, or the matrix itself after three failures, each with ten times the
+    damping."""
+    factor, info, used = damped_cholesky(covariance, damping)
+    if info != 0:
+        return matrix, info, used
+    corrected = torch.cholesky_solve(matrix.T, factor).T
+    finite = corrected.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite, corrected, matrix), 0, used
 
 
 def precondition(
@@ -183,9 +220,7 @@ def precondition(
             taps = torch.cat([taps, bias_grad[out, None, None].expand(-1, taps.shape[1], 1)], dim=2)
         units = taps.shape[2]
         if scaling == "trace":
-            diagonal = covariance.diagonal()
-            tau = diagonal[diagonal.isfinite()].mean()
-            covariance = covariance / tau if tau > 0 else covariance
+            covariance = covariance / trace_scale_of(covariance.diagonal())
         order = division(units, chunk, group, seed, step, layer) if permutation is None else permutation
         bounds = chunk_bounds(units, chunk)
         result = taps.clone()

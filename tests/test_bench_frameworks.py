@@ -47,7 +47,7 @@ def test_what_the_three_kinds_of_step_do():
     assert [step.preconditioner.stats(condition=False)["layers"] for step in steps[1:]] == [0, 1]
     model, _, loss = small()
     loss().backward()
-    grads = [step.preconditioner.layers[0].weight.grad for step in steps[1:]]
+    grads = [step.preconditioner._layers[0].weight.grad for step in steps[1:]]
     assert torch.equal(grads[0], model.weight.grad) and not torch.equal(grads[1], model.weight.grad)
 
 

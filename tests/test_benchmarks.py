@@ -130,7 +130,7 @@ def test_momentum_before_the_correction_and_annealed_damping():
         total = 0.5 * total + model.weight.grad
         for step in steps:
             step()
-        used.append(preconditioner.last_damping)
+        used.append(preconditioner._correction.last_damping)
         damped = x.T @ x / len(x) + used[-1] * torch.eye(6)
         torch.testing.assert_close(model.weight.grad, total @ torch.linalg.inv(damped))
     assert used == [1.0, 2.0, 4.0]
@@ -153,7 +153,7 @@ def test_shrinkage_gives_every_layer_its_own_damping():
     for step in steps:
         step()
     inputs = x, model[:2](x).detach()
-    assert [part.last_damping for part in parts] == pytest.approx([ideas.ledoit_wolf(t) for t in inputs])
+    assert [part._correction.last_damping for part in parts] == pytest.approx([ideas.ledoit_wolf(t) for t in inputs])
 
 
 def test_rows_of_a_convolution_are_its_patches():

@@ -26,7 +26,7 @@ SCENARIOS = [
         "flattened",
     ),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
-    *("shared", "shared_absolute", "shared_every", "shared_convolutions"),
+    *("shared", "shared_absolute", "shared_every", "shared_convolutions", "one_unit_not_finite"),
 ]
 SLOW = [
     *("ddp_absolute", "ddp_float32", "fsdp_accumulation", "fsdp_mixed_precision", "tensor_parallel_and_group"),
@@ -357,3 +357,16 @@ def test_compiled_models_on_several_ranks(slow_results):
         # A compiled model finds out in its first step that units are sharded in a weight and not in its input.
         assert difference(result["transposed"]["parameters"], transposed) < TOLERANCE
         assert result["transposed"]["summary"].count("  ok") == 2
+
+
+def test_a_unit_that_is_not_finite_spares_the_other_chunks_on_ranks_too(results):
+    """The trace scale is the mean of the entries that are finite after pooling, whoever factors the chunks."""
+    for found in of(results, "one_unit_not_finite"):
+        for before, single, alone, shared in found.values():
+            corrected = (single != before).all(0)
+            assert 48 <= corrected.sum() < 64  # the one chunk of the unit is left alone
+            assert torch.equal((alone != before).all(0), corrected) and torch.equal(
+                alone[:, ~corrected], before[:, ~corrected]
+            )
+            assert torch.equal((shared != before).all(0), corrected)
+            assert difference([alone], [single]) < TOLERANCE and difference([shared], [single]) < TOLERANCE

@@ -244,7 +244,7 @@ def test_rows_of_large_inputs_are_a_uniform_sample():
     """Each row is taken as often as any other, over many steps, also when calls of different sizes are pooled."""
     layer = nn.Linear(1, 1, bias=False)
     pre = Preconditioner(nn.Sequential(layer), max_rows=16, seed=3)
-    capture = pre.layers[0].capture
+    capture = pre._layers[0].capture
     sizes, taken, steps = (37, 5, 30, 64), torch.zeros(136), 600
     for _ in range(steps):
         begin = 0
@@ -269,7 +269,7 @@ def test_capture_agrees_with_the_reference_sample():
     x = torch.randn(95, 3)
     for step in range(5):
         layer(x)
-        capture = pre.layers[0].capture
+        capture = pre._layers[0].capture
         expected = x[reference.sample_rows(95, 10, seed=7, step=step, layer=0)]
         assert torch.equal(capture.rows[: int(capture.count)], expected)
         pre.step()
@@ -319,7 +319,7 @@ def test_several_calls_leave_what_one_call_leaves():
     model(x).sum().backward()
     for part in x.split(17):
         twin(part).sum().backward()
-    a, b = pre.layers[0].capture, twin_pre.layers[0].capture
+    a, b = pre._layers[0].capture, twin_pre._layers[0].capture
     assert torch.equal(a.rows[:50], b.rows[:50]) and int(a.count) == int(b.count) == 50
 
 
@@ -329,7 +329,7 @@ def test_keywords_of_a_transposed_convolution(swapped):
     pre = Preconditioner(layer)
     keywords = {"input": torch.randn(2, 3, 4, 4), "output_size": (9, 9)}
     layer(**dict(reversed(keywords.items())) if swapped else keywords).sum().backward()
-    assert int(pre.layers[0].capture.count) == 32
+    assert int(pre._layers[0].capture.count) == 32
 
 
 def test_a_registered_bias_of_another_shape_is_not_joined():
@@ -351,3 +351,49 @@ def test_a_registered_bias_of_another_shape_is_not_joined():
         assert not torch.equal(model.weight.grad, before[0]) and torch.equal(model.bias.grad, before[1])
     finally:
         del layer_types._TYPES[Wide]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_an_attribute_called_groups_makes_no_convolution(registered, monkeypatch):
+    """Only what the layer type says counts: a subclass of a linear layer may use the name for its own purpose."""
+
+    class Experts(nn.Linear):
+        groups = 2
+
+    if registered:
+        monkeypatch.setattr(layer_types, "_TYPES", dict(layer_types._TYPES))
+        layers.register(Experts)
+    x = torch.randn(50, 16)
+    torch.manual_seed(0)
+    own = Experts(16, 8)
+    plain = nn.Linear(16, 8)
+    plain.load_state_dict(own.state_dict())
+    for layer in (own, plain):
+        model = nn.Sequential(layer)
+        pre = Preconditioner(model, chunk=8)
+        model(x).square().sum().backward()
+        pre.step()
+    assert torch.equal(own.weight.grad, plain.weight.grad) and torch.equal(own.bias.grad, plain.bias.grad)
+
+
+def test_a_registered_convolution_names_its_groups(monkeypatch):
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.weight = 2, nn.Parameter(torch.randn(6, 4, 3, 3))
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight, groups=self.parts)
+
+    monkeypatch.setattr(layer_types, "_TYPES", dict(layer_types._TYPES))
+    layers.register(Grouped, unit_dim=-3, bias=None, groups="parts")
+    torch.manual_seed(0)
+    own, x = Grouped(), torch.randn(5, 8, 6, 6)
+    plain = nn.Conv2d(8, 6, 3, groups=2, bias=False)
+    plain.weight.data.copy_(own.weight.data)
+    for layer in (own, plain):
+        model = nn.Sequential(layer)
+        pre = Preconditioner(model)
+        model(x).square().sum().backward()
+        pre.step()
+    assert torch.equal(own.weight.grad, plain.weight.grad)

@@ -132,7 +132,7 @@ def test_stored_inverses_of_the_parts_are_kept_apart(options, with_optimizer):
 def test_skip_takes_the_module_name():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 2), "other": nn.Linear(3, 2)})
     pre = Preconditioner(model, skip="attention")
-    assert [layer.reason for layer in pre.layers[:3]] == ["skipped"] * 3
+    assert [layer.reason for layer in pre._layers[:3]] == ["skipped"] * 3
 
 
 def encoder():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from consistency_ops import ops, preconditioner
+from consistency_ops import ops
+from consistency_ops.engine import correction
 from consistency_ops.preconditioner import Preconditioner
 from support.training import DAMPING, corrected_layers, dense, train
 
@@ -30,16 +31,16 @@ class Projections(nn.Module):
 def launched(monkeypatch):
     """Of every launch, the outputs of the layers that follow each other with one input and one division."""
     launches = []
-    launch = preconditioner._foreach_precondition_
+    launch = correction.launch_correction
 
-    def record(grads, biases, inputs, *args):
-        bias_layers, numbers = args[2], args[5]
-        keys = [(inputs[i].data_ptr(), numbers[i], i in bias_layers) for i in range(len(grads))]
+    def record(grads, inputs, **options):
+        bias_layers, ids = options["bias_layers"], options["layers"]
+        keys = [(inputs[i].data_ptr(), ids[i], i in bias_layers) for i in range(len(grads))]
         runs = itertools.groupby(range(len(grads)), key=keys.__getitem__)
         launches.append([tuple(len(grads[i]) for i in run) for _, run in runs])
-        return launch(grads, biases, inputs, *args)
+        return launch(grads, inputs, **options)
 
-    monkeypatch.setattr(preconditioner, "_foreach_precondition_", record)
+    monkeypatch.setattr(correction, "launch_correction", record)
     return launches
 
 
@@ -71,7 +72,7 @@ def test_one_input_is_captured_and_factored_once(biases, micro_batches, launched
         xs = [torch.randn(6, 5, 12) for _ in range(micro_batches)]
         for x in xs:
             model(x).square().sum().backward()
-        assert [int(layer.capture.count) for layer in pre.layers] == [30 * micro_batches, 0, 0]
+        assert [int(layer.capture.count) for layer in pre._layers] == [30 * micro_batches, 0, 0]
         rows = torch.cat([x.flatten(0, -2) for x in xs])
         check_dense((model.q, model.k, model.v), [rows] * 3, pre)
         assert pre.stats()["rows"] == dict.fromkeys("qkv", 30 * micro_batches) and pre.stats()["layers"] == 3
@@ -166,7 +167,7 @@ def test_convolutions_of_a_residual_block():
                 layer.register_forward_pre_hook(lambda module, args: args[0].clone())
         pre = Preconditioner(m, **OPTIONS)
         m(x).square().sum().backward()
-        assert [int(layer.capture.count) for layer in pre.layers] == [[50, 0, 0], [50, 50, 50]][m is twin]
+        assert [int(layer.capture.count) for layer in pre._layers] == [[50, 0, 0], [50, 50, 50]][m is twin]
         pre.step()
     for a, b in zip(block.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5 * b.grad.abs().max().item())
@@ -220,7 +221,7 @@ def test_sharing_that_ends_is_never_silently_wrong(calls):
         "follower alone": [(a, x), (b, x), (b, y), (a, y)],
     }[calls]
     for step in range(3):
-        pre.layers[0].module().zero_grad(), pre.layers[1].module().zero_grad()
+        pre._layers[0].module().zero_grad(), pre._layers[1].module().zero_grad()
         seen = {a: [], b: []}
         for layer, z in script:
             layer(z).square().sum().backward()
@@ -245,7 +246,7 @@ def test_rows_of_a_skipped_step_are_dropped():
         model(x).sum().backward()
     optimizer.step()
     assert pre.stats()["rows"] == dict.fromkeys("qkv", 20)
-    assert torch.equal(pre.layers[0].capture.rows[:20], x)
+    assert torch.equal(pre._layers[0].capture.rows[:20], x)
 
 
 # Adapters
@@ -273,7 +274,7 @@ def test_adapters_are_corrected_and_the_frozen_base_costs_nothing(launched):
     frozen = copy.deepcopy(model.q.base_layer.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pre = Preconditioner(model, optimizer)
-    assert all((layer.capture.rows is None) == ("base_layer" in layer.name) for layer in pre.layers)
+    assert all((layer.capture.rows is None) == ("base_layer" in layer.name) for layer in pre._layers)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(30, 12)).square().sum().backward()

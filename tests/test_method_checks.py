@@ -125,7 +125,7 @@ def test_subsample_factors_of_the_cifar_network():
     )
     optimizer = SGD2(model, lr=0.1)
     assert model(torch.randn(500, 3, 32, 32)).shape == (500, 10, 1, 1)
-    captures = [layer.capture for layer in optimizer.preconditioner.layers]
+    captures = [layer.capture for layer in optimizer.preconditioner._layers]
     seen, stride = zip(*(capture.state[i, 1:3].tolist() for i, capture in enumerate(captures)), strict=True)
     assert seen == (512_000, 128_000, 32_000, 8_000, 500)
     assert stride == (50, 13, 4, 1, 1)

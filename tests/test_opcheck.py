@@ -96,7 +96,7 @@ def capture():
         optimizer.zero_grad()
         model(torch.randn(2, 3, 5, 5)).square().mean().backward()
         optimizer.step()
-    linear = pre.layers[1].capture
+    linear = pre._layers[1].capture
     torch.ops.consistency_ops.capture_traced_rows_(linear.rows, linear.state, torch.randn(8, 36), 1, -1, 0)
     pre.remove()
 

@@ -151,7 +151,7 @@ def test_rows_of_a_skipped_step_are_dropped(order):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     x, y = data(seed=7)
     scaled_step(a, optimizer, scaler, x * 100, y, poison=True)
-    assert pre.steps == 0 and int(pre.layers[0].capture.count) == 40
+    assert pre.steps == 0 and int(pre._layers[0].capture.count) == 40
     for step in range(2):
         x, y = data(seed=step)
         if order == "zero_grad first":

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from consistency_ops.engine.capture import States
+from consistency_ops.engine.capture import CaptureStates
 from consistency_ops.preconditioner import Preconditioner
 from support.training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 
@@ -72,7 +72,7 @@ def test_a_weight_of_another_shape_in_place(options):
         if step > 0:
             assert pre.stats()["layers"] == 3
             assert all(not torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
-    assert pre.layers[1].capture.rows.shape[1] == 15
+    assert pre._layers[1].capture.rows.shape[1] == 15
 
 
 @pytest.mark.parametrize("options", [{}, dict(decay=0.5), dict(every=2)], ids=str)
@@ -125,7 +125,7 @@ def test_layers_of_several_precisions_of_which_some_rest(options):
 
 
 def test_a_device_that_is_first_used_in_the_middle_of_a_step():
-    states = States(2)
+    states = CaptureStates(2)
     rows = states.on(torch.device("cpu"))
     states.step, states.paused = 3, False
     rows[0, 0] = 7
@@ -243,7 +243,7 @@ def test_threads_that_share_a_model():
         worker.start()
     for worker in workers:
         worker.join()
-    capture = pre.layers[0].capture
+    capture = pre._layers[0].capture
     used, seen, stride = capture.state[0, :3].tolist()
     assert seen == threads * calls * 4000
     assert seen // stride <= used <= -(-seen // stride)

@@ -203,7 +203,7 @@ def test_rows_of_a_skipped_step_are_dropped():
         if not skip:
             optimizer.step()
     assert set(pre.stats()["rows"].values()) == {40, 320}
-    assert torch.equal(pre.layers[0].capture.rows[:320], x.movedim(1, -1).flatten(0, -2))
+    assert torch.equal(pre._layers[0].capture.rows[:320], x.movedim(1, -1).flatten(0, -2))
 
 
 def test_hooks_that_were_compiled_away_are_noticed(caplog):
@@ -232,5 +232,5 @@ def test_hooks_that_were_compiled_away_are_noticed(caplog):
 def test_wrapped_model_has_plain_names():
     model = torch.compile(Net(), backend="aot_eager")
     pre = Preconditioner(model, skip="head")
-    assert [layer.name for layer in pre.layers] == ["conv", "body.0", "body.2", "head"]
-    assert pre.layers[3].reason == "skipped"
+    assert [layer.name for layer in pre._layers] == ["conv", "body.0", "body.2", "head"]
+    assert pre._layers[3].reason == "skipped"

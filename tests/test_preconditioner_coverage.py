@@ -92,7 +92,7 @@ def test_bad_values_stay_in_their_layer():
     model, (x, y) = mlp(), data()
     pre = Preconditioner(model)
     backward(model, x, y)
-    pre.layers[1].capture.rows[3, 3] = math.nan
+    pre._layers[1].capture.rows[3, 3] = math.nan
     before = gradients(model)
     pre.step()
     after = gradients(model)

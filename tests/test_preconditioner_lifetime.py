@@ -45,7 +45,7 @@ def test_deepcopy_neither_copies_nor_feeds_the_preconditioner():
     pre = Preconditioner(model, optimizer)
     average = copy.deepcopy(model)
     backward(average, *data())
-    assert [int(layer.capture.count) for layer in pre.layers] == [0, 0, 0]
+    assert [int(layer.capture.count) for layer in pre._layers] == [0, 0, 0]
     assert not any(isinstance(t, torch.Tensor) and t.numel() > 10_000 for t in gc.get_referents(*average.modules()))
     backward(model, *data())
     optimizer.step()
@@ -67,7 +67,7 @@ def test_torch_save_of_the_whole_model():
     x, y = data()
     assert torch.equal(loaded(x), model(x))
     backward(loaded, x, y)
-    assert [int(layer.capture.count) for layer in pre.layers] == [40, 40, 40]  # of model(x) alone
+    assert [int(layer.capture.count) for layer in pre._layers] == [40, 40, 40]  # of model(x) alone
 
 
 def attributes(model):
@@ -81,7 +81,7 @@ def test_remove_leaves_no_trace_of_any_kind_of_layer(options):
     before = hooks_of(model, optimizer), attributes(model)
     pre = Preconditioner(model, optimizer, **options)
     train(model, optimizer, 3)
-    assert pre.stats()["layers"] == 8 and len(pre.layers) == 9  # out_proj
+    assert pre.stats()["layers"] == 8 and len(pre._layers) == 9  # out_proj
     x = data()[0]
     pre.remove()
     assert (hooks_of(model, optimizer), attributes(model)) == before

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import consistency_ops as co
 from consistency_ops import preconditioner
+from consistency_ops.engine import layer_step
 
 NETWORKS = {
     "linear": lambda: (
@@ -53,9 +54,9 @@ class Names(TorchDispatchMode):
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     # Subclasses of Tensor keep their gradient; the fake ones stand for plain tensors here.
-    monkeypatch.setattr(preconditioner, "is_plain", lambda grad: type(grad) is FakeTensor)
+    monkeypatch.setattr(layer_step, "is_plain", lambda grad: type(grad) is FakeTensor)
     # Reads on purpose, in the first step that has gradients: whether all their layers have seen inputs.
-    monkeypatch.setattr(preconditioner.stats, "notice_unseen", lambda *_: False)
+    monkeypatch.setattr(preconditioner, "notice_unseen", lambda *_: False)
     with FakeTensorMode(), torch.device(request.param):
         yield request.param
 

@@ -245,7 +245,7 @@ def test_failed_chunks_are_logged_once(caplog):
         model.zero_grad()
         backward(model, x, y)
         if step == 0:
-            pre.layers[1].capture.rows[3, 3] = math.nan
+            pre._layers[1].capture.rows[3, 3] = math.nan
         pre.step()
         pre.stats()
     (message,) = messages(caplog)
@@ -268,3 +268,20 @@ def test_weights_tied_later_are_logged_once(caplog):
     train(model, optimizer, 3)
     (message,) = messages(caplog)
     assert "weights were tied after the Preconditioner was constructed" in message and ": head." in message
+
+
+@pytest.mark.parametrize("options", [{}, dict(every=2)], ids=str)
+def test_the_condition_of_a_chunk_that_was_given_up_is_infinite(options):
+    """The other layers' are finite, and so is the trace scale of this one: the mean of its finite entries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 8, bias=False), nn.Linear(8, 4, bias=False))
+    pre = Preconditioner(model, chunk=128, group=1, **options)
+    x = 10 * torch.randn(1024, 512)
+    x[0, 5] = math.nan
+    model[0](x)
+    model[1](torch.randn(20, 8))
+    for layer in model:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    pre.step()
+    found = pre.stats()["condition"]
+    assert found["0"] == math.inf and 1 < found["1"] < math.inf

@@ -66,14 +66,14 @@ def test_in_place_activation_does_not_change_the_rows():
     before = x.clone()
     layer(x)
     x.zero_()
-    assert torch.equal(pre.layers[0].capture.rows[:6], before)
+    assert torch.equal(pre._layers[0].capture.rows[:6], before)
 
 
 @pytest.mark.parametrize("kind", ["no_grad", "inference", "eval", "frozen", "vmap", "func.grad", "sparse", "nested"])
 def test_what_is_not_captured(kind):
     model, (x, y) = mlp(), data()
     pre = Preconditioner(model)
-    first = pre.layers[0].capture
+    first = pre._layers[0].capture
     if kind == "no_grad":
         with torch.no_grad():
             model(x)
@@ -104,7 +104,7 @@ def test_rows_under_autocast_are_those_of_the_input():
         loss = F.cross_entropy(model(x), y)
     loss.backward()
     pre.step()
-    assert pre.stats()["layers"] == 3 and torch.equal(pre.layers[0].capture.rows[:40], x)
+    assert pre.stats()["layers"] == 3 and torch.equal(pre._layers[0].capture.rows[:40], x)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -138,7 +138,7 @@ def test_the_buffer_follows_the_weight(change):
     backward(model, x, y)
     pre.step()
     assert pre.stats()["layers"] == (2 if change == "replaced" else 3)
-    assert pre.layers[1].capture.rows.dtype == (torch.float64 if change == "double" else torch.float32)
+    assert pre._layers[1].capture.rows.dtype == (torch.float64 if change == "double" else torch.float32)
 
 
 with torch.inference_mode():
@@ -159,7 +159,7 @@ def test_the_layer_itself_says_what_is_wrong_with_its_input(x):
     pre = Preconditioner(layer)
     with pytest.raises(RuntimeError) as hooked:
         layer(x)
-    assert str(hooked.value) == str(plain.value) and layer._forward_pre_hooks and pre.layers
+    assert str(hooked.value) == str(plain.value) and layer._forward_pre_hooks and pre._layers
 
 
 def test_a_gradient_taken_by_another_hook():
@@ -186,7 +186,7 @@ def test_micro_batches_of_any_size_equal_one_batch(options, sizes):
             optimizer.zero_grad()
             for part, target in zip(x.split(split), y.split(split), strict=True):
                 backward(model, part, target, scale=len(part) / 60)
-        rows = [pre.layers[0].capture.rows[: int(pre.layers[0].capture.count)] for pre in pres]
+        rows = [pre._layers[0].capture.rows[: int(pre._layers[0].capture.count)] for pre in pres]
         assert torch.equal(*rows) and len(rows[0]) == (60 if step % options.get("every", 1) == 0 else 0)
         for optimizer in optimizers:
             optimizer.step()
@@ -229,7 +229,7 @@ def test_a_recurrent_cell_called_hundreds_of_times():
         for x in torch.randn(300, 4, 6):
             h = project(cell(x, h))
         head(h).square().sum().backward()
-        assert len(pre._states.inputs) <= 2 * len(pre.layers) + 1
+        assert len(pre._states.inputs) <= 2 * len(pre._layers) + 1
         optimizer.step()
     stats = pre.stats()
     assert stats["rows_seen"]["2"] == 1200 and 32 <= stats["rows"]["2"] <= 64 and stats["rows"]["1"] == 4

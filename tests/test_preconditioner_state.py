@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consistency_ops.engine.correction import Correction
 from consistency_ops.preconditioner import Preconditioner
 from support.training import (
     OPTIMIZERS,
@@ -32,7 +33,7 @@ def test_every_reuses_the_inverse_and_captures_nothing_between():
     for step in range(7):
         model.zero_grad()
         backward(model, x * (1 + step), y)
-        captured = int(pre.layers[0].capture.count)
+        captured = int(pre._layers[0].capture.count)
         assert captured == (40 if step % 3 == 0 else 0)
         grad = model[0].weight.grad.clone()
         pre.step()
@@ -51,7 +52,7 @@ def test_an_average_is_gathered_in_20_steps_before_it_is_reused(decay):
     for step in range(30):
         model.zero_grad()
         backward(model, *data(seed=step))
-        captured = int(pre.layers[0].capture.count)
+        captured = int(pre._layers[0].capture.count)
         pre.step()
         before, inverse = inverse, pre.state_dict()["layers"]["0"]["inverse"]
         assert captured == (0 if torch.equal(before, inverse) else 40)
@@ -76,9 +77,13 @@ def test_inverses_are_made_and_kept_only_where_they_are_used_again(decay):
     """``every=1``: one launch inverts and corrects, with the bits of inverting and correcting apart."""
 
     class InStages(Preconditioner):
-        def _correct_with(self, items, covariances):
-            self._keep(items, *self._invert(items, covariances))
-            self._apply(items)
+        def _make_correction(self, options):
+            return CorrectionInStages(options, self._store)
+
+    class CorrectionInStages(Correction):
+        def from_covariances(self, steps, covariances):
+            self.remember_inverses(steps, *self.invert(steps, covariances))
+            self.apply_stored(steps)
 
     models, calls = [mlp(), mlp()], []
     pres = [kind(m, chunk=8, decay=decay, every=1) for kind, m in zip((Preconditioner, InStages), models, strict=True)]
@@ -137,7 +142,7 @@ def test_bad_steps_do_not_enter_the_average(where):
         layer.eval() if bad and where == "no rows" else layer.train()
         layer(torch.randn(20, 6)).square().sum().backward()
         if bad and where == "input":
-            pre.layers[0].capture.rows[2, 1] = math.inf
+            pre._layers[0].capture.rows[2, 1] = math.inf
         if bad and where == "gradient":
             layer.weight.grad[1, 2] = math.nan
         pre.step()

@@ -9,7 +9,7 @@ from benchmarks.distributed import simulate
 from benchmarks.micro.timing import RESULTS
 from consistency_ops.distributed import cost_model
 from consistency_ops.distributed.cost_model import GPU
-from consistency_ops.distributed.triangles import Packing, SharedPacking
+from consistency_ops.distributed.triangles import DealtTriangles, Triangles
 
 
 @pytest.mark.parametrize("ranks", [8, 32, 256])
@@ -63,13 +63,13 @@ def symmetric(units, chunk):
     return layers
 
 
-def test_packing_returns_what_it_was_given():
+def test_flat_buffers_return_what_they_were_given():
     units = [5, 17, 8, 9]
     layers = symmetric(units, 8)
-    packing = Packing(units, [len(m) for m in layers], 8, torch.device("cpu"))
-    buffers = packing.pack(layers)
+    triangles = Triangles(units, [len(m) for m in layers], 8, torch.device("cpu"))
+    buffers = triangles.flatten(layers)
     assert sum(map(len, buffers)) == 3 * 21 + (1 + 2) * 15 + 36  # 17 is 6, 6, 5; 5 and 9 have chunks of 5; 8 is whole
-    for got, want in zip(packing.unpack(buffers, layers[0]), layers, strict=True):
+    for got, want in zip(triangles.unflatten(buffers, layers[0]), layers, strict=True):
         assert torch.equal(got, want)
 
 
@@ -78,11 +78,17 @@ def test_shares_cover_every_chunk_once(ranks):
     units = [5, 17, 9]
     layers = symmetric(units, 8)
     sums, lengths = torch.cat(layers), [len(m) for m in layers]
-    packings = [SharedPacking(units, lengths, 8, ranks, rank, torch.device("cpu")) for rank in range(ranks)]
-    whole = packings[0].pack(sums)
-    shares = [p.unpack_mine(part, torch.ones(3), None) for p, part in zip(packings, whole.chunk(ranks), strict=True)]
+    dealt = [DealtTriangles(units, lengths, 8, ranks, rank, torch.device("cpu")) for rank in range(ranks)]
+    whole = dealt[0].deal(sums)
+    shares = [d.my_means(part, torch.ones(3), None) for d, part in zip(dealt, whole.chunk(ranks), strict=True)]
     assert torch.equal(torch.cat(shares)[: len(sums)], sums)
-    assert [u for p in packings for u in p.my_units][: len(sums)] == [5, 6, 6, 5, 5, 4]
-    tau = packings[0].mean_diagonal(sums.diagonal(dim1=1, dim2=2).sum(1).abs(), torch.full((3,), 2.0))
-    want = [float(m.diagonal(dim1=1, dim2=2).sum(1).abs().sum()) / u / 2 for m, u in zip(layers, units, strict=True)]
+    assert [u for d in dealt for u in d.my_units][: len(sums)] == [5, 6, 6, 5, 5, 4]
+    rows = torch.full((3,), 2.0)
+    tau = dealt[0].trace_scale(dealt[0].diagonals(sums.abs()), rows)
+    want = [float(m.diagonal(dim1=1, dim2=2).abs().sum()) / u / 2 for m, u in zip(layers, units, strict=True)]
+    assert tau.tolist() == pytest.approx([want[0], *[want[1]] * 3, *[want[2]] * 2])
+    broken = sums.abs()
+    broken[1, 2, 2], lost = torch.inf, float(sums[1, 2, 2].abs())
+    tau = dealt[0].trace_scale(dealt[0].diagonals(broken), rows)
+    want[1] = (want[1] * 2 * 17 - lost) / 16 / 2  # the mean of the 16 entries that are finite
     assert tau.tolist() == pytest.approx([want[0], *[want[1]] * 3, *[want[2]] * 2])

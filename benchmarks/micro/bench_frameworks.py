@@ -63,7 +63,7 @@ def step_of(build, preconditioned: bool, corrects: bool = True):
     model.train()
     preconditioner = co.Preconditioner(model, optimizer) if preconditioned else None
     if not corrects:
-        preconditioner._correct_batch = lambda batch: None
+        preconditioner._correction.run = lambda steps: None
 
     def step() -> None:
         optimizer.zero_grad()
@@ -94,7 +94,7 @@ def measure(name: str, seconds: float, clock: str = "cpu", rounds: tuple[int, in
         "name": name,
         "model": build.__doc__,
         "parameters": sum(p.numel() for p in build()[0].parameters()),
-        "layers": sum(layer.capture is not None for layer in pre.layers),
+        "layers": sum(layer.capture is not None for layer in pre._layers),
         "rounds": len(both),
         "ms": {key: 1e3 * value for key, value in medians(times).items()},
         "added_by_capture": statistics.median(capture),

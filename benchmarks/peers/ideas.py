@@ -35,7 +35,7 @@ def actions(
         begin, end, steps = anneal
         options["damping"] = lambda step: begin * (end / begin) ** min(1.0, step / steps)
     parts = _by_layer(model, options) if shrinkage else [co.Preconditioner(model, **options)]
-    covered = [layer.weight for part in parts for layer in part.layers if layer.capture is not None]
+    covered = [model.get_submodule(name).weight for part in parts for name in part.stats(condition=False)["rows"]]
     raw: list[Tensor] = []
     sums: dict[nn.Parameter, Tensor] = {}
 

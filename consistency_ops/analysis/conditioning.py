@@ -187,7 +187,7 @@ class ConditioningRecorder(Recorder):
     def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
         kind = layer_type(module)
         self._unit_dims[index] = -1 if kind is None else kind.unit_dim
-        self._groups[index] = 1 if kind is None else kind.groups(module)
+        self._groups[index] = 1 if kind is None else kind.num_groups(module)
         if x is not None and x.dim() and x.numel():
             self._add(point, index, "input", unit_rows(x, self._unit_dims[index], self.max_rows)[0])
 
@@ -206,7 +206,7 @@ class ConditioningRecorder(Recorder):
                 normalised = moment.scaled((square + RMS_EPS * (square.max() + 1e-6)).rsqrt())
                 done[index, "normalised"] = normalised.spectrum().tolist()
                 for key, before in (("preconditioned", moment), ("both", normalised)):
-                    after = before.preconditioned(self.damping, self.scaling, chunks)
+                    after = before.preconditioned(self.damping, self.scaling, chunks, self._groups[index])
                     done[index, key] = after.spectrum().tolist()
                 point.counts[index]["rows"] = moment.count
 

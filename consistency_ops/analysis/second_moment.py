@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..reference import chunk_bounds, division
+from ..reference import chunk_bounds, damped_cholesky, division, trace_scale_of
 
 
 def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, int]:
@@ -57,14 +57,21 @@ class SecondMoment:
             other.gram = self.gram * factors * factors[:, None]
         return other
 
-    def preconditioned(self, damping: float, scaling: str, chunks: list[Tensor]) -> SecondMoment:
-        """That of the coordinates in which the correction of ``consistency_ops.precondition`` is plain descent.
+    def preconditioned(self, damping: float, scaling: str, chunks: list[Tensor], groups: int = 1) -> SecondMoment:
+        """The second moment in the coordinates in which ``consistency_ops.precondition`` is plain gradient descent.
 
-        With A_c the diagonal block of chunk c, and tau = 1 ("absolute") or trace / units ("trace"), the units are
-        mapped by the inverse Cholesky factor of A_c + damping tau I. One chunk: an eigenvalue l becomes
-        l / (l + damping tau).
+        With A_c the diagonal block of chunk c, and tau = 1 ("absolute") or the trace scale of its convolution group
+        ("trace"), the units are mapped by the inverse Cholesky factor of A_c + damping tau I. With one chunk an
+        eigenvalue l becomes l / (l + damping tau). A chunk that cannot be factored stays as it is.
+
+        Args:
+            damping, scaling: as for ``consistency_ops.precondition``.
+            chunks: the units of every chunk, from :func:`chunks_of`.
+            groups: of the convolution; each has its own trace scale.
         """
-        tau = float(self.mean_square().mean()) if scaling == "trace" else 1.0
+        scales = torch.ones(groups, dtype=torch.float64, device=self._device)
+        if scaling == "trace":
+            scales = trace_scale_of(self.mean_square().view(groups, -1))
         other = self.scaled(torch.ones(self.units, dtype=torch.float64, device=self._device))
         for index in (chunk.to(self._device) for chunk in chunks):
             if self.gram is None:
@@ -73,10 +80,10 @@ class SecondMoment:
             else:
                 block = self.gram[index][:, index]
             block = block / max(1, self.count)
-            block.diagonal().add_(damping * tau)
-            factor, info = torch.linalg.cholesky_ex(block)
-            if info:
-                continue  # as the correction: a chunk that cannot be factored is left alone
+            tau = float(scales[int(index[0]) * groups // self.units])
+            factor, info, _ = damped_cholesky(block, damping * tau)
+            if info != 0:
+                continue
             if other.gram is None:
                 other.rows[:, index] = torch.linalg.solve_triangular(factor, other.rows[:, index].T, upper=False).T
             else:

@@ -66,7 +66,7 @@ def _unpickle() -> object:
     return _no_capture
 
 
-class States:
+class CaptureStates:
     """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
 
     def __init__(self, layers: int) -> None:
@@ -124,7 +124,7 @@ class Capture:
     """
 
     def __init__(
-        self, module: nn.Module, kind: LayerType, states: States, index: int, max_rows: int, seed: int
+        self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
     ) -> None:
         self.weight_name = kind.weight
         self.unit_dim = kind.unit_dim
@@ -136,7 +136,7 @@ class Capture:
         self.rows: Tensor | None = None
         self.state: Tensor | None = None
         self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
-        self.same_rows: frozenset[Group] | None = None  # eager only: see sharding.local_input; None: no call yet
+        self.same_rows: frozenset[Group] | None = None  # eager only: see dtensors.local_input; None: no call yet
         self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them
         self._width: int | None = None  # of the inputs, eager
         self.calls = 0  # eager, in this step

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .dtensors import is_dtensor
 from .layer import Layer
-from .layer_types import LayerType, layer_types
+from .layer_types import UNSUPPORTED, LayerType, layer_types
 
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 
@@ -24,22 +24,27 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
     """
     modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
     owners = _owners(modules)
-    uncalled = {id(m.out_proj) for _, m in modules if isinstance(m, nn.MultiheadAttention)}
     for pattern in skip:
         if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name, _ in modules):
-            warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=4)
+            warnings.warn(f"Preconditioner: skip pattern {pattern!r} matches no module", stacklevel=3)
+    types = {id(module): layer_types(module) for _, module in modules}
+    uncalled = {
+        id(getattr(m, child, None)): type(m).__name__
+        for _, m in modules
+        for kind in types[id(m)]
+        for child in kind.uncalled
+    }
     layers: list[Layer] = []
     for name, module in modules:
-        kinds = layer_types(module)
+        kinds = types[id(module)]
         own = [p for p in module._parameters.values() if p is not None]
         if not kinds and not any(is_lazy(p) or p.dim() > 1 for p in own):
             continue
-        for kind in kinds or (None,):
+        for kind in kinds or (UNSUPPORTED,):
             reason = _reason(name, module, kind, skip)
             if reason is None and id(module) in uncalled:
-                reason = "MultiheadAttention takes its weight and never calls it"
-            part = "" if kind is None else kind.part
-            layer = Layer(".".join(filter(None, (name, part))), weakref.ref(module), kind, len(layers), reason)
+                reason = f"{uncalled[id(module)]} takes its weight and never calls it"
+            layer = Layer(".".join(filter(None, (name, kind.part))), weakref.ref(module), kind, len(layers), reason)
             if reason is None and kind.bias is not None:
                 own_bias = module._parameters.get(kind.bias)
                 fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
@@ -68,11 +73,11 @@ def _owners(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
     return owners
 
 
-def _reason(name: str, module: nn.Module, kind: LayerType | None, skip: tuple[str | type, ...]) -> str | None:
+def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | type, ...]) -> str | None:
     """Why this layer is never corrected, or None."""
     if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in skip):
         return "skipped"
-    if kind is None:
+    if kind is UNSUPPORTED:
         return "unsupported type"
     weight = module._parameters.get(kind.weight)
     if weight is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
@@ -12,76 +11,74 @@ from torch.nn.parameter import Parameter
 from .capture import USED, Capture
 from .layer_types import LayerType
 
-if TYPE_CHECKING:
-    from ..preconditioner import Preconditioner
+Slice = tuple[Tensor, int, int]  # a tensor that one launch wrote for all layers; first and last entry of this layer
 
 
 @dataclass(eq=False)
 class Layer:
-    """A module with a weight of two or more dimensions, covered or not."""
+    """One weight of a module, with two or more dimensions, corrected or not."""
 
     name: str
     module: weakref.ref[nn.Module]
-    kind: LayerType | None
-    index: int  # among all layers; third argument of the random division
+    kind: LayerType
+    index: int  # position among all layers; third argument of the random division
     reason: str | None  # why it is never corrected, or None
     joins_bias: bool = False
-    tied: str = ""  # modules that own the same weight
-    capture: Capture | None = None
-    info_at: tuple[Tensor, int, int] | None = None  # of the last step, and the entries that are this layer's
-    damping_at: tuple[Tensor, int, int] | None = None  # of the last inversion
-    unfit_gradient: bool = False
-    lost_rows: bool = False  # in the last step: see Capture.lost
-    inverted_units: int | None = None  # of the stored matrices, or at the last inversion; the bias included
-    divided_as: int = field(init=False)  # layer number of the division of the last inversion
-    pending: dict[str, Any] = field(default_factory=dict)  # entries to store after the optimizer's step
+    tied: str = ""  # names of the other modules that own the same weight
+    capture: Capture | None = None  # None: its gradient is left as it is
+    info_slice: Slice | None = None  # info of the last step's launch
+    damping_slice: Slice | None = None  # damping that the last inversion used
+    unfit_gradient: bool = False  # the last gradient could not be corrected in place
+    lost_rows: bool = False  # in the last step; see Capture.lost
+    inverse_units: int | None = None  # units of the stored covariance and inverse, bias included
+    division_id: int = field(init=False)  # layer id whose division the last inverse was made with
+    pending: dict[str, Tensor] = field(default_factory=dict)  # what to store after the optimizer's step
 
     def __post_init__(self) -> None:
-        self.divided_as = self.index
+        self.division_id = self.index
 
     @property
     def module_name(self) -> str:
-        part = "" if self.kind is None else self.kind.part
+        part = self.kind.part
         return self.name.removesuffix(part).removesuffix(".") if part else self.name
 
     @property
-    def info(self) -> Tensor | None:
-        """Of the last step, one entry a chunk; None: nothing was launched."""
-        return _entries(self.info_at)
-
-    @property
-    def damping(self) -> Tensor | None:
-        """Used by the last inversion, one entry a chunk."""
-        return _entries(self.damping_at)
+    def weight(self) -> Parameter | None:
+        """The parameter, or None if the module or the parameter is gone."""
+        module = self.module()
+        return None if module is None else module._parameters.get(self.kind.weight)
 
     @property
     def units(self) -> int:
-        """Of one convolution group, the bias included; the weight must be initialised."""
-        module, rows = self.module(), None if self.capture is None else self.capture.rows
+        """Units of one convolution group, the bias included. The weight must be initialised."""
+        module = self.module()
+        assert module is not None
+        rows = None if self.capture is None else self.capture.rows
         units = self.kind.units(module) if rows is None else rows.shape[1]
-        return units // self.kind.groups(module) + self.joins_bias
+        return units // self.kind.num_groups(module) + self.joins_bias
 
     @property
-    def weight(self) -> Parameter | None:
-        module = self.module()
-        return None if module is None or self.kind is None else module._parameters.get(self.kind.weight)
+    def info(self) -> Tensor | None:
+        """``info`` of the last step, one entry per chunk; None if nothing was launched for this layer."""
+        return _entries(self.info_slice)
+
+    @property
+    def damping(self) -> Tensor | None:
+        """Damping that the last inversion used, one entry per chunk."""
+        return _entries(self.damping_slice)
+
+    def last_state(self) -> list[int] | None:
+        """The capture state at the end of the last step that captured. Waits for the device."""
+        capture = self.capture
+        if capture is None or capture.rows is None:
+            return None
+        return capture.states.last_step(capture.rows.device, capture.last_source)
+
+    def captured_rows(self) -> int:
+        """Rows that the last step captured. Waits for the device."""
+        state = self.last_state()
+        return 0 if state is None else state[USED]
 
 
-def _entries(at: tuple[Tensor, int, int] | None) -> Tensor | None:
+def _entries(at: Slice | None) -> Tensor | None:
     return None if at is None else at[0][at[1] : at[2]]
-
-
-def last_state(layer: Layer) -> list[int] | None:
-    """Of the last step that captured; waits for the device."""
-    capture = layer.capture
-    return None if capture.rows is None else capture.states.last_step(capture.rows.device, capture.last_source)
-
-
-def captured_rows(layer: Layer) -> int:
-    state = last_state(layer)
-    return 0 if state is None else state[USED]
-
-
-def was_corrected(pre: Preconditioner, layer: Layer) -> bool:
-    """In the last step. With a stored inverse no rows are needed."""
-    return layer.info is not None and (pre.every > 1 or pre.decay > 0 or captured_rows(layer) > 0)

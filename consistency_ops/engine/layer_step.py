@@ -1,60 +1,138 @@
-"""A layer in one step: its gradient as a matrix, and the rows that it is corrected with."""
+"""One layer in one step: its gradient as a matrix, and the input rows that correct it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter
+from torch.nn.parameter import Parameter, is_lazy
 
 from .layer import Layer
+from .notices import Notices, some
 
 
 @dataclass(eq=False)
-class Item:
-    """A layer that is corrected in this step."""
+class LayerStep:
+    """What a correction needs of a layer in this step."""
 
     layer: Layer
     weight: Parameter
     grad: Tensor  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
     bias_grad: Tensor | None  # (out,)
-    rows: Tensor  # (max_rows, in); the first `count` count
-    count: Tensor
-    division: int = field(init=False)  # layer number of the random division
+    rows: Tensor  # (max_rows, in); only the first `count` rows hold data
+    count: Tensor  # int64, (1,), on the device
+    division_id: int = field(init=False)  # third argument of the random division, next to seed and step
 
     def __post_init__(self) -> None:
-        self.division = self.layer.index
+        self.division_id = self.layer.index
 
     @property
     def units(self) -> int:
+        """Units of one convolution group, the bias included."""
         return self.grad.shape[1] + (self.bias_grad is not None)
 
     @property
-    def divided_as_before(self) -> bool:
-        """Whether the stored matrices have the units of this step: a bias may have come or gone."""
-        return self.layer.inverted_units in (None, self.units)
+    def convolution_groups(self) -> int:
+        return self.rows.shape[1] // self.grad.shape[1]
+
+    @property
+    def units_unchanged(self) -> bool:
+        """False if the stored covariance and inverse have another number of units: the bias was frozen in between."""
+        return self.layer.inverse_units in (None, self.units)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [self.grad] if self.bias_grad is None else [self.grad, self.bias_grad]
 
     def write_back(self) -> None:
-        """Where ``grad`` is a copy, not a view: return it to its place."""
-        if self.layer.kind.copies(module := self.layer.module()):
-            self.layer.kind.write_back(module, self.grad, self.weight.grad)
+        """Copy ``grad`` to ``weight.grad`` where it is a copy and not a view."""
+        kind, module = self.layer.kind, self.layer.module()
+        if module is not None and kind.copies(module):
+            kind.write_back(module, self.grad, self.weight.grad)
 
 
-def side_by_side(batch: list[Item]) -> list[Item]:
-    """Layers with the same rows one after the other, with one division: the operator makes one inverse for all."""
-    runs: dict[tuple, list[Item]] = {}
-    for item in batch:
-        whole = item.grad.shape[1] == item.rows.shape[1]  # else the outputs are divided into convolution groups
-        key = id(item.rows) if whole else id(item), item.bias_grad is None, item.grad.dtype
+def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -> LayerStep | None:
+    """What this step has of a layer that one process holds alone.
+
+    Args:
+        layer: one that captures.
+        owns: whether the optimizer updates a parameter.
+        notices: told when rows of the layer were lost.
+
+    Returns:
+        None if there is nothing to correct: no module, no gradient, a gradient that cannot be corrected in place, a
+        weight that is tied, frozen or not the optimizer's, or lost rows.
+    """
+    module, capture, kind = layer.module(), layer.capture, layer.kind
+    if module is None or capture is None:
+        return None
+    weight = module._parameters.get(kind.weight)
+    if weight is None or layer.tied or not owns(weight) or is_lazy(weight):
+        return None
+    capture.follow(module, weight)
+    grad = weight.grad
+    layer.unfit_gradient = grad is not None and not is_plain(grad)
+    note_lost_rows(layer, notices)
+    if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
+        return None
+    source = capture.source or capture
+    bias = module._parameters.get(kind.bias) if layer.joins_bias and kind.bias else None
+    bias_grad = bias.grad if bias is not None and owns(bias) else None
+    if bias_grad is not None:
+        bias_grad = kind.bias_view(bias_grad) if is_plain(bias_grad) else None
+    return LayerStep(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
+
+
+def note_lost_rows(layer: Layer, notices: Notices) -> None:
+    """Keep ``layer.lost_rows`` up to date, and say what happened the first time."""
+    if layer.capture.lost != layer.lost_rows:
+        layer.lost_rows = layer.capture.lost
+        if layer.lost_rows:
+            notices.once(
+                f"lost {layer.name}",
+                f"layer {layer.name!r} was called less often than the layer whose input it shared, so its gradient was "
+                "left as it is in this step. From now on it captures rows of its own; nothing needs to be done.",
+            )
+
+
+def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
+    """Say which layers have a gradient although their hook never fired; returns False if it is too early to tell."""
+    if not any(not step.grad.is_meta and bool(step.grad.count_nonzero()) for step in steps):
+        return False
+    unseen = [step.layer.name for step in steps if step.layer.module().training and int(step.count) == 0]
+    if unseen:
+        notices.once(
+            "unseen",
+            f"{len(unseen)} of {len(steps)} layers with a gradient have seen no input, so it was left as it is: "
+            f"{some(unseen)}. If the model is compiled, construct the Preconditioner before its first call, or call "
+            "torch.compiler.reset(). A weight that is used without calling its module is not covered.",
+        )
+    return True
+
+
+def by_precision(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
+    """The layers that one launch can correct: those on one device whose rows have one dtype."""
+    found: dict[tuple[torch.device, torch.dtype], list[LayerStep]] = {}
+    for step in steps:
+        found.setdefault((step.rows.device, step.rows.dtype), []).append(step)
+    return list(found.values())
+
+
+def in_order_of_input(steps: list[LayerStep]) -> list[LayerStep]:
+    """Put layers with the same rows next to each other, with one division: the operator factors them once."""
+    runs: dict[tuple[int, bool, torch.dtype], list[LayerStep]] = {}
+    for step in steps:
+        key = id(step.rows) if step.convolution_groups == 1 else id(step), step.bias_grad is None, step.grad.dtype
         run = runs.setdefault(key, [])
-        run.append(item)
-        item.division = run[0].layer.index
-    return [item for run in runs.values() for item in run]
+        run.append(step)
+        step.division_id = run[0].layer.index
+    return [step for run in runs.values() for step in run]
 
 
 def is_plain(grad: Tensor) -> bool:
-    """Whether it can be corrected in place: not where it is sparse or wrapped, or repeats its elements (``expand``)."""
+    """Whether a gradient can be corrected in place: it is dense, not wrapped, and repeats no element (``expand``)."""
     if type(grad) is not Tensor or grad.layout is not torch.strided:
         return False
     return grad.is_contiguous() or torch._debug_has_internal_overlap(grad) != 1

@@ -28,6 +28,9 @@ class LayerType:
     position: int = 0  # of the input among the arguments of forward
     keyword: str | None = None  # its name, if that is not the first keyword argument
     part: str = ""  # which weight it is, where a module has several
+    groups: str | None = None  # the module's attribute that counts the groups of a convolution; None: there are none
+    packed: bool = False  # whether the parameter holds the matrices of several layers, one after the other
+    uncalled: tuple[str, ...] = ()  # children whose weight the module takes without calling them
 
     def view(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight, or its gradient, as (out, in) or (out, in / groups, *kernel)."""
@@ -49,16 +52,20 @@ class LayerType:
         """Whether :meth:`view` is a copy, which :meth:`write_back` must return to its place."""
         return False
 
-    def groups(self, module: nn.Module) -> int:
-        return getattr(module, "groups", 1)
+    def write_back(self, module: nn.Module, matrix: Tensor, grad: Tensor) -> None:
+        """Copy a corrected ``matrix`` of :meth:`view` to ``grad``; nothing to do where it is a view."""
+
+    def num_groups(self, module: nn.Module) -> int:
+        """Groups of a convolution; 1 for every other layer."""
+        return 1 if self.groups is None else getattr(module, self.groups)
 
     def units(self, module: nn.Module) -> int:
         """Length of an input row of this rank, without the bias."""
-        return self.local_view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
+        return self.local_view(module, module._parameters[self.weight]).shape[1] * self.num_groups(module)
 
     def all_units(self, module: nn.Module) -> int:
         """Also those that other ranks hold."""
-        return self.view(module, module._parameters[self.weight]).shape[1] * self.groups(module)
+        return self.view(module, module._parameters[self.weight]).shape[1] * self.num_groups(module)
 
 
 class TransposedConvolution(LayerType):
@@ -87,8 +94,6 @@ class TransposedConvolution(LayerType):
 class InProjection(LayerType):
     """Query, key or value weight of ``nn.MultiheadAttention``: a third of one matrix, or a matrix of its own."""
 
-    packed: bool = True
-
     def view(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (3, -1))[self.position] if self.packed else weight
 
@@ -112,6 +117,9 @@ class InProjection(LayerType):
         return local_rows(tensor, self.position * size, (self.position + 1) * size)
 
 
+# What a module of no known type is taken for; it is never corrected.
+UNSUPPORTED = LayerType(-1, "weight", None)
+
 _TYPES: dict[type[nn.Module], LayerType] = {}
 
 
@@ -122,6 +130,7 @@ def register(
     weight: str = "weight",
     bias: str | None = "bias",
     matrix: Callable[[Tensor], Tensor] | None = None,
+    groups: str | None = None,
 ) -> None:
     """Make every later :class:`~consistency_ops.Preconditioner` cover ``module_type`` and its subclasses.
 
@@ -132,6 +141,8 @@ def register(
         matrix: returns a view of the weight, and of its gradient, as ``(out, in)`` or ``(out, in / groups, *kernel)``.
             ``None``: they already have that shape. It must be a view: the gradient is corrected through it, in place,
             and :class:`~consistency_ops.Preconditioner` refuses a copy.
+        groups: name of the attribute that counts the groups of a convolution, ``"groups"`` for ``nn.Conv2d``. With
+            ``None`` the layer has no groups, whatever attributes it has.
 
     Raises:
         TypeError: ``module_type`` is not a subclass of ``torch.nn.Module``, or another argument has the wrong type.
@@ -148,11 +159,13 @@ def register(
     for name, value in (("weight", weight), ("bias", bias)):
         if not isinstance(value, str) and not (name == "bias" and value is None):
             raise TypeError(f"register: {name} must be the name of a parameter, got {value!r}")
+    if not (groups is None or isinstance(groups, str)):
+        raise TypeError(f"register: groups must be the name of an attribute, got {groups!r}")
     if not (matrix is None or callable(matrix)):
         raise TypeError(f"register: matrix must be a function of the weight, got {matrix!r}")
     if unit_dim >= 0:
         raise ValueError(f"register: unit_dim must be negative (it counts from the last dimension), got {unit_dim}")
-    _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix)
+    _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix, groups=groups)
 
 
 # Types of packages that need not be installed, by module and name.
@@ -192,14 +205,15 @@ def _in_projections(module: nn.MultiheadAttention) -> tuple[LayerType, ...]:
             keyword=name,
             part=f"in_proj.{name}",
             packed=packed,
+            uncalled=("out_proj",),
         )
         for i, name in enumerate(("query", "key", "value"))
     )
 
 
 register(nn.Linear)
-register(nn.Conv1d, unit_dim=-2)
-register(nn.Conv2d, unit_dim=-3)
-register(nn.Conv3d, unit_dim=-4)
+register(nn.Conv1d, unit_dim=-2, groups="groups")
+register(nn.Conv2d, unit_dim=-3, groups="groups")
+register(nn.Conv3d, unit_dim=-4, groups="groups")
 for _dims, _type in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 2):
-    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias", keyword="input")
+    _TYPES[_type] = TransposedConvolution(-_dims, "weight", "bias", keyword="input", groups="groups")

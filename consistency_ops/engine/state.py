@@ -21,14 +21,20 @@ _STEP = PREFIX + "step"
 
 
 class StateStore:
-    """Entries of a layer, with ``decay`` or ``every``, and the step.
+    """Keeps the tensors of each layer that outlive a step, and the step counter.
 
-    ``inverse``, ``info``, ``covariance``; ``weight``, the sum of the weights in the running average; ``division``,
-    int64 (2,): a digest of what decides the division, and the units that were divided. Without an optimizer they are
-    kept here, by name.
+    A layer has such tensors only with ``decay > 0`` or ``every > 1``. Their keys:
 
-    A layer whose chunks differ from rank to rank (row-parallel) has them as DTensors, because checkpoints take a plain
-    tensor to be the same on all ranks; and under other keys for another number of ranks, which has other chunks.
+    * ``inverse``, ``info``: of the last refresh, one entry per chunk.
+    * ``covariance``: the running sum of covariances.
+    * ``weight``: the sum of the weights in that running sum, for the bias correction; float, (1,).
+    * ``division``: int64, (2,): a digest of everything that fixes the random division, and the number of units.
+
+    With an optimizer the tensors are in ``optimizer.state[weight]``; without one they are kept here, by layer name.
+
+    A layer whose chunks differ from rank to rank (row-parallel) keeps them as DTensors, because checkpoints take a
+    plain tensor to be the same on all ranks. Its keys name the number of ranks, because another number of ranks has
+    other chunks.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:

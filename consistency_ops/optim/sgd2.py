@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import reference
+from ..engine.correction import Correction, CorrectionOptions
 from ..engine.layer import Layer
-from ..engine.layer_step import Item
+from ..engine.layer_step import LayerStep
+from ..engine.state import StateStore
 from ..ops.checks import MAX_CHUNK, check_integers, check_module, check_numbers
-from ..preconditioner import Preconditioner, _detach
+from ..preconditioner import Preconditioner
 
 
 class SGD2(Optimizer):
@@ -81,7 +82,7 @@ class SGD2(Optimizer):
         _check(conv_reduction in ("sum", "mean"), "conv_reduction", "'sum' or 'mean'", conv_reduction)
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__((p for p in model.parameters()), defaults)
-        self.preconditioner = _WholeLayers(
+        self.preconditioner = _WholeLayerPreconditioner(
             model,
             self,
             max_size=max_size,
@@ -127,10 +128,8 @@ class SGD2(Optimizer):
         torch._foreach_add_(parameters, buffers, alpha=float(lr) / (1 - momentum**step))
 
 
-class _WholeLayers(Preconditioner):
-    """Inverts layers of up to ``max_size`` units undivided, larger ones in chunks of ``divide``, or not at all."""
-
-    pools = False
+class _WholeLayerPreconditioner(Preconditioner):
+    """A preconditioner whose correction is :class:`_WholeLayerCorrection`."""
 
     def __init__(
         self,
@@ -142,66 +141,80 @@ class _WholeLayers(Preconditioner):
         conv_mean: bool,
         **options: Any,
     ) -> None:
-        self._max_size, self._divide = max_size, divide
-        self._positions: dict[int, _OutputPositions] = {}
-        self._handles: list[RemovableHandle] = []
+        self._choices = max_size, divide, conv_mean
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
-        if conv_mean:
-            for layer in self.layers:
-                if layer.capture is not None and layer.weight.dim() > 2:
-                    self._positions[layer.index] = hook = _OutputPositions(layer.weight.dim() - 2)
-                    self._handles.append(layer.module().register_forward_hook(hook))
-        self._unhook = weakref.finalize(self, _detach, [], self._handles)
-        self._unhook.atexit = False
 
-    def remove(self) -> None:
-        super().remove()
-        self._unhook()
+    def _make_correction(self, options: CorrectionOptions) -> Correction:
+        return _WholeLayerCorrection(options, self._store, *self._choices)
 
-    def _find_layers(self, model: nn.Module) -> list[Layer]:
-        layers = super()._find_layers(model)
-        for layer in layers:
-            if layer.reason is None and self._divide is None and layer.units > self._max_size:
-                layer.reason = f"{layer.units} units, more than max_size={self._max_size}"
-        return layers
+
+class _WholeLayerCorrection(Correction):
+    """Inverts layers of up to ``max_size`` units undivided, larger ones in chunks of ``divide`` units, or not at all.
+
+    Args:
+        options, store: as for :class:`Correction`.
+        max_size: units, the bias included.
+        divide: chunk of the larger layers; ``None`` leaves them alone.
+        conv_mean: whether the gradient of a convolution is divided by the number of its output positions.
+    """
+
+    pools = False
+
+    def __init__(
+        self, options: CorrectionOptions, store: StateStore, max_size: int, divide: int | None, conv_mean: bool
+    ) -> None:
+        super().__init__(options, store)
+        self._max_size, self._divide, self._conv_mean = max_size, divide, conv_mean
+        self._positions: dict[int, _OutputPositions] = {}  # by layer index
+
+    def declines(self, layer: Layer) -> str | None:
+        if self._divide is None and layer.units > self._max_size:
+            return f"{layer.units} units, more than max_size={self._max_size}"
+        return None
+
+    def attach(self, layer: Layer) -> list[RemovableHandle]:
+        module, weight = layer.module(), layer.weight
+        if not self._conv_mean or module is None or weight is None or weight.dim() <= 2:
+            return []
+        self._positions[layer.index] = hook = _OutputPositions(weight.dim() - 2)
+        return [module.register_forward_hook(hook)]
 
     def chunk_of(self, units: int) -> int:
-        if units > self._max_size:
+        if self._divide is not None and units > self._max_size:
             return self._divide
         return max(units, MAX_CHUNK)
 
-    def _correct_batch(self, batch: list[Item]) -> None:
-        for item in batch:
-            if (hook := self._positions.get(item.layer.index)) is not None and hook.count > 0:
-                item.grad.div_(hook.count)
-                if item.bias_grad is not None:
-                    item.bias_grad.div_(hook.count)
-        by_chunk: dict[int, list[Item]] = {}
-        for item in batch:
-            by_chunk.setdefault(self.chunk_of(item.units), []).append(item)
-        for chunk, items in by_chunk.items():
+    def run(self, steps: list[LayerStep]) -> None:
+        by_chunk: dict[int, list[LayerStep]] = {}
+        for step in steps:
+            hook = self._positions.get(step.layer.index)
+            if hook is not None and hook.count > 0:
+                for gradient in step.gradients:
+                    gradient.div_(hook.count)
+            by_chunk.setdefault(self.chunk_of(step.units), []).append(step)
+        for chunk, batch in by_chunk.items():
             if chunk <= MAX_CHUNK:
-                self._correct_at_once(items, chunk)
+                self.fused(batch, chunk)
             else:
-                for item in items:
-                    self._solve(item)
+                for step in batch:
+                    self._solve(step)
 
-    def _solve(self, item: Item) -> None:
-        rows = item.rows[: int(item.count)]
-        bias = item.bias_grad
+    def _solve(self, step: LayerStep) -> None:
+        """One layer that is too large for the compiled kernels, by ``torch.linalg``."""
+        rows = step.rows[: int(step.count)]
         with torch.autocast(rows.device.type, enabled=False):  # the step may be inside an autocast region
             grad, bias_grad, info, used = reference.precondition(
-                item.grad.to(rows.dtype),
+                step.grad.to(rows.dtype),
                 rows,
-                damping=self._damping(),
-                chunk=item.units,
-                max_rows=self.max_rows,
-                bias_grad=None if bias is None else bias.to(rows.dtype),
+                damping=self.damping(),
+                chunk=step.units,
+                max_rows=self.options.max_rows,
+                bias_grad=None if step.bias_grad is None else step.bias_grad.to(rows.dtype),
             )
-        item.grad.copy_(grad)
-        if bias is not None:
-            bias.copy_(bias_grad)
-        self._note([item], info, used)
+        step.grad.copy_(grad)
+        if step.bias_grad is not None and bias_grad is not None:
+            step.bias_grad.copy_(bias_grad)
+        self.record_outcome([step], info, used)
 
 
 class _OutputPositions:

@@ -2,65 +2,82 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..engine.layer import captured_rows, was_corrected
-
-if TYPE_CHECKING:
-    from ..engine.layer import Layer
-    from ..preconditioner import Preconditioner
+from ..engine.correction import Correction
+from ..engine.layer import Layer
 
 _LEFT = "; gradient left as it is"
 
 
-def summary(pre: Preconditioner) -> str:
-    return "\n".join([repr(pre), *_table([_row(pre, layer) for layer in pre.layers])])
+def summary(
+    title: str,
+    correction: Correction,
+    layers: list[Layer],
+    owns: Callable[[Tensor], bool],
+    placement_reason: Callable[[Layer], str | None],
+) -> str:
+    """The table.
+
+    Args:
+        title: its first line.
+        correction: the one that made the last step.
+        layers: one row each.
+        owns: whether the optimizer updates a parameter.
+        placement_reason: why ranks leave a layer alone, or None.
+    """
+    rows = [_row(correction, layer, owns, placement_reason(layer)) for layer in layers]
+    return "\n".join([title, *_table(rows)])
 
 
-def _row(pre: Preconditioner, layer: Layer) -> tuple[str, str, str, str, str]:
-    module = layer.module()
-    weight = layer.weight
+def _row(
+    correction: Correction, layer: Layer, owns: Callable[[Tensor], bool], placement_reason: str | None
+) -> tuple[str, ...]:
+    module, weight = layer.module(), layer.weight
     division = "-"
-    left = layer.reason or layer.tied or pre._ranks.reason(layer)
-    if not left and weight is not None and not is_lazy(weight):
-        groups, units = layer.kind.groups(module), layer.units
-        chunks = -(-units // pre.chunk_of(units))
+    left = layer.reason or layer.tied or placement_reason
+    if not left and module is not None and weight is not None and not is_lazy(weight):
+        groups, units = layer.kind.num_groups(module), layer.units
+        chunks = -(-units // correction.chunk_of(units))
         division = f"{f'{groups} x ' if groups > 1 else ''}{units} -> {chunks} of {-(-units // chunks)}"
-    rows = "-" if layer.capture is None else str(captured_rows(layer))
+    rows = "-" if layer.capture is None else str(layer.captured_rows())
     kind = "-" if module is None else type(module).__name__
-    return layer.name or "(model)", kind, division, rows, _status(pre, layer)
+    return layer.name or "(model)", kind, division, rows, _status(correction, layer, owns, placement_reason)
 
 
-def _status(pre: Preconditioner, layer: Layer) -> str:
+def _status(correction: Correction, layer: Layer, owns: Callable[[Tensor], bool], placement_reason: str | None) -> str:
     if layer.reason is not None:
         return layer.reason + _LEFT
     if layer.tied:
         return f"tied with {layer.tied}" + _LEFT
-    weight = layer.weight
-    if weight is None:
-        return "gone" if layer.module() is None else f"{layer.kind.weight} is no parameter any more" + _LEFT
-    if not pre.owns(weight):
+    module, weight = layer.module(), layer.weight
+    if module is None or weight is None:
+        return "gone" if module is None else f"{layer.kind.weight} is no parameter any more" + _LEFT
+    if not owns(weight):
         return "not in the optimizer" + _LEFT
     if not weight.requires_grad:
         return "frozen"
-    if (reason := pre._ranks.reason(layer)) is not None:
-        return reason + _LEFT
-    if was_corrected(pre, layer):
-        bad = int((layer.info != 0).sum())
-        return "ok" if bad == 0 else f"{bad} of {len(layer.info)} chunks failed" + _LEFT
-    if pre.steps == 0:
+    if placement_reason is not None:
+        return placement_reason + _LEFT
+    info = layer.info
+    if info is not None and correction.was_corrected(layer):
+        bad = int(info.count_nonzero())
+        return "ok" if bad == 0 else f"{bad} of {len(info)} chunks failed" + _LEFT
+    if correction.step == 0:
         return "waiting for the first step"
     if layer.unfit_gradient:
         return "gradient is sparse, expanded or a tensor subclass" + _LEFT
     if layer.lost_rows:
         return "called less often than the layer whose input it shared" + _LEFT
-    if not layer.module().training:
+    if not module.training:
         return "in evaluation mode" + _LEFT
-    if pre.every > 1 and captured_rows(layer) > 0:
+    rows = layer.captured_rows()
+    if correction.options.every > 1 and rows > 0:
         return "waiting for the next refresh" + _LEFT
-    return "no input seen yet" + _LEFT if captured_rows(layer) == 0 else "no gradient in the last step"
+    return "no input seen yet" + _LEFT if rows == 0 else "no gradient in the last step"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -184,7 +184,7 @@ def _autocast(model, wrapped, shares):
 def autocast():
     model = mlp(torch.float32)
     pre = _autocast(model, DDP(model), [dist.get_rank()])
-    return result(model, rows=str(pre.layers[1].capture.rows.dtype))
+    return result(model, rows=str(pre._layers[1].capture.rows.dtype))
 
 
 def single_autocast() -> list[torch.Tensor]:

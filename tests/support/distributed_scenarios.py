@@ -246,7 +246,7 @@ def _step(seed=0, widths=(12, 20, 16, 5), steps=0, **options) -> str:
     model = mlp(widths=widths)
     optimizer = sgd(model)
     pre = Preconditioner(model, optimizer, process_group=dist.group.WORLD, seed=seed, **options)
-    pre.steps = steps
+    pre._correction.step = steps
     F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
     return _error(optimizer.step)
 
@@ -272,7 +272,7 @@ def _go_alone(who, options, change=None, sharing=None) -> str:
     model = mlp()
     optimizer = sgd(model)
     pre = Preconditioner(model, optimizer, chunk=8, process_group=dist.group.WORLD, **options)
-    pre._ranks.sharing = sharing
+    pre._pooling.shares_factorisation = sharing
 
     def step(i):
         optimizer.zero_grad()
@@ -543,7 +543,7 @@ def shared(name="default"):
         model = DDP(mlp()) if mesh is None else _sharded(mlp(), mesh)
         optimizer = sgd(model)
         pre = Preconditioner(model, optimizer, chunk=8, **OPTIONS[name])
-        pre._ranks.sharing = True
+        pre._pooling.shares_factorisation = True
         with Traffic() as traffic:
             train(model, optimizer, [dist.get_rank()])
         stats = pre.stats()
@@ -565,9 +565,35 @@ def shared_convolutions():
     model = DDP(_conv_net())
     optimizer = sgd(model)
     pre = Preconditioner(model, optimizer, chunk=8)
-    pre._ranks.sharing = True
+    pre._pooling.shares_factorisation = True
     _conv_step(model, optimizer, ranks=(dist.get_rank(),))
     return result(model)
+
+
+def one_unit_not_finite():
+    """One unit of rank 0 is NaN, of all ranks 1e200: by scaling, what one process and ranks make of the gradient."""
+    found = {}
+    for scaling in ("trace", "absolute"):
+        for value, broken in ((float("nan"), {0}), (1e200, {0, 1, 2, 3})):
+            inputs = [10 * torch.randn(30, 64, dtype=torch.float64) for _ in range(dist.get_world_size())]
+            for rank in broken:
+                inputs[rank][3, 5] = value
+            grad = torch.randn(8, 64, dtype=torch.float64)
+
+            def corrected(xs, sharing=None, scaling=scaling, grad=grad):
+                layer = nn.Linear(64, 8, bias=False).double()
+                group = None if sharing is None else dist.group.WORLD
+                pre = Preconditioner(layer, chunk=16, group=1, scaling=scaling, process_group=group)
+                pre._pooling.shares_factorisation = sharing
+                for x in xs:
+                    layer(x)
+                layer.weight.grad = grad.clone()
+                pre.step()
+                return layer.weight.grad
+
+            mine = [inputs[dist.get_rank()]]
+            found[scaling, value] = grad, corrected(inputs), corrected(mine, False), corrected(mine, True)
+    return found
 
 
 # Checkpoints

@@ -77,7 +77,7 @@ def gpt2(folder, seed, on):
     if on:
         assert pre.steps == STEPS
         # c_attn, c_proj, c_fc and c_proj of both blocks; the head is tied to the embedding and left alone.
-        assert sum(layer.capture is not None for layer in pre.layers) == 8
+        assert sum(layer.capture is not None for layer in pre._layers) == 8
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
 
 
@@ -110,7 +110,7 @@ def vit(folder, seed, on):
     lightning.Trainer(max_steps=STEPS, accelerator="cpu", default_root_dir=folder, **quiet).fit(model, loader)
     if on:
         assert model.pre.steps == STEPS
-        assert sum(layer.capture is not None for layer in model.pre.layers) == 14
+        assert sum(layer.capture is not None for layer in model.pre._layers) == 14
     return sum(model.losses[-10:]) / 10
 
 

@@ -1,0 +1,360 @@
+"""The arithmetic of the preconditioner: covariance, average, factor, apply, for the layers of one step.
+
+:class:`Correction` is the interface of the engine. It is given options once and :class:`LayerStep` lists in every
+step, and knows neither the optimizer's hooks nor other ranks. ``Preconditioner`` uses it for the layers that one
+process holds alone, ``distributed.pooling`` for those that ranks share, ``optim.SGD2`` with another choice of chunks,
+and the reports read from it what the last step did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .. import ops
+from ..ops.correction import launch_correction
+from .digests import digest
+from .layer import Layer
+from .layer_step import LayerStep, in_order_of_input
+from .state import StateStore
+
+GATHERING_STEPS = 20  # first steps, in which a running average is too young to be reused
+
+
+@dataclass(frozen=True)
+class CorrectionOptions:
+    """The options of :class:`consistency_ops.Preconditioner` that decide the arithmetic; checked when made.
+
+    Raises:
+        ValueError: an option is out of range or has the wrong type.
+    """
+
+    damping: float | Callable[[int], float]
+    scaling: str
+    chunk: int
+    group: int | None
+    max_rows: int
+    decay: float
+    every: int
+    bias: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not callable(self.damping):
+            check_damping(self.damping)
+        check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
+        check(is_int(self.chunk, 1, ops.MAX_CHUNK), "chunk", f"in [1, {ops.MAX_CHUNK}]", self.chunk)
+        allowed = self.group is None or is_int(self.group, 1, self.chunk)
+        check(allowed, "group", f"None or in [1, {self.chunk}]", self.group)
+        check(is_int(self.max_rows, 1), "max_rows", "an integer >= 1", self.max_rows)
+        check(isinstance(self.decay, int | float) and 0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
+        check(is_int(self.every, 1), "every", "an integer >= 1", self.every)
+        check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
+        check(is_int(self.seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", self.seed)
+
+    @property
+    def stores_matrices(self) -> bool:
+        """Whether a layer's covariance or inverse outlives the step."""
+        return self.every > 1 or self.decay > 0
+
+
+class Correction:
+    """Corrects gradients by the inverse damped second moment of the inputs, as the options say.
+
+    Args:
+        options: how.
+        store: where covariances and inverses are kept from step to step.
+    """
+
+    pools = True  # whether ranks can pool the covariances
+
+    def __init__(self, options: CorrectionOptions, store: StateStore) -> None:
+        self.options = options
+        self.step = 0  # number of finished steps
+        self.last_damping = math.nan  # of the last inversion, before retries
+        self.last_division_step = 0  # the step whose division the last inversion had
+        self._store = store
+
+    # Which layers, which steps
+
+    def declines(self, layer: Layer) -> str | None:
+        """Why a layer of a known type is left alone, or None."""
+        return None
+
+    def attach(self, layer: Layer) -> list[RemovableHandle]:
+        """Hooks of its own that the correction needs on a layer."""
+        return []
+
+    def chunk_of(self, units: int) -> int:
+        """Largest chunk for a layer of so many units, the bias included."""
+        return self.options.chunk
+
+    def refreshes(self, step: int) -> bool:
+        """Whether a step captures and inverts. Its number alone decides: ranks, resumed and compiled models agree."""
+        options = self.options
+        return step % options.every == 0 or (options.decay > 0 and step < GATHERING_STEPS)
+
+    @property
+    def division_step(self) -> int:
+        """The second argument of the random division: the division changes with every refresh, or never (``decay``)."""
+        return 0 if self.options.decay > 0 else self.step - self.step % self.options.every
+
+    def num_chunks(self, step: LayerStep) -> int:
+        return step.convolution_groups * -(-step.units // self.chunk_of(step.units))
+
+    def division_digest(self, layer: Layer) -> int:
+        """Everything that decides which units stand where in the stored matrices of a layer, but their number."""
+        options, weight = self.options, layer.weight
+        assert weight is not None
+        group = ops.default_group(weight.dtype, options.chunk) if options.group is None else options.group
+        return digest((options.seed, options.chunk, group, layer.index, 0 if options.decay > 0 else options.every))
+
+    def was_corrected(self, layer: Layer) -> bool:
+        """Whether the last step corrected this layer. A stored inverse needs no rows. Waits for the device."""
+        return layer.info is not None and (self.options.stores_matrices or layer.captured_rows() > 0)
+
+    # The whole correction
+
+    def run(self, steps: list[LayerStep]) -> None:
+        """Correct the gradients of layers that are on one device, in one precision."""
+        if not self.options.stores_matrices:
+            self.fused(steps, self.options.chunk)
+            return
+        if not self.refreshes(self.step):
+            self.apply_stored(steps)
+            return
+        covariances = self.covariances(steps)
+        # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
+        for i, step in enumerate(steps):
+            if self.options.decay > 0:
+                covariances[i] = self.average(step, step.count, covariances[i])
+            else:
+                covariances[i] = torch.where(step.count.view(1, 1, 1) > 0, covariances[i], math.nan)
+        self.from_covariances(steps, covariances)
+
+    def fused(self, steps: list[LayerStep], chunk: int) -> None:
+        """Covariance, factor and correction of this step's rows in one launch; nothing is kept."""
+        if any(step.layer.capture.source is not None for step in steps):
+            steps = in_order_of_input(steps)
+        options = self.options
+        joined = [(i, step.bias_grad) for i, step in enumerate(steps) if step.bias_grad is not None]
+        info, used = launch_correction(
+            [step.grad for step in steps],
+            [step.rows for step in steps],
+            bias_grads=[bias_grad for _, bias_grad in joined],
+            bias_layers=[i for i, _ in joined],
+            permutations=[],
+            permutation_layers=[],
+            row_counts=[step.count for step in steps],
+            row_count_layers=list(range(len(steps))),
+            layers=[step.division_id for step in steps],
+            damping=self.damping(),
+            scaling=options.scaling,
+            chunk=chunk,
+            group=options.group,
+            max_rows=options.max_rows,
+            seed=options.seed,
+            step=self.step,
+        )
+        self.record_outcome(steps, info, used)
+
+    def from_covariances(self, steps: list[LayerStep], covariances: list[Tensor]) -> None:
+        """Correct by these covariances. Only the steps that follow, if any reuse them, need the inverses."""
+        if self.options.every > 1:
+            self.remember_inverses(steps, *self.invert(steps, covariances))
+            self.apply_stored(steps)
+            return
+        info, used = ops.foreach_correct_(
+            [step.grad for step in steps],
+            covariances,
+            bias_grads=[step.bias_grad for step in steps],
+            damping=self.damping(),
+            scaling=self.options.scaling,
+            chunk=self.options.chunk,
+            group=self.options.group,
+            seed=self.options.seed,
+            step=self.division_step,
+            layers=[step.layer.index for step in steps],
+        )
+        self.record_outcome(steps, info, used)
+
+    # Its stages
+
+    def covariances(self, steps: list[LayerStep]) -> list[Tensor]:
+        """The second moments of the rows captured here, (chunks, chunk, chunk) per layer."""
+        return self.covariances_of(
+            rows=[step.rows for step in steps],
+            row_counts=[step.count for step in steps],
+            matrices=[step.grad for step in steps],
+            biases=[step.bias_grad is not None for step in steps],
+            division_step=self.division_step,
+            division_ids=[step.layer.index for step in steps],
+            chunk=self.options.chunk,
+        )
+
+    def covariances_of(
+        self,
+        rows: list[Tensor],
+        row_counts: list[Tensor],
+        matrices: list[Tensor],
+        biases: list[bool],
+        division_step: int,
+        division_ids: list[int],
+        chunk: int,
+    ) -> list[Tensor]:
+        """The second moments of any rows, in any division: those of a step that is over, for reports."""
+        return ops.foreach_covariance(
+            rows,
+            grads=matrices,
+            bias=biases,
+            chunk=chunk,
+            group=self.options.group,
+            max_rows=self.options.max_rows,
+            seed=self.options.seed,
+            step=division_step,
+            layers=division_ids,
+            row_counts=row_counts,
+        )
+
+    def average(self, step: LayerStep, count: Tensor, covariance: Tensor) -> Tensor:
+        """The bias-corrected running covariance after this step; NaN before anything has entered it.
+
+        Args:
+            step: the layer. Inf or NaN in its gradient keeps the covariance out of the average.
+            count: rows behind ``covariance``; 0 keeps it out, too.
+            covariance: of this step.
+        """
+        decay, state = self.options.decay, self._store.get(step.layer)
+        old, weight = state.get("covariance"), state.get("weight")
+        if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
+            old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
+        finite = torch.stack([t.isfinite().all() for t in (covariance, *step.gradients)]).all()
+        enters = finite & (count > 0)
+        weight = torch.where(enters, decay * weight + (1 - decay), weight)
+        total = torch.where(enters, decay * old + (1 - decay) * covariance, old)
+        step.layer.pending.update(covariance=total, weight=weight)
+        step.layer.inverse_units = step.units
+        return total / weight
+
+    def stored_average(self, layer: Layer) -> Tensor:
+        """The bias-corrected running covariance as it is stored; ``decay > 0`` only."""
+        state = self._store.get(layer)
+        return state["covariance"] / state["weight"]
+
+    def invert(self, steps: list[LayerStep], covariances: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Inverses, info and the damping used, as :func:`consistency_ops.ops.foreach_inverse`."""
+        return ops.foreach_inverse(
+            covariances,
+            units=[step.units for step in steps],
+            damping=self.damping(),
+            scaling=self.options.scaling,
+            chunk=self.options.chunk,
+        )
+
+    def remember_inverses(self, steps: list[LayerStep], inverses: Sequence[Tensor], info: Tensor, used: Tensor) -> None:
+        """Keep the inverses for the steps up to the next refresh."""
+        self.record_outcome(steps, info, used)
+        for step, inverse in zip(steps, inverses, strict=True):
+            assert step.layer.info is not None
+            step.layer.pending.update(inverse=inverse, info=step.layer.info)
+
+    def apply_stored(self, steps: list[LayerStep]) -> None:
+        """Multiply by the stored inverses. A layer that has none waits for the next refresh."""
+        ready: list[tuple[LayerStep, Tensor, Tensor]] = []
+        for step in steps:
+            state = {**self._store.get(step.layer), **step.layer.pending}
+            inverse, info = state.get("inverse"), state.get("info")
+            if inverse is None or info is None:
+                continue
+            if len(inverse) == self.num_chunks(step) and step.units_unchanged:
+                step.layer.info_slice = info, 0, len(info)
+                ready.append((step, inverse, info))
+        if ready:
+            ops.foreach_apply_(
+                [step.grad for step, _, _ in ready],
+                [inverse for _, inverse, _ in ready],
+                torch.cat([info for _, _, info in ready]),
+                bias_grads=[step.bias_grad for step, _, _ in ready],
+                chunk=self.options.chunk,
+                group=self.options.group,
+                seed=self.options.seed,
+                step=self.division_step,
+                layers=[step.layer.index for step, _, _ in ready],
+            )
+
+    def damping(self) -> float:
+        """The damping of this step; call it once for every inversion, because reports show the last one.
+
+        Raises:
+            ValueError: the user's function of the step returned something else than a finite number >= 0.
+        """
+        value = self.options.damping
+        if callable(value):
+            value = check_damping(value(self.step), f" at step {self.step}")
+        self.last_damping, self.last_division_step = value, self.division_step
+        return value
+
+    # What is kept
+
+    def record_outcome(self, steps: list[LayerStep], info: Tensor, used: Tensor) -> None:
+        """Note for every layer which entries of ``info`` and of the damping used are its own."""
+        begin = 0
+        for step in steps:
+            end = begin + self.num_chunks(step)
+            layer = step.layer
+            layer.info_slice, layer.damping_slice = (info, begin, end), (used, begin, end)
+            layer.inverse_units, layer.division_id = step.units, step.division_id
+            begin = end
+
+    def finish_step(self, layers: list[Layer]) -> None:
+        """Count the step and store what it left; after the optimizer's step, which may not find our state before."""
+        self.step += 1
+        self._store.count_step(self.step)
+        for layer in layers:
+            if layer.pending and layer.weight is not None:
+                division = torch.tensor([self.division_digest(layer), layer.inverse_units], device="cpu")
+                for key, value in {**layer.pending, "division": division}.items():
+                    self._store.put(layer, key, value)
+                layer.pending.clear()
+
+    def resume(self, layers: list[Layer]) -> list[str]:
+        """Continue from what the store holds.
+
+        Returns:
+            Names of the layers whose stored matrices were dropped, because they were divided otherwise.
+        """
+        self.step = self._store.counted_steps()
+        dropped = []
+        for layer in layers:
+            layer.pending.clear()
+            if layer.capture is None:
+                continue
+            layer.capture.begin_step()
+            layer.inverse_units = None
+            if (division := self._store.get(layer).get("division")) is not None:
+                key, layer.inverse_units = division.tolist()
+                if key != self.division_digest(layer):
+                    self._store.drop(layer)
+                    dropped.append(layer.name)
+            if self.options.every == 1:  # saved with a larger one
+                self._store.drop(layer, "inverse", "info")
+        return dropped
+
+
+def check(condition: bool, name: str, requirement: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"Preconditioner: {name} must be {requirement}, got {value!r}")
+
+
+def check_damping(value: float, where: str = "") -> float:
+    check(isinstance(value, int | float) and 0 <= value < math.inf, "damping" + where, "a finite number >= 0", value)
+    return float(value)
+
+
+def is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

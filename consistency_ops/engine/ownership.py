@@ -1,0 +1,28 @@
+"""Which parameters an optimizer updates."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Ownership:
+    """Tells whether a parameter belongs to the optimizer. Without an optimizer every parameter counts as owned."""
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+        self._in_order: list[int] = []  # ids of the optimizer's parameters
+        self._ids: frozenset[int] = frozenset()
+
+    def refresh(self) -> bool:
+        """Look at the optimizer's parameters again; returns whether others have come or gone."""
+        if self._optimizer is None:
+            return False
+        now = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        if now == self._in_order:
+            return False
+        self._in_order, self._ids = now, frozenset(now)
+        return True
+
+    def owns(self, parameter: Tensor) -> bool:
+        return self._optimizer is None or id(parameter) in self._ids
