@@ -4,8 +4,8 @@
 
 SIMULATED: no such machine was used. A refresh is the exchange of covariances and the factorisation of all chunks; the
 covariances and the product with the gradient are the same on any number of ranks and are not in it. Nothing overlaps
-with the backward pass. Inputs are those of ``consistency_ops.cost_model.GPU``, with their sources there: nodes of 8
-GPUs, NVLink 4 and 400 Gbit/s InfiniBand for each GPU, latencies of NCCL's own model. Every message and every
+with the backward pass. Inputs are those of ``consistency_ops.distributed.cost_model.GPU``, with their sources there:
+nodes of 8 GPUs, NVLink 4 and 400 Gbit/s InfiniBand for each GPU, latencies of NCCL's own model. Every message and every
 factorisation takes its time from these, times a log-normal factor of deviation 0.1, so that stragglers delay whoever
 waits for them; the model in ``work_sharing`` knows nothing of that, nor of pipelining.
 
@@ -127,7 +127,7 @@ def alone(cluster: Cluster, chunks: int) -> float:
 def shared(cluster: Cluster, chunks: int) -> float:
     share = math.ceil(chunks / cluster.ranks)
     size = cluster.ranks * share * CHUNK * (CHUNK + 1) / 2 * 4
-    ready = cluster.all_reduce(np.zeros(cluster.ranks), 2 * chunks * 4)
+    ready = cluster.all_reduce(np.zeros(cluster.ranks), chunks * CHUNK * 4)
     ready = cluster.factor(cluster.ring(ready, size, 1), share)
     return float(cluster.ring(ready, size, 1).max())
 
@@ -185,7 +185,7 @@ def main() -> None:
         times = f"{r['alone_simulated_us']:10.0f} {r['shared_simulated_us']:10.0f}"
         print(f"{r['model']:12} {r['ranks']:6} {times}  {r['chosen']:6}  {r['regret']:6.1%}")
     inputs = {**vars(MACHINE), "nvlink": NVLINK, "chunk": CHUNK, "deviation": DEVIATION, "pieces": PIECES}
-    note = "SIMULATED: no such machine was used. Sources of the inputs: consistency_ops/cost_model.py"
+    note = "SIMULATED: no such machine was used. Sources of the inputs: consistency_ops/distributed/cost_model.py"
     save("distributed", {"note": note, "inputs": inputs, "rows": rows}, arguments.json)
     plot(rows, arguments.png)
 

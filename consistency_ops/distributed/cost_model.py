@@ -6,10 +6,10 @@ N ranks pool C chunks of at most S units; a chunk's triangle is ``p = S (S + 1) 
 
       T = allreduce(V) + factor(C)
 
-* *shared*: an all-reduce of row counts and diagonals (small), a reduce-scatter that leaves each rank the sums of its
-  ``c = ceil(C / N)`` chunks, their factorisation, and an all-gather of the inverses, V' >= V bytes::
+* *shared*: an all-reduce of row counts and diagonals (C S numbers), a reduce-scatter that leaves each rank the sums
+  of its ``c = ceil(C / N)`` chunks, their factorisation, and an all-gather of the inverses, V' >= V bytes::
 
-      T = allreduce(small) + reduce_scatter(V') + factor(c) + all_gather(V')
+      T = allreduce(C S) + reduce_scatter(V') + factor(c) + all_gather(V')
 
 An all-reduce is a reduce-scatter and an all-gather, so sharing sends the same bytes and saves
 ``factor(C) - factor(c)``; it costs one more collective, padding where N does not divide C, and latency: reduce-scatter
@@ -94,7 +94,8 @@ def shared_seconds(machine: Machine, ranks: int, chunks: int, units: int, itemsi
     """One refresh in which every rank factors a share."""
     share = math.ceil(chunks / ranks)
     size = ranks * share * units * (units + 1) // 2 * itemsize
-    moved = all_reduce_seconds(machine, ranks, 2 * chunks * itemsize) + 2 * reduce_scatter_seconds(machine, ranks, size)
+    diagonals = all_reduce_seconds(machine, ranks, chunks * units * itemsize)
+    moved = diagonals + 2 * reduce_scatter_seconds(machine, ranks, size)
     return moved + factor_seconds(machine, share, units)
 
 
