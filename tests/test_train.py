@@ -15,11 +15,10 @@ from PIL import Image
 
 import consistency_ops
 from consistency_ops import __main__
-from consistency_ops.cli import data, models
-from consistency_ops.cli import optimizers as methods
+from consistency_ops.cli import data, models, optimizers
 from consistency_ops.cli import results as report
 from consistency_ops.cli import train as cli
-from consistency_ops.cli.comparison import Experiment, Plan
+from consistency_ops.cli.comparison import Comparison, Settings
 from consistency_ops.cli.console import Console
 from consistency_ops.cli.errors import UserError
 from consistency_ops.cli.files import write_whole
@@ -27,7 +26,7 @@ from consistency_ops.cli.training_loop import Contestant, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-ALL = ",".join(methods.NAMES)
+ALL = ",".join(optimizers.NAMES)
 
 
 def command(*args):
@@ -84,10 +83,10 @@ def test_output(finished):
     assert done.stderr == ""  # no progress bar, no warning where there is no terminal
     for seed in (1, 2):
         for number in (1, 2):
-            for name in methods.NAMES:
+            for name in optimizers.NAMES:
                 line = rf"seed {seed}  epoch +{number}/2  {re.escape(name)} +loss +\S+  test error +\S+ %  +\S+ s"
                 assert len(re.findall(line, done.stdout)) == 1
-    assert f"{len(methods.GRADIENT_RATES)} trials of 1 epoch for each method" in done.stdout
+    assert f"{len(optimizers.GRADIENT_RATES)} trials of 1 epoch for each method" in done.stdout
     assert re.search(r"^Final test error: lowest .*, highest ", done.stdout, re.M)
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png"]
 
@@ -100,22 +99,22 @@ def test_report(finished):
     assert result["build"]["torch"] == torch.__version__ and "library" not in result["build"]
     assert set(result["packages"]) == {"numpy", "matplotlib", "scikit-learn"}
     assert result["machine"]["threads"] == 1 and result["machine"]["processor"]
-    assert list(result["methods"]) == list(methods.NAMES)
+    assert list(result["methods"]) == list(optimizers.NAMES)
     assert "Preconditioner(12 of 12 layers" in result["methods"]["adam+pre"]
-    assert [(r["seed"], r["method"]) for r in result["runs"]] == [(s, m) for s in (1, 2) for m in methods.NAMES]
+    assert [(r["seed"], r["method"]) for r in result["runs"]] == [(s, m) for s in (1, 2) for m in optimizers.NAMES]
     for one in result["runs"]:
         assert one["status"] == "finished" and [e["epoch"] for e in one["epochs"]] == [1, 2]
         assert all(0 <= e["test_error"] <= 1 and e["train_loss"] > 0 and e["test_loss"] > 0 for e in one["epochs"])
         assert 0 < one["epochs"][0]["seconds"] < one["epochs"][1]["seconds"]
         assert one["lr"] == result["rate_search"]["chosen"][one["method"]]
-    assert set(result["summary"]["methods"]) == set(methods.NAMES)
+    assert set(result["summary"]["methods"]) == set(optimizers.NAMES)
 
 
 def test_every_method_gets_the_same_trials(finished):
     search = load(finished[1])["rate_search"]
-    assert set(search["trials"]) == set(methods.NAMES)
+    assert set(search["trials"]) == set(optimizers.NAMES)
     for name, trials in search["trials"].items():
-        assert len(trials) == len(methods.GRADIENT_RATES)
+        assert len(trials) == len(optimizers.GRADIENT_RATES)
         assert all(len(trial["epochs"]) == 1 for trial in trials)
         errors = {t["lr"]: t["epochs"][-1]["validation_error"] for t in trials if t["status"] == "finished"}
         assert errors[search["chosen"][name]] == min(errors.values())
@@ -138,7 +137,7 @@ def test_same_seed_same_curves(tmp_path):
         runs = load(tmp_path / name)["runs"]
         curves.append([{k: v for k, v in e.items() if k != "seconds"} for one in runs for e in one["epochs"]])
     assert curves[0] == curves[1]
-    assert len(curves[0]) == 2 * len(methods.DEFAULT)
+    assert len(curves[0]) == 2 * len(optimizers.DEFAULT)
 
 
 def test_preconditioning_needs_fewer_epochs(tmp_path):
@@ -316,7 +315,7 @@ def test_missing_package(module, package, tmp_path, monkeypatch, capsys):
 def test_all_start_from_the_same_weights_and_see_the_same_batches():
     task = small_task()
     network = models.build("deep-mlp", (1, 8, 8), 10, seed=5)
-    started = [Contestant.start(m, m.rates[0], network) for m in methods.methods(list(methods.NAMES))]
+    started = [Contestant.start(m, m.rates[0], network) for m in optimizers.choose_methods(list(optimizers.NAMES))]
     for contestant in started:
         for mine, wanted in zip(contestant.model.parameters(), network.parameters(), strict=True):
             assert torch.equal(mine, wanted) and mine is not wanted
@@ -341,10 +340,10 @@ def test_methods_do_not_disturb_each_other():
     """A method's curve is the same alone and beside the others."""
 
     def curve(names):
-        plan = Plan(methods.methods(names), [1], 2, 1, dict.fromkeys(names, 0.01))
+        settings = Settings(optimizers.choose_methods(names), [1], 2, 1, dict.fromkeys(names, 0.01))
         result = {}
-        Experiment(
-            plan,
+        Comparison(
+            settings,
             small_task(),
             lambda seed: models.build("mlp", (1, 8, 8), 10, seed=seed),
             result,
@@ -363,7 +362,7 @@ def test_methods_do_not_disturb_each_other():
 def test_every_network_takes_a_step_with_every_method(model, activation, normalization):
     task = small_task(batch_size=100, limit=100)
     network = models.build(model, (1, 8, 8), 10, activation=activation, normalization=normalization, init="he", seed=1)
-    for method in methods.methods(list(methods.NAMES)):
+    for method in optimizers.choose_methods(list(optimizers.NAMES)):
         contestant = Contestant.start(method, 1e-3, network)
         result = contestant.run_epoch(task, 1, lambda loss: None)
         assert contestant.status == "running" and result["train_loss"] < 10

@@ -1,0 +1,1 @@
+"""The commands ``train`` and ``analyse``, and what they need; nothing in the library imports it."""

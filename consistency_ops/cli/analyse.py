@@ -1,4 +1,4 @@
-"""``python -m consistency_ops analyse``: what is wrong in a network, layer by layer, as one HTML page."""
+"""``python -m consistency_ops analyse`` writes one HTML page that says what is wrong in a network, layer by layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: 0 when the page is written, 2 after a sentence on standard error, 130 when interrupted."""
+    """Run the command and return its exit status: 0 success, 2 a mistake of the user, 130 interrupted."""
     try:
         args = _parser().parse_args(argv)
         if importlib.util.find_spec("matplotlib") is None:
@@ -52,7 +52,7 @@ def _analyse(args: argparse.Namespace) -> int:
     from ..analysis import analyse
     from .subject import load
 
-    _writable(args.out)
+    _check_writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     begin = time.monotonic()
@@ -107,7 +107,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--model", choices=models.MODELS, default="deep-mlp", help="a network of the train command (default: deep-mlp)")
     add("--activation", choices=models.ACTIVATIONS, default="relu", help="of --model (default: relu)")
     add("--normalization", choices=models.NORMALIZATIONS, default="rms", help="of --model (default: rms)")
-    add("--init", type=options._init, default=0.01, metavar="STD|he", help="of --model (default: 0.01)")
+    add("--init", type=options.init_scale, default=0.01, metavar="STD|he", help="of --model (default: 0.01)")
     add(
         "--import",
         dest="import_",
@@ -121,7 +121,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--samples", type=options._at_least(2), default=256, metavar="N", help="size of the batch (default: 256)")
+    add("--samples", type=options.whole_number(2), default=256, metavar="N", help="size of the batch (default: 256)")
     add("--data", choices=data.NAMES, default="digits", help="for --model (default: digits, from scikit-learn)")
     add("--data-dir", type=Path, metavar="DIR", help="folder with the published files (default: data/NAME)")
     add("--input-shape", type=_sizes, metavar="C,H,W", help="for --import: standard normal inputs of this shape")
@@ -141,24 +141,28 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--layers", type=lambda text: text.split(","), metavar="LIST", help="name patterns (default: all weight layers)"
     )
     add(
-        "--damping", type=options._positive, default=0.1, metavar="X", help="of the preconditioner tried (default: 0.1)"
+        "--damping",
+        type=options.positive_number,
+        default=0.1,
+        metavar="X",
+        help="of the preconditioner tried (default: 0.1)",
     )
     add(
         "--chunk",
-        type=options._at_least(1),
+        type=options.whole_number(1),
         default=128,
         metavar="N",
         help="of the preconditioner tried (default: 128)",
     )
     add(
         "--seed",
-        type=options._seed,
+        type=options.seed_number,
         default=0,
         metavar="N",
         help="of weights, random inputs and the choice of images (default: 0)",
     )
-    add("--device", type=options._device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N]")
-    add("--threads", type=options._threads, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--device", type=options.device_name, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N]")
+    add("--threads", type=options.thread_count, metavar="N", help="CPU threads (default: torch's choice)")
     add("--out", type=Path, default=Path("runs/analyse.html"), metavar="FILE", help="(default: runs/analyse.html)")
     add("--json", type=Path, metavar="FILE", help="all numbers, too")
 
@@ -180,8 +184,8 @@ def _pair(text: str) -> list[int]:
     return sizes
 
 
-def _writable(path: Path) -> None:
-    """Told before the work, not after."""
+def _check_writable(path: Path) -> None:
+    """Make the folder of ``path``, and refuse a path that cannot be written before any work is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

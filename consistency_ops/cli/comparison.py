@@ -1,4 +1,4 @@
-"""The comparison itself: the rate search, equal for all, and then every method side by side, epoch by epoch."""
+"""The comparison: the same rate search for every method, then all methods side by side, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .training_loop import Contestant, Task
 
 Report = dict
 
-_SAVE_EVERY = 2.0  # seconds; a report of many epochs takes longer to write than an epoch of the digits
+_SAVE_EVERY = 2.0  # seconds; writing a report of many epochs takes longer than an epoch of the digits
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be run. ``rates`` holds the methods whose rate the user fixed; the others are searched."""
+class Settings:
+    """What to compare. ``rates`` has the learning rates that the user fixed, by method; the others are searched."""
 
     methods: list[Method]
     seeds: list[int]
@@ -30,33 +30,37 @@ class Plan:
     rates: dict[str, float]
 
 
-class Experiment:
-    """Runs a :class:`Plan`; ``report`` grows as it goes, and ``save`` is called now and then, for a crash."""
+class Comparison:
+    """Runs the methods of :class:`Settings`.
+
+    ``report`` is the content of report.json and is filled as the runs go on. ``save`` writes it, at most every two
+    seconds, so that a crash loses little.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        settings: Settings,
         task: Task,
         initial: Callable[[int], nn.Module],
         report: Report,
         console: Console,
         save: Callable[[], None],
     ) -> None:
-        self.plan, self.task, self.initial = plan, task, initial
+        self.settings, self.task, self.initial = settings, task, initial
         self.report, self.console = report, console
         self._write, self._written = save, -math.inf
         report["rate_search"] = {
-            "epochs": plan.trial_epochs,
-            "seed": plan.seeds[0],
+            "epochs": settings.trial_epochs,
+            "seed": settings.seeds[0],
             "trials": {},
-            "chosen": dict(plan.rates),
+            "chosen": dict(settings.rates),
         }
         report["runs"] = []
 
     def run(self) -> None:
         try:
             self._search()
-            for seed in self.plan.seeds:
+            for seed in self.settings.seeds:
                 self._compare(seed)
         finally:
             self.console.close()
@@ -69,12 +73,12 @@ class Experiment:
     # ---- learning rates
 
     def _search(self) -> None:
-        """Try every rate of every method that has none; the lowest held-out error wins."""
-        searched = [method for method in self.plan.methods if method.name not in self.plan.rates]
+        """Try all rates of every method whose rate is not fixed, and choose that with the lowest held-out error."""
+        searched = [method for method in self.settings.methods if method.name not in self.settings.rates]
         if not searched:
             return
         search = self.report["rate_search"]
-        seed, epochs = search["seed"], self.plan.trial_epochs
+        seed, epochs = search["seed"], self.settings.trial_epochs
         task = self.task.trial()
         self.console.line(
             f"Rate search: {len(searched[0].rates)} trials of {_count(epochs, 'epoch')} for each method, seed {seed}, "
@@ -103,31 +107,32 @@ class Experiment:
     # ---- the comparison
 
     def _compare(self, seed: int) -> None:
-        """Train every method from the same weights on the same batches, taking turns epoch by epoch.
+        """Train every method from the same weights on the same batches.
 
-        Taking turns lets a machine that slows down for a while slow all of them, so that their seconds stay comparable.
+        The methods take turns, an epoch each. If the machine slows down for a while, it slows all of them, so that
+        their seconds stay comparable.
         """
-        plan, steps = self.plan, self.task.steps
+        settings, steps = self.settings, self.task.steps
         initial = self.initial(seed)
         rates = self.report["rate_search"]["chosen"]
-        contestants = [Contestant.start(method, rates[method.name], initial) for method in plan.methods]
+        contestants = [Contestant.start(method, rates[method.name], initial) for method in settings.methods]
         records = {}
         for contestant in contestants:
             records[contestant.method.name] = {"seed": seed, **contestant.record()}
             self.report["runs"].append(records[contestant.method.name])
-        self.console.start(len(contestants) * plan.epochs * steps)
+        self.console.start(len(contestants) * settings.epochs * steps)
         done = 0
-        for epoch in range(1, plan.epochs + 1):
+        for epoch in range(1, settings.epochs + 1):
             for contestant in contestants:
                 name = contestant.method.name
                 if contestant.status != "diverged":
-                    self.console.where(f"seed {seed}, epoch {epoch}/{plan.epochs}, {name}")
+                    self.console.where(f"seed {seed}, epoch {epoch}/{settings.epochs}, {name}")
                     result = contestant.run_epoch(self.task, seed, self.console.tick)
-                    if epoch == plan.epochs and contestant.status == "running":
+                    if epoch == settings.epochs and contestant.status == "running":
                         contestant.status = "finished"
                     records[name].update(contestant.record())
                     self.console.line(
-                        f"seed {seed}  epoch {epoch:3d}/{plan.epochs}  {name:9s}  {_epoch_text(contestant, result)}"
+                        f"seed {seed}  epoch {epoch:3d}/{settings.epochs}  {name:9s}  {_epoch_text(contestant, result)}"
                     )
                     self._save()
                 done += steps
@@ -136,7 +141,7 @@ class Experiment:
 
 
 def _score(trial: dict) -> tuple[float, float]:
-    """Mean error, then loss, over the last quarter of a trial's epochs; less is better, divergence is worst."""
+    """Return the mean (error, loss) over the last quarter of a trial's epochs; infinite if it diverged."""
     if trial["status"] == "diverged":
         return math.inf, math.inf
     last = trial["epochs"][-max(1, len(trial["epochs"]) // 4) :]

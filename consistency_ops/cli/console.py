@@ -1,4 +1,4 @@
-"""What the user sees while it runs: progress bars on a terminal, single lines anywhere else."""
+"""What the user sees during a run: a progress bar on a terminal, single lines anywhere else."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 from tqdm import tqdm
 
-_HEARTBEAT = 30.0  # seconds of silence after which a log file gets a sign of life
+_HEARTBEAT = 30.0  # seconds without output after which a line tells how far the run is
 
 
 class Console:
-    """Lines go to standard output at once; bars to standard error, and only if that is a terminal."""
+    """Writes lines to standard output, and a progress bar to standard error if that is a terminal."""
 
     def __init__(self) -> None:
         self._interactive = sys.stderr.isatty()
@@ -29,20 +29,20 @@ class Console:
             sys.stdout.flush()
 
     def start(self, total: int) -> None:
-        """Begin a stage of ``total`` training steps."""
+        """Begin a bar of ``total`` training steps."""
         self.close()
         self._done, self._total = 0, total
         if self._interactive:
             self._bar = tqdm(total=total, unit="step", leave=False, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)
 
     def where(self, text: str) -> None:
-        """What the steps that follow belong to."""
+        """Name what the following steps belong to, for example a method and its epoch."""
         self._where = text
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
 
     def tick(self, loss: float | None) -> None:
-        """One step is done; the loss if it is known."""
+        """Count one step; ``loss`` is None where it was not read."""
         self._done += 1
         if self._bar is not None:
             if loss is not None:
@@ -53,7 +53,7 @@ class Console:
             self.line(f"  ... {self._where}: step {self._done} of {self._total}{known}")
 
     def reach(self, done: int) -> None:
-        """The stage is at least this far: a contestant that stopped early leaves steps that nobody will take."""
+        """Move the bar to ``done`` steps or more: a method that diverges leaves out the rest of its steps."""
         if self._bar is not None and done > self._done:
             self._bar.update(done - self._done)
         self._done = max(self._done, done)

@@ -17,7 +17,7 @@ from .errors import DataError, UserError
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
 CLASSES = 10
-DIGITS_TEST = 360  # of 1797; the published set has no split of its own
+DIGITS_TEST = 360  # test images of 1797; the published set has no split of its own
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Pixels minus the mean of the training set at each pixel, times one factor; the same for every method.
+    """Subtracts the training mean of each pixel and multiplies by one factor; the same for every method.
 
     ``raw`` leaves the pixel units (the experiments of arXiv 1708.00631); ``standard`` divides by the standard
     deviation over all pixels of the training set.
@@ -68,7 +68,7 @@ class Scaling:
 
 
 def scaling(train_x: Tensor, kind: str) -> Scaling:
-    """The :class:`Scaling` of kind ``"raw"`` or ``"standard"`` that the training images define."""
+    """Return the :class:`Scaling` of ``kind`` ("raw" or "standard") for these training images."""
     total = torch.zeros(train_x.shape[1:], dtype=torch.float64)
     squares = 0.0
     for part in train_x.split(4096):  # float64 copies of a whole CIFAR-10 would take 1.2 GB
@@ -244,7 +244,7 @@ def _member_opener(files: dict[str, bytes]) -> Callable[[str], io.BytesIO]:
 def _decode(
     names: list[str], open_file: Callable, shape: tuple[int, int, int], limit: int | None, source: Path
 ) -> tuple[Arrays, Arrays]:
-    """Training and test images; only those that ``limit`` keeps are decoded."""
+    """Return the training and test images; only those that ``limit`` keeps are decoded."""
     parts: dict[str, list[tuple[str, str, Callable]]] = {"train": [], "test": []}
     for name in names:
         part, class_name = formats.image_entry(name)

@@ -29,7 +29,7 @@ _AGAIN = "delete it and fetch it again"
 
 
 def check_labels(labels: np.ndarray, count: int, classes: int, source: object) -> np.ndarray:
-    """The labels as int64, after checking that there is one in ``[0, classes)`` for each of ``count`` images."""
+    """Return the labels as int64 after checking that there are ``count`` of them, all in ``[0, classes)``."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
@@ -46,7 +46,7 @@ def check_labels(labels: np.ndarray, count: int, classes: int, source: object) -
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an idx file, plain or gzipped, with ``dimensions`` 1 (labels) or 3 (images)."""
+    """Read an idx file, plain or gzipped, with 1 dimension (labels) or 3 (images), as a uint8 array."""
     raw = _read_maybe_gzip(path)
     header = 4 + 4 * dimensions
     magic = int.from_bytes(raw[:4], "big")
@@ -97,13 +97,13 @@ class _ArrayUnpickler(pickle.Unpickler):
         last = module.rpartition(".")[2]
         if module.split(".")[0] == "numpy" and (name, last) in _ARRAY_GLOBALS:
             return _ARRAY_GLOBALS[name, last]
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
+        if (module, name) == ("_codecs", "encode"):  # protocol 2 stores bytes as text and an encoding
             return lambda text, encoding: text.encode(encoding)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
 
 
 def parse_cifar_pickle(raw: bytes, source: object, classes: int = 10) -> Arrays:
-    """One batch of ``cifar-10-batches-py``, unpickled without the means to run code."""
+    """Read one batch of ``cifar-10-batches-py``; the pickle cannot run code."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -132,7 +132,7 @@ def parse_cifar_pickle(raw: bytes, source: object, classes: int = 10) -> Arrays:
 
 
 def parse_cifar_binary(raw: bytes, source: object, classes: int = 10) -> Arrays:
-    """One batch of ``cifar-10-batches-bin``: records of a label byte and 3072 pixel bytes."""
+    """Read one batch of ``cifar-10-batches-bin``, which is records of a label byte and 3072 pixel bytes."""
     if not raw or len(raw) % _CIFAR_RECORD:
         raise DataError(
             f"{source}: a CIFAR-10 binary batch is records of {_CIFAR_RECORD} bytes, got {len(raw)} bytes; {_AGAIN}."
@@ -143,13 +143,13 @@ def parse_cifar_binary(raw: bytes, source: object, classes: int = 10) -> Arrays:
 
 
 def cifar_batch_names(binary: bool) -> tuple[list[str], list[str]]:
-    """File names of the training and the test batches."""
+    """Return the file names of the training batches and of the test batch."""
     end = ".bin" if binary else ""
     return [f"data_batch_{i}{end}" for i in range(1, 6)], [f"test_batch{end}"]
 
 
 def read_cifar_batches(read: Callable[[str], bytes], binary: bool, source: object) -> tuple[Arrays, Arrays]:
-    """Training and test set from ``read(name)``, which returns the bytes of one batch file."""
+    """Return training and test set; ``read(name)`` returns the bytes of one batch file."""
     parse = parse_cifar_binary if binary else parse_cifar_pickle
     train, test = ([parse(read(name), f"{source}, {name}") for name in names] for names in cifar_batch_names(binary))
     return _concatenate(train), _concatenate(test)
@@ -163,7 +163,7 @@ def _concatenate(parts: list[Arrays]) -> Arrays:
 
 
 def read_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The regular files of a tar archive (any compression) whose name is wanted; nothing is written to disk."""
+    """Return the content of the wanted files of a tar archive (any compression); nothing is written to disk."""
     try:
         with tarfile.open(path, "r:*") as archive:
             found = {}
@@ -186,7 +186,7 @@ def _lzma_error() -> type[Exception]:
 
 
 def image_entry(name: str) -> tuple[str, str] | None:
-    """``(part, class)`` of a path that ends in ``train|test/class/file.jpg|png``, or None."""
+    """Return ``(part, class)`` of a path that ends in ``train|test/class/file.jpg|png``, else None."""
     pieces = Path(name).parts
     if len(pieces) >= 3 and pieces[-3] in ("train", "test") and pieces[-1].lower().endswith(IMAGE_SUFFIXES):
         return pieces[-3], pieces[-2]
@@ -196,7 +196,7 @@ def image_entry(name: str) -> tuple[str, str] | None:
 def decode_images(
     files: Iterable[tuple[str, str, Callable[[], BinaryIO | Path]]], shape: tuple[int, int, int], class_names: list[str]
 ) -> Arrays:
-    """Images of ``(name, class, open)`` triples, each of exactly ``shape`` (C, H, W); C is 1 (grey) or 3 (RGB)."""
+    """Decode the images of ``(name, class, open)`` triples, all of ``shape`` (C, H, W) with C 1 (grey) or 3 (RGB)."""
     try:
         from PIL import Image
     except ImportError:

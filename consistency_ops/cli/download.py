@@ -1,4 +1,4 @@
-"""Fetch the published data files, each checked against its md5 sum before it gets its name."""
+"""Downloads of the published data files; a file gets its name after its md5 sum was checked."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ FILES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 _BLOCK = 1 << 20
-_TIMEOUT = 30  # seconds without a byte
+_TIMEOUT = 30  # seconds without data
 
 
 def download(name: str, directory: Path, say: Callable[[str], None] = print) -> None:
-    """Put the published files of ``name`` into ``directory``; files that are there with the right sum are kept."""
+    """Download the published files of ``name`` to ``directory``; files there with the right sum are kept."""
     if name not in FILES:
         return  # the digits are part of scikit-learn
     base, sums = FILES[name]

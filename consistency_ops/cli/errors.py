@@ -1,9 +1,9 @@
-"""Mistakes a user can make, as one sentence each; the command line prints it and exits with status 2."""
+"""Exceptions for mistakes of the user: the command prints their one sentence and exits with status 2."""
 
 
 class UserError(Exception):
-    """What is wrong and what cures it, in one sentence, without a traceback."""
+    """A mistake of the user. The text is one sentence that says what is wrong and what cures it."""
 
 
 class DataError(UserError):
-    """A data file that is missing, damaged or not what its name promises."""
+    """A data file is missing, damaged or not what its name promises."""

@@ -10,7 +10,7 @@ from .errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], object], cure: str = "; choose another --out") -> None:
-    """Let ``write`` make a file next to ``path``, and put it there in one stroke: nobody meets half a file.
+    """Write ``path`` atomically: ``write`` makes a file beside it, which then replaces it.
 
     Raises:
         UserError: it cannot be written; ``cure`` ends the sentence.

@@ -29,7 +29,7 @@ def build(
     init: float | str = 0.01,
     seed: int = 0,
 ) -> nn.Sequential:
-    """The network ``name`` for images ``(N, *shape)``, giving logits ``(N, classes)``.
+    """Build the network ``name``: images ``(N, *shape)`` to logits ``(N, classes)``.
 
     - ``mlp``: inputs-128-128-classes.
     - ``deep-mlp``: inputs-128, then ten times 128-128, then 128-classes: twelve weight matrices.

@@ -18,7 +18,7 @@ from ..preconditioner import Preconditioner
 from .errors import UserError
 
 MOMENTUM = 0.9
-# Half-decades. Adaptive methods move every weight by about the rate, so their grid sits one step lower.
+# Steps of half a decade. Adaptive methods move every weight by about the rate, so their grid is one step lower.
 # The grids have the same length: no method gets more trials than another.
 GRADIENT_RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 ADAPTIVE_RATES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -35,7 +35,7 @@ DEFAULT = ("sgd", "adam", "sgd+pre", "adam+pre")
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison; ``build(model, lr)`` returns what must be kept alive and the optimizer to step."""
+    """An optimizer to compare. ``build(model, lr)`` returns an object that must be kept alive, and the optimizer."""
 
     name: str
     text: str
@@ -44,8 +44,8 @@ class Method:
     build: Callable[[nn.Module, float], tuple[object, Optimizer]] = field(repr=False)
 
 
-def methods(names: list[str], options: dict[str, object] | None = None) -> list[Method]:
-    """The methods of these names, in order; ``options`` go to every :class:`consistency_ops.Preconditioner`."""
+def choose_methods(names: list[str], options: dict[str, object] | None = None) -> list[Method]:
+    """Return the methods of these names in order; every ``Preconditioner`` gets ``options``."""
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
         raise UserError(

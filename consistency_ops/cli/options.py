@@ -34,7 +34,7 @@ MOST_SEEDS, SEED_END, MOST_THREADS = 1000, 2**32, 1024
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, complete and consistent; a mistake ends the program with status 2 and one sentence."""
+    """Parse and complete the options; a mistake ends the program with status 2 and one sentence."""
     args = _parser().parse_args(argv)
     args.rates = _rates_by_name(args.lr, args.optimizer)
     args.batch_size = args.batch_size or (DIGITS_BATCH if args.data == "digits" else BATCH)
@@ -46,9 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def config(args: argparse.Namespace) -> dict[str, object]:
-    """The options as the report keeps them; those that do not matter for this data set are left out."""
+    """Return the options as report.json keeps them, without those that this data set does not use."""
     plain = {k: v if isinstance(v, int | float | str | list | dict | None) else str(v) for k, v in vars(args).items()}
-    del plain["lr"]  # "rates" says the same by method
+    del plain["lr"]  # "rates" has them by method
     if args.data == "digits":
         del plain["data_dir"]
     return plain
@@ -80,7 +80,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--data", choices=data.NAMES, default="digits", help="data set (default: digits, from scikit-learn)")
     add("--data-dir", type=Path, metavar="DIR", help="folder with the published files (default: data/NAME)")
     add("--download", action="store_true", help="fetch missing files into --data-dir and check their md5 sums")
-    add("--limit", type=_at_least(1), metavar="N", help="use at most N training and N test images")
+    add("--limit", type=whole_number(1), metavar="N", help="use at most N training and N test images")
     add(
         "--inputs",
         choices=("standard", "raw"),
@@ -102,7 +102,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--init",
-        type=_init,
+        type=init_scale,
         default=0.01,
         metavar="STD|he",
         help="standard deviation of the initial weights, or he: by fan-in, which helps plain optimizers most "
@@ -127,14 +127,14 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         metavar="RATE",
         help="learning rate without a search: one for all, or name=rate,name=rate; methods not named are searched",
     )
-    add("--epochs", type=_at_least(1), default=20, metavar="N", help="(default: 20)")
+    add("--epochs", type=whole_number(1), default=20, metavar="N", help="(default: 20)")
     add(
         "--trial-epochs",
-        type=_at_least(1),
+        type=whole_number(1),
         metavar="N",
         help="length of a trial of the rate search (default: half of --epochs)",
     )
-    add("--batch-size", type=_at_least(1), metavar="N", help=f"(default: {DIGITS_BATCH} for digits, else {BATCH})")
+    add("--batch-size", type=whole_number(1), metavar="N", help=f"(default: {DIGITS_BATCH} for digits, else {BATCH})")
     add(
         "--seeds",
         type=_seeds,
@@ -146,15 +146,15 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 def _add_correction(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--damping", type=_positive, metavar="X", help="relative to the mean square of a layer's inputs")
-    add("--chunk", type=_at_least(1), metavar="N", help="largest number of units decorrelated together")
-    add("--every", type=_at_least(1), metavar="N", help="reuse the inverse for N steps")
+    add("--damping", type=positive_number, metavar="X", help="relative to the mean square of a layer's inputs")
+    add("--chunk", type=whole_number(1), metavar="N", help="largest number of units decorrelated together")
+    add("--every", type=whole_number(1), metavar="N", help="reuse the inverse for N steps")
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", type=_device, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N] (default: cpu)")
-    add("--threads", type=_threads, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
+    add("--device", type=device_name, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N] (default: cpu)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
     add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="for the report (default: runs/train)")
 
 
@@ -170,7 +170,7 @@ def _rates_by_name(rates: dict[str | None, float], names: list[str]) -> dict[str
 # ---- argument types; argparse turns their ArgumentTypeError into a sentence and exit status 2
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def whole_number(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -183,14 +183,14 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _threads(text: str) -> int:
-    value = _at_least(1)(text)
+def thread_count(text: str) -> int:
+    value = whole_number(1)(text)
     if value > MOST_THREADS:  # torch would try to start them all
         raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}, got {text!r}")
     return value
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -200,8 +200,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def _init(text: str) -> float | str:
-    return text if text == "he" else _positive(text)
+def init_scale(text: str) -> float | str:
+    return text if text == "he" else positive_number(text)
 
 
 def _names(text: str) -> list[str]:
@@ -209,13 +209,13 @@ def _names(text: str) -> list[str]:
 
 
 def _rates(text: str) -> dict[str | None, float]:
-    """``{None: rate}`` for one rate, ``{name: rate}`` for ``name=rate`` pairs."""
+    """Parse one rate to ``{None: rate}``, and ``name=rate`` pairs to ``{name: rate}``."""
     if "=" not in text:
-        return {None: _positive(text)}
+        return {None: positive_number(text)}
     rates = {}
     for pair in text.split(","):
         name, _, rate = pair.partition("=")
-        rates[name.strip()] = _positive(rate)
+        rates[name.strip()] = positive_number(rate)
     return rates
 
 
@@ -233,14 +233,14 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _seed(text: str) -> int:
+def seed_number(text: str) -> int:
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value < SEED_END:
         raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2^32), got {text!r}")
     return value
 
 
-def _device(text: str) -> torch.device:
+def device_name(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""``report.png``: loss and test error, against epochs and against seconds."""
+"""Draws ``report.png``: loss and test error against epochs and against seconds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .files import write_whole
 from .results import complete, curves, threads_text
 
-# Okabe and Ito's colours, which colour-blind readers tell apart. One colour an optimizer; solid with the correction,
-# dashed without, so that a print in grey can be read too.
+# Okabe and Ito's colours, which colour-blind readers tell apart: one per optimizer. Lines are solid with the correction
+# and dashed without it, so that a print in grey can be read, too.
 _COLOURS = {"sgd": "#0072B2", "adam": "#D55E00", "adamw": "#CC79A7", "sgd2": "#009E73"}
 _GREY = "#555555"
-_FLOOR = 1e-4  # no error at all has no logarithm
-_LABEL_GAP = 0.058  # of the axis height, between direct labels
+_FLOOR = 1e-4  # an error of 0 has no logarithm
+_LABEL_GAP = 0.058  # smallest distance of two labels, as a share of the height of the axis
 
 
 def draw(report: dict, path: Path) -> None:
-    """Draw the curves of the report so far; bands reach from the lowest to the highest seed, lines are means."""
+    """Draw the curves of the report: lines are means over the seeds, bands reach from the lowest to the highest."""
     runs = complete(report["runs"])
     names = [name for name in report["summary"]["methods"] if curves(runs, name)["seconds"]]
     figure = Figure(figsize=(11.5, 8.2), dpi=130, facecolor="white")
@@ -108,7 +108,7 @@ def _label_ends(axis: Axes, names: list[str], ends: list[float]) -> None:
 
 
 def _mark_level(axes: list[Axes], report: dict) -> None:
-    """The level of the verdict, with a dot where each method first reached it."""
+    """Draw the level of the verdict, and a dot where each method first reached it."""
     levels, methods = report["summary"]["levels"], report["summary"]["methods"]
     index = report["summary"]["headline"]
     if index is None:
@@ -122,7 +122,7 @@ def _mark_level(axes: list[Axes], report: dict) -> None:
 
 
 def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
-    """Title, the verdict, how it was made, and the legend."""
+    """Write the title, the verdict, the settings and the legend."""
     config, data, machine = report["config"], report["data"], report["machine"]
     count = len({run["seed"] for run in complete(report["runs"])})
     seeds = f"{count} seeds (line: mean, band: lowest to highest)" if count > 1 else "1 seed"

@@ -1,4 +1,4 @@
-"""What the run comes to: the summary of the curves, the table and verdict in words, and ``report.json``."""
+"""The results of a run: the content of ``report.json``, its summary, and the table and verdict that are printed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..environment import build_info
 from .files import write_whole
 
 FORMAT = 1
-# Test errors whose first epoch is looked up for every method.
+# Test errors; for every method the first epoch at each of them is reported.
 LEVELS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.04, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005)
 
 
 def begin(config: dict, command: list[str], threads: int, device: torch.device) -> dict:
-    """A report with everything that is known before training."""
+    """Return a report with everything that is known before training."""
     build = build_info()
-    del build["library"]  # a path of this machine, of no use to a reader
+    del build["library"]  # a path of this machine
     return {
         "format": FORMAT,
         "status": "running",
@@ -51,7 +51,7 @@ def _packages(*names: str) -> dict[str, str]:
 
 
 def heading(report: dict) -> list[str]:
-    """What is about to be trained, before the first epoch."""
+    """Return the lines that say what will be trained."""
     config, d, machine = report["config"], report["data"], report["machine"]
     network = f"{config['activation']}, normalization {config['normalization']}, init {config['init']}"
     where = threads_text(report) if machine["device"] == "cpu" else machine["device"]
@@ -66,7 +66,7 @@ def heading(report: dict) -> list[str]:
 
 
 def write(report: dict, path: Path) -> None:
-    """Write the report in one stroke: a reader, or a crash, never meets half a file."""
+    """Write the report atomically: neither a reader nor a crash meets half a file."""
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text))
 
@@ -80,7 +80,7 @@ def threads_text(report: dict) -> str:
 
 
 def curves(runs: list[dict], name: str) -> dict[str, list[list[float]]]:
-    """The curves of one method over the seeds: ``{field: [values at epoch 1 of every seed, epoch 2, ...]}``.
+    """Return the curves of one method: for every field, a list of epochs, each a list of values, one per seed.
 
     They end with the shortest run, and before the first loss that was not finite.
     """
@@ -96,13 +96,13 @@ def curves(runs: list[dict], name: str) -> dict[str, list[list[float]]]:
 
 
 def complete(runs: list[dict]) -> list[dict]:
-    """The runs of the seeds that every method finished; all runs if there is no such seed (an interrupted report)."""
+    """Return the runs of those seeds that every method finished; all runs if there is no such seed."""
     unfinished = {run["seed"] for run in runs if run["status"] not in ("finished", "diverged")}
     return [run for run in runs if run["seed"] not in unfinished] or runs
 
 
 def summarise(report: dict) -> dict:
-    """Per method: final and best test error, cost, and the first epoch at each level, by the mean over seeds."""
+    """Return final and best test error, cost, and the first epoch at each level for every method (means over seeds)."""
     runs = complete(report["runs"])
     names = list(dict.fromkeys(run["method"] for run in runs))
     methods, means = {}, {}
@@ -132,9 +132,10 @@ def summarise(report: dict) -> dict:
 
 
 def _levels(methods: dict) -> dict:
-    """``headline``: index of the hardest level that most methods reached, or else any did; None if none was.
+    """Choose the levels to print, as indices into ``LEVELS``.
 
-    ``shown``: that of the hardest level of all methods, of most, and of any, easiest first, without repetition.
+    ``headline`` is the hardest level that most methods reached, else the hardest that any reached, else None. ``shown``
+    has the hardest level that all methods, most methods and any method reached: ascending, without repetition.
     """
     reached = [m["reached"] for m in methods.values() if m["final_test_error"] is not None]
     counts = [sum(one[i] is not None for one in reached) for i in range(len(LEVELS))]
@@ -162,7 +163,7 @@ def _first(mean: list[tuple[float, float]], level: float) -> dict[str, float] | 
 
 
 def table(summary: dict) -> list[str]:
-    """The summary as lines of text: one method a line, ``-`` where a level was not reached."""
+    """Return the summary as lines of text, one per method, with ``-`` where a level was not reached."""
     shown = [(i, summary["levels"][i]) for i in summary["shown"]]
     head = ["method", "rate", "s/epoch", "train loss", "final error", "best"]
     head += [f"to {100 * level:g} %: epochs (s)" for _, level in shown]
@@ -188,7 +189,7 @@ def table(summary: dict) -> list[str]:
 
 
 def verdict(report: dict) -> list[str]:
-    """Who won and who lost, in sentences, for a report with a summary."""
+    """Return sentences that say who won and who lost; the report must have its summary."""
     summary = report["summary"]
     methods = summary["methods"]
     alive = {name: m for name, m in methods.items() if m["final_test_error"] is not None}
@@ -214,7 +215,7 @@ def verdict(report: dict) -> list[str]:
 
 
 def _ranking(summary: dict, unit: str, form: str) -> str:
-    """Every method in the order in which it reached the headline level."""
+    """List the methods in the order in which they reached the headline level."""
     methods, index = summary["methods"], summary["headline"]
     reached = {name: m["reached"][index][unit] for name, m in methods.items() if m["reached"][index]}
     order = ", ".join(f"{name} {form.format(reached[name])}" for name in sorted(reached, key=reached.__getitem__))
@@ -224,14 +225,14 @@ def _ranking(summary: dict, unit: str, form: str) -> str:
 
 
 def _edges(report: dict) -> list[str]:
-    """The methods whose searched rate is the first or the last that was tried: a better one may lie outside."""
+    """Return the methods whose best rate is the lowest or highest that was tried: a better one may lie outside."""
     search = report["rate_search"]
     tried = {name: [trial["lr"] for trial in search["trials"].get(name, [])] for name in search["chosen"]}
     return [name for name, rates in tried.items() if search["chosen"][name] in (*rates[:1], *rates[-1:])]
 
 
 def _pair(name: str, base: str, methods: dict, levels: list[float]) -> str:
-    """What the correction does to one optimizer, at the hardest level that this pair reached together."""
+    """Compare an optimizer with and without the correction at the hardest level that both reached."""
     cost = methods[name]["seconds_per_epoch"] / methods[base]["seconds_per_epoch"]
     text = f"{name} against {base}: an epoch costs {cost:.2f} times as much"
     both = [i for i in range(len(levels)) if methods[name]["reached"][i] and methods[base]["reached"][i]]

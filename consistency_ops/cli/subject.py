@@ -1,4 +1,4 @@
-"""What ``python -m consistency_ops analyse`` looks at: a network, a batch for it, and a loss."""
+"""The network, batch and loss that ``python -m consistency_ops analyse`` examines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import UserError
 
 
 class Subject:
-    """``model(*inputs)``, and ``loss`` of its output; ``about`` says where they come from."""
+    """A network, called as ``model(*inputs)``, and the loss of its output; ``about`` says where they come from."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], targets: Tensor | None, kind: str) -> None:
         self.model, self.inputs, self.targets, self.kind = model, inputs, targets, kind
@@ -56,7 +56,7 @@ class Subject:
 
 
 def load(args: Namespace) -> Subject:
-    """Raises :class:`UserError` for everything that a user can get wrong."""
+    """Build or import the network and its batch. Raises :class:`UserError` for mistakes of the user."""
     torch.manual_seed(args.seed)
     subject = _imported(args) if args.import_ else _built_in(args)
     if args.checkpoint is not None:
@@ -130,7 +130,7 @@ def _call(path: str) -> Any:
 
 
 def _inputs(args: Namespace) -> Any:
-    """From --inputs, --tokens or --input-shape."""
+    """Read or draw the inputs as --inputs, --tokens or --input-shape says."""
     generator = torch.Generator().manual_seed(args.seed)
     if args.inputs is not None:
         return _read(args.inputs, "--inputs")
@@ -153,7 +153,7 @@ def _read(path: Path, option: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{option}: {path}: cannot be read ({error.strerror or error}).") from None
-    except Exception:  # torch.load says KeyError to a text file, and may say anything to others
+    except Exception:  # torch.load raises KeyError for a text file, and other errors for other files
         sentence = f"{option}: {path}: is no file of tensors that torch.save made; whole models are not read."
         raise UserError(sentence) from None
 

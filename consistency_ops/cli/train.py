@@ -1,4 +1,4 @@
-"""``python -m consistency_ops train``: from options to a report, and every mistake of the user as one sentence."""
+"""``python -m consistency_ops train`` compares optimizers on one network and writes report.json and report.png."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from . import data, download, models, options
-from . import results as report
+from . import data, download, models, options, results
 from .errors import UserError
-from .optimizers import Method, methods
+from .optimizers import Method, choose_methods
 from .training_loop import Contestant, Task
+
+if TYPE_CHECKING:
+    from .console import Console
 
 _NEEDED = ("tqdm", "matplotlib")
 
 
 def main(argv: list[str]) -> int:
-    """Run the command: 0 when finished, 2 after a sentence on standard error, 130 when interrupted."""
+    """Run the command and return its exit status: 0 success, 2 a mistake of the user, 130 interrupted."""
     try:
         args = options.parse(argv)
         missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -39,12 +42,12 @@ def main(argv: list[str]) -> int:
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
-    from .comparison import Experiment, Plan
+    from .comparison import Comparison, Settings
     from .console import Console
 
     console = Console()
-    settings = {k: v for k in ("damping", "chunk", "every") if (v := getattr(args, k)) is not None}
-    chosen = methods(args.optimizer, settings)
+    correction = {k: v for k in ("damping", "chunk", "every") if (v := getattr(args, k)) is not None}
+    methods = choose_methods(args.optimizer, correction)
     if args.threads:
         torch.set_num_threads(args.threads)
     _check_device(args.device)
@@ -70,38 +73,38 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         ).to(args.device)
 
     network = initial(args.seeds[0])
-    result = report.begin(options.config(args), argv, torch.get_num_threads(), args.device)
-    result["data"] = {**images.describe(), "inputs": scaling.text}
-    result["model"] = {"parameters": models.parameter_count(network), "layers": str(network).splitlines()}
-    result["methods"] = {method.name: _describe(method, network) for method in chosen}
-    for line in report.heading(result):
+    report = results.begin(options.config(args), argv, torch.get_num_threads(), args.device)
+    report["data"] = {**images.describe(), "inputs": scaling.text}
+    report["model"] = {"parameters": models.parameter_count(network), "layers": str(network).splitlines()}
+    report["methods"] = {method.name: _describe(method, network) for method in methods}
+    for line in results.heading(report):
         console.line(line)
     path = args.out / "report.json"
-    plan = Plan(chosen, args.seeds, args.epochs, args.trial_epochs, args.rates)
+    settings = Settings(methods, args.seeds, args.epochs, args.trial_epochs, args.rates)
     task = Task.on(args.device, images, scaling, args.batch_size)
-    experiment = Experiment(plan, task, initial, result, console, lambda: report.write(result, path))
+    comparison = Comparison(settings, task, initial, report, console, lambda: results.write(report, path))
     try:
-        experiment.run()
-        result["status"] = "finished"
+        comparison.run()
+        report["status"] = "finished"
     except KeyboardInterrupt:
-        result["status"] = "interrupted"
+        report["status"] = "interrupted"
         console.line("\ninterrupted; the report holds what was done")
-    return _finish(result, path, console)
+    return _finish(report, path, console)
 
 
-def _finish(result: dict, path: Path, console: object) -> int:
+def _finish(report: dict, path: Path, console: Console) -> int:
     from . import plot
 
-    summary = result["summary"] = report.summarise(result)
-    summary["verdict"] = report.verdict(result)
-    report.write(result, path)
+    summary = report["summary"] = results.summarise(report)
+    summary["verdict"] = results.verdict(report)
+    results.write(report, path)
     if summary["methods"]:
-        for line in [*report.table(summary), "", *summary["verdict"], ""]:
+        for line in [*results.table(summary), "", *summary["verdict"], ""]:
             console.line(line)
-        plot.draw(result, path.with_suffix(".png"))
+        plot.draw(report, path.with_suffix(".png"))
         console.line(str(path.with_suffix(".png")))
     console.line(str(path))
-    return 0 if result["status"] == "finished" else 130
+    return 0 if report["status"] == "finished" else 130
 
 
 def _make_folder(path: Path) -> None:
@@ -122,7 +125,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def _describe(method: Method, network: nn.Module) -> str:
-    """Build the optimizer once: the report tells its settings, and a bad one is told before an hour of training."""
+    """Build the optimizer once for the report, so that a wrong option is told before an hour of training."""
     try:
         keep = Contestant.start(method, method.rates[0], network).keep
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""One contestant's epochs: the training loop, its clock, and the test."""
+"""The training loop of one method, its clock, and the test after every epoch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .errors import UserError
 from .optimizers import Method
 
 _JUDGE_BATCH = 1000
-_CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where every look waits for the device
+_CHECK_EVERY = 50  # steps between two reads of the loss on a GPU, because a read waits for the device
 
 
 @dataclass(frozen=True)
 class Task:
-    """Training images, and the images that judge, on the training device; still uint8, as a batch at a time is scaled.
+    """Images to train on and images to judge by, as uint8 on the training device; each batch is scaled when it is used.
 
-    ``judge`` names the latter: "test", or "validation" in the trials of the rate search.
+    ``judge`` is "test", or "validation" in the trials of the rate search.
     """
 
     train_x: Tensor
@@ -41,7 +41,7 @@ class Task:
         return Task(*tensors, "test", scaling.to(device), batch_size)
 
     def trial(self) -> Task:
-        """The task of the rate search: a fixed fifth of the training images judges, the test images are not there."""
+        """Return the task of the rate search: a fixed fifth of the training images judges; test images are not used."""
         order = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(0)).to(self.device)
         judge, train = order.tensor_split([-(-len(order) // 5)])
         if len(train) < self.batch_size:
@@ -58,11 +58,11 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch; an incomplete last batch is left out, so that all batches have one size."""
+        """Number of steps per epoch; an incomplete last batch is left out, so that all batches have one size."""
         return len(self.train_x) // self.batch_size
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """The training images of one epoch, a function of seed and epoch only: every method sees the same batches."""
+        """Return the image numbers of the batches of one epoch; seed and epoch fix them, the same for all methods."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_x), generator=generator)
         return order[: self.steps * self.batch_size].view(self.steps, self.batch_size).to(self.device)
@@ -70,10 +70,10 @@ class Task:
 
 @dataclass
 class Contestant:
-    """A copy of the initial network, in training with one method at one rate.
+    """A copy of the initial network that is trained with one method at one rate.
 
     ``seconds`` counts training steps only: forward, backward, correction and update, not tests and not the search.
-    ``status`` is "running", "finished" or "diverged": the loss stopped being finite, and no more steps are taken.
+    ``status`` is "running", "finished" or "diverged": its loss was not finite, and it takes no more steps.
     """
 
     method: Method
@@ -92,9 +92,9 @@ class Contestant:
         return Contestant(method, lr, model, optimizer, keep)
 
     def train_epoch(self, task: Task, seed: int, tick: Callable[[float | None], None]) -> float:
-        """Train one epoch and return its mean loss, each batch's taken before its update; not finite if it diverged.
+        """Train one epoch and return the mean of the batches' losses before their updates; not finite if it diverged.
 
-        ``tick(loss)`` is called once a step, with None where the loss was not looked at.
+        ``tick(loss)`` is called after every step, with None where the loss was not read.
         """
         epoch = len(self.epochs) + 1
         order = task.order(seed, epoch)
@@ -117,7 +117,7 @@ class Contestant:
         return total.item() / len(order)
 
     def run_epoch(self, task: Task, seed: int, tick: Callable[[float | None], None]) -> dict[str, float | int]:
-        """Train an epoch, judge, and append the result to ``epochs``."""
+        """Train one epoch, judge the network, append the result to ``epochs`` and return it."""
         train_loss = self.train_epoch(task, seed, tick)
         loss, error = evaluate(self.model, task)
         if not (math.isfinite(train_loss) and math.isfinite(loss)):
@@ -134,7 +134,7 @@ class Contestant:
         return self.epochs[-1]
 
     def record(self) -> dict[str, object]:
-        """What the report keeps; JSON has no NaN, so a loss that is not finite becomes null."""
+        """Return the entry of report.json; a loss that is not finite becomes None, because JSON has no NaN."""
         epochs = [
             {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in epoch.items()}
             for epoch in self.epochs
@@ -144,7 +144,7 @@ class Contestant:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task) -> tuple[float, float]:
-    """Mean loss and error rate in [0, 1] on the images that judge, in evaluation mode."""
+    """Return mean loss and error rate in [0, 1] on the images that judge, in evaluation mode."""
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=task.device)
     wrong = torch.zeros((), dtype=torch.int64, device=task.device)
