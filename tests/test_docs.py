@@ -8,6 +8,8 @@ import pytest
 
 import consistency_ops as co
 from consistency_ops import experimental, ops
+from consistency_ops.analysis.findings import Measurements
+from consistency_ops.analysis.results import Result
 from support import documents
 
 ROOT = documents.ROOT
@@ -62,6 +64,8 @@ def test_every_public_name_is_on_an_api_page():
     described = set(re.findall(r"^\.\. (?:auto\w+|data):: (?:[\w.]*\.)?(\w+)$", pages, re.MULTILINE))
     assert names - described == set()
     assert "consistency_ops.layers.register" in pages
+    results = {kind.__name__ for kind in [*Result.__subclasses__(), *Measurements.__subclasses__()]}
+    assert results - set(re.findall(r"autoclass:: consistency_ops\.analysis\.\w+::(\w+)", pages)) == set()
 
 
 def test_every_page_is_in_the_table_of_contents():

@@ -26,8 +26,8 @@ _SAMPLES = 4096  # values of a layer that quantile and histogram use
 class Histogram(Result):
     """Relative frequencies of values divided by their root mean square; the first and last bin are open."""
 
-    edges: list[float]  # inner edges in units of the root mean square, from -4 to 4
-    frequencies: list[list[float]]  # one list a point, len(edges) + 1 entries
+    edges: list[float]  #: inner edges in units of the root mean square, from -4 to 4
+    frequencies: list[list[float]]  #: one list a point, len(edges) + 1 entries
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class LayerStatistics(Result):
     mean: list[float]
     std: list[float]
     rms: list[float]
-    percentile: list[float]  # 98th of the values
-    saturation: list[float]  # share of values at which the activation's slope is below 5 % of its largest
-    dead: list[float]  # share of units that were 0 for every sample of the point
+    percentile: list[float]  #: 98th of the values
+    saturation: list[float]  #: share of values at which the activation's slope is below 5 % of its largest
+    dead: list[float]  #: share of units that were 0 for every sample of the point
     gradient_mean: list[float]
     gradient_std: list[float]
     gradient_rms: list[float]

@@ -55,7 +55,7 @@ class LayerConditioning(Result):
 
     name: str
     kind: str
-    rows: list[int]  # used of each point
+    rows: list[int]  #: input rows that each point used
     input: list[list[float]]
     normalised: list[list[float]]
     preconditioned: list[list[float]]

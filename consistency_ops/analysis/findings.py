@@ -35,14 +35,14 @@ class Measurements(Result):
     parameters: int
     mode: str
     samples: int
-    loss: float  # NaN if it is not finite
+    loss: float  #: NaN if it is not finite
     statistics: ActivationStatistics
     energy: GradientEnergy
     conditioning: Conditioning
     domination: WeightDomination
     propagation: Propagation
     lipschitz: LipschitzBound | None
-    no_lipschitz: str  # why there is no bound
+    no_lipschitz: str  #: why there is no bound
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ class LayerEnergy(Result):
 
     name: str
     kind: str
-    energy: list[float]  # mean over samples and units of (d loss / d y)^2
-    norm: list[float]  # mean over samples of the l2 norm of d loss / d y
+    energy: list[float]  #: mean over samples and units of (d loss / d y)^2
+    norm: list[float]  #: mean over samples of the l2 norm of d loss / d y
 
 
 @dataclass(frozen=True)
 class GradientEnergy(Result):
     """Layers in the order of their first call, from input to output."""
 
-    steps: list[int]  # forward passes before the point
+    steps: list[int]  #: forward passes before the point
     layers: list[LayerEnergy]
 
     def decades(self, point: int = -1) -> float:

@@ -29,13 +29,13 @@ class LipschitzFactor(Result):
     kind: str
     log_factor: float
     log_folded: float
-    exact: bool  # the operation's own constant; else an upper bound of it
+    exact: bool  #: the operation's own constant; else an upper bound of it
     note: str
 
 
 @dataclass(frozen=True)
 class LipschitzBound(Result):
-    """|f(x) - f(x')| <= bound |x - x'| in l2 for all x, x', in evaluation mode. Logarithms are natural.
+    """``|f(x) - f(x')| <= bound |x - x'|`` in l2 for all x, x', in evaluation mode. Logarithms are natural.
 
     ``log_bound``: the product of all factors (with sums where branches meet). ``log_folded``: the same after every
     frozen normalisation is multiplied into a weight next to it; never larger.

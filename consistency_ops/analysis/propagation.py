@@ -31,19 +31,20 @@ class BlockPropagation(Result):
 
     start: str
     end: str
-    inputs: int  # d_start, of one sample
-    outputs: int  # d_end
+    inputs: int  #: units of one sample at ``start``
+    outputs: int  #: units of one sample at ``end``
     method: str
-    tau: float  # singular values up to tau sigma_max count as 0
+    tau: float  #: singular values up to tau sigma_max count as 0
     sigma_max: float
-    sigma_min: float  # of the min(d_start, d_end) singular values
+    sigma_min: float  #: the smallest of the min(inputs, outputs) singular values
     mean_singular_value: float
-    rank: float  # singular values above tau sigma_max
-    nullity: float  # d_end - rank: dimension of the kernel of the adjoint
-    image_fraction: float  # |U U^T r|^2 / |r|^2, U the left singular vectors that rank counts, r the residual at end
-    decay: float  # |J^T r| / (sigma_max |r|)
-    gain: float  # |J^T r| / |r|
-    singular_values: list[list[float]]  # of every sample, largest first; [] for "lanczos"
+    rank: float  #: number of singular values above tau sigma_max
+    nullity: float  #: outputs - rank: dimension of the kernel of the adjoint
+    #: ``|U U^T r|^2 / |r|^2``: U has the left singular vectors that ``rank`` counts, r is the residual at ``end``
+    image_fraction: float
+    decay: float  #: ``|J^T r| / (sigma_max |r|)``
+    gain: float  #: ``|J^T r| / |r|``
+    singular_values: list[list[float]]  #: of every sample, largest first; [] for "lanczos"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Propagation(Result):
 
     blocks: list[BlockPropagation]
     samples: int
-    residual: str  # "loss" or "random"
+    residual: str  #: "loss" or "random"
 
     def plot(self) -> Figure:
         """Largest and mean singular value, and image fraction and decay, of every block."""

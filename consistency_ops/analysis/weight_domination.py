@@ -25,8 +25,8 @@ class LayerDomination(Result):
 
     name: str
     kind: str
-    weight: list[float]  # sigma_max(W)
-    gradient: list[float]  # sigma_max(d loss / d W)
+    weight: list[float]  #: sigma_max(W)
+    gradient: list[float]  #: sigma_max(d loss / d W)
 
     def ratio(self, point: int = -1) -> float:
         """sigma_max(d loss / d W) / sigma_max(W): times the rate, what one gradient step changes of the weight."""
@@ -40,7 +40,7 @@ class LayerDomination(Result):
 class WeightDomination(Result):
     """Layers in the order of their first call, from input to output."""
 
-    steps: list[int]  # forward passes before the point
+    steps: list[int]  #: forward passes before the point
     layers: list[LayerDomination]
 
     def dominated(self, threshold: float = DOMINATED, point: int = -1) -> list[str]:
