@@ -1,4 +1,4 @@
-"""See what a network suffers from: recorders and certificates of the literature that the method comes from."""
+"""Diagnostics of networks: layer statistics, conditioning, residual propagation, Lipschitz certificates."""
 
 from .activation_statistics import activation_statistics
 from .conditioning import condition_number, conditioning

@@ -1,4 +1,4 @@
-"""Glorot and Bengio's monitors: what activations and gradients look like, layer by layer, over time (AISTATS 2010)."""
+"""Statistics of activations and gradients of every layer over time (Glorot and Bengio, AISTATS 2010)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .saturation import is_activation, saturated
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BINS = 64  # between -RANGE and RANGE times the root mean square; two more for what lies outside
+BINS = 64  # between -RANGE and RANGE times the root mean square; two more bins take the values outside
 RANGE = 4.0
-_SAMPLES = 4096  # values of a layer that quantile and histogram use
+_SAMPLES = 4096  # values per layer that quantile and histogram use
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Histogram(Result):
     """Relative frequencies of values divided by their root mean square; the first and last bin are open."""
 
     edges: list[float]  #: inner edges in units of the root mean square, from -4 to 4
-    frequencies: list[list[float]]  #: one list a point, len(edges) + 1 entries
+    frequencies: list[list[float]]  #: one list per point, with len(edges) + 1 entries
 
 
 @dataclass(frozen=True)
 class LayerStatistics(Result):
-    """One layer; one entry a point; NaN where something was not recorded or has no meaning for this layer."""
+    """Statistics of one layer. Every list has one entry per point: NaN where it was not recorded or has no meaning."""
 
     name: str
     kind: str
     mean: list[float]
     std: list[float]
     rms: list[float]
-    percentile: list[float]  #: 98th of the values
+    percentile: list[float]  #: 98th percentile of the values
     saturation: list[float]  #: share of values at which the activation's slope is below 5 % of its largest
     dead: list[float]  #: share of units that were 0 for every sample of the point
     gradient_mean: list[float]
@@ -51,9 +51,10 @@ class LayerStatistics(Result):
 
 @dataclass(frozen=True)
 class ActivationStatistics(Result):
-    """Layers in the order of their first call.
+    """The statistics of all layers, in the order of their first call.
 
-    ``jacobian``: the mean singular value of d z_{i+1} / d z_i by layer, of each probe, after ``probe_steps`` passes.
+    ``jacobian`` has, for every layer i, the mean singular value of d z_{i+1} / d z_i at each probe; ``probe_steps`` has
+    the number of passes before each probe.
     """
 
     steps: list[int]
@@ -62,7 +63,7 @@ class ActivationStatistics(Result):
     probe_steps: list[int] = field(default_factory=list)
 
     def plot(self) -> Figure:
-        """Standard deviation of activations and of gradients, and the saturated share, against the layers."""
+        """Plot standard deviations of activations and gradients, and saturated shares, against the layers."""
         made, axes = figure(3, width=4.6)
         names = [layer.name for layer in self.layers]
         ends = {0: "first point", -1: "last point"} if len(self.steps) > 1 else {-1: "at this point"}
@@ -82,7 +83,7 @@ class ActivationStatistics(Result):
         return made
 
     def plot_histograms(self, point: int = -1, most: int = 8) -> Figure:
-        """Densities of activations and of gradients, each in units of its root mean square, one line a layer."""
+        """Plot densities of activations and gradients in units of their root mean square, one line per layer."""
         made, axes = figure(2, width=5.6)
         step = -(-len(self.layers) // most)
         panels = (("histogram", "activations"), ("gradient_histogram", "gradients"))
@@ -103,26 +104,26 @@ class ActivationStatistics(Result):
 
 
 def _moments(x: Tensor) -> Tensor:
-    """(sum, sum of squares), float64."""
+    """Return the sum and the sum of squares, in float64."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return torch.stack([x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)])
 
 
 def _sample(x: Tensor) -> Tensor:
-    """At most _SAMPLES values, evenly spread; float32 at least."""
+    """Return at most _SAMPLES values, evenly spread, in float32 or wider."""
     step = -(-x.numel() // _SAMPLES)
-    step += step > 1 and step % 2 == 0  # odd: an even step would meet the same units in every sample
+    step += step > 1 and step % 2 == 0  # odd, because an even step would meet the same units in every sample
     flat = x.reshape(-1)[::step]
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
 def _edges(device: torch.device | None = None) -> Tensor:
-    """Made where they are needed: a copy from the host would wait."""
+    """Return the inner edges of the bins, made on the device: a copy from the host would wait for it."""
     return torch.linspace(-RANGE, RANGE, BINS + 1, device=device)
 
 
 def _histogram(values: Tensor) -> Tensor:
-    """Counts of ``values / rms`` between the edges, without waiting for the device."""
+    """Count ``values / rms`` between the edges without waiting for the device."""
     rms = values.square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
     bins = torch.bucketize(values / rms, _edges(values.device).to(values.dtype), right=True)
     counts = torch.zeros(BINS + 2, dtype=torch.float64, device=values.device)
@@ -130,7 +131,7 @@ def _histogram(values: Tensor) -> Tensor:
 
 
 def _alive(output: Tensor) -> Tensor:
-    """Units that were not 0 for every sample; a unit is a channel of (N, C, H, W, ...), else the last dimension."""
+    """Return which units were not 0 for every sample. Units: channels of (N, C, H, W, ...), else the last dimension."""
     units = 1 if output.dim() > 3 else output.dim() - 1
     return (output != 0).movedim(units, -1).reshape(-1, output.shape[units]).any(0)
 
@@ -148,7 +149,7 @@ def _dead(sums: dict[str, Tensor]) -> float:
 
 
 class ActivationRecorder(Recorder):
-    """Returned by :func:`activation_statistics`."""
+    """The recorder that :func:`activation_statistics` returns."""
 
     what = "activation_statistics"
 
@@ -162,10 +163,10 @@ class ActivationRecorder(Recorder):
         self._probes.clear()
 
     def probe(self, *inputs: Tensor, samples: int = 8) -> dict[str, float]:
-        """Mean singular value of d z_{i+1} / d z_i at ``inputs``, by the name of layer i; kept as a probe.
+        """Return mean singular values of d z_{i+1} / d z_i at ``inputs`` by the name of layer i; keep them as a probe.
 
         The z are the outputs of the recorded activations (of all recorded layers if there are none); z_0 is the input.
-        Glorot and Bengio's equation 17, near 0.8 in a healthy tanh network. Costs passes of the model, as told by
+        This is equation 17 of Glorot and Bengio, near 0.8 in a healthy tanh network. It costs passes of the model, see
         :func:`~consistency_ops.analysis.propagation`; the model is unchanged.
         """
         from .propagation import propagation

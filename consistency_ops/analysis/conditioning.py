@@ -1,4 +1,4 @@
-"""Layer-wise conditioning: spectra of input and output-gradient second moments (Huang et al., ECCV 2020)."""
+"""Layer-wise conditioning: spectra of the second moments of inputs and output gradients (Huang et al., ECCV 2020)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ RMS_EPS = 1e-2  # the default of BatchRMSNorm
 
 
 def condition_number(spectrum: list[float], p: float = 1.0) -> float:
-    """lambda_1 / lambda_ceil(p d) of the d eigenvalues ``spectrum``; inf where that one is 0 to float32 rounding.
+    """Return lambda_1 / lambda_ceil(p d) of the d eigenvalues in ``spectrum``; inf if the latter is 0 in float32.
 
-    ``spectrum``: in descending order; none, or NaN: the result is NaN.  ``p``: in (0, 1], the share of the spectrum.
+    ``spectrum`` is in descending order; if it is empty or has NaN, the result is NaN.  ``p`` in (0, 1] is the share of
+    the spectrum that counts.
 
     Raises:
         ValueError: ``p`` out of range. TypeError: ``p`` is not a number.
@@ -40,13 +41,13 @@ def condition_number(spectrum: list[float], p: float = 1.0) -> float:
 
 
 def _floor(spectrum: list[float]) -> float:
-    """Eigenvalues up to here are 0: rounding of float32 data (squared), and of the float64 eigenvalues."""
+    """Return the value up to which eigenvalues are rounding: of float32 data (squared), and of the decomposition."""
     return max(1.5e-14, len(spectrum) * 2.3e-16) * spectrum[0]
 
 
 @dataclass(frozen=True)
 class LayerConditioning(Result):
-    """One layer. Each spectrum is a list of points, each point all eigenvalues, largest first; [] if not recorded.
+    """Spectra of one layer. Each has one list per point: all eigenvalues, largest first; [] if not recorded.
 
     ``input``: Sigma_x = E[x x^T], not centred. ``normalised``: of x after a batch RMS normalisation.
     ``preconditioned``: Sigma_x in the coordinates of the correction. ``both``: normalised, then preconditioned.
@@ -72,20 +73,20 @@ class LayerConditioning(Result):
         return spectrum[0] if spectrum else math.nan
 
     def kappa(self, which: str = "input", p: float = 1.0, point: int = -1) -> float:
-        """kappa_p: largest eigenvalue over the one at share ``p`` of the spectrum (p = 1: the condition number)."""
+        """Return kappa_p, the largest eigenvalue over that at share ``p`` of the spectrum (1: the condition number)."""
         return condition_number(self.spectrum(which, point), p)
 
     def rank(self, which: str = "input", point: int = -1) -> int:
-        """Eigenvalues that are not 0 to the rounding of float32 data."""
+        """Return the number of eigenvalues above the rounding of float32 data."""
         spectrum = self.spectrum(which, point)
         return sum(value > _floor(spectrum) for value in spectrum)
 
     def fisher_lambda_max(self, which: str = "input", point: int = -1) -> float:
-        """Of the layer's Fisher block Sigma_x x Sigma_g: the stable learning rate is below 2 / lambda_max."""
+        """Return lambda_max of the Fisher block Sigma_x x Sigma_g; stable rates are below 2 / lambda_max."""
         return self.lambda_max(which, point) * self.lambda_max("gradient", point)
 
     def fisher_kappa(self, which: str = "input", p: float = 1.0, point: int = -1) -> float:
-        """kappa_p over all products of the two spectra (d_in * d_out of them)."""
+        """Return kappa_p of the Fisher block, over all d_in * d_out products of the two spectra."""
         a = torch.tensor(self.spectrum(which, point), dtype=torch.float64)
         b = torch.tensor(self.spectrum("gradient", point), dtype=torch.float64)
         products = torch.outer(a, b).flatten()
@@ -99,7 +100,7 @@ class LayerConditioning(Result):
 
 @dataclass(frozen=True)
 class Conditioning(Result):
-    """Layers in the order of their first call; ``damping``, ``scaling`` and ``chunk`` made ``preconditioned``."""
+    """The spectra of all layers, in the order of their first call, and the options of the correction that was tried."""
 
     steps: list[int]
     layers: list[LayerConditioning]
@@ -108,7 +109,7 @@ class Conditioning(Result):
     chunk: int
 
     def plot(self, p: float = 0.8, point: int = -1) -> Figure:
-        """kappa_p of the inputs with each remedy, largest eigenvalues, and the spectra of the worst layer."""
+        """Plot kappa_p of the inputs with each remedy, the largest eigenvalues, and the spectra of the worst layer."""
         made, axes = figure(3, width=4.6)
         names = [layer.name for layer in self.layers]
         looks = zip(COLOURS, ("input", "normalised", "preconditioned", "both"), strict=False)
@@ -133,7 +134,7 @@ class Conditioning(Result):
 
 
 class ConditioningRecorder(Recorder):
-    """Returned by :func:`conditioning`."""
+    """The recorder that :func:`conditioning` returns."""
 
     what = "conditioning"
 
@@ -243,16 +244,16 @@ def conditioning(
     ``consistency_ops.Preconditioner`` with ``damping``, ``scaling`` and ``chunk``, and after both: what each remedy
     would do here. Convolutions: all pixels of all images are rows, the units are channels.
 
-    A recorded pass costs a float64 Gram matrix a layer, and its eigenvalues when the next recorded pass begins or
-    ``result()`` is called (this waits for the device); other passes cost one Python call a layer. Choose ``every``.
+    A recorded pass costs a float64 Gram matrix per layer, and its eigenvalues when the next recorded pass begins or
+    ``result()`` is called (this waits for the device); other passes cost one Python call per layer. Choose ``every``.
 
     Args:
         model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default all layers with
             weights.
-        max_rows: rows (samples, tokens, pixels) used of a layer in one pass, evenly spread; None: all.
-        damping, scaling, chunk: of the correction, without its bias unit.
-        reduction: of the loss over rows: with ``"mean"`` output gradients are multiplied by the number of rows, which
-            restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).
+        max_rows: largest number of rows (samples, tokens, pixels) per layer and pass, evenly spread; None: all.
+        damping, scaling, chunk: options of the correction that is tried, without its bias unit.
+        reduction: how the loss is reduced over rows: with ``"mean"`` output gradients are multiplied by the number of
+            rows, which restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).
 
     Example::
 

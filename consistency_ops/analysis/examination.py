@@ -1,4 +1,4 @@
-"""All monitors on one batch of one model."""
+"""Runs all monitors on one batch of one model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .weight_domination import weight_domination
 
 @dataclass(frozen=True)
 class Analysis(Measurements):
-    """What was measured, and what it means: ``findings``, the most serious ones first."""
+    """Measurements and their ``findings``, the most serious ones first."""
 
     findings: list[Finding]
 
     def to_html(self, title: str = "", about: dict[str, str] | None = None) -> str:
-        """One self-contained page: text, tables and inline SVG; no script, nothing from a network."""
+        """Return one self-contained HTML page: text, tables and inline SVG, no script, nothing from a network."""
         return page(self, self.findings, title or self.model, about or {})
 
 
@@ -51,11 +51,11 @@ def analyse(
 
     Args:
         model, inputs: called as ``model(*inputs)``, in its present mode; dimension 0 is the batch.
-        loss: of the model's output; a mean over the samples.
+        loss: computes the loss of the model's output, a mean over the samples.
         layers: patterns or types of the layers to examine; None: all layers with weights (and for the activation
             statistics all modules without children).
-        samples: so many samples for the Jacobians of :func:`propagation`.
-        damping, chunk: of the correction that :func:`conditioning` tries out.
+        samples: number of samples for the Jacobians of :func:`propagation`.
+        damping, chunk: options of the correction that :func:`conditioning` tries.
 
     Raises:
         TypeError, ValueError: a loss that is no scalar tensor, no samples, or what the monitors refuse.

@@ -1,4 +1,4 @@
-"""From measured numbers to advice: every rule has one threshold, and says the number that crossed it."""
+"""Rules that turn measurements into advice: each has one threshold and names the number that crossed it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .weight_domination import DOMINATED, WeightDomination
 
 P = 0.8
 # Thresholds. They are judgements, not theorems; the page prints them.
-ENERGY_DECADES = 4.0  # of squared gradient between the first and the last weight layer: a factor 100 in size
-SCALE = 100.0  # between the largest and the smallest root mean square of the layers' outputs
+ENERGY_DECADES = 4.0  # decades of squared gradient between first and last weight layer: a factor of 100 in size
+SCALE = 100.0  # ratio of the largest to the smallest root mean square of the layers' outputs
 SATURATED = {"ReLU": 0.9, "ReLU6": 0.9, "Softplus": 0.9, "GELU": 0.9, "SiLU": 0.9, "ELU": 0.9}
 SATURATED_BOUNDED = 0.3  # tanh, sigmoid and their kin
-DEAD = 0.1  # of the units
+DEAD = 0.1  # share of dead units
 KAPPA = 1e3  # kappa_80% of the inputs of a layer
-ONE_DIRECTION = 0.9  # of the mean square of a layer's inputs along one eigenvector
-CURVATURE = 1e4  # between the layers' largest Fisher eigenvalues
-IMAGE = 0.3  # of the residual in the image of the block
+ONE_DIRECTION = 0.9  # share of the mean square of a layer's inputs along one eigenvector
+CURVATURE = 1e4  # ratio of the largest Fisher eigenvalues of two layers
+IMAGE = 0.3  # share of the residual in the image of the block
 HELPS = 10.0  # a remedy must lower a condition number by this factor to be named
 
 
@@ -47,7 +47,7 @@ class Measurements(Result):
 
 @dataclass(frozen=True)
 class Finding(Result):
-    """One trouble. ``severity``: 3 prevents training, 2 slows it down, 1 is worth knowing."""
+    """One problem. ``severity``: 3 prevents training, 2 slows it down, 1 is worth knowing."""
 
     severity: int
     title: str
@@ -61,7 +61,7 @@ class Finding(Result):
 
 
 def find(measured: Measurements, finite: bool) -> list[Finding]:
-    """All findings, the most serious ones first; ``finite``: whether the output of the network is."""
+    """Return the findings, the most serious ones first; ``finite`` says whether the network's output is."""
     statistics, energy, conditioning = measured.statistics, measured.energy, measured.conditioning
     if not finite or not math.isfinite(measured.loss):
         broken = next((layer.name for layer in statistics.layers if not math.isfinite(layer.rms[-1])), "the output")
@@ -185,7 +185,7 @@ def _dead(statistics: ActivationStatistics) -> Finding | None:
 
 
 def _full(layer: LayerConditioning) -> bool:
-    """Whether there were rows enough for the eigenvalue that kappa_80% looks at."""
+    """Whether there were at least as many rows as units, so that kappa_80% means something."""
     return layer.rows[-1] >= len(layer.spectrum("input"))
 
 
@@ -210,7 +210,7 @@ def _conditioning(conditioning: Conditioning) -> Finding | None:
     if not useful:
         tail = "None lowers it tenfold here."
     else:
-        # The cheapest remedy, unless another one is ten times better.
+        # Take the cheapest useful remedy, unless another one is ten times better.
         choice = useful[0] if after[useful[0]] < HELPS * after[best] else best
         tail = f"Best value for its cost: {texts[choice]}."
     text = (

@@ -1,4 +1,4 @@
-"""Gradient energy: how much of the residual arrives at every layer (arXiv 1708.00631, gradient energy distribution)."""
+"""Gradient energy: how much of the residual arrives at each layer (arXiv 1708.00631, gradient energy distribution)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerEnergy(Result):
-    """One layer; one entry a point. NaN where no gradient arrived."""
+    """Gradient energy of one layer, one entry per point; NaN where no gradient arrived."""
 
     name: str
     kind: str
@@ -34,14 +34,14 @@ class GradientEnergy(Result):
     layers: list[LayerEnergy]
 
     def decades(self, point: int = -1) -> float:
-        """log10 of the last layer's energy over the first layer's: above 0 the gradient is lost on the way down."""
+        """Return log10 of the last layer's energy over the first's; above 0 the gradient is lost towards the input."""
         last, first = (self.layers[i].energy[point] for i in (-1, 0))
         if not (last > 0 and first > 0):
             return math.inf if last > 0 and first == 0 else math.nan
         return math.log10(last) - math.log10(first)
 
     def plot(self) -> Figure:
-        """Energy against layer, one line a point (light: early, dark: late), log scale."""
+        """Plot energy against layer on a log scale, one line per point (light: early, dark: late)."""
         made, (axis,) = figure(1, width=6.5)
         chosen = sorted({round(i * (len(self.steps) - 1) / 7) for i in range(8)})
         for i in chosen:
@@ -60,7 +60,7 @@ class GradientEnergy(Result):
 
 
 class GradientEnergyRecorder(Recorder):
-    """Returned by :func:`gradient_energy`."""
+    """The recorder that :func:`gradient_energy` returns."""
 
     what = "gradient_energy"
 
@@ -92,14 +92,14 @@ def gradient_energy(
 ) -> GradientEnergyRecorder:
     """Attach a recorder of E_l = mean (d loss / d y_l)^2 of every weight layer's output y_l.
 
-    Read the curve against the layers: falling from the input to the output it is the error reduction of the depth,
-    falling from the output to the input the loss of information of the gradient (arXiv 1708.00631).
+    If the energy falls from the input to the output, depth reduces the error; if it falls from the output to the input,
+    the gradient loses information (arXiv 1708.00631).
     The gradient is that of the loss that ``backward()`` was called on, so with a mean over the batch it is 1/batch of
     the residual of the paper.
 
     Args:
         model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default all layers with
-            weights. ``average=len(loader)`` makes one point an epoch.
+            weights. ``average=len(loader)`` makes one point per epoch.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page: tables and inline SVG, readable without scripts and without a network."""
+"""Writes measurements and findings as one HTML page of tables and inline SVG, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def number(value: float) -> str:
 
 
 def table(head: list[str], rows: Iterable[list[Any]], text: int = 2) -> str:
-    """The first ``text`` columns are text; a cell ``(value, True)`` is marked."""
+    """Return an HTML table. The first ``text`` columns are text; a cell ``(value, True)`` is marked."""
 
     def cell(tag: str, column: int, value: Any) -> str:
         bad = isinstance(value, tuple)
@@ -114,7 +114,7 @@ def table(head: list[str], rows: Iterable[list[Any]], text: int = 2) -> str:
 
 
 def figure(result: Any, caption: str) -> str:
-    """The plot as inline SVG with text as text; identifiers differ from figure to figure."""
+    """Return the plot as inline SVG; text stays text, and identifiers differ from figure to figure."""
     import matplotlib
 
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""The Jacobian between two tensors of a recorded graph: whole, or through products with it alone."""
+"""The Jacobian between two tensors of a recorded graph, computed whole or only through products with vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESOLUTION = 4.0
 
 
 class Block:
-    """J = d end / d start for every sample (dimension 0), and the residual at ``end``."""
+    """J = d end / d start of every sample (dimension 0), and the residual at ``end``."""
 
     def __init__(self, start: Tensor, end: Tensor, residual: Tensor, tau: float, generator: torch.Generator) -> None:
         self.start, self.end, self.tau, self.generator = start, end, tau, generator
@@ -23,12 +23,12 @@ class Block:
         self._pull: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, v: Tensor) -> Tensor:
-        """J^T v, (samples, d_start)."""
+        """Return J^T v, (samples, d_start)."""
         (g,) = torch.autograd.grad(self.end, self.start, v.reshape(self.end.shape).to(self.end), retain_graph=True)
         return g.reshape(self.samples, -1)
 
     def jvp(self, w: Tensor) -> Tensor:
-        """J w, (samples, d_end): J^T u is linear in u, so its derivative, applied backwards, is J."""
+        """Return J w, (samples, d_end). J^T u is linear in u, so that its derivative, applied backwards, is J."""
         if self._pull is None:
             u = torch.zeros_like(self.end, requires_grad=True)
             (g,) = torch.autograd.grad(self.end, self.start, u, create_graph=True)
@@ -38,7 +38,7 @@ class Block:
         return jw.reshape(self.samples, -1)
 
     def matrix(self) -> Tensor:
-        """J, (samples, d_end, d_start), float64: a backward pass for each row or, if these are fewer, each column."""
+        """Return J, (samples, d_end, d_start), float64: one backward pass per row, or per column if these are fewer."""
         d_start, d_end = self.start[0].numel(), self.end[0].numel()
         by_rows = d_end <= d_start
         unit = torch.zeros(self.samples, min(d_start, d_end), dtype=self.end.dtype, device=self.end.device)
@@ -49,7 +49,7 @@ class Block:
         return torch.stack(parts, dim=1 if by_rows else 2)
 
     def _norms(self) -> tuple[Tensor, Tensor]:
-        """|r| and |J^T r| of every sample."""
+        """Return |r| and |J^T r| of every sample."""
         return self.residual.double().norm(dim=1), self.vjp(self.residual).double().norm(dim=1)
 
     def exact(self) -> dict[str, Any]:
@@ -66,10 +66,11 @@ class Block:
         }
 
     def lanczos(self, steps: int) -> dict[str, Any]:
-        """From two Lanczos processes on J J^T: one starts at the residual, one at a random vector.
+        """Estimate by two Lanczos processes on J J^T: one starts at the residual, one at a random vector.
 
-        A process gives nodes and weights of a Gauss quadrature of the spectral measure of its start. That of the
-        residual tells the share of it in the image; that of a random vector, times d_end, is a trace estimate.
+        A process gives nodes and weights of a Gauss quadrature for the spectral measure of its start vector. The one
+        of the residual gives the share of the residual in the image; the one of a random vector, times d_end, estimates
+        traces.
         """
         r, back = self._norms()
         d_end, small = self.end[0].numel(), min(self.start[0].numel(), self.end[0].numel())
@@ -90,7 +91,7 @@ class Block:
         }
 
     def _quadrature(self, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Ritz values of J J^T (at least 0) and the squared first components of their vectors, (samples, steps)."""
+        """Return Ritz values of J J^T (>= 0) and the squared first components of their vectors, (samples, steps)."""
         steps = min(steps, start.shape[1])
         tiny = torch.finfo(torch.float64).tiny
         q = start.double() / start.double().norm(dim=1, keepdim=True).clamp(min=tiny)
@@ -104,7 +105,7 @@ class Block:
                 stack = torch.stack(basis, 1)
                 w = w - torch.einsum("nkd,nk->nd", stack, torch.einsum("nkd,nd->nk", stack, w))
             beta = w.norm(dim=1)
-            # An invariant subspace is complete: rounding only from here on. Zeros have no weight.
+            # The invariant subspace is complete, and the rest would be rounding. Zeros have no weight.
             beta = torch.where(beta > 1e-6 * torch.stack(alphas).amax(0), beta, 0.0)
             q = torch.where(beta[:, None] > 0, w / beta[:, None].clamp(min=tiny), 0.0)
             basis.append(q)
@@ -135,6 +136,6 @@ class Block:
 
 
 def finite_mean(values: Tensor) -> float:
-    """Mean over the samples for which the value exists."""
+    """Return the mean over the samples whose value is finite."""
     values = values[~values.isnan()]
     return float(values.mean()) if len(values) else math.nan

@@ -1,4 +1,4 @@
-"""Spectral norms of matrices and convolutions, never too small: certificates are built on them."""
+"""Spectral norms of matrices and convolutions. They are never too small, because certificates are built on them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BUDGET = 3e9  # multiplications of one pass over the frequencies of a convoluti
 
 
 def _safe(value: float, size: int) -> float:
-    """Above the rounding of a float64 decomposition."""
+    """Raise ``value`` by more than the rounding of a float64 decomposition of ``size``."""
     return value * (1 + 8 * size * 2.3e-16)
 
 
 def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
-    """Upper bounds of the spectral norms of the matrices ``a`` (..., m, n), falling to them with every iteration.
+    """Return upper bounds of the spectral norms of the matrices ``a`` (..., m, n), closer with every iteration.
 
     G <- G^H G squares the singular values, and sigma_max(a) <= |G|_F^(1/2^k) after k steps: an iteration that, unlike
     the power iteration, comes from above. After k steps the bound is at most rank^(1/2^(k+1)) times too large.
@@ -37,7 +37,7 @@ def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
 
 
 def matrix_norm(weight: Tensor) -> tuple[float, bool]:
-    """(spectral norm of a matrix, True), or (an upper bound at most 0.1 % too large, False) of a very large one."""
+    """Return (norm, exact): the spectral norm, or an upper bound at most 0.1 % too large for very large matrices."""
     weight = weight.detach().double()
     if not weight.numel():
         return 0.0, True
@@ -56,7 +56,7 @@ def convolution_norm(
     groups: int = 1,
     circular: Sequence[int] | None = None,
 ) -> tuple[float, bool]:
-    """l2 norm of a convolution with ``weight`` (out, in / groups, *kernel), for images of any size.
+    """Return the l2 norm of a convolution with ``weight`` (out, in / groups, ``*kernel``) for images of any size.
 
     On an unbounded image, of which a zero-padded one is a part, the norm is the largest spectral norm of the kernel's
     Fourier transform over all frequencies. A stride is removed by splitting the image into its phases, which are more
@@ -99,7 +99,7 @@ def convolution_norm(
 
 
 def _phases(kernel: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
-    """Taps t = stride q + r along ``axis``: q stays there, r joins the input channels (dimension 2)."""
+    """Split taps t = stride q + r along ``axis``: q stays there, r joins the input channels (dimension 2)."""
     length = (kernel.shape[axis] - 1) * dilation + 1
     shape = list(kernel.shape)
     shape[axis] = -(-length // stride) * stride
@@ -110,7 +110,7 @@ def _phases(kernel: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
 
 
 def _wrap(kernel: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Taps beyond the image come in again on the other side."""
+    """Add taps beyond the image to those on the other side."""
     for axis, n in enumerate(sizes, 3):
         q = kernel.shape[axis]
         padded = torch.nn.functional.pad(kernel, (0, 0) * (kernel.dim() - 1 - axis) + (0, -q % n))
@@ -119,7 +119,7 @@ def _wrap(kernel: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _largest(spectrum: Tensor, dims: int) -> float:
-    """Largest singular value of (groups, out, in, *frequencies) over groups and frequencies.
+    """Return the largest singular value of (groups, out, in, ``*frequencies``) over groups and frequencies.
 
     Upper bounds by Gram iteration, in single precision, discard most of the frequencies; the rest are decomposed.
     """

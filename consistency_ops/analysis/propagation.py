@@ -1,4 +1,4 @@
-"""Residual propagation: singular values of block Jacobians, and how much of the residual their adjoints pass on."""
+"""Residual propagation: singular values of block Jacobians, and the share of the residual that passes back."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockPropagation(Result):
-    """J = d (output of ``end``) / d (output of ``start``), means over the samples; NaN where it was not computed.
+    """Figures of J = d (output of ``end``) / d (output of ``start``): means over the samples; NaN if not computed.
 
-    ``method`` "exact": from all of J. "lanczos": ``sigma_max`` converges from below; mean, rank and image fraction are
-    estimates by Gauss quadrature of the spectral measure, with the coarser ``tau`` that so many steps can resolve.
+    With ``method`` "exact" they come from the whole J. With "lanczos" ``sigma_max`` converges from below; mean, rank
+    and image fraction are estimates by Gauss quadrature of the spectral measure, with a coarser ``tau``.
     """
 
     start: str
@@ -56,7 +56,7 @@ class Propagation(Result):
     residual: str  #: "loss" or "random"
 
     def plot(self) -> Figure:
-        """Largest and mean singular value, and image fraction and decay, of every block."""
+        """Plot largest and mean singular value, image fraction and decay of every block."""
         made, axes = figure(2, width=5.6)
         names = [block.start for block in self.blocks]
         for colour, key in zip(COLOURS, ("sigma_max", "mean_singular_value", "gain"), strict=False):
@@ -77,7 +77,7 @@ class Propagation(Result):
 
 @contextmanager
 def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
-    """Evaluation mode; if the model was training, batch normalisations hold the statistics of ``run()``'s batch.
+    """Put the model in evaluation mode; if it was training, batch norms keep the statistics of ``run()``'s batch.
 
     Modes and buffers are as before afterwards.
     """
@@ -110,7 +110,7 @@ def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
 
 
 class _Tape:
-    """One forward pass that keeps the graph: inputs and outputs of the chosen layers, in the order of their calls."""
+    """One forward pass with its graph: inputs and outputs of the chosen layers in the order of their calls."""
 
     def __init__(self, model: nn.Module, chosen: dict[str, nn.Module], inputs: tuple[Any, ...]) -> None:
         self.names: list[str] = []
@@ -158,7 +158,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _pairs(tape: _Tape, to: str) -> Iterator[tuple[int, str, Tensor]]:
-    """(index of the start, name and tensor of the end): the first later layer that depends on the start."""
+    """Return (index of the start, name and tensor of the end); the end is the first later layer that depends on it."""
     ends = [*zip(tape.names, tape.tensors, strict=True), ("output", tape.end)]
     for i, start in enumerate(tape.tensors):
         for name, end in ends[i + 1 :] if to == "next" else ends[-1:]:
@@ -198,11 +198,11 @@ def propagation(
         layers: name patterns or types; None: all layers with weights. The input is a start, too.
         to: ``"next"``: to the next of these layers (in the order of the calls) that depends on the start, or to the
             output; ``"output"``: always to the model's output.
-        samples: only so many samples are measured, the first ones.
+        samples: number of samples to measure; the first ones are taken.
         tau: singular values up to ``tau`` times the largest count as 0 (in Lanczos blocks at least 4 / ``steps``).
         exact: J is computed whole if its smaller dimension is at most this (that many backward passes); else Lanczos.
-        steps: of the Lanczos process on J J^T; each costs two backward passes.
-        seed: of the random vectors.
+        steps: number of Lanczos steps on J J^T; each costs two backward passes.
+        seed: seed of the random vectors.
 
     Raises:
         TypeError, ValueError: arguments; an output without the batch in dimension 0.

@@ -21,7 +21,7 @@ from ..ops.checks import check_module
 
 Layers = Sequence[str | type[nn.Module]] | None
 
-# Modules without a signal of their own: they pass on, reshape, select or compare what others made.
+# Modules that only pass on, reshape, select or compare the outputs of others.
 _QUIET = (
     nn.Identity,
     nn.Flatten,
@@ -41,12 +41,12 @@ def weighted(module: nn.Module) -> bool:
 
 
 def signalling(module: nn.Module) -> bool:
-    """Whether the module has no children and makes a signal worth watching."""
+    """Whether the module has no children and is not one of _QUIET."""
     return not any(True for _ in module.children()) and not isinstance(module, _QUIET)
 
 
 def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
-    """The layers to measure: those that match a name pattern or a type of ``layers``, or those of the default rule."""
+    """Return the layers that match a name pattern or type in ``layers``, or that the default rule chooses."""
     check_module(what, model)
     named = {name or "model": module for name, module in model.named_modules()}
     if layers is None:
@@ -69,7 +69,7 @@ def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Mo
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The floating tensor itself, or the first one in a tuple, list or dict of outputs; None if there is none."""
+    """Return ``value``, or the first floating-point tensor in a tuple, list or dict; None if there is none."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     if isinstance(value, dict):
@@ -79,12 +79,12 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((t for v in value if (t := first_tensor(v)) is not None), None)
 
 
-_measuring: list[None] = []  # not empty: a measurement runs the model, which no recorder should see
+_measuring: list[None] = []  # not empty while a measurement runs the model; recorders ignore its passes
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Passes of models inside are seen by no recorder."""
+    """Hide the passes of models in this context from all recorders."""
     _measuring.append(None)
     try:
         yield
@@ -93,7 +93,7 @@ def unrecorded() -> Iterator[None]:
 
 
 class Point:
-    """What was recorded at one point, by layer and name: sums that stay on their device, and how much they sum."""
+    """Records of one point: sums by layer and name, which stay on their device, and the number of summands."""
 
     def __init__(self, step: int, layers: int) -> None:
         self.step = step
@@ -108,7 +108,7 @@ class Point:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """What a copied or unpickled model carries in place of a recorder's hook."""
+    """Do nothing: the hook of a copied or unpickled model, in place of a recorder's."""
 
 
 def _unpickle() -> Callable[..., None]:
@@ -116,7 +116,7 @@ def _unpickle() -> Callable[..., None]:
 
 
 class _Hook:
-    """A hook that neither travels with a copy of the model nor keeps the recorder alive."""
+    """A hook that is not copied with the model and does not keep the recorder alive."""
 
     def __init__(self, method: Callable[..., None], *args: Any) -> None:
         self.method, self.args = weakref.WeakMethod(method), args
@@ -145,8 +145,8 @@ class Recorder:
     Args:
         model: any module; call it as a whole, uncompiled.
         layers: name patterns (``"blocks.*.mlp"``) or module types; None: the monitor's default.
-        every: record every so many forward passes.
-        average: this many recorded passes are pooled into one point (for a mean over an epoch: its number of batches).
+        every: number of forward passes from one that is recorded to the next.
+        average: number of recorded passes that make one point (for a mean over an epoch: its number of batches).
     """
 
     what = "recorder"
@@ -163,7 +163,7 @@ class Recorder:
         self.every, self.average = every, average
         self.forwards = 0
         self.points: list[Point] = []
-        self._order: dict[int, None] = {}  # layers by their first call
+        self._order: dict[int, None] = {}  # layers in the order of their first call
         self._recording = False
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self._begin), prepend=True)]
         for index, module in enumerate(chosen.values()):
@@ -209,7 +209,7 @@ class Recorder:
         self._recording = False
 
     def _see(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        # A recomputation in backward (activation checkpointing) comes after the pass has ended, and does not count.
+        # Activation checkpointing computes layers again in backward, after the pass has ended; that does not count.
         tensor = first_tensor(output)
         if not self._recording or tensor is None or not torch.is_grad_enabled():
             return
@@ -231,7 +231,7 @@ class Recorder:
         raise NotImplementedError
 
     def _seen(self) -> list[int]:
-        """The layers that were called, in the order of their first call."""
+        """Return the layers that were called, in the order of their first call."""
         if not self._order:
             raise RuntimeError(
                 f"{self.what}: nothing was recorded; run the model, with gradients enabled, while the recorder is "
@@ -240,7 +240,7 @@ class Recorder:
         return list(self._order)
 
     def _series(self, layer: int, name: str) -> list[tuple[Tensor, int] | None]:
-        """(sum, count) at every point; None where nothing was recorded. Waits for the device."""
+        """Return (sum, count) at every point, None where nothing was recorded. Waits for the device."""
         return [
             (p.sums[layer][name].cpu(), p.counts[layer][name]) if name in p.sums[layer] else None for p in self.points
         ]

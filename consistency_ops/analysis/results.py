@@ -1,4 +1,4 @@
-"""What the dataclasses of results share: plain Python out of them, and matplotlib only when a picture is wanted."""
+"""Shared by the dataclasses of results: conversion to plain Python, and plots (matplotlib is imported only then)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 
 
 def plain(value: Any) -> Any:
-    """Lists, dicts, numbers and strings only, as ``json.dumps(..., allow_nan=False)`` takes them; NaN and Inf: None."""
+    """Convert to what ``json.dumps(..., allow_nan=False)`` takes; NaN and Inf become None."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -33,12 +33,12 @@ class Result:
     """Base of the dataclasses that a monitor returns."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists and numbers; what is not finite becomes None."""
+        """Return the fields as plain lists and numbers; what is not finite becomes None."""
         return plain(self)
 
 
 def figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """A figure with one row of axes, without touching the user's matplotlib state."""
+    """Return a figure with one row of axes; the user's matplotlib state is not touched."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -52,13 +52,13 @@ def figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figur
 
 
 def over_layers(axis: Axes, names: list[str]) -> None:
-    """Layer names below, thinned out when there are many."""
+    """Write layer names on the x axis, at most 14 of them."""
     step = -(-len(names) // 14)
     axis.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
     axis.set_xlim(-0.5, len(names) - 0.5)
 
 
 def log_scale(axis: Axes) -> None:
-    """Logarithmic upwards, if anything that was drawn is positive; call it after drawing."""
+    """Make the y axis logarithmic if anything that was drawn is positive; call it after drawing."""
     if any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
         axis.set_yscale("log")

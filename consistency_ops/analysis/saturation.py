@@ -1,4 +1,4 @@
-"""Where an activation passes no gradient: its slope is below 5 % of its largest."""
+"""Finds the values at which an activation is saturated: its slope is below 5 % of its largest slope."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ..nn import Modulus
 
-SLOPE = 0.05  # of the largest
+SLOPE = 0.05  # of the largest slope
 
 
 def _never(module: nn.Module, z: Tensor) -> Tensor:
     return torch.zeros_like(z, dtype=torch.bool)
 
 
-# By the output z, which an in-place activation leaves, too.
+# Rules by the output z, which is there after an in-place activation, too.
 _BY_OUTPUT: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Tanh: lambda m, z: 1 - z * z < SLOPE,
     nn.Sigmoid: lambda m, z: 4 * z * (1 - z) < SLOPE,
@@ -43,12 +43,12 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
-# By the input x: these are not monotone, so that the output does not tell. Largest slopes: Lipschitz constants.
+# Rules by the input x, for activations that are not monotone. Their largest slope is the Lipschitz constant.
 _BY_INPUT = {nn.GELU: (_gelu_slope, 1.1290), nn.SiLU: (_silu_slope, 1.0999)}
 
 
 def saturated(module: nn.Module, x: Tensor | None, output: Tensor) -> Tensor | None:
-    """Boolean, of the shape of ``output``; None for a module that is no activation known here."""
+    """Return a boolean tensor of the shape of ``output``; None if the module is no activation known here."""
     for kind, rule in _BY_OUTPUT.items():
         if type(module) is kind:
             return rule(module, output)

@@ -1,4 +1,4 @@
-"""Spectra of second moments: exact in float64, through the smaller of the two Gram matrices."""
+"""Spectra of second moments, exact in float64, from the smaller of the two Gram matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..reference import chunk_bounds, damped_cholesky, division, trace_scale_of
 
 
 def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, int]:
-    """(rows, units) in float64, always a copy, every ``ceil(M / max_rows)``-th row; and M, the number of all rows."""
+    """Return every ``ceil(M / max_rows)``-th row as a float64 copy (rows, units), and M, the number of all rows."""
     rows = x.movedim(unit_dim, -1)
     rows = rows.reshape(-1, rows.shape[-1])
     count = len(rows)
@@ -21,7 +21,7 @@ def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, i
 
 
 class SecondMoment:
-    """(1/n) X^T X of rows that come in parts; kept as the rows while they are fewer than the units."""
+    """The second moment (1/n) X^T X of rows that come in parts. While they are fewer than the units, rows are kept."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
@@ -43,12 +43,12 @@ class SecondMoment:
         return (self.rows if self.gram is None else self.gram).shape[1]
 
     def mean_square(self) -> Tensor:
-        """Of every unit."""
+        """Return the mean square of every unit."""
         total = self.rows.square().sum(0) if self.gram is None else self.gram.diagonal()
         return total / max(1, self.count)
 
     def scaled(self, factors: Tensor) -> SecondMoment:
-        """That of the units times ``factors``."""
+        """Return the second moment of the units times ``factors``."""
         other = SecondMoment()
         other.count = self.count
         if self.gram is None:
@@ -97,7 +97,7 @@ class SecondMoment:
         return (self.rows if self.gram is None else self.gram).device
 
     def spectrum(self) -> Tensor:
-        """All ``units`` eigenvalues on the CPU, largest first; NaN if the rows were not finite."""
+        """Return all eigenvalues on the CPU, largest first; NaN if the rows were not finite."""
         matrix = self.rows @ self.rows.T if self.gram is None else self.gram
         units = self.units
         if not matrix.isfinite().all():
@@ -107,7 +107,7 @@ class SecondMoment:
 
 
 def chunks_of(units: int, groups: int, chunk: int, seed: int = 0) -> list[Tensor]:
-    """The units of every chunk, as ``consistency_ops.precondition`` divides them (groups of 8 units, step 0)."""
+    """Return the units of every chunk, divided as by ``consistency_ops.precondition`` (groups of 8 units, step 0)."""
     per_group = units // groups
     order = division(per_group, chunk, min(8, chunk), seed)
     pieces = [order[a:b] for a, b in itertools.pairwise(chunk_bounds(per_group, chunk))]

@@ -21,7 +21,7 @@ DOMINATED = 1e-5  # the paper says "much smaller" and gives no number; this is a
 
 @dataclass(frozen=True)
 class LayerDomination(Result):
-    """One layer; one entry a point. NaN: no weight matrix of its own, or no gradient arrived."""
+    """Singular values of one layer, one entry per point; NaN if it has no weight of its own, or no gradient arrived."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class LayerDomination(Result):
     gradient: list[float]  #: sigma_max(d loss / d W)
 
     def ratio(self, point: int = -1) -> float:
-        """sigma_max(d loss / d W) / sigma_max(W): times the rate, what one gradient step changes of the weight."""
+        """Return sigma_max(d loss / d W) / sigma_max(W): a gradient step changes W by about the rate times this."""
         weight, gradient = self.weight[point], self.gradient[point]
         if weight == 0:
             return math.inf if gradient > 0 else math.nan
@@ -44,11 +44,11 @@ class WeightDomination(Result):
     layers: list[LayerDomination]
 
     def dominated(self, threshold: float = DOMINATED, point: int = -1) -> list[str]:
-        """Names of the layers whose ratio is below ``threshold``."""
+        """Return the names of the layers whose ratio is below ``threshold``."""
         return [layer.name for layer in self.layers if layer.ratio(point) < threshold]
 
     def plot(self) -> Figure:
-        """Both singular values against the layer at the last point, and, from two points on, the ratio over time."""
+        """Plot both singular values at the last point against the layers, and the ratio over time if there are more."""
         made, axes = figure(2 if len(self.steps) > 1 else 1, width=6.5)
         names = [layer.name for layer in self.layers]
         for colour, key, label in zip(
@@ -75,9 +75,9 @@ class WeightDomination(Result):
 
 
 def largest_singular_value(weight: Tensor) -> Tensor:
-    """Of the weight as a matrix (its first dimension, all others), without waiting for the device.
+    """Return that of the weight as a matrix (first dimension, all others) without waiting for the device.
 
-    By Gram iteration, from above: at most 0.1 % too large for a rank up to 3600. Exactly 0 of zeros.
+    Gram iteration gives an upper bound: at most 0.1 % too large for ranks up to 3600, and exactly 0 for zeros.
     """
     matrix = weight.flatten(1)
     matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
@@ -91,7 +91,7 @@ def _matrix_of(module: nn.Module) -> nn.Parameter | None:
 
 
 class WeightDominationRecorder(Recorder):
-    """Returned by :func:`weight_domination`."""
+    """The recorder that :func:`weight_domination` returns."""
 
     what = "weight_domination"
 
@@ -144,9 +144,9 @@ def weight_domination(
     training looks as if it had reached a minimum (Huang et al., ECCV 2020, arXiv 2002.10801, "weight domination").
     Kernels of convolutions count as matrices of (out, in x taps); values are at most 0.1 % too large (Gram iteration).
 
-    The gradient is that of the parameter in the next backward pass, before it is added to ``.grad``: with a loss scale
-    times that, in data parallel training that of this rank, for a weight that layers share the sum over all of them.
-    A recorded pass costs about 14 products of the smaller Gram matrix a layer, twice; it does not wait for the device.
+    The gradient is that of the parameter in the next backward pass, before it is added to ``.grad``. It includes a loss
+    scale, is this rank's own in data parallel training, and is the sum over all layers that share the weight. A
+    recorded pass costs about 28 products of the smaller Gram matrix per layer; it does not wait for the device.
 
     Args:
         model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default all layers with

@@ -1,4 +1,4 @@
-"""Pixel-wise decorrelation of convolution gradients: the outlook of arXiv 1708.00631, last section.
+"""Pixel-wise decorrelation of convolution gradients, from the outlook in the last section of arXiv 1708.00631.
 
 The correction of the paper treats the pixels of a feature map as independent samples: its matrix is channels by
 channels.  These two functions know the correlation between neighbouring pixels too, exactly or in Fourier space.
@@ -26,7 +26,7 @@ def decorrelate_im2col(
     dilation: int | tuple[int, int] = 1,
     max_rows: int = 10_000,
 ) -> Tensor:
-    """grad (M + damping I)^-1 with the second moment M of the input patches, (in kh kw) x (in kh kw).
+    """Return grad (M + damping I)^-1 with the second moment M of the input patches, (in kh kw) x (in kh kw).
 
     ``grad`` (out, in, kh, kw) is the weight gradient of a ``Conv2d`` with zero padding and one group, ``inputs``
     (N, in, H, W) its input, ``stride``, ``padding`` and ``dilation`` those of the layer, a number or a pair; the result
@@ -72,13 +72,13 @@ def decorrelate_im2col(
 def decorrelate_fft(
     grad: Tensor, inputs: Tensor, *, damping: float = 1.0, padding: int | tuple[int, int] = 0
 ) -> Tensor:
-    """The same in Fourier space: a system of in x in at every frequency of the padded image, then a crop.
+    """Approximate :func:`decorrelate_im2col` in Fourier space: one in x in system per frequency of the padded image.
 
     With periodic boundaries the second moment of whole-image patches is diagonal in Fourier space.  ``grad``
     (out, in, kh, kw) is embedded in an image, transformed, solved against the mean cross spectrum of ``inputs`` plus
     ``damping``, transformed back and cropped to the kernel.  Exact for periodic images and kernels as large as the
     image; otherwise an approximation: a projection on the support, and a wrap at the border.  ``padding`` is that of
-    the layer, a number or a pair; stride and dilation are not known to it.  Cost:
+    the layer, a number or a pair; the layer must have stride and dilation 1.  Cost:
     (H W / 2) (in^3 / 3 + in^2 (N + out)), complex, and the transforms.
 
     Raises:
@@ -104,7 +104,7 @@ def decorrelate_fft(
 
 
 def _solved_or_as_it_was(solved: Tensor, info: Tensor, grad: Tensor) -> Tensor:
-    """Inputs that are not finite leave the gradient as it is, as everywhere in this library."""
+    """Return ``solved``, or ``grad`` if a factorisation failed or the result is not finite."""
     return torch.where((info == 0).all() & solved.isfinite().all(), solved.to(grad.dtype), grad)
 
 

@@ -19,15 +19,15 @@ from ..ops.checks import check_module, check_names, check_numbers
 class ResidualNoise:
     """Adds noise to the residuals, the gradients at the outputs of layers: R <- R + scale rms(R) N(0, 1).
 
-    In backward, before the residual reaches the layer's weights and the layers below; forward is unchanged, and
-    evaluation too.  rms is over the whole tensor, so a residual of zeros stays zero.  The random numbers are torch's
-    own, as those of dropout are. ::
+    The noise is added in backward, before the residual reaches the layer's weights and the layers below; forward passes
+    and evaluation are unchanged.  rms is over the whole tensor, so that a residual of zeros stays zero.  The random
+    numbers are torch's own, like those of dropout. ::
 
         noise = ResidualNoise(model, scale=1e-2, layers=["3", nn.Conv2d])
 
     Args:
         model: the network; forward hooks are put on the layers.
-        scale: >= 0, about 1e-2.
+        scale: size of the noise relative to the residual, >= 0; about 1e-2.
         layers: module names, ``fnmatch`` patterns of names, or module types, whose output is one tensor.
 
     Raises:

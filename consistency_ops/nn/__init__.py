@@ -1,4 +1,4 @@
-"""Modules around the functional API, and the networks of the method and its neighbours."""
+"""Modules: the modulus, batch RMS normalisation, networks of arXiv 1708.00631, random orthogonal additive networks."""
 
 from .batch_rms_norm import BatchRMSNorm
 from .builders import deep_convnet, deep_mlp

@@ -1,4 +1,4 @@
-"""The activations that networks here are built with, by name, and how steep they are."""
+"""The activations that the network builders know by name, with their slopes and gains."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 # Largest absolute derivative: the Lipschitz constant.
 SLOPES = {"modulus": 1.0, "relu": 1.0, "tanh": 1.0, "softsign": 1.0, "sigmoid": 0.25, "identity": 1.0}
 
-# Gain of the weights that keeps the mean square of a signal; ReLU loses half of it.
+# The gain of the weights that keeps the mean square of a signal; ReLU halves the mean square.
 GAINS = {name: math.sqrt(2.0) if name == "relu" else 1.0 for name in ACTIVATIONS}
 
 
 def make_activation(owner: str, name: str) -> nn.Module:
-    """A new module of this name; ``owner`` is named in the error."""
+    """Return a new activation module; ``owner`` is named in the error."""
     if name not in ACTIVATIONS:
         raise ValueError(f"{owner}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]()

@@ -73,9 +73,9 @@ class BatchRMSNorm(nn.Module):
 
 
 def _recomputes() -> bool:
-    """Whether a backward pass is running, so that this forward is that of a checkpoint.
+    """Whether this forward pass is a recomputation of activation checkpointing: a backward pass is running.
 
-    False in a selective one, which is a dispatch mode and wants the operators of the first time.
+    False for selective checkpointing, a dispatch mode that expects the same operators as in the first pass.
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         return False

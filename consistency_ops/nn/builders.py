@@ -1,4 +1,4 @@
-"""Deep and narrow networks for the experiments of arXiv 1708.00631: the same layer over and over, and nothing else."""
+"""Deep and narrow networks of equal layers for the experiments of arXiv 1708.00631."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def deep_mlp(
     init: float | str = 0.01,
     seed: int = 0,
 ) -> nn.Sequential:
-    """A network of ``depth`` hidden layers of ``width`` units: (N, ...) of ``inputs`` elements to logits (N, classes).
+    """Build ``depth`` hidden layers of ``width`` units: (N, ...) of ``inputs`` elements to logits (N, classes).
 
     Flatten, Linear, activation, then ``depth - 1`` times (normalization, Linear, activation), normalization, Linear:
     ``depth + 1`` weight matrices.  With the defaults it is network C of the paper's code ("10-layer-deep").
@@ -68,7 +68,7 @@ def deep_convnet(
     init: float | str = "orthogonal",
     seed: int = 0,
 ) -> nn.Sequential:
-    """A network of ``depth`` 3x3 convolutions of ``width`` channels: images (N, channels, H, W) to (N, classes).
+    """Build ``depth`` 3x3 convolutions of ``width`` channels: images (N, channels, H, W) to logits (N, classes).
 
     2x2 max pooling after ``pools`` of the convolutions, evenly spread, global average pooling at the end, and a Linear
     layer.  The other arguments are those of :func:`deep_mlp`.

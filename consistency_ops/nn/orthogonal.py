@@ -15,11 +15,11 @@ _FACTOR = 64  # largest Hadamard matrix that is multiplied as a matrix
 
 
 class OrthogonalFilter(nn.Module):
-    """y = O x over the last dimension, with a fixed random orthogonal O: (..., features) to the same shape.
+    """Multiplies the last dimension by a fixed random orthogonal matrix O: (..., features) to the same shape.
 
     Args:
         features: size of the last dimension.
-        kind: how O is made, and what it costs a row of d = ``features`` elements:
+        kind: how O is made, and its cost per row of d = ``features`` elements:
 
             - "permutation": a random permutation; d elements moved, no arithmetic;
             - "shift": a rotation by one place, the cyclic permutation of the ResESN code; the same;
@@ -29,7 +29,7 @@ class OrthogonalFilter(nn.Module):
               cut into powers of two (100 = 64 + 32 + 4), so that O mixes within these blocks;
             - "dense": the Q factor of a matrix with uniform entries in [-1, 1]; d^2 multiplications;
             - "identity": no filter (a leaky residual connection).
-        reflections: of "householder", at least 1.
+        reflections: number of reflections of "householder", at least 1.
         generator: source of the random numbers; default: torch's own.
 
     O is kept in buffers, not parameters, and goes with ``state_dict``.  Permutations and signs are orthogonal in every
@@ -91,7 +91,7 @@ class OrthogonalFilter(nn.Module):
         return x @ self.weight.T if self.kind == "dense" else x
 
     def matrix(self) -> Tensor:
-        """O itself, (features, features), float64, from the buffers as they are."""
+        """Return O, (features, features), in float64, from the buffers."""
         buffers = {k: v.double() if v.is_floating_point() else v for k, v in self.named_buffers()}
         device = next(iter(buffers.values())).device if buffers else None
         eye = torch.eye(self.features, dtype=torch.float64, device=device)
@@ -102,7 +102,7 @@ class OrthogonalFilter(nn.Module):
 
 
 class _Gather(Function):
-    """x[..., index] for a permutation; its derivative gathers with the inverse, where autograd's would scatter-add."""
+    """x[..., index] for a permutation. Its derivative gathers with the inverse; autograd's own would scatter-add."""
 
     generate_vmap_rule = True
 
@@ -124,7 +124,7 @@ class _Gather(Function):
 
 
 def _hadamard(x: Tensor, sylvester: Tensor) -> Tensor:
-    """Blocks of powers of two, the largest first, each times its orthonormal Hadamard matrix.
+    """Multiply blocks of powers of two, the largest first, by their orthonormal Hadamard matrices.
 
     The matrix of size f is the upper left corner of ``sylvester``, that of size a b a Kronecker product of two.
     """
@@ -140,7 +140,7 @@ def _hadamard(x: Tensor, sylvester: Tensor) -> Tensor:
 
 
 def _sylvester(size: int) -> Tensor:
-    """The Hadamard matrix of Sylvester's construction, entries +-1; ``size``: a power of two."""
+    """Return the Hadamard matrix of Sylvester's construction, with entries +-1; ``size`` is a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -19,7 +19,7 @@ from .orthogonal import OrthogonalFilter
 
 
 class JacobianBounds(NamedTuple):
-    """Natural logarithms of bounds: ``log_lower`` of the smallest singular value, ``log_upper`` of the largest."""
+    """Natural logarithms of a lower bound of the smallest singular value and an upper bound of the largest."""
 
     log_lower: float
     log_upper: float
@@ -28,7 +28,7 @@ class JacobianBounds(NamedTuple):
 def roa_jacobian_bounds(
     alpha: float, beta: float, weight_norms: Sequence[float] | Tensor, *, slope: float = 1.0
 ) -> JacobianBounds:
-    """Bounds on all singular values of the Jacobian of x <- alpha O_l x + beta phi(W_l x + b_l), l = 1, ..., L.
+    """Bound all singular values of the Jacobian of x <- alpha O_l x + beta phi(W_l x + b_l), l = 1, ..., L.
 
     With ``|phi'|`` <= ``slope`` and spectral norms w_l = ``weight_norms``::
 
@@ -70,7 +70,7 @@ class ROAFeedForward(nn.Module):
         activation: tanh, modulus, relu, softsign, sigmoid or identity.
         filter: kind of all filters, see :class:`OrthogonalFilter`.
         shared_filter: one filter for all layers.
-        generator: of the filters; weights are those of ``nn.Linear``, from torch's own generator.
+        generator: random numbers of the filters; weights are those of ``nn.Linear``, from torch's own generator.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -113,14 +113,14 @@ class ROAFeedForward(nn.Module):
         return self.decoder(self.hidden(self.encoder(x)))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The additive layers alone, (..., hidden_features) to the same shape."""
+        """Apply only the additive layers: (..., hidden_features) to the same shape."""
         filters = list(self.filters) * (len(self.layers) if len(self.filters) == 1 else 1)
         for layer, filter in zip(self.layers, filters, strict=True):
             x = torch.add(self.alpha * filter(x), self.phi(layer(x)), alpha=self.beta)
         return x
 
     def jacobian_bounds(self) -> JacobianBounds:
-        """Bounds on the singular values of the Jacobian of :meth:`hidden`, for all inputs, from the present weights."""
+        """Bound the singular values of the Jacobian of :meth:`hidden` for all inputs, from the present weights."""
         norms = [spectral_norm(layer.weight) for layer in self.layers]
         return roa_jacobian_bounds(self.alpha, self.beta, norms, slope=SLOPES[self.activation])
 
@@ -143,8 +143,9 @@ class ROARNN(nn.Module):
         activation, filter, generator: as for :class:`ROAFeedForward`.
         batch_first: inputs and outputs are (N, T, ...) instead of (T, N, ...).
 
-    The states are of the size of beta: a read-out learns far sooner from ``10 * states``, or with its gradients
-    corrected by :class:`consistency_ops.Preconditioner`, best with both (``benchmarks/training/roa_memory.py``).
+    The states have about the size of beta. A read-out therefore learns far sooner from ``10 * states``, or with
+    gradients corrected by :class:`consistency_ops.Preconditioner`; both together are best
+    (``benchmarks/training/roa_memory.py``).
 
     Forward: ``u`` (T, N, input_size) and optionally ``h_0`` (N, hidden_size), by default zeros; returns all states
     (T, N, hidden_size) and the last one (N, hidden_size).
@@ -202,7 +203,7 @@ class ROARNN(nn.Module):
         return outputs, h
 
     def jacobian_bounds(self, steps: int) -> JacobianBounds:
-        """Bounds on the singular values of dh_T / dh_0, T = ``steps``, for all inputs, from the present weights."""
+        """Bound the singular values of dh_T / dh_0, T = ``steps``, for all inputs, from the present weights."""
         check_integers("ROARNN.jacobian_bounds", steps=steps)
         if steps < 0:
             raise ValueError(f"ROARNN.jacobian_bounds: steps must be at least 0, got {steps}")
@@ -215,7 +216,7 @@ class ROARNN(nn.Module):
 
 
 def spectral_norm(weight: Tensor) -> float:
-    """Largest singular value of a matrix, computed in float64."""
+    """Return the largest singular value of a matrix, computed in float64."""
     return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
 
 

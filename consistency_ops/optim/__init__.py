@@ -1,4 +1,4 @@
-"""Optimizers and rules of arXiv 1708.00631: SGD2, the selection of learning rates, gradient noise."""
+"""The optimizer SGD2, the selection of learning rates and the gradient noise of arXiv 1708.00631."""
 
 from .learning_rate import select_learning_rate
 from .noise import GradientNoise

@@ -34,9 +34,9 @@ def select_learning_rate(
     """Try every candidate for a few steps from the present state, set the best in all parameter groups, return it.
 
     A trial takes the first ``min(iterations, available)`` batches; the loss of the last one, before its update,
-    decides, and the smallest wins. NaN and Inf lose. Between trials and at the end everything is put back, bit for bit:
+    decides, and the smallest wins. NaN and Inf lose. Between trials and at the end everything is put back bit for bit:
     parameters, buffers, gradients, the optimizer's state (and that of a :class:`consistency_ops.Preconditioner` on it),
-    and the random numbers of torch, numpy and Python. A preconditioner that is stepped by hand is not known here.
+    and the random numbers of torch, numpy and Python. A preconditioner that is stepped by hand is not put back.
 
     In the paper it is called at epochs 1, 11, 21, ..., later calls with ``largest`` = the first rate that was selected.
 
@@ -116,7 +116,7 @@ def _set_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 class _State:
-    """All that a trial may change, as it was."""
+    """A copy of everything that a trial may change, to put it back."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

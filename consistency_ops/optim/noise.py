@@ -26,14 +26,14 @@ class GradientNoise:
         noise = co.optim.GradientNoise(optimizer, eta=0.01)
 
     The noise comes before the correction of a :class:`consistency_ops.Preconditioner` on the same optimizer, whenever
-    that was attached, so that the correction shapes it; and after gradient clipping and unscaling.  It is a function of
-    ``seed``, t and the order of the parameters alone: the same on every rank, and no random state of torch is touched.
+    that was attached, so that the correction shapes it; and after gradient clipping and unscaling.  It depends on
+    ``seed``, t and the order of the parameters only: it is the same on every rank, and torch's random state stays.
     t is kept in ``optimizer.param_groups[0]``: checkpoints and ``select_learning_rate`` restore it.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; it keeps this object alive.
-        eta: variance at t = 0, >= 0; 0.01, 0.3 and 1 in the cited work.
-        gamma: >= 0.
+        eta: variance at t = 0, >= 0; the cited work uses 0.01, 0.3 and 1.
+        gamma: exponent of the decay of the variance, >= 0.
         seed: in [0, 2^32).
 
     Raises:
@@ -59,7 +59,7 @@ class GradientNoise:
         self._handles = [before, optimizer.register_step_post_hook(self._after_step)]
 
     def std(self, step: int) -> float:
-        """s_t at t = ``step``."""
+        """Return s_t at t = ``step``."""
         return math.sqrt(self.eta / (1 + step) ** self.gamma)
 
     def remove(self) -> None:
@@ -89,7 +89,7 @@ class GradientNoise:
     @torch.no_grad()
     def _add(self, optimizer: Optimizer) -> None:
         step = optimizer.param_groups[0].get(_STEP, 0)
-        # Where GradScaler leaves it to a fused optimizer to unscale the gradients; else they are unscaled by now.
+        # With a fused optimizer GradScaler leaves the gradients scaled; with others they are unscaled by now.
         scale = getattr(optimizer, "grad_scale", None)
         generators: dict[torch.device, torch.Generator] = {}
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
