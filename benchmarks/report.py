@@ -151,6 +151,34 @@ def same_input() -> str:
     return "\n".join(lines)
 
 
+RANKS = (8, 64, 256, 512, 4096, 16384)
+
+
+def distributed() -> str:
+    """A refresh on several ranks, simulated: microseconds alone and shared, what the cost model chooses in bold."""
+    rows = read("distributed")["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [
+        "| ranks | " + " | ".join(f"{model} alone / shared" for model in models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for ranks in RANKS:
+        cells = []
+        for model in models:
+            (row,) = [row for row in rows if (row["model"], row["ranks"]) == (model, ranks)]
+            times = {how: f"{row[f'{how}_simulated_us']:.0f}" for how in ("alone", "shared")}
+            cells.append(" / ".join(f"**{t}**" if how == row["chosen"] else t for how, t in times.items()))
+        lines.append(f"| {ranks} | {' | '.join(cells)} |")
+    right = sum(row["regret"] == 0 for row in rows)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Bold is what the cost model chooses. It is the faster in {right} of {len(rows)} simulated cases.",
+        ]
+    )
+
+
 def stored(task: str) -> list[dict]:
     path = RESULTS / "peers" / f"{task}.jsonl"
     if not path.exists():
@@ -169,6 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frameworks": frameworks,
     "monitors": monitors,
     "same-input": same_input,
+    "distributed": distributed,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),

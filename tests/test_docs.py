@@ -10,6 +10,7 @@ import consistency_ops as co
 from consistency_ops import experimental, ops
 from consistency_ops.analysis.findings import Measurements
 from consistency_ops.analysis.results import Result
+from consistency_ops.distributed.placement import Placement
 from support import documents
 
 ROOT = documents.ROOT
@@ -77,6 +78,20 @@ def test_every_page_is_in_the_table_of_contents():
     assert pages == listed
 
 
+def test_the_layout_page_names_every_file_on_the_way_of_a_step():
+    page = documents.read("docs/developer/layout.md")
+    rooms = [ROOT / "consistency_ops" / room for room in ("ops", "engine", "distributed", "reporting")]
+    files = [file for room in rooms for file in room.glob("*.py")] + list(
+        (ROOT / "csrc" / "cuda" / "precondition").iterdir()
+    )
+    named = set(re.findall(r"`([\w.]+)`", page))
+    assert {file.name for file in files} - named - {"__init__.py", "plan.h"} == set()
+    folders = {
+        folder.name for folder in (ROOT / "consistency_ops").iterdir() if folder.is_dir() and any(folder.glob("*.py"))
+    }
+    assert [folder for folder in folders if not re.search(rf"\b{folder}\b", page)] == []
+
+
 @pytest.mark.slow
 def test_the_manual_is_built_without_a_warning(tmp_path):
     for package in ("sphinx", "myst_parser", "furo"):
@@ -101,3 +116,8 @@ def test_the_messages_of_the_troubleshooting_page_exist():
     strings = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))  # joined as Python does
     assert len(quoted_messages()) > 8
     assert [message for message in quoted_messages() if message not in strings] == []
+
+
+def test_the_placement_in_the_log_example_is_written_as_it_is_logged():
+    placement = Placement("module.0", groups=((0, 1),), joins_bias=True)
+    assert f"rank 1: {placement!r}\n" in documents.read("docs/distributed.md")
