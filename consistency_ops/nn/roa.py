@@ -19,7 +19,7 @@ from .orthogonal import OrthogonalFilter
 
 
 class JacobianBounds(NamedTuple):
-    """Natural logarithms of a lower bound of the smallest singular value and an upper bound of the largest."""
+    """Natural logarithms: ``log_lower`` bounds the smallest singular value from below, ``log_upper`` the largest."""
 
     log_lower: float
     log_upper: float
