@@ -50,6 +50,10 @@ def test_a_dead_link_would_be_noticed():
     assert dead_links("README.md", text) == ["docs/gone.md", "docs/install.md#gone"]
 
 
+def test_the_citation_has_the_version():
+    assert f"\nversion: {co.__version__}\n" in documents.read("CITATION.cff")
+
+
 def test_the_readme_is_short():
     text = documents.read("README.md")
     assert len(text.splitlines()) <= 200 and len(text.encode()) <= 10_000
