@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end 
 
 
 class ReportError(Exception):
-    """A table that cannot be made; the text says which and why."""
+    """A table cannot be made; the text says which one and why."""
 
 
 def read(name: str) -> dict:
@@ -43,7 +43,7 @@ def read(name: str) -> dict:
 
 
 def step() -> str:
-    """What the preconditioner adds to a step of the deep MLP."""
+    """The time that the preconditioner adds to a step of the deep MLP."""
     lines = ["| | ms a step | added |", "| --- | --- | --- |"]
     for row in read("step")["rows"]:
         added = "" if row["name"] == "sgd" else f"{row['added']:+.0%}"
@@ -129,7 +129,7 @@ def frameworks() -> str:
 
 
 def monitors() -> str:
-    """What watching costs, in plain passes and steps."""
+    """The cost of monitors in plain passes and steps."""
     lines = ["| | a pass that is recorded | a pass that is not |", "| --- | --- | --- |"]
     rows = read("monitors")["rows"]
     ratios = {(row["monitor"], row["pass"]): row["ratio"] for row in rows}
@@ -142,7 +142,7 @@ def monitors() -> str:
 
 
 def same_input() -> str:
-    """Layers with one input: covariance and inverse shared or not."""
+    """Layers that have one input, with a shared covariance and inverse and without."""
     lines = ["| layers with one input | shared, ms | an input each | concatenated |", "| --- | --- | --- | --- |"]
     for row in read("same_input")["rows"]:
         shape = f"{row['layers']} of {row['units']} units and {row['outputs']} outputs, {row['rows']} rows"
@@ -207,7 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def plots() -> dict[Path, Callable[[Path], None]]:
-    """Where each plot goes, and what draws it."""
+    """Return the path of each plot and the function that draws it."""
     drawn = {
         RESULTS / "peers" / f"{task}.png": (lambda path, task=task: peers.plot(stored(task), task, path))
         for task in measured_tasks()
@@ -223,7 +223,7 @@ def plots() -> dict[Path, Callable[[Path], None]]:
 
 
 def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:
-    """``text`` with every table block made anew."""
+    """Return ``text`` with every table made again."""
     tables = TABLES if tables is None else tables
     starts, ends = text.count("<!-- table:"), text.count("<!-- end -->")
     if not starts == ends == len(BLOCK.findall(text)):
@@ -241,7 +241,7 @@ def rebuild(text: str, tables: dict[str, Callable[[], str]] | None = None) -> st
 
 
 def pages() -> list[Path]:
-    """README.md and the pages in docs that have a table to make."""
+    """Return README.md and the pages of docs that have a table."""
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in texts if path.is_file() and "<!-- table:" in path.read_text()]
 

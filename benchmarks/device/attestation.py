@@ -1,4 +1,4 @@
-"""Which kernel sources have run on which GPU: benchmarks/results/attestation.json.
+"""Records which kernel sources have run on which GPU, in benchmarks/results/attestation.json.
 
     python -m benchmarks.device.attestation OUT      keep what a device run left in OUT
 
@@ -21,7 +21,7 @@ SOURCES = ("csrc/cuda", "csrc/include")
 
 
 def tree_hash(root: Path = ROOT) -> str:
-    """SHA-256 over names and contents of the kernel sources and the public headers."""
+    """Return the SHA-256 of the names and contents of the kernel sources and public headers."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (root / folder).rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
@@ -30,7 +30,7 @@ def tree_hash(root: Path = ROOT) -> str:
 
 
 def write(out: Path, device: dict, results: list[dict], kernels: str | None = None) -> dict:
-    """Adds the finished stages to ``out``/attestation.json and returns what stands there."""
+    """Add the finished stages to ``out``/attestation.json, and return its content."""
     kernels = kernels or tree_hash()
     path = out / "attestation.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -45,7 +45,7 @@ def write(out: Path, device: dict, results: list[dict], kernels: str | None = No
 
 
 def state(attestation: Path = ATTESTATION, root: Path = ROOT) -> str | None:
-    """What a reader must know: None where these sources have run on a GPU and every stage passed."""
+    """Return a warning, or None if these sources have run on a GPU and every stage passed."""
     if not attestation.exists():
         return "the CUDA kernels have never run on a GPU: run benchmarks/device_run.sh on one"
     attested = json.loads(attestation.read_text())
@@ -57,7 +57,7 @@ def state(attestation: Path = ATTESTATION, root: Path = ROOT) -> str | None:
 
 
 def keep(out: Path) -> list[Path]:
-    """Copies the results of a device run into the repository."""
+    """Copy the results of a device run to the repository."""
     kept = [out / name for name in ("attestation.json", "golden.txt", "cuda.json") if (out / name).exists()]
     for path in kept:
         shutil.copy(path, RESULTS / path.name)

@@ -1,8 +1,8 @@
-"""The stages of benchmarks/device_run.sh: each a command with a time limit, a log and a line in summary.json.
+"""Runs the stages of benchmarks/device_run.sh: each has a time limit, a log and an entry in summary.json.
 
     python -m benchmarks.device.run [--minutes 9.5] [--list] [STAGE ...]
 
-Imports torch only in the stages, so that a broken build is a failed stage and not a failed run.
+Only the stages import torch, so that a broken build fails a stage and not the run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ print(json.dumps({"device": p.name, "compute_capability": f"{p.major}.{p.minor}"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """``commands`` run one after the other until one fails; ``seconds`` for all of them."""
+    """``commands`` run one after the other until one fails; ``seconds`` limits their total time."""
 
     name: str
     seconds: int
@@ -90,7 +90,7 @@ def has_xdist() -> bool:
 
 
 def run(stage: Stage, seconds: float) -> dict:
-    """Runs the commands, output into OUT/<name>.log; status: ok, failed, or timeout."""
+    """Run the commands with output to OUT/<name>.log; the status is ok, failed or timeout."""
     start, status, last = time.monotonic(), "ok", ""
     with open(OUT / f"{stage.name}.log", "w") as log:
         for command in stage.commands:
@@ -109,7 +109,7 @@ def run(stage: Stage, seconds: float) -> dict:
 
 
 def finish(command: list[str], environment: dict[str, str], log: IO, seconds: float) -> str:
-    """The command's status; what it has started ends with it, so that nothing is left to disturb the next stage."""
+    """Run a command and return its status; all processes that it started end with it."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""Every CUDA kernel once or twice on small shapes, for compute-sanitizer: python -m benchmarks.device.short."""
+"""Runs every CUDA kernel once or twice on small shapes, for compute-sanitizer: python -m benchmarks.device.short."""
 
 from __future__ import annotations
 

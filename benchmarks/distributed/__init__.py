@@ -1,0 +1,1 @@
+"""Simulated costs on many ranks."""

@@ -48,7 +48,7 @@ def chunks_of(layers: list[LayerShape]) -> int:
 
 
 class Cluster:
-    """Ranks in nodes of eight, each with its own noise."""
+    """Ranks in nodes of eight, with a random factor for every message and every factorisation."""
 
     def __init__(self, ranks: int, seed: int = 0) -> None:
         self.ranks = ranks
@@ -60,12 +60,12 @@ class Cluster:
         self._seconds_a_byte = 1 / per_ring
 
     def _noise(self, count: int) -> np.ndarray:
-        """From a pool: drawing anew would take most of the time."""
+        """Return random factors from a pool, because drawing new ones would take most of the time."""
         begin = int(self._random.integers(len(self._pool) - count))
         return self._pool[begin : begin + count]
 
     def ring(self, ready: np.ndarray, size: float, trips: int) -> np.ndarray:
-        """When each rank has finished; ``trips``: 1 for a reduce-scatter or an all-gather, 2 for an all-reduce."""
+        """Return when each rank has finished; ``trips``: 1 for reduce-scatter or all-gather, 2 for all-reduce."""
         block = size / MACHINE.node / self.ranks
         done = ready + MACHINE.launch * self._noise(self.ranks)
         took = self._latency + block * self._seconds_a_byte
@@ -101,7 +101,7 @@ class Cluster:
         return np.stack(done, 1).reshape(-1)
 
     def _pipe(self, ready: np.ndarray, latency: float, seconds: float) -> np.ndarray:
-        """Pieces over one link a row, one after the other."""
+        """Return when the pieces have passed one link per row, one after the other."""
         free, arrived = np.zeros(len(ready)), np.empty_like(ready)
         for k in range(PIECES):
             free = np.maximum(free, ready[:, k]) + seconds * self._noise(len(ready))
@@ -109,7 +109,7 @@ class Cluster:
         return arrived
 
     def all_reduce(self, ready: np.ndarray, size: float) -> np.ndarray:
-        """The faster of the two, as a library that tunes itself would take."""
+        """Return the times of the faster of ring and tree, which a library that tunes itself would take."""
         tree = self.tree(ready, size)
         if tree.max() < ready.min() + cost_model.latency(MACHINE, self.ranks):
             return tree  # the ring has twice that in latency alone

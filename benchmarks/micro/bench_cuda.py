@@ -63,7 +63,7 @@ SETTINGS = {
 
 
 def moved_bytes(layers: Iterable[LayerShape], rows: int, input_size: int, grad_size: int) -> int:
-    """X once, G twice."""
+    """Return the bytes of reading the inputs once, and of reading and writing the gradients once."""
     return sum(rows * layer.units * input_size + 2 * layer.rows * layer.units * grad_size for layer in layers)
 
 
@@ -114,7 +114,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
 def event_medians(
     candidates: dict[str, Callable], before: Callable[[], object], seconds: float, rounds: tuple[int, int] = (7, 201)
 ) -> dict[str, float]:
-    """Microseconds of every candidate, one of each a round."""
+    """Return microseconds of every candidate; each round runs every candidate once."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     start = time.monotonic()
     for turn in range(rounds[1] + 2):
@@ -133,7 +133,7 @@ def event_medians(
 
 
 def copy_bandwidth(elements: int = 1 << 28) -> float:
-    """Bytes a second of a device-to-device copy of 1 GiB, read and written bytes counted."""
+    """Return the bytes read and written per second by a device-to-device copy of 1 GiB."""
     source, target = torch.ones(elements, device="cuda"), torch.empty(elements, device="cuda")
     micro = event_medians({"copy": lambda: target.copy_(source)}, lambda: None, 0.5)["copy"]
     return 2 * source.nbytes / (1e-6 * micro)
@@ -172,7 +172,7 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tie
     def library() -> list:
         return expert(pristine, inputs, divisions, DAMPING)
 
-    # The same division and the same result, or the comparison means nothing.
+    # All must have the same division and the same result, or the comparison means nothing.
     restore()
     ours(
         permutation=[
@@ -230,7 +230,7 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tie
 
 
 def measure_streaming(bandwidth: float, seconds: float) -> list[dict]:
-    """The share of the copy bandwidth that each memory-bound operator reaches, in both layouts, on maps beyond L2."""
+    """Return the share of the copy bandwidth that each memory-bound operator reaches on maps larger than L2."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
@@ -244,9 +244,9 @@ def measure_streaming(bandwidth: float, seconds: float) -> list[dict]:
 
 
 def find_tier_c() -> tuple[Path | None, str]:
-    """The cubin of tier C, and what is to be said of it here.
+    """Return the cubin of tier C (or None) and a sentence about it.
 
-    It is tried in a process of its own first: a kernel that fails would end all CUDA work of this one.
+    It runs in its own process first, because a kernel that fails would end all CUDA work of this process.
     """
     if (reason := mathdx.missing()) is not None:
         return None, f"C: {reason}, so there is no tier C"
@@ -283,7 +283,7 @@ def row_of(result: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """A group of bars a workload, cold, log scale; the line over a group is its target."""
+    """Draw a group of bars per workload (cold, log scale) with its target as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

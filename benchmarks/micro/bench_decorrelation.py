@@ -2,8 +2,8 @@
 
     python -m benchmarks.micro.bench_decorrelation [--seconds 3] [--json FILE]
 
-One thread, float32, interleaved in one run, medians of processor time; the ratio is to `co.precondition` with chunks of
-128 channels and the same 4096 rows at most.  The FFT uses all images.
+All run on one thread in float32, interleaved; figures are medians of processor time.  The ratio is to `co.precondition`
+with chunks of 128 channels and at most the same 4096 rows.  The FFT uses all images.
 """
 
 from __future__ import annotations

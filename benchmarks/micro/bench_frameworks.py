@@ -1,12 +1,12 @@
-"""What the preconditioner adds to a training step of GPT-2, ViT and ResNet: capture, launch and both, every step.
+"""The time that the preconditioner adds to a training step of GPT-2, ViT and ResNet: capture, launch and both.
 
     python -m benchmarks.micro.bench_frameworks [--models gpt2 vit resnet] [--clock cpu|wall] [--seconds 20]
 
-Needs requirements-frameworks.txt.  Models are built from their configuration with random weights, the data is random:
-time does not depend on values.  A step is zero_grad, forward, backward and the optimizer's step, on one thread.  The
-three kinds of step take turns.  "capture": rows are copied in the forward pass, but no gradient is corrected; the
-launch is the rest.  Medians of the ratio to the plain step of the same round, and between which two values the middle
-half of the rounds lies.  ``--clock cpu``: on a busy machine; shares of a step are reproducible, milliseconds less so.
+Needs requirements-frameworks.txt.  Models have random weights and random data, because time does not depend on values.
+A step is zero_grad, forward, backward and the optimizer's step, on one thread.  The three kinds of step take turns.
+"capture" copies rows in the forward pass but corrects no gradient; the rest is the launch.  The figures are medians and
+quartiles of the ratio to the plain step of the same round.  Use ``--clock cpu`` on a busy machine: shares of a step are
+reproducible, milliseconds less so.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Peak extra memory of one foreach_precondition_ call: the growth of the resident set, measured in a fresh process.
+"""Peak extra memory of one foreach_precondition_ call: growth of the resident set in a fresh process.
 
     python -m benchmarks.micro.bench_memory [--json FILE]
 
-The high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs; Linux) over a call, less the
-resident set before it, after a call on a small layer has loaded code and started the threads.  The bound: the chunks of
-the largest layer, and for every thread one packed block of rows (512 KiB) and two chunks of scratch; never the network.
+Measures the high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs; Linux) during a call, less
+the resident set before it.  A call on a small layer has loaded the code and started the threads before.  The bound is
+the chunks of the largest layer plus, for every thread, one packed block of rows (512 KiB) and two chunks of scratch; it
+does not grow with the network.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.micro.workloads import WORKLOADS
 
 PANEL = 16  # chunks are padded to a multiple of this
 PACKED_BYTES = 512 << 10  # kPackedBytes of csrc/cpu/plan.h
-SLACK_BYTES = 256 << 10  # tables of the divisions, Python objects, partly used pages
+SLACK_BYTES = 256 << 10  # for tables of the divisions, Python objects and partly used pages
 
 
 def resident(field: str) -> int:

@@ -1,10 +1,11 @@
-"""What watching costs: the recorders of `co.analysis` and `Preconditioner.stats()`, against a training step.
+"""The cost of the recorders of `co.analysis` and of `Preconditioner.stats()` against a training step.
 
     python -m benchmarks.micro.bench_monitors [--seconds 5] [--json FILE]
 
-Recorders: a pass of the twelve-layer MLP (batch 128, forward and backward), recorded, and not recorded with the
-recorder attached, against the same pass without one.  `stats()`: one call against a step of a four-layer transformer
-encoder (width 256, 1 024 tokens), AdamW with the preconditioner.  One thread, interleaved, medians of processor time.
+A pass of the twelve-layer MLP (batch 128, forward and backward) that is recorded, and one that is not although the
+recorder is attached, are compared with the same pass without a recorder.  One call of `stats()` is compared with a step
+of a four-layer transformer encoder (width 256, 1 024 tokens; AdamW with the preconditioner).  All run on one thread,
+interleaved; figures are medians of processor time.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from benchmarks.micro.timing import interleaved, medians, one_thread, save
 from consistency_ops.cli import models
 
 RECORDERS = ("gradient_energy", "activation_statistics", "weight_domination", "conditioning")
-NEVER = 10**9  # `every` of a recorder whose first pass is over
+NEVER = 10**9  # `every` of a recorder that records no pass after its first
 
 
 def pass_of(recorder: str | None, every: int):
-    """A forward and backward pass. What conditioning leaves for the next recorded pass is in that one's time."""
+    """Return a function that makes one pass; work that conditioning defers counts in the next recorded pass."""
     model = models.build("deep-mlp", (1, 28, 28), 10, seed=0)
     monitor = None if recorder is None else getattr(co.analysis, recorder)(model, every=every)
     x, y = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))

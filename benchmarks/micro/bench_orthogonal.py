@@ -2,8 +2,8 @@
 
     python -m benchmarks.micro.bench_orthogonal [--seconds 2] [--json FILE]
 
-Forward and backward of `co.nn.OrthogonalFilter` on 128 rows; one thread, float32, interleaved in one run, medians of
-processor time.
+Times forward and backward of `co.nn.OrthogonalFilter` on 128 rows, on one thread in float32, interleaved; figures are
+medians of processor time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Baselines (compositions.py): gather + bmm + cholesky + cholesky_solve; gather + 
 batched over equal layers; torch.compile of the first two, where a network has at most eight distinct layer shapes.
 The ratio is to the fastest of them, by medians over interleaved rounds.  Inputs and gradients have the
 dtypes of workloads.py; the baselines compute in float32.  GF/s counts the
-useful operations, n B (B + 1) + B^3 + 2 o B^2 a chunk; its share is of a float32 matrix product of 2048 x 2048 that
+useful operations, n B (B + 1) + B^3 + 2 o B^2 per chunk; its share is of a float32 matrix product of 2048 x 2048 that
 runs in the same rounds.  The floor of a row is the longer of two times: of the useful operations at that rate, and of
 the bytes that must move (X read once, G read and written once) at the rate of an in-place pass of torch over all
 gradients, also in the same rounds.  More than 100 % is possible: products of bfloat16 inputs run at twice that rate.
@@ -28,11 +28,11 @@ from benchmarks.micro.timing import interleaved, medians, save
 from benchmarks.micro.workloads import LARGE, WORKLOADS, LayerShape, useful_flops
 
 DAMPING = 0.1
-FEW = 8  # layers up to which torch.compile gets the whole network at once; of distinct shapes, to be compiled at all
+FEW = 8  # most layers that torch.compile gets at once, and most distinct shapes that are compiled at all
 
 
 def baselines(layers: list[LayerShape], compile_too: str) -> dict:
-    """name -> function of (grads, inputs, divisions)."""
+    """Return {name: function of (grads, inputs, divisions)}."""
     found = {}
     with_compile = compile_too == "all" or (compile_too == "few" and len(set(layers)) <= FEW)
     for finish in (by_solve, by_inverse):
@@ -76,7 +76,7 @@ def measure(name: str, chunk: int, row_counts: list[int], arguments: argparse.Na
         for label, composition in compositions.items():
             candidates[label] = lambda f=composition, g=pristine, x=inputs: f(g, x, divisions)
 
-        # The same division and the same result, or the comparison means nothing.
+        # All must have the same division and the same result, or the comparison means nothing.
         ours(permutation=[d.permutation(layer.units) for d, layer in zip(divisions, layers, strict=True)])
         differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
         assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences

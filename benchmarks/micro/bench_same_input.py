@@ -1,10 +1,10 @@
-"""Several layers with one input (query, key and value projections): what sharing its covariance and inverse saves.
+"""Layers that have one input (query, key and value): the time that a shared covariance and inverse saves.
 
     python -m benchmarks.micro.bench_same_input [--seconds 5] [--json FILE]
 
-`foreach_precondition_` on three ways to say the same: one input shared (one layer number), an input each, and the
-gradients concatenated, corrected as one and copied back.  Chunks of 128, one thread, interleaved, medians of processor
-time.
+`foreach_precondition_` computes the same in three ways: with one shared input (one layer number), with an input each,
+and with concatenated gradients that are corrected as one and copied back.  Chunks have 128 units; all run on one
+thread, interleaved; figures are medians of processor time.
 """
 
 from __future__ import annotations

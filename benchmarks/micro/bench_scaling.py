@@ -4,7 +4,7 @@
 
 Each series changes one quantity and keeps the others such that the operation count is proportional to it:
 
-    rows      n, with few outputs: the covariance, n B (B + 1) a chunk, is nearly all of the work     slope 1
+    rows      n, with few outputs: the covariance, n B (B + 1) per chunk, is most of the work         slope 1
     width     units d of layers with 512 outputs and 512 rows, in chunks of B: d / B chunks           slope 1
     layers    equal layers                                                                            slope 1
     threads   equal layers, wall time                                                                 slope -1
@@ -52,14 +52,14 @@ class Point:
 
         def run() -> None:
             torch.set_num_threads(self.threads)
-            # Trace scaling and damping 1 keep the gradients within a factor of two a call.
+            # With trace scaling and damping 1 a call changes the gradients by at most a factor of two.
             co.foreach_precondition_(grads, inputs, chunk=CHUNK, scaling="trace", max_rows=self.rows)
 
         return run
 
 
 def series(threads: int, cores: int) -> dict[str, list[Point]]:
-    """The points of every series; ``threads``: of those in which threads do not change."""
+    """Return the points of every series; ``threads`` is for the series in which threads do not change."""
     point = functools.partial(Point, threads=threads)
     return {
         "rows": [point(rows=1024 << i, outputs=32) for i in range(6)],
@@ -70,7 +70,7 @@ def series(threads: int, cores: int) -> dict[str, list[Point]]:
 
 
 def slope(x: list[float], y: list[float]) -> float | None:
-    """Of the least-squares line through the logarithms; None for a single point."""
+    """Return the slope of the least-squares line through the logarithms; None for a single point."""
     if len(x) < 2:
         return None
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
@@ -94,7 +94,7 @@ def measure(name: str, points: list[Point], seconds: float, clock: Callable[[], 
 
 
 def plot(results: dict, path: Path) -> None:
-    """Four panels, log-log; the dashed line has the expected slope and passes through the last point."""
+    """Draw four log-log panels; dashed lines have the expected slope and pass through the last point."""
     import matplotlib
 
     matplotlib.use("Agg")

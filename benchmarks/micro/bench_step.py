@@ -1,10 +1,10 @@
-"""What the preconditioner adds to a training step of the MNIST deep MLP at batch 500: capture and launch, every step.
+"""The time that the preconditioner adds to a training step of the MNIST deep MLP at batch 500, in every step.
 
     python -m benchmarks.micro.bench_step [--threads N] [--seconds 20] [--json FILE]
 
-The data is random, of MNIST's shape; time does not depend on its values.  A step is zero_grad, forward, backward and
-the optimizer's step, SGD with momentum.  Interleaved with the same step of a second network without the preconditioner;
-medians.  The RMS norms are in both.
+The data is random and has MNIST's shape; time does not depend on its values.  A step is zero_grad, forward, backward
+and the optimizer's step (SGD with momentum).  It is interleaved with the same step of a second network that has the
+RMS norms, too, but no preconditioner; figures are medians.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def step_of(options: dict | None, x: torch.Tensor, y: torch.Tensor):
         optimizer.step()
         return model
 
-    step.keep = preconditioner  # the hooks live as long as it
+    step.keep = preconditioner  # the hooks live as long as this object
     return step
 
 

@@ -1,4 +1,4 @@
-"""Does the one line help in other people's trainers? GPT-2, ViT and ResNet, 50 steps, with it and without.
+"""Loss of GPT-2, ViT and ResNet after 50 steps in other people's trainers, with the preconditioner and without.
 
     python -m benchmarks.micro.bench_trainers [--seeds 3] [--json FILE]
 

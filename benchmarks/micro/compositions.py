@@ -1,6 +1,6 @@
 """The correction composed of torch operations: the baselines, as an expert would write them.
 
-They get for free what the kernel has to work out: the random division as index tensors, whole groups of consecutive
+They are given what the kernel has to compute: the random division as index tensors, whole groups of consecutive
 units where they divide the layer (one copy of 32 bytes each instead of eight of 4), no cyclic offset, chunks of at most
 two sizes.  They return new gradients instead of writing in place.  They move what they are given in its own dtype and
 compute in float32, as accurately as the operator.
@@ -19,7 +19,7 @@ from benchmarks.micro.workloads import LayerShape
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """Where the units of a layer go: ``order`` of groups of ``group`` units, then blocks (begin, chunks, size)."""
+    """The order of a layer's units, as groups of ``group`` units, and its blocks (begin, chunks, size)."""
 
     group: int
     order: Tensor | None  # None: a single chunk
@@ -27,7 +27,7 @@ class Division:
     blocks: tuple[tuple[int, int, int], ...]
 
     def permutation(self, units: int) -> Tensor:
-        """The same division as one index a unit."""
+        """Return the same division with one index per unit."""
         if self.order is None:
             return torch.arange(units)
         return (self.order[:, None] * self.group + torch.arange(self.group, device=self.order.device)).flatten()
@@ -46,7 +46,7 @@ def divide(layer: LayerShape, chunk: int, group: int, generator: torch.Generator
 
 
 def gather(matrix: Tensor, division: Division, index: Tensor | None) -> Tensor:
-    """Units (dimension 1 of (rows, units)) in the order of the division, or back."""
+    """Put units (dimension 1 of (rows, units)) in the order of the division, or back."""
     if index is None:
         return matrix
     if division.group == 1:
@@ -56,7 +56,7 @@ def gather(matrix: Tensor, division: Division, index: Tensor | None) -> Tensor:
 
 
 def blocks_of(matrix: Tensor, begin: int, count: int, size: int) -> Tensor:
-    """(rows, units) -> (count, rows, size), a view."""
+    """Return a view (count, rows, size) of (rows, units)."""
     return matrix[:, begin : begin + count * size].unflatten(1, (count, size)).transpose(0, 1)
 
 
@@ -68,7 +68,7 @@ def damped(rows: Tensor, block: tuple[int, int, int], damping: float) -> Tensor:
 
 
 def gradient_blocks(grad: Tensor, block: tuple[int, int, int]) -> Tensor:
-    """(out, units, taps) -> (count, out * taps, size)."""
+    """Rearrange (out, units, taps) to (count, out * taps, size)."""
     begin, count, size = block
     out, _, taps = grad.shape
     if taps == 1:
@@ -78,7 +78,7 @@ def gradient_blocks(grad: Tensor, block: tuple[int, int, int]) -> Tensor:
 
 
 def assemble(solutions: list[Tensor], grad: Tensor) -> Tensor:
-    """The inverse of ``gradient_blocks`` over all blocks: (out, units, taps)."""
+    """Invert ``gradient_blocks`` for all blocks: returns (out, units, taps)."""
     out, _, taps = grad.shape
     parts = [s.unflatten(1, (out, taps)).permute(1, 0, 3, 2).flatten(1, 2) for s in solutions]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -97,7 +97,7 @@ def flat(grad: Tensor) -> Tensor:
 
 
 def one_layer(grad: Tensor, rows: Tensor, division: Division, damping: float, finish) -> Tensor:
-    """gather + bmm + cholesky + ``finish`` of one layer."""
+    """Correct one layer by gather, bmm, cholesky and ``finish``."""
     x = gather(rows, division, division.order).float()
     g = flat(gather(grad, division, division.order).float())
     solutions = []
@@ -113,7 +113,7 @@ def per_layer(grads: list[Tensor], inputs: list[Tensor], divisions: list[Divisio
 
 
 def batched(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division], damping: float, finish):
-    """Layers of equal shape stacked: one bmm, one cholesky, one solve or inverse for all their chunks."""
+    """Correct stacked layers of equal shape with one bmm, one cholesky and one solve or inverse for all chunks."""
     sets: dict = {}
     for i, (grad, rows) in enumerate(zip(grads, inputs, strict=True)):
         sets.setdefault((grad.shape, rows.shape), []).append(i)
@@ -137,7 +137,7 @@ def batched(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division]
 
 
 def compiled(finish, whole: bool):
-    """``per_layer`` under torch.compile: of the whole list where it is short, else of the function of one layer."""
+    """Compile ``per_layer`` for the whole list (``whole``), or only the function of one layer."""
     if whole:
         return torch.compile(per_layer)
     layer = torch.compile(one_layer)
@@ -149,6 +149,6 @@ def compiled(finish, whole: bool):
 
 
 def sgemm(size: int):
-    """A float32 product and its number of operations."""
+    """Return a float32 matrix product and its number of operations."""
     a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
     return lambda: torch.mm(a, b, out=c), 2 * math.prod((size, size, size))

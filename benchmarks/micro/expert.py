@@ -1,7 +1,7 @@
-"""Tier B: the correction as an expert composes it of cuBLAS and cuSOLVER calls, for one CUDA graph.
+"""Tier B: the correction composed of cuBLAS and cuSOLVER calls for one CUDA graph.
 
-Like compositions.py, and with equal chunks of *all* layers in one batch: one Cholesky factorisation (potrfBatched), one
-triangular solve of the identity (trsmBatched) and one product for the inverse, whatever layer a chunk is of.
+Like compositions.py, but equal chunks of *all* layers are one batch: one Cholesky factorisation (potrfBatched), one
+triangular solve of the identity (trsmBatched) and one product for the inverses.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from benchmarks.micro.compositions import Division, assemble, blocks_of, flat, g
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """(count, n, size) -> float32 (count, size, size); 16-bit inputs are multiplied as they are, summed in float32."""
+    """Return float32 (count, size, size) of (count, n, size); 16-bit inputs are summed in float32."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return torch.bmm(x.mT.float(), x.float())
     return torch.bmm(x.mT, x, out_dtype=torch.float32)
 
 
 def inverses(covariances: list[Tensor]) -> list[Tensor]:
-    """Of symmetric positive definite matrices, (count, size, size) each; those of one size in one batch."""
+    """Invert symmetric positive definite matrices, (count, size, size) each; equal sizes make one batch."""
     of_size: dict[int, list[int]] = {}
     for i, covariance in enumerate(covariances):
         of_size.setdefault(covariance.shape[-1], []).append(i)
@@ -36,7 +36,7 @@ def inverses(covariances: list[Tensor]) -> list[Tensor]:
 
 
 def expert(grads: list[Tensor], inputs: list[Tensor], divisions: list[Division], damping: float) -> list[Tensor]:
-    """New gradients; every covariance first, then the inverses of all, then the products."""
+    """Return new gradients: all covariances first, then all inverses, then all products."""
     keys, covariances = [], []
     for i, (rows, division) in enumerate(zip(inputs, divisions, strict=True)):
         x = gather(rows, division, division.order)

@@ -49,7 +49,7 @@ POSV, LOWER = 11, 1
 
 
 def folders() -> list[Path]:
-    """Where libmathdx and NVRTC may lie."""
+    """Return the folders in which libmathdx and NVRTC may be."""
     root = os.environ.get("MATHDX_ROOT")
     given = [Path(root) / "lib", Path(root)] if root else []
     return given + [Path(entry) / "nvidia" / "cu13" / "lib" for entry in sys.path]
@@ -60,7 +60,7 @@ def find(name: str) -> Path | None:
 
 
 def missing() -> str | None:
-    """Why there is no tier C here, or None."""
+    """Return why there is no tier C here, or None if there is."""
     if find(LIBMATHDX) is None:
         return "MathDx is not installed (pip install nvidia-libmathdx-cu13, or set MATHDX_ROOT)"
     if shutil.which("nvcc") is None:
@@ -78,7 +78,7 @@ def libmathdx() -> ctypes.CDLL:
 
 
 def call(function: str, *arguments: int | bytes | ctypes._SimpleCData) -> None:
-    """One function of libmathdx; integers are 64-bit but for enumerators, which are passed as c_int."""
+    """Wrap a function of libmathdx; integers are passed as 64 bits, except enumerators, which are c_int."""
     library = libmathdx()
     status = library[function](*[ctypes.c_longlong(a) if isinstance(a, int) else a for a in arguments])
     if status == 0:
@@ -91,7 +91,7 @@ def call(function: str, *arguments: int | bytes | ctypes._SimpleCData) -> None:
 
 
 def generate(symbol: str, sm: int, prefix: str, numbers: dict[str, int], operators: dict) -> bytes:
-    """LTO-IR of one device function; ``prefix`` is cublasdx or cusolverdx."""
+    """Return the LTO-IR of one device function; ``prefix`` is cublasdx or cusolverdx."""
     handle, code, size = ctypes.c_longlong(), ctypes.c_longlong(), ctypes.c_size_t()
     call(f"{prefix}CreateDescriptor", ctypes.byref(handle))
     for name, value in {**operators, "sm": 10 * sm, "execution": BLOCK, "block_dim": (THREADS, 1, 1)}.items():
@@ -114,7 +114,7 @@ def generate(symbol: str, sm: int, prefix: str, numbers: dict[str, int], operato
 
 
 def solver_library(path: Path) -> None:
-    """Writes what the LTO-IR of cuSolverDx's functions calls, one fat binary for all of them and all architectures."""
+    """Write the fat binary, for all architectures, that the LTO-IR of cuSolverDx's functions calls."""
     handle, size = ctypes.c_longlong(), ctypes.c_size_t()
     call("cusolverdxCreateDescriptor", ctypes.byref(handle))
     call("cusolverdxGetUniversalFATBINSize", handle, ctypes.byref(size))
@@ -125,7 +125,7 @@ def solver_library(path: Path) -> None:
 
 
 def functions(size: int) -> dict[str, tuple[str, dict[str, int], dict]]:
-    """symbol -> (prefix, operators' numbers, operators) of what mathdx.cu declares for one size."""
+    """Return {symbol: (prefix, operators' numbers, operators)} of what mathdx.cu declares for one size."""
     gemm = dict(function=0, type=0, api=0, alignment=(16, 16, 16))
     gram = {**gemm, "size": (size, size, DEPTH), "arrangement": (COLUMNS, ROWS, COLUMNS)}
     apply = {**gemm, "size": (TILE_ROWS, size, size), "arrangement": (ROWS, ROWS, ROWS)}
@@ -139,7 +139,7 @@ def functions(size: int) -> dict[str, tuple[str, dict[str, int], dict]]:
 
 
 def link(sm: int, parts: list[Path]) -> bytes:
-    """A cubin of files of LTO-IR and a fat binary."""
+    """Link files of LTO-IR and a fat binary to a cubin."""
     library, handle, size = ctypes.CDLL(str(find(NVJITLINK))), ctypes.c_void_p(), ctypes.c_size_t()
 
     def call(function: str, *arguments) -> None:
@@ -165,7 +165,7 @@ def link(sm: int, parts: list[Path]) -> bytes:
 
 
 def build(sm: int, folder: Path = ROOT / "build" / "mathdx") -> Path:
-    """The cubin for one architecture, such as 90; made again when a source has changed."""
+    """Return the cubin for one architecture, such as 90; it is made again when a source has changed."""
     headers = [ROOT / "csrc" / "cuda" / name for name in ("port.cuh", "ptx.cuh", "convert.cuh")]
     sources = [SOURCE, *headers, Path(__file__)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -175,7 +175,7 @@ def build(sm: int, folder: Path = ROOT / "build" / "mathdx") -> Path:
     parts = folder / f"sm_{sm}-{digest}"
     parts.mkdir(parents=True, exist_ok=True)
     wanted = {symbol: how for size in SIZES for symbol, how in functions(size).items()}
-    # Up to half a minute of one core each; libmathdx does not say that threads may share it.
+    # Each takes up to half a minute of one core; libmathdx is not documented to be safe for threads.
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         codes = {symbol: pool.submit(generate, symbol, sm, *how) for symbol, how in wanted.items()}
         pool.submit(solver_library, parts / "solver.fatbin").result()
@@ -193,7 +193,7 @@ def build(sm: int, folder: Path = ROOT / "build" / "mathdx") -> Path:
 
 
 class Params(ctypes.Structure):
-    """Params of mathdx.cu."""
+    """The struct Params of mathdx.cu."""
 
     _fields_ = (("chunks", ctypes.c_void_p), ("tasks", ctypes.c_void_p), ("damping", ctypes.c_float))
 
@@ -202,7 +202,7 @@ class Cubin:
     """The kernels of a cubin, launched with the CUDA driver in torch's context."""
 
     def __init__(self, path: Path):
-        torch.cuda.current_stream()  # makes the context
+        torch.cuda.current_stream()  # this makes the context
         self.driver, self.module, self.functions = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), {}
         self._call("cuModuleLoadData", ctypes.byref(self.module), path.read_bytes())
 
@@ -221,7 +221,7 @@ class Cubin:
 
 
 class Chunk(ctypes.Structure):
-    """Chunk of mathdx.cu."""
+    """The struct Chunk of mathdx.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "g", "units", "partials", "inverse", "info")),
@@ -232,14 +232,14 @@ class Chunk(ctypes.Structure):
 
 
 def in_vectors(pitch: int, division: Division, size: int, itemsize: int) -> bool:
-    """Whether every 16 bytes of a row of a chunk lie in 16 aligned bytes."""
+    """Whether the rows of a chunk can be read in aligned vectors of 16 bytes."""
     width = 16 // itemsize
     together = division.order is None or division.group % width == 0
     return together and pitch % width == 0 and size % width == 0
 
 
 class Group:
-    """The chunks of one padded size and type: one call of mathdx_correct."""
+    """The chunks of one padded size and type, which one call of mathdx_correct corrects."""
 
     def __init__(self, size: int, device: torch.device):
         self.size, self.device, self.chunks, self.kept = size, device, [], []
@@ -267,7 +267,7 @@ class Group:
         )
 
     def finish(self) -> None:
-        """Puts the descriptions on the device."""
+        """Copy the descriptions to the device."""
         described = bytearray((Chunk * len(self.chunks))(*self.chunks))
         self.described = torch.frombuffer(described, dtype=torch.uint8).to(self.device)
         self.grams = self._tasks("rows", SPLIT_ROWS)
@@ -311,7 +311,7 @@ class MathDx:
         self.streams = [torch.cuda.Stream() for _ in self.groups] if grads[0].is_cuda else []
 
     def __call__(self) -> None:
-        """Groups run beside each other."""
+        """Queue the correction; the groups run side by side."""
         if not self.streams:
             for group in self.groups.values():
                 group.run(self.kernels, self.damping)
@@ -327,7 +327,7 @@ class MathDx:
 
 
 def main() -> None:
-    """Without an argument makes the cubin for the device; with one tries it on a small problem, against float64."""
+    """Make the cubin for the device; with an argument test it on a small problem against float64."""
     if len(sys.argv) == 1:
         major, minor = torch.cuda.get_device_capability()
         print(missing() or build(10 * major + minor))

@@ -1,4 +1,4 @@
-"""The operators that are bound by memory, for bench_cuda.py: each call, and the bytes that it must move.
+"""The memory-bound operators for bench_cuda.py: each call, and the bytes that it must move.
 
 The target is 90 % of the bandwidth that a large copy reaches in the same run.
 """
@@ -18,7 +18,7 @@ TARGET = 0.9
 def calls(
     device: str, dtype: torch.dtype, channels_last: bool, shape: tuple[int, ...] = SHAPE
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """name -> (call, bytes).  The row capture takes every row, so that its bytes are those of a copy."""
+    """Return {name: (call, bytes)}.  The row capture takes every row, so that its bytes are those of a copy."""
     ops = torch.ops.consistency_ops
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)

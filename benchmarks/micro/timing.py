@@ -1,4 +1,4 @@
-"""Timing helpers that every benchmark here shares: interleaved medians, the machine, JSON."""
+"""What the benchmarks share: interleaved timing, the description of the machine, JSON."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def interleaved(
     rounds: tuple[int, int] = (5, 51),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate, one of each a round, so that a disturbance hits all of them.
+    """Return seconds of every candidate. Each round runs all of them, so that a disturbance hits all.
 
-    ``before`` runs, untimed, before every candidate.  After two warm-up rounds, as many rounds as fit ``seconds``,
-    within ``rounds``.  ``clock``: ``time.process_time`` on a busy machine, which is fair for a single thread only.
+    ``before`` runs untimed before every candidate.  After two warm-up rounds come as many rounds as fit ``seconds``,
+    within the limits ``rounds``.  ``clock``: use ``time.process_time`` on a busy machine, with a single thread only.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     spent = 0.0
@@ -50,7 +50,7 @@ def interleaved(
 
 
 def one_thread(about: str, name: str, seconds: float, of: str = "row of the table") -> argparse.Namespace:
-    """``--seconds`` and ``--json`` of a benchmark that runs on one thread; ``of``: what is timed for so long."""
+    """Parse ``--seconds`` and ``--json`` and use one thread; ``of`` says what is timed for ``--seconds``."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=seconds, help=f"of timed work for each {of}")
     parser.add_argument("--json", help=f"write here instead of benchmarks/results/{name}.json")
@@ -64,7 +64,7 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def command() -> str:
-    """This run's, as it is typed, without ``--json FILE``: where its figures went does not matter to them."""
+    """Return the command line of this run without ``--json FILE``, which does not change the figures."""
     spec = sys.modules["__main__"].__spec__
     arguments = sys.argv[1:]
     if "--json" in arguments:
@@ -74,7 +74,7 @@ def command() -> str:
 
 
 def machine() -> dict:
-    """What a figure depends on."""
+    """Return what a figure depends on: processor, threads, versions."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
@@ -85,7 +85,7 @@ def machine() -> dict:
 
 
 def save(name: str, results: dict, path: str | None = None) -> Path:
-    """Writes ``results`` and the machine as JSON; ``path``: instead of ``benchmarks/results/<name>.json``."""
+    """Write ``results`` and the machine as JSON to ``path``, by default ``benchmarks/results/<name>.json``."""
     target = Path(path) if path else RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")

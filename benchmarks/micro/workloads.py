@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """A weight of ``outputs`` x ``units`` x ``kernel``; ``kernel`` is empty for a linear layer."""
+    """The shape of a weight, ``outputs`` x ``units`` x ``kernel``; ``kernel`` is empty for a linear layer."""
 
     outputs: int
     units: int
@@ -23,7 +23,7 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """Rows of the gradient matrix: every output and kernel tap."""
+        """Number of rows of the gradient matrix: outputs times kernel taps."""
         return self.outputs * math.prod(self.kernel)
 
 
@@ -44,7 +44,7 @@ _VIT_BLOCK = [LayerShape(2304, 768), LayerShape(768, 768), LayerShape(3072, 768)
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Layers, and the dtypes in which training keeps their inputs and gradients."""
+    """The layers of a network, and the dtypes of their inputs and gradients in training."""
 
     layers: list[LayerShape]
     inputs: torch.dtype = torch.float32
@@ -52,11 +52,11 @@ class Workload:
 
     @property
     def group(self) -> int:
-        """Units in 32 bytes of gradient, the default of the operator."""
+        """Number of units in 32 bytes of gradient, the default of the operator."""
         return 32 // self.grads.itemsize
 
     def tensors(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Random gradients, and sampled inputs (rows, units), of which equal shapes do not share memory."""
+        """Return random gradients and inputs (rows, units); equal shapes do not share memory."""
         generator = torch.Generator().manual_seed(0)
         grads = [torch.randn(layer.weight, generator=generator).to(self.grads) for layer in self.layers]
         return grads, [torch.randn(rows, layer.units, generator=generator).to(self.inputs) for layer in self.layers]
@@ -81,7 +81,7 @@ LARGE = ("resnet50", "resnet50-fp32", "vit-b16", "linear-4096", "linear-4096-fp3
 
 
 def useful_flops(layers: list[LayerShape], rows: int, chunk: int) -> int:
-    """n B (B + 1) + B^3 + 2 o B^2 a chunk: one triangle of the covariance, factor and inverse, and the product."""
+    """Return n B (B + 1) + B^3 + 2 o B^2 per chunk: a triangle of the covariance, factor and inverse, the product."""
     total = 0
     for layer in layers:
         count = -(-layer.units // chunk)

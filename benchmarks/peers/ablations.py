@@ -1,4 +1,4 @@
-"""The settings of the preconditioner, one changed at a time: where its defaults come from.
+"""Changes one setting of the preconditioner at a time: this is where its defaults come from.
 
     python -m benchmarks.peers.ablations [--tasks NAME ...] [--bases NAME ...] [--seeds 2] [--data-dir DIR]
 
@@ -54,13 +54,13 @@ BASES = ("sgd+pre", "adamw+pre", "muon+pre")
 STEPS = 80
 VARIANT_PHASE = "activation and norm"
 GRID = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-# The first of three rates that are tried, by index in GRID: 0.1, 0.01 and 0.03.
+# Indices in GRID of the first of three rates that are tried: 0.1, 0.01 and 0.03.
 VARIANT_PEERS = {"sgd": 3, "sgd+pre": 3, "adamw": 5, "adamw+pre": 5, "muon": 4, "muon+pre": 4}
 FAMILIES = {"deep-mlp variants": "deep-mlp,", "fashion-mlp variants": "fashion-mlp,"}
 
 
 def best_rate(task: str, base: str) -> float:
-    """Of the trials at the default damping."""
+    """Return the best rate of the trials at the default damping."""
     runs = [run for run in Store(RESULTS / f"{task}.jsonl").runs if run["optimizer"] == base]
     trials = [run for run in runs if run["phase"] == "trial" and "damping" not in run["setting"]]
     if not trials:
@@ -73,7 +73,7 @@ def nearby(rate: float) -> list[float]:
 
 
 def table(runs: list[dict]) -> dict[str, dict[str, tuple[float, float] | None]]:
-    """{change: {"task, base": (mean of the metric over the seeds from 1 on, its half range)}}, None: a seed failed."""
+    """Return {change: {"task, base": (mean, half range) over the seeds from 1 on, or None if a seed failed}}."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         if run["seed"] > 0:
@@ -120,7 +120,7 @@ def main() -> None:
 def try_out(
     store: Store, task: str, peer: str, name: str, settings: list[dict], split: Split, seeds: int, steps: int
 ) -> None:
-    """The best of ``settings`` with seed 0, then that one with the seeds 1, 2, ..."""
+    """Find the best of ``settings`` with seed 0, and run it with the seeds 1, 2, ..."""
     best = settings[0]
     if len(settings) > 1:
         tried = [run_once(store, task, peer, name, setting, split, 0, steps) for setting in settings]
@@ -130,7 +130,7 @@ def try_out(
 
 
 def run_variants(store: Store, family: str, directory: Path, seeds: int, steps: int) -> None:
-    """Activation and normalisation, with and without the correction, each at its own best rate."""
+    """Run all activations and normalisations with and without the correction, each at its own best rate."""
     names = [name for name in VARIANTS if name.startswith(family)]
     split = VARIANTS[names[0]].load(directory)
     for task in names:
@@ -142,9 +142,9 @@ def run_variants(store: Store, family: str, directory: Path, seeds: int, steps: 
 
 
 def best_in_grid(metric: Callable[[dict], float], first: int) -> dict:
-    """Of three rates of ``GRID`` from the index ``first`` on, and of the next one while an end is the best.
+    """Return the best of three rates of ``GRID`` from index ``first`` on; while an end is the best, add a rate there.
 
-    Of equals, and if all fail, the smallest rate counts as the best.
+    The smallest rate counts as the best among equals and if all fail.
     """
     begin, end = first, first + 3
     while True:

@@ -1,10 +1,10 @@
-"""What a step costs with each optimizer: CPU time as a ratio to SGD in one interleaved run, and the memory it keeps.
+"""The cost of a step with each optimizer: CPU time over that of SGD in one interleaved run, and kept memory.
 
     python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--json FILE]
 
-A step is zero_grad, forward, backward and update on random data; a time is the mean of ten steps, one of which renews
-what is renewed every ten.  Memory: bytes of all live tensors after three steps that are neither parameters, gradients
-nor data, over the bytes of the parameters; work space inside a call is not seen.
+A step is zero_grad, forward, backward and update on random data.  A time is the mean of ten steps, one of which renews
+what is renewed every ten.  Memory is the bytes of all tensors that are alive after three steps and are neither
+parameters, gradients nor data, over the bytes of the parameters; work space inside a call is not seen.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.runs import RESULTS
 from benchmarks.peers.tasks import Block, named, resnet
 
-STEP_RATE = 1e-4  # small: the arithmetic counts, and nothing must diverge
+STEP_RATE = 1e-4  # small, so that nothing diverges
 
 
 class Sequence(nn.Module):
-    """Blocks of a transformer on random token vectors, classes from the mean token."""
+    """Transformer blocks on random token vectors; the classes come from the mean token."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ ROUNDS, LARGE_ROUNDS = 10, 3  # one step in ten renews the inverses of K-FAC, FO
 
 
 def setting(peer: str) -> dict[str, float]:
-    """``warm_up=0``: a step of the long run, not of the start."""
+    """Return the setting of ``peer``, with ``warm_up=0`` for a step of the long run."""
     more = {"warm_up": 0} if peer in ("kfac", "foof") else {}
     return {**PEERS[peer].trials[0], "lr": STEP_RATE, **more}
 
@@ -77,7 +77,7 @@ def live_bytes() -> int:
 
 
 def kept(build: Callable[[], nn.Module], peer: str, x: Tensor, y: Tensor) -> float:
-    """Bytes that the optimizer keeps between steps, over the bytes of the parameters."""
+    """Return the bytes that the optimizer keeps between steps over the bytes of the parameters."""
     before = live_bytes()
     model = build()
     parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
@@ -90,7 +90,7 @@ def kept(build: Callable[[], nn.Module], peer: str, x: Tensor, y: Tensor) -> flo
 
 
 def kept_rows(path: str | None, models: list[str]) -> tuple[list[dict], dict[str, str]]:
-    """What an earlier run measured on other models."""
+    """Return the figures of an earlier run on other models."""
     file = Path(path) if path else RESULTS / "cost.json"
     old = json.loads(file.read_text()) if file.exists() else {"rows": [], "failures": {}}
     failures = {name: text for name, text in old["failures"].items() if not name.startswith(tuple(models))}

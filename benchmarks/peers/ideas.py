@@ -20,7 +20,7 @@ def actions(
     shrinkage: bool = False,
     **options: object,
 ) -> tuple[list[Callable[[], None]], list[co.Preconditioner]]:
-    """What stands between backward pass and optimizer: the correction with ``options``, with one idea around it.
+    """Return the functions to call between backward pass and optimizer: the correction with one idea around it.
 
     Args:
         graft: sets the norm of every corrected weight gradient. ``"norm"``: to the raw gradient's; ``"clip"``: to that
@@ -74,7 +74,7 @@ def _by_layer(model: nn.Module, options: dict) -> Iterable[co.Preconditioner]:
 
 
 def ledoit_wolf(x: Tensor, least: float = 0.01) -> float:
-    """The optimal shrinkage of ``x``'s second moment S towards tau I, as the damping ``r`` of ``S / tau + r I``."""
+    """Return the damping r >= ``least`` for which S / tau + r I is the optimal shrinkage of ``x``'s second moment S."""
     n, d = x.shape
     moment = x.T @ x / n
     tau = moment.trace() / d

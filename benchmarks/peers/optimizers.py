@@ -1,7 +1,7 @@
-"""How each optimizer is built, and its trials: the same number for all, judged on held-out training examples.
+"""The optimizers that are compared: how each is built, and its trials, the same number for all.
 
-A builder returns a step, ``step(x, y, loss) -> float``: zero, forward, backward, update.  Peers are imported when they
-are asked for, so those that are missing are listed and skipped.
+Trials are judged on held-out training examples.  A builder returns ``step(x, y, loss) -> float``, which does zero_grad,
+forward, backward and update.  Peers are imported when they are used; those that are missing are listed and skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEW = 0.05  # weight of the newest factors in K-FAC's average
 
 @dataclass(frozen=True)
 class Peer:
-    """``trials``: settings that are tried, each passed to ``build(model, loss_type, **setting)``."""
+    """An optimizer. Each of ``trials`` is passed to ``build(model, loss_type, **setting)``."""
 
     text: str
     package: str  # distribution that must be installed; torch's own: "torch"
@@ -36,7 +36,7 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """None: not installed."""
+        """Version of the package; None if it is not installed."""
         name = "torch" if self.package == "reference" else self.package
         try:
             return metadata.version(name)
@@ -45,7 +45,7 @@ class Peer:
 
 
 def stepper(model: nn.Module, *actions: Callable[[], object]) -> Step:
-    """The ordinary step: ``actions`` follow the backward pass."""
+    """Return the ordinary step, with ``actions`` called after the backward pass."""
 
     def step(x: Tensor, y: Tensor, loss: Loss) -> float:
         model.zero_grad(set_to_none=False)  # heavyball and the flat views of Muon keep addresses
@@ -73,8 +73,7 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 class FlatMuon:
     """torch.optim.Muon on every weight matrix, convolutions through flat views; AdamW at the same rate on the rest.
 
-    ``match_rms_adamw`` is torch's own rule that makes one rate fit both.  Embeddings count as the rest, as its
-    authors advise.
+    ``match_rms_adamw`` is torch's own rule that makes one rate fit both.  Embeddings get AdamW, as its authors advise.
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
@@ -113,7 +112,7 @@ def plain(base: str) -> Callable[..., Step]:
 
 
 def corrected(base: str) -> Callable[..., Step]:
-    """The correction in front of ``base``; all its settings at their defaults but for ``options``."""
+    """Return a builder of ``base`` with the correction in front; settings other than ``options`` are the defaults."""
 
     def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
         if "momentum_first" in options:
@@ -139,7 +138,7 @@ def reference(kind: type) -> Callable[..., Step]:
 
 
 def heavyball(name: str, **options: object) -> Callable[..., Step]:
-    """Without torch.compile, which would take minutes a run here."""
+    """Return a builder of an optimizer of heavyball, without torch.compile, which would take minutes per run."""
 
     def build(model: nn.Module, loss_type: str, lr: float) -> Step:
         import heavyball as package
@@ -165,7 +164,7 @@ def shampoo(model: nn.Module, loss_type: str, lr: float) -> Step:
 
 
 def kfac(model: nn.Module, loss_type: str, lr: float, damping: float, warm_up: int = WARM_UP) -> Step:
-    """Averaged factors, one Monte Carlo sample of the Fisher matrix a step; inverses every 10, at first every step."""
+    """Build K-FAC: averaged factors, one Monte Carlo sample per step, inverses every 10 steps (at first every step)."""
     from asdl import KfacGradientMaker, PreconditioningConfig
 
     if not torch.cuda.is_available():  # it marks ranges for NVIDIA's profiler, which raises in a CPU build of torch
@@ -211,7 +210,7 @@ def kfac(model: nn.Module, loss_type: str, lr: float, damping: float, warm_up: i
 
 
 def singd(model: nn.Module, loss_type: str, lr: float, damping: float) -> Step:
-    """SGD for what it does not cover: embeddings and norms."""
+    """Build SINGD; embeddings and norms, which it does not cover, get SGD."""
     from singd.optim.optimizer import SINGD
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -233,7 +232,7 @@ def rates(*values: float) -> list[dict[str, float]]:
 
 GRADIENT = rates(1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 ADAPTIVE = rates(0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003)
-# Two settings: six rates at damping 0.1 (our default), then the best of them at the two others.
+# Six rates at damping 0.1 (our default), then the best of them at the two other dampings.
 DAMPED = [{**setting, "damping": 0.1} for setting in GRADIENT[1:-1]]
 DAMPINGS = (1.0, 0.01)
 

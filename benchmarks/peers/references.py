@@ -1,4 +1,4 @@
-"""FOOF and ISAAC in plain torch: the closest relatives of the correction, as published, no tricks.
+"""FOOF and ISAAC in plain torch, as published: the closest relatives of the correction.
 
 Both multiply a layer's gradient by the inverse damped second moment of all its inputs at once, bias included; for a
 convolution these are its unfolded patches.
@@ -14,7 +14,7 @@ MAX_ROWS = 4096  # patches of a convolution that are used, as in the preconditio
 
 
 class InputCorrection:
-    """Keeps the inputs of every Linear and Conv2d layer and corrects the gradients in :meth:`step`."""
+    """Base class: keeps the inputs of every Linear and Conv2d layer and corrects the gradients in :meth:`step`."""
 
     def __init__(self, model: nn.Module, damping: float) -> None:
         self.damping = damping
@@ -49,7 +49,7 @@ class InputCorrection:
 
 
 def rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs that meet the rows of the weight matrix, (n, d)."""
+    """Return the inputs as a matrix (n, d); those of a convolution are unfolded to patches."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     patches = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
@@ -60,8 +60,8 @@ def rows(module: nn.Module, x: Tensor) -> Tensor:
 class Foof(InputCorrection):
     """Benzing, "Gradient Descent on Neurons and its Link to Approximate Second-Order Optimization", ICML 2022, alg. 1.
 
-    A running average of the second moment, started from its first value; the inverse is renewed every ``every`` steps,
-    and in each of the first ``warm_up``.
+    The second moment is a running average that starts from its first value.  The inverse is renewed every ``every``
+    steps, and in each of the first ``warm_up``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Foof(InputCorrection):
 class Isaac(InputCorrection):
     """Petersen et al., "ISAAC Newton: Input-based Approximate Curvature for Newton's Method", ICLR 2023, theorem 2.
 
-    The current batch only. With fewer rows than units the system is solved in the dual:
+    It uses the current batch only. With fewer rows than units the system is solved in the dual:
     G (X'X/n + l I)^-1 = (G - G X' (X X' + n l I)^-1 X) / l.
     """
 

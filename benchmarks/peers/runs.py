@@ -1,4 +1,4 @@
-"""One training run, and the JSON lines that keep every finished one."""
+"""Runs a training, and keeps every finished run as a JSON line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.peers.optimizers import DAMPINGS, PEERS
 from benchmarks.peers.tasks import TASKS, VARIANTS, Split, Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers"
-BEHIND = 1.5  # a trial that many times worse than the best one before it, at the same step, stops
-TRIAL_POINTS = 4  # of a trial's curve: its end is what counts, and an evaluation of a convnet costs 10 to 20 steps
-LOST = 20.0  # a loss that many times the first one ends the run
+BEHIND = 1.5  # a trial stops if its metric is this many times that of the best earlier trial at the same step
+TRIAL_POINTS = 4  # points on a trial's curve: few, as an evaluation of a convnet costs 10 to 20 steps
+LOST = 20.0  # a run ends when its loss is this many times the first one
 
 
 def measure(task: Task, model: nn.Module, part: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The task's metric, averaged over ``part``."""
+    """Return the task's metric, averaged over ``part``."""
     model.eval()
     with torch.no_grad():
         batches = zip(*(t.split(500) for t in part), strict=True)
@@ -36,11 +36,10 @@ def measure(task: Task, model: nn.Module, part: tuple[torch.Tensor, torch.Tensor
 def train(
     task: Task, peer: str, setting: dict, split: Split, seed: int, steps: int, judge: str, rival: list | None = None
 ) -> dict:
-    """``judge``: the part whose metric the curve shows, ``"test"`` or ``"held_out"``.
+    """Train once and return the record of the run. The curve shows the metric on ``judge``, "test" or "held_out".
 
-    A run that after half of its steps is ``BEHIND`` times worse than the curve ``rival`` was there stops.
-
-    A point is (step, CPU seconds of the steps so far, mean training loss since the last point, metric).
+    A run stops after half of its steps if its metric is ``BEHIND`` times that of the curve ``rival`` at the same step.
+    A point of the curve is (step, CPU seconds so far, mean training loss since the last point, metric).
     """
     torch.manual_seed(seed)
     model = task.model(seed)
@@ -92,13 +91,13 @@ def _finite(value: float) -> float | None:
 
 
 def last(run: dict) -> float:
-    """The metric at the end; infinite for a run that failed."""
+    """Return the metric at the end; infinite for a run that failed."""
     value = run["curve"][-1][3]
     return math.inf if run["failure"] or value is None else value
 
 
 class Store:
-    """Finished runs of one file, a JSON line each, found again by what was run."""
+    """The finished runs in one file, a JSON line each, which are found by their settings."""
 
     KEY = ("task", "optimizer", "phase", "setting", "seed", "steps")
 
@@ -134,7 +133,7 @@ def run_once(
     steps: int,
     rival: list | None = None,
 ) -> dict:
-    """The stored run, or a new one, which is stored."""
+    """Return the stored run, or make and store a new one."""
     key = dict(task=task, optimizer=peer, phase=phase, setting=setting, seed=seed, steps=steps)
     if found := store.find(**key):
         return found
@@ -149,9 +148,9 @@ def run_once(
 
 
 def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int, steps: int | None = None) -> None:
-    """Trials of half the steps with seed 0, then the best setting with the seeds 1, 2, ...
+    """Run trials of half the steps with seed 0, then the best setting with the seeds 1, 2, ...
 
-    ``steps``: instead of the task's own.
+    ``steps`` replaces the task's own number.
     """
     steps = steps or TASKS[task].steps
     for peer in peers:
@@ -171,6 +170,6 @@ def compete(store: Store, task: str, peers: list[str], split: Split, seeds: int,
 
 
 def best_curve(runs: list[dict]) -> list | None:
-    """Of those that came to their end."""
+    """Return the curve of the best run; None if there is no run or all of them failed."""
     best = min(runs, key=last, default=None)
     return None if best is None or best["failure"] else best["curve"]

@@ -1,4 +1,4 @@
-"""Tables and plots of the peers, made from the JSON lines."""
+"""Makes the tables and plots of the comparison from the JSON lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STYLES = {1: "--", 2: ":", 3: "-"}  # by Peer.order
 
 
 def final_runs(runs: list[dict], peer: str) -> list[dict]:
-    """The final runs of an optimizer, a failed one included; of the longest length only."""
+    """Return the final runs of an optimizer that have the most steps, failed ones included."""
     found = [run for run in runs if run["optimizer"] == peer and run["phase"] == "final"]
     return [run for run in found if run["steps"] == max(r["steps"] for r in found)]
 
 
 def reach(run: dict, target: float) -> tuple[int, float] | None:
-    """(steps, CPU seconds) of the first point of the curve at or below the target."""
+    """Return (steps, CPU seconds) of the first point of the curve at or below the target."""
     return next(
         ((step, seconds) for step, seconds, _, metric in run["curve"] if metric is not None and metric <= target), None
     )
@@ -34,7 +34,7 @@ def at_edge(runs: list[dict], peer: str) -> bool:
 
 
 def summary(runs: list[dict], task: str, peer: str) -> dict | None:
-    """One row: setting, metric at the end of each seed, mean steps and seconds to every target, ms a step."""
+    """Return one row: setting, final metric of each seed, mean steps and seconds to every target, ms per step."""
     found = final_runs(runs, peer)
     if not found:
         return None
@@ -59,14 +59,14 @@ def summary(runs: list[dict], task: str, peer: str) -> dict | None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant ones, never an exponent."""
+    """Format ``value`` with ``digits`` significant digits and without an exponent."""
     if value is None:
         return "-"
     return f"{value:.{max(0, digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits)}f}"
 
 
 def finals(runs: list[dict], task: str) -> str:
-    """A markdown table of one task, best metric first."""
+    """Return the markdown table of one task, best metric first."""
     rows = {peer: row for peer in PEERS if (row := summary(runs, task, peer))}
     hopeless = [peer for peer in PEERS if all_failed(runs, peer)]
     order = sorted(rows, key=lambda peer: (rows[peer]["end"] is None, rows[peer]["end"]))
@@ -92,7 +92,7 @@ def finals(runs: list[dict], task: str) -> str:
 
 
 def all_failed(runs: list[dict], peer: str) -> bool:
-    """Whether the optimizer had its trials and none came to its end."""
+    """Whether the optimizer had its trials and all of them failed."""
     trials = [run for run in runs if run["optimizer"] == peer and run["phase"] == "trial"]
     return len(trials) >= len(PEERS[peer].trials) and all(run["failure"] for run in trials)
 
@@ -108,7 +108,7 @@ def _reached(target: dict, seeds: int) -> str:
 
 
 def plot(runs: list[dict], task: str, path: Path) -> None:
-    """The metric against steps and against CPU seconds, mean of the seeds."""
+    """Plot the metric (mean of the seeds) against steps and against CPU seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,7 @@ SHOWN = {  # peer: (name in the figure, colour), in the order of the bars
 
 
 def summary_plot(runs: list[dict], task: str, costs: dict, model: str, path: Path) -> None:
-    """What the correction buys and what it costs: the metric against steps, and the time of a step over SGD's."""
+    """Plot the metric against steps, and the time of a step over that of SGD."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,7 +203,10 @@ def summary_plot(runs: list[dict], task: str, costs: dict, model: str, path: Pat
 
 
 def overview(runs: dict[str, list[dict]]) -> str:
-    """Steps (CPU seconds) to the hardest target of a task that any optimizer reaches with every seed; else the end."""
+    """Return a table of steps (CPU seconds) to the hardest target that an optimizer reaches with every seed.
+
+    For an optimizer that does not reach it the table has the metric at the end.
+    """
     tasks = [task for task in TASKS if runs.get(task)]
     rows = {task: {peer: row for peer in PEERS if (row := summary(runs[task], task, peer))} for task in tasks}
     chosen = {
@@ -235,7 +238,7 @@ def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -
 
 
 def cost(results: dict) -> str:
-    """Ratio of a step to SGD's; in brackets, kept tensors over parameters."""
+    """Return a table: time of a step over SGD's and, in brackets, kept memory over parameters."""
     rows = results["rows"]
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
     lines = ["| a step, ratio to SGD (memory) | " + " | ".join(models) + " |", "| --- |" + " --- |" * len(models)]
@@ -259,7 +262,7 @@ def cost(results: dict) -> str:
 
 
 def ablations(runs: list[dict]) -> str:
-    """One row a change, one column a task and base optimizer."""
+    """Return a table with one row per change and one column per task and base optimizer."""
     found = table([run for run in runs if run["phase"] != VARIANT_PHASE])
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
     lines = ["| change | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -271,7 +274,7 @@ def ablations(runs: list[dict]) -> str:
 
 
 def variants(runs: list[dict]) -> str:
-    """Activation and normalisation, with and without the correction; a row for each network that was run."""
+    """Return a table of activations and normalisations, with and without the correction, one row per network."""
     found = table([run for run in runs if run["phase"] == VARIANT_PHASE]).get(VARIANT_PHASE, {})
     texts = [f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text for peer in VARIANT_PEERS]
     lines = ["| " + " | ".join(["network", *texts]) + " |", "| --- |" + " --- |" * len(texts)]

@@ -16,7 +16,7 @@ from consistency_ops.cli import data, models
 from consistency_ops.nn import deep_mlp
 
 HELD_OUT = 2500  # training images that only judge the trials
-TEST = 2500  # test images of a curve: an evaluation costs less than the steps between two
+TEST = 2500  # test images per evaluation, which then costs less than the steps between two evaluations
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """``targets``: values of the metric to which steps and seconds are counted, fixed before the runs.
+    """A task. ``targets`` are values of the metric to which steps and seconds are counted, fixed before the runs.
 
-    ``points``: of a curve.
+    ``points`` is the number of points on a curve.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Task:
 
 
 def images(name: str, kind: str, limit: int | None = None, shuffle: bool = False) -> Callable[[Path], Split]:
-    """``kind``: the scaling, ``"raw"`` or ``"standard"``.  ``shuffle``: for folders, which are read class by class."""
+    """Return a loader of images. ``kind`` is their scaling; ``shuffle`` is for folders, which are read by class."""
 
     def load(directory: Path) -> Split:
         found = data.load(name, directory / name, limit=limit)
@@ -69,14 +69,14 @@ def images(name: str, kind: str, limit: int | None = None, shuffle: bool = False
 
 
 def small_images(directory: Path) -> Split:
-    """CIFAR-10 at 16 x 16 (means of 2 x 2 pixels), which costs a fourth; 10 000 training images."""
+    """Load 10 000 training images of CIFAR-10 at 16 x 16 (means of 2 x 2 pixels), which costs a fourth."""
     full = images("cifar10", "standard", 12_500, shuffle=True)(directory)
     parts = [(functional.avg_pool2d(x, 2), y) for x, y in (full.train, full.held_out, full.test)]
     return Split(*parts)
 
 
 def pictures(directory: Path) -> Split:
-    """MNIST in [0, 1], each image its own target; the squared error varies less than an error count: 1000 images."""
+    """Load MNIST in [0, 1], each image its own target; 1000 test images, as the squared error varies little."""
     found = data.load("mnist", directory / "mnist")
     x, test = found.train_x.flatten(1) / 255.0, found.test_x[:1000].flatten(1) / 255.0
     return Split((x[:-1000],) * 2, (x[-1000:],) * 2, (test,) * 2)
@@ -87,7 +87,7 @@ CHARACTERS = 96  # printable ASCII and the newline; all others become "?"
 
 
 def characters(directory: Path) -> Split:
-    """The manual pages inside Python (pydoc_data.topics), in pieces of 65 characters; the last tenth is the test."""
+    """Load the manual pages in Python (pydoc_data.topics) in pieces of 65 characters; the last tenth is the test."""
     from pydoc_data.topics import topics
 
     text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
@@ -100,7 +100,7 @@ def characters(directory: Path) -> Split:
 
 
 def mlp(widths: list[int], activation: type[nn.Module], gain: float) -> Callable[[int], nn.Module]:
-    """``gain`` / fan-in is the variance of the weights; zero biases."""
+    """Return a builder of an MLP; its weights have variance ``gain`` / fan-in, its biases are 0."""
 
     def build(seed: int) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def seeded_mlp(width: int, depth: int, activation: str, norm: str) -> Callable[[
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
-    """``build`` with torch's own initial weights."""
+    """Return ``build`` as a function of the seed, with torch's own initial weights."""
 
     def build_with(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ class Residual(nn.Module):
 
 
 def resnet(width: int = 16) -> nn.Module:
-    """ResNet-8: three residual blocks."""
+    """Return a builder of ResNet-8, which has three residual blocks."""
     return nn.Sequential(
         *(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
         *(Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)),
@@ -168,7 +168,7 @@ def resnet(width: int = 16) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A transformer block, norms first."""
+    """A transformer block with its norms before attention and MLP."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Characters (n, t) to logits (n, t, characters); embedding and head are not tied."""
+    """A GPT: characters (n, t) to logits (n, t, characters); embedding and head are not tied."""
 
     def __init__(self, width: int = 64, heads: int = 4, blocks: int = 2, context: int = CONTEXT) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ TASKS = {
     ),
 }
 
-# Of the ablations: activation and normalisation of the two MLPs, from a start that lets all of them train.
+# For the ablations: activations and normalisations of the two MLPs, from a start that lets all of them train.
 VARIANTS = {
     f"{name}, He start, {activation}, {norm}": _classify(
         f"{name} with {activation}, {'RMS norm' if norm == 'rms' else 'no norm'}, He start",

@@ -1,4 +1,4 @@
-"""The experiments, by name.
+"""Runs an experiment, by its name.
 
     python -m benchmarks.training                    what there is
     python -m benchmarks.training deep-mlp           run it, or go on with it; figures and JSON in results/training

@@ -1,4 +1,4 @@
-"""Methods side by side on one network: the run, the curves and the sentences that several experiments share."""
+"""The run, the curves and the sentences of experiments that compare optimizers on one network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""J: layer-wise conditioning of a ResNet with and without a last BatchNorm (Huang et al., ECCV 2020).
+"""Layer-wise conditioning of a ResNet with and without a last BatchNorm (Huang et al., ECCV 2020).
 
 A ResNet of 6 n + 2 layers as for CIFAR-10 (shortcut A, He's weights by fan-out), 8, 16 and 32 channels instead of 16,
 32 and 64, on images averaged to 16x16; SGD at rate 0.1, momentum 0.9, decay 1e-4, no augmentation.  "last BN" has a
@@ -13,7 +13,7 @@ from torch.nn import functional
 import consistency_ops as co
 from benchmarks.training import fit, frame
 
-TITLE = "J: layer-wise conditioning of a ResNet, with and without a last BatchNorm"
+TITLE = "layer-wise conditioning of a ResNet, with and without a last BatchNorm"
 DATA = "cifar10"
 SETTINGS = {"plain": {"last_norm": False}, "last BN": {"last_norm": True}}
 SIZE = {"epochs": 6, "train": 1_500, "test": 500, "batch": 100, "n": 5}

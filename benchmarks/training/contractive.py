@@ -1,13 +1,13 @@
-"""F: contractive networks: the norm bound of network C by weight decay and activation, and what it certifies.
+"""Contractive networks: the norm bound of network C by weight decay and activation, and what it certifies.
 
 MNIST, raw pixels less their mean; SGD2, rate selected as in arXiv 1708.00631; all bounds are for raw pixel values, 0
 to 255 (in units of [0, 1] they are 255 times larger).  "plain" is the paper's bound, the product of the spectral norms
 over the product of the smallest RMS denominators; "folded" that of the same network with its norms multiplied into the
 weights.  "clip" projects every weight onto spectral norm 1 or less every tenth step.
 
-The decisions of a network do not change when its last layer is divided by a number, and then the bound is: divided by
-its own bound a network is contractive at no cost in accuracy.  "scaled" below is that.  What scale cannot change is the
-share of test images that are certified: right, with a margin that no change of the image below a radius can undo.
+Dividing the last layer of a network by a number divides its bound and does not change its decisions: divided by its own
+bound, every network is contractive at no cost in accuracy ("scaled" below).  The scale does not change the share of
+certified test images, which are classified rightly, with a margin that no change of the image below a radius can undo.
 """
 
 import math
@@ -19,7 +19,7 @@ import consistency_ops as co
 from benchmarks.training import fit, frame
 from consistency_ops.nn import clip_spectral_norms_, deep_mlp, fold_rms_norm
 
-TITLE = "F: contractive networks on MNIST: bound, accuracy, certified accuracy"
+TITLE = "contractive networks on MNIST: bound, accuracy, certified accuracy"
 DATA = "mnist"
 SETTINGS = {
     f"{activation}, decay {decay:g}": {"activation": activation, "decay": decay, "depth": 11}
@@ -41,12 +41,12 @@ NUMPY = {
     "modulus": [(0.0305, 4.40), (0.0189, 0.86), (0.0217, 0.54), (0.0262, 0.24), (0.1199, 0.39)],
     "relu": [(0.0224, 6.93), (0.0239, 2.13), (0.0672, 0.55), (0.1078, -0.15)],
 }
-DEPTHS = {11: 6, 6: 9, 4: 12}  # and the size of their markers
+DEPTHS = {11: 6, 6: 9, 4: 12}  # hidden layers: size of the marker
 FIGSIZE = (13, 5.4)
 
 
 def certified(model: nn.Sequential, log10_bound: float, data: fit.Split) -> list[float]:
-    """Share of test images that no change of l2 norm below each of the RADII makes wrong."""
+    """Return, for each of RADII, the share of test images that no change of smaller l2 norm makes wrong."""
     radius = co.analysis.certified_radius(model, data.test_x, data.test_y, bound=10**log10_bound)
     return [float((radius > r).double().mean()) for r in RADII]
 

@@ -1,4 +1,4 @@
-"""B, H: the CIFAR-10 network of arXiv 1708.00631's code: 5x5 convolutions of 32, 32 and 64 channels, 4x4, 1x1.
+"""The CIFAR-10 network of arXiv 1708.00631's code: 5x5 convolutions of 32, 32 and 64 channels, 4x4, 1x1.
 
 Raw pixels less their mean, weights normal of deviation 0.01, decay 5e-4, no normalisation, no augmentation, the rate
 selected as in the paper.  SGD has not left its plateau after the 30 steps of that search, and diverges later at the
@@ -10,7 +10,7 @@ images here are JPEG of quality 75 unless --data-dir holds the published files.
 from benchmarks.training import compare
 from consistency_ops.cli import models
 
-TITLE = "B, H: the CIFAR-10 convnet, SGD2 against SGD and Adam"
+TITLE = "the CIFAR-10 convnet, SGD2 against SGD and Adam"
 DATA = "cifar10"
 SETTINGS = {
     "sgd2": {"optimizer": "sgd2", "normalization": "none", "weight_decay": 5e-4},

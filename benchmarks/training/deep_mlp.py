@@ -1,4 +1,4 @@
-"""C: the deep network of arXiv 1708.00631 on MNIST: twelve weight matrices, 128 wide, ReLU, with and without RMS norms.
+"""The deep network of arXiv 1708.00631 on MNIST: twelve weight matrices, 128 wide, ReLU, with and without RMS norms.
 
 Raw pixels less their mean, weights normal of deviation 0.01, the rate selected as in the paper.  The crosses are an
 independent implementation in numpy on all 60 000 images.
@@ -7,7 +7,7 @@ independent implementation in numpy on all 60 000 images.
 from benchmarks.training import compare
 from consistency_ops.nn import deep_mlp
 
-TITLE = "C: deep MLP on MNIST, SGD2 against SGD and Adam, and without normalisation"
+TITLE = "deep MLP on MNIST, SGD2 against SGD and Adam, and without normalisation"
 DATA = "mnist"
 SETTINGS = {
     "sgd2": {"optimizer": "sgd2", "normalization": "rms"},

@@ -1,4 +1,4 @@
-"""E: deep and narrow networks on MNIST: does the modulus train where ReLU does not?
+"""Deep and narrow networks on MNIST: does the modulus train where ReLU does not?
 
 Ten units a layer, 20 to 200 hidden layers, no normalisation, orthogonal weights (times sqrt 2 for ReLU), standardised
 pixels.  Every rate of the optimizer is tried from the same start, and the one with the least final training loss
@@ -9,7 +9,7 @@ released" is its network C made narrow and deep (RMS norms, small weights, raw p
 from benchmarks.training import fit, frame
 from consistency_ops.nn import deep_mlp
 
-TITLE = "E: deep and narrow MLPs on MNIST, modulus against ReLU"
+TITLE = "deep and narrow MLPs on MNIST, modulus against ReLU"
 DATA = "mnist"
 DEPTHS = (20, 50, 100, 200)
 RATES = {"adam": (0.003, 0.001), "sgd2": (0.3, 0.1)}

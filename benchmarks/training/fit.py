@@ -1,4 +1,4 @@
-"""Data in the units of the paper, and a training loop with its learning-rate search."""
+"""Data in the pixel units of arXiv 1708.00631, and a training loop with its learning-rate search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAPTIVE = tuple(rate / 10 for rate in (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001,
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) as raw pixels less their training mean, and the standard deviation of them all."""
+    """Images (N, C, H, W) as raw pixels less their training mean, and the standard deviation of all pixels."""
 
     train_x: Tensor
     train_y: Tensor
@@ -29,13 +29,13 @@ class Split:
     deviation: float
 
     def standard(self) -> Split:
-        """The same in units of the standard deviation."""
+        """Return the images in units of the standard deviation."""
         one = 1 / self.deviation
         return Split(self.train_x * one, self.train_y, self.test_x * one, self.test_y, 1.0)
 
 
 def load(name: str | None, size: dict, directory: Path) -> Split | None:
-    """The first ``size["train"]`` and ``size["test"]`` of a fixed random order; the whole sets where not given."""
+    """Load the first ``size["train"]`` and ``size["test"]`` images of a fixed random order; by default all of them."""
     if name is None:
         return None
     limit = max(size.get("train", 10**9), size.get("test", 10**9))
@@ -50,7 +50,7 @@ def load(name: str | None, size: dict, directory: Path) -> Split | None:
 
 
 def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0, **options) -> torch.optim.Optimizer:
-    """ "sgd2"; "sgd", the same without its correction; "adam", without decay."""
+    """Build "sgd2", "sgd" (sgd2 without its correction) or "adam" (without decay)."""
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr)
     optimizer = co.optim.SGD2(model, lr=lr, seed=seed, **options)
@@ -60,7 +60,7 @@ def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0,
 
 
 def select(model, optimizer, split: Split, batch: int, candidates: tuple[float, ...], seed: int) -> float:
-    """The rate search of arXiv 1708.00631 once, before training."""
+    """Run the rate search of arXiv 1708.00631 once, before training."""
     order = torch.randperm(len(split.train_y), generator=torch.Generator().manual_seed(seed))
     loss = lambda rows: functional.cross_entropy(model(split.train_x[rows]), split.train_y[rows])  # noqa: E731
     whole = order[: len(order) // batch * batch].split(batch)
@@ -68,7 +68,7 @@ def select(model, optimizer, split: Split, batch: int, candidates: tuple[float, 
 
 
 def error_of(model: nn.Module, split: Split) -> float:
-    """Share of the test images that are classified wrongly, in evaluation mode."""
+    """Return the share of test images that are classified wrongly, in evaluation mode."""
     model.eval()
     with torch.no_grad():
         pairs = zip(split.test_x.split(1000), split.test_y.split(1000), strict=True)
@@ -128,5 +128,5 @@ def train(
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN and no Inf."""
+    """Replace NaN and Inf by None, because JSON has neither."""
     return value if math.isfinite(value) else None

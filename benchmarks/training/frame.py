@@ -34,19 +34,19 @@ import consistency_ops as co
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "training"
 
-# Name on the command line -> module; the letters are those of the list of experiments in the issue tracker.
+# Name on the command line: module.
 EXPERIMENTS = {
-    "small-mlp": "small_mlp",  # A
-    "convnet": "convnet",  # B, H
-    "deep-mlp": "deep_mlp",  # C
-    "init-tolerance": "init_tolerance",  # D
-    "deep-narrow": "deep_narrow",  # E
-    "contractive": "contractive",  # F
-    "gradient-energy": "gradient_energy",  # G
-    "glorot": "glorot",  # I
-    "conditioning": "conditioning",  # J
-    "roa-depth": "roa_depth",  # K
-    "roa-memory": "roa_memory",  # K
+    "small-mlp": "small_mlp",
+    "convnet": "convnet",
+    "deep-mlp": "deep_mlp",
+    "init-tolerance": "init_tolerance",
+    "deep-narrow": "deep_narrow",
+    "contractive": "contractive",
+    "gradient-energy": "gradient_energy",
+    "glorot": "glorot",
+    "conditioning": "conditioning",
+    "roa-depth": "roa_depth",
+    "roa-memory": "roa_memory",
     "pixelwise": "pixelwise",
     "noise": "noise",
 }
@@ -80,13 +80,13 @@ class Store:
         os.replace(temporary, self.path)
 
     def results(self, order: Iterable[str]) -> Results:
-        """Records by run, in the order of the experiment's settings, seeds ascending."""
+        """Return the records by run, in the order of the experiment's settings, with ascending seeds."""
         found = {name: sorted((r for r in self.records if r["run"] == name), key=lambda r: r["seed"]) for name in order}
         return {name: records for name, records in found.items() if records}
 
 
 def circumstances() -> dict[str, Any]:
-    """What a figure depends on."""
+    """Return what a figure depends on: command, versions, date."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.training " + " ".join(sys.argv[1:]),
@@ -134,7 +134,7 @@ def _ticker(bar: tqdm) -> Callable[[str], None]:
 
 
 def draw(experiment: ModuleType, results: Results, path: Path) -> None:
-    """The figure of the finished runs; a PNG of 256 colours, which keeps it below 150 KB."""
+    """Draw the figure of the finished runs as a PNG of 256 colours, which is smaller than 150 KB."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,12 +148,12 @@ def draw(experiment: ModuleType, results: Results, path: Path) -> None:
 
 
 def mean(records: list[dict], key: str) -> list[float]:
-    """A curve, averaged over the seeds, as long as the shortest."""
+    """Return a curve averaged over the seeds, as long as the shortest."""
     return [sum(values) / len(values) for values in zip(*(r[key] for r in records), strict=False)]
 
 
 def spread(values: Iterable[float | None], form: str = "{:.2%}") -> str:
-    """Mean, least and largest of a figure over the seeds; None, which stands for what JSON cannot hold, is infinite."""
+    """Format mean, least and largest of a figure over the seeds; None, which stands for Inf and NaN, is infinite."""
     values = [math.inf if value is None else value for value in values]
     text = form.format(sum(values) / len(values))
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"

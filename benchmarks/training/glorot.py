@@ -1,4 +1,4 @@
-"""I: the monitors of Glorot and Bengio (AISTATS 2010): sigmoid, tanh and softsign, standard and normalized weights.
+"""The monitors of Glorot and Bengio (AISTATS 2010): sigmoid, tanh and softsign, standard and normalized weights.
 
 Five hidden layers (theirs had 1000 units), softmax, negative log-likelihood, SGD without momentum, mini-batches of 10,
 standardised MNIST.  After every epoch 300 fixed test images go through network and loss, and
@@ -14,7 +14,7 @@ import consistency_ops as co
 from benchmarks.training import fit, frame
 from consistency_ops.nn import deep_mlp
 
-TITLE = "I: monitors of Glorot and Bengio, by activation and initial weights"
+TITLE = "monitors of Glorot and Bengio, by activation and initial weights"
 DATA = "mnist"
 SETTINGS = {
     f"{activation}, {init}": {"activation": activation, "init": init}
@@ -55,7 +55,7 @@ def run(settings, size, seed, data, tick):
 
 
 def mean_singular_values(model: nn.Sequential, types: tuple[type, ...], x: torch.Tensor) -> list[float]:
-    """Of dz_{i+1} / dz_i between hidden layers, over the examples: J = diag(f'(s)) W (equation 17)."""
+    """Return the mean singular values of dz_{i+1} / dz_i = diag(f'(s)) W between hidden layers (equation 17)."""
     values, z, linear = [], x, None
     for module in model:
         if isinstance(module, types) and linear.in_features == linear.out_features:

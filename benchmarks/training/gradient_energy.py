@@ -1,8 +1,8 @@
-"""G: the energy of the residual at every layer, epoch by epoch, for ReLU, the modulus, and 20 instead of 11 layers.
+"""The energy of the residual at every layer, epoch by epoch, for ReLU, the modulus, and 20 instead of 11 layers.
 
 Network C of arXiv 1708.00631 on MNIST, SGD2 with its rate selected; E_l = mean over samples and units of
 (dz / dy_l)^2 with z the loss of one sample, averaged over an epoch (consistency_ops.analysis.gradient_energy).
-Falling from input to output: the depth reduces the error.  Falling from output to input: information is lost.
+If E_l falls from input to output, the depth reduces the error; if it falls from output to input, information is lost.
 """
 
 import math
@@ -12,7 +12,7 @@ from benchmarks.training import fit, frame
 from consistency_ops.nn import deep_mlp
 from consistency_ops.optim.learning_rate import CANDIDATES
 
-TITLE = "G: gradient energy by layer, ReLU against modulus"
+TITLE = "gradient energy by layer, ReLU against modulus"
 DATA = "mnist"
 SETTINGS = {
     f"{activation}, {depth} layers": {"activation": activation, "depth": depth}
@@ -54,7 +54,7 @@ def plot(figure, results):
 
 
 def lines(results):
-    """Between hidden layers: the first layer's output has the scale of raw pixels, the last one no norm after it."""
+    """Compare hidden layers only: the first output has the scale of raw pixels, the last has no norm after it."""
     text = []
     for name, records in results.items():
         decades = [[math.log10(e[1] / e[-2]) if e[1] and e[-2] else math.inf for e in r["energy"]] for r in records]

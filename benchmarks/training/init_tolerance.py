@@ -1,4 +1,4 @@
-"""D: tolerance to the scale of the initial weights, the one figure of arXiv 1708.00631's code that can be read.
+"""Tolerance to the scale of the initial weights, the one figure of arXiv 1708.00631's code that can be read.
 
 Network C (784-128, ten times 128-128, 128-10, ReLU, an RMS norm before every weight layer but the first) on all of
 MNIST: raw pixels less their mean, batch 500, weights normal with the deviation of the run's name, biases 0.  SGD2 at
@@ -16,7 +16,7 @@ from benchmarks.training import fit, frame
 from consistency_ops.nn import deep_mlp
 from consistency_ops.optim.learning_rate import CANDIDATES
 
-TITLE = "D: tolerance to the scale of the initial weights, beside the published curves"
+TITLE = "tolerance to the scale of the initial weights, beside the published curves"
 DATA = "mnist"
 DEVIATIONS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 SETTINGS = {f"sgd2, {std:g}": {"std": std, "optimizer": "sgd2", "normalization": "rms"} for std in DEVIATIONS} | {
@@ -25,7 +25,7 @@ SETTINGS = {f"sgd2, {std:g}": {"std": std, "optimizer": "sgd2", "normalization":
 }
 SIZE = {"epochs": 20, "train": 60_000, "test": 10_000, "batch": 500}
 FIGSIZE = (11, 5)
-TRANSITION, END = 0.05, 0.006  # what may lie between ours and the recorded test errors, before and at epoch 20
+TRANSITION, END = 0.05, 0.006  # largest differences from the recorded test errors, before and at epoch 20
 
 # Test error at epochs, by deviation: digitised from the figure, and measured in numpy.
 FIGURE = {
@@ -57,7 +57,7 @@ def run(settings, size, seed, data, tick):
 
 
 def outside(record: dict) -> list[str]:
-    """Epochs at which a run is not within the bands around what is recorded; empty where all agree."""
+    """Return the epochs at which a run is outside the bands around the recorded errors."""
     std, errors = record["settings"]["std"], record["test_error"]
     found = []
     for epoch in sorted({*FIGURE.get(std, {}), *MEASURED.get(std, {})}):
@@ -96,7 +96,7 @@ def plot(figure, results):
 
 
 def _reference() -> list[dict]:
-    """The settings that the published figure shows."""
+    """Return the settings that the published figure shows."""
     return [s for s in SETTINGS.values() if s["optimizer"] == "sgd2" and s["normalization"] == "rms"]
 
 

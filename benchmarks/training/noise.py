@@ -1,7 +1,8 @@
 """Noise injection (arXiv 1708.00631): does it free a deep narrow ReLU network whose residuals die?
 
-Networks of experiment E in which ReLU stays at chance, ten units a layer, orthogonal weights, SGD2 at one rate; with
-noise in the parameter gradients (before the correction) or in the residuals.  The modulus beside it needs none.
+The networks are those of deep_narrow.py in which ReLU stays at chance: ten units per layer, orthogonal weights, SGD2 at
+one rate.  Noise is added to the parameter gradients (before the correction) or to the residuals.  The modulus beside it
+needs none.
 """
 
 from benchmarks.training import fit, frame

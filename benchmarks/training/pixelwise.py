@@ -1,4 +1,4 @@
-"""Pixel-wise decorrelation (outlook of arXiv 1708.00631) on a small convnet: is it worth having?
+"""Pixel-wise decorrelation (outlook of arXiv 1708.00631) on a small convnet: does it pay?
 
 Fashion-MNIST, convolutions 5x5 1-8 and 3x3 8-16 with 2x2 pooling and ReLU, a linear layer; SGD with momentum behind the
 correction of the convolutions: none, between channels (the paper's), between channels and pixels exactly (im2col) or in
@@ -27,7 +27,7 @@ DAMPING = 0.1
 
 
 class Pixelwise:
-    """Corrects the gradients of all Conv2d layers before every step of an optimizer, with their last inputs."""
+    """Corrects the gradients of all Conv2d layers, by their last inputs, before every step of an optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, variant: str) -> None:
         self.variant, self.inputs = variant, weakref.WeakKeyDictionary()

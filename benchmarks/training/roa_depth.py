@@ -1,4 +1,4 @@
-"""K: feed-forward networks of 10 to 5000 layers on the digits: random orthogonal additive layers against a plain MLP.
+"""Feed-forward networks of 10 to 5000 layers on the digits: random orthogonal additive layers against a plain MLP.
 
 Both are tanh networks of equal width with the same number of weights, trained by Adam at the best of two rates (least
 final training loss; 5000 layers: one rate).  "gradient" is the norm of the loss's gradient at the first hidden state
@@ -14,7 +14,7 @@ from torch.nn import functional
 from benchmarks.training import fit, frame
 from consistency_ops.nn import ROAFeedForward
 
-TITLE = "K: roaFNN of up to 5000 layers against a plain MLP, digits"
+TITLE = "roaFNN of up to 5000 layers against a plain MLP, digits"
 DATA = "digits"
 DEPTHS = (10, 50, 500, 5000)
 RATES = (0.003, 0.001)
@@ -24,7 +24,7 @@ FIGSIZE = (10, 4)
 
 
 class Plain(ROAFeedForward):
-    """The same layers without filter and past: x <- phi(W x + b)."""
+    """The same layers without filter and without the added past: x <- phi(W x + b)."""
 
     def hidden(self, x):
         for layer in self.layers:
@@ -36,7 +36,7 @@ def network(settings: dict, size: dict, seed: int) -> ROAFeedForward:
     torch.manual_seed(seed)
     kind = ROAFeedForward if settings["kind"] == "roa" else Plain
     model = kind(64, size["width"], 10, settings["depth"])
-    if kind is Plain:  # Glorot's weights, the best that is known for tanh
+    if kind is Plain:  # Glorot's weights are the best known for tanh
         for layer in model.layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""K: memory of recurrent networks: copying, adding and permuted sequential MNIST; roaRNN against tanh RNN and LSTM.
+"""Memory of recurrent networks: copying, adding and permuted sequential MNIST; roaRNN against tanh RNN and LSTM.
 
 Adam at one rate, clipped gradients for the baselines only (norm 1; the additive network does without), the same hidden
 size for all.  roaRNN: beta = 2 / T, alpha = 1 - beta, permutation filter; its states are of the size of beta, so the
@@ -19,7 +19,7 @@ import consistency_ops as co
 from benchmarks.training import frame, tasks
 from consistency_ops.nn import ROARNN
 
-TITLE = "K: roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
+TITLE = "roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
 DATA = "mnist"
 STEPS = {"copying": 50, "adding": 50, "psmnist": 784}
 KINDS = {

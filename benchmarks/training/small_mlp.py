@@ -1,4 +1,4 @@
-"""A: the small network 784-128-128-10 on MNIST, ReLU, no normalisation; SGD2, SGD and Adam from one start.
+"""The small network 784-128-128-10 on MNIST, ReLU, no normalisation; SGD2, SGD and Adam from one start.
 
 Raw pixels less their mean, weights normal of deviation 0.01, the rate selected as in arXiv 1708.00631 at epoch 1 and
 every tenth after.  The crosses are an independent implementation in numpy on all 60 000 images.
@@ -7,7 +7,7 @@ every tenth after.  The crosses are an independent implementation in numpy on al
 from benchmarks.training import compare
 from consistency_ops.nn import deep_mlp
 
-TITLE = "A: small MLP on MNIST, SGD2 against SGD and Adam"
+TITLE = "small MLP on MNIST, SGD2 against SGD and Adam"
 DATA = "mnist"
 SETTINGS = {name: {"optimizer": name} for name in ("sgd2", "sgd", "adam")}
 SIZE = {"epochs": 10, "train": 20_000, "test": 10_000, "batch": 500}

@@ -49,6 +49,6 @@ ADDING_BASELINE = 1 / 6
 
 
 def permuted_pixels(images: Tensor, seed: int = 0) -> Tensor:
-    """Images (N, 1, H, W) as (H W, N, 1): one pixel a step, under one fixed random permutation."""
+    """Rearrange images (N, 1, H, W) to (H W, N, 1): one pixel per step, in one fixed random order."""
     order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(seed))
     return images.flatten(1)[:, order].T.unsqueeze(-1)
