@@ -4,10 +4,10 @@ import sys as _sys
 
 try:
     from .ops import library as _library  # first: it says in one sentence what is missing
-except ImportError as error:
+except ImportError as _error:
     # `python -m consistency_ops` imports the package before __main__, and would show a traceback around the sentence.
     if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].endswith("consistency_ops"):
-        _sys.exit(f"error: {error}")
+        _sys.exit(f"error: {_error}")
     raise
 
 # isort: split

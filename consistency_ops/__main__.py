@@ -44,14 +44,15 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"error: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[command][0]).main(rest)
+    status: int = importlib.import_module(COMMANDS[command][0]).main(rest)
+    return status
 
 
 if __name__ == "__main__":
     try:
-        status = main(sys.argv[1:])
+        _status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+        _status = 1
+    sys.exit(_status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +216,8 @@ class ActivationRecorder(Recorder):
             )
             for name in ("histogram", "gradient_histogram")
         }
-        return LayerStatistics(self.names[i], self.kinds[i], **columns, **histograms)
+        fields: dict[str, Any] = {**columns, **histograms}
+        return LayerStatistics(self.names[i], self.kinds[i], **fields)
 
     def result(self) -> ActivationStatistics:
         layers = [self._layer(i) for i in self._seen()]

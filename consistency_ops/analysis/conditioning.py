@@ -66,7 +66,8 @@ class LayerConditioning(Result):
     def spectrum(self, which: str = "input", point: int = -1) -> list[float]:
         if which not in SPECTRA:
             raise ValueError(f"conditioning: spectrum must be one of {', '.join(SPECTRA)}, got {which!r}")
-        return getattr(self, which)[point]
+        spectra: list[list[float]] = getattr(self, which)
+        return spectra[point]
 
     def lambda_max(self, which: str = "input", point: int = -1) -> float:
         spectrum = self.spectrum(which, point)

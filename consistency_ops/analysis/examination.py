@@ -81,7 +81,7 @@ def analyse(
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"analyse: loss must return a tensor with one element, got {got}")
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     tensor = first_tensor(output)
     spread = propagation(model, *inputs, loss=loss, layers=layers, samples=samples, exact=256, steps=16)
     bound, reason = None, ""

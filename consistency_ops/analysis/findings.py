@@ -206,7 +206,7 @@ def _conditioning(conditioning: Conditioning) -> Finding | None:
     useful = [
         which for which, value in after.items() if before / value > HELPS or (before == math.inf and value < KAPPA)
     ]
-    best = min(after, key=after.get)
+    best = min(after, key=after.__getitem__)
     if not useful:
         tail = "None lowers it tenfold here."
     else:

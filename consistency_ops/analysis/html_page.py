@@ -11,6 +11,7 @@ from typing import Any
 
 from . import findings as rules
 from .findings import Finding, Measurements
+from .weight_domination import DOMINATED
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -166,7 +167,7 @@ def _layers(result: Measurements) -> str:
                 *kappas[1:],
                 x.lambda_max("input"),
                 x.lambda_max("gradient"),
-                _mark(ratio := ratios.get(x.name, math.nan), 0 < ratio < rules.DOMINATED),
+                _mark(ratio := ratios.get(x.name, math.nan), 0 < ratio < DOMINATED),
             ]
         )
     head = ["layer", "kind", "units", "rows", "rms", "gradient", "κ80 %", "normalised", "preconditioned", "both"]
@@ -258,7 +259,7 @@ def _thresholds() -> str:
         [f"κ{100 * rules.P:g} % of the inputs", f"{rules.KAPPA:g}"],
         ["share of the inputs along one direction", f"{100 * rules.ONE_DIRECTION:g} %"],
         ["largest curvature, between layers", f"factor {rules.CURVATURE:g}"],
-        ["weight domination, ∂W / W", f"{rules.DOMINATED:g}"],
+        ["weight domination, ∂W / W", f"{DOMINATED:g}"],
         ["residual in the image of a block", f"{100 * rules.IMAGE:g} %"],
     ]
     return table(["measured", "threshold"], rows)

@@ -105,7 +105,7 @@ def _phases(kernel: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
     shape[axis] = -(-length // stride) * stride
     spread = kernel.new_zeros(shape)
     spread.index_copy_(axis, torch.arange(0, length, dilation, device=kernel.device), kernel)
-    split = spread.unflatten(axis, (-1, stride)).movedim(axis + 1, 3)
+    split = spread.reshape(*shape[:axis], -1, stride, *shape[axis + 1 :]).movedim(axis + 1, 3)
     return split.flatten(2, 3)
 
 
@@ -114,7 +114,7 @@ def _wrap(kernel: Tensor, sizes: Sequence[int]) -> Tensor:
     for axis, n in enumerate(sizes, 3):
         q = kernel.shape[axis]
         padded = torch.nn.functional.pad(kernel, (0, 0) * (kernel.dim() - 1 - axis) + (0, -q % n))
-        kernel = padded.unflatten(axis, (-1, n)).sum(axis)
+        kernel = padded.reshape(*padded.shape[:axis], -1, n, *padded.shape[axis + 1 :]).sum(axis)
     return kernel
 
 

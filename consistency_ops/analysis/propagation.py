@@ -122,7 +122,7 @@ class _Tape:
         calls: dict[str, int] = {}
 
         def see(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
                 tensor = first_tensor(output)
                 if tensor is None:
                     return None

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..layers import layer_type
 from ..ops.checks import check_module
 
 Layers = Sequence[str | type[nn.Module]] | None
+Self = TypeVar("Self", bound="Recorder")  # typing's own from Python 3.11 on
 
 # Modules that only pass on, reshape, select or compare the outputs of others.
 _QUIET = (
@@ -60,8 +61,9 @@ def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Mo
     for rule in layers if isinstance(layers, Iterable) else (layers,):
         if not isinstance(rule, str | type):
             raise TypeError(f"{what}: layers must be names, patterns or types, got {rule!r}")
-        by_type = isinstance(rule, type)
-        fits = {n: m for n, m in named.items() if (isinstance(m, rule) if by_type else fnmatchcase(n, rule))}
+        fits = {
+            n: m for n, m in named.items() if (isinstance(m, rule) if isinstance(rule, type) else fnmatchcase(n, rule))
+        }
         if not fits:
             raise ValueError(f"{what}: layers: {rule!r} matches no module of the model")
         found |= fits
@@ -96,8 +98,8 @@ class Point:
     """Records of one point: sums by layer and name, which stay on their device, and the number of summands."""
 
     def __init__(self, step: int, layers: int) -> None:
-        self.step = step
-        self.forwards = 0
+        self.step: int = step
+        self.forwards: int = 0
         self.sums: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self.counts: list[dict[str, int]] = [{} for _ in range(layers)]
 
@@ -126,10 +128,10 @@ class _Hook:
         if method is not None:
             method(*self.args, *args)
 
-    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, ()
 
 
@@ -158,10 +160,11 @@ class Recorder:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self.what}: {name} must be a whole number, at least 1, got {value!r}")
         chosen = choose(self.what, model, layers, default)
-        self.names = list(chosen)
-        self.kinds = [type(module).__name__ for module in chosen.values()]
-        self.every, self.average = every, average
-        self.forwards = 0
+        self.names: list[str] = list(chosen)
+        self.kinds: list[str] = [type(module).__name__ for module in chosen.values()]
+        self.every: int = every
+        self.average: int = average
+        self.forwards: int = 0
         self.points: list[Point] = []
         self._order: dict[int, None] = {}  # layers in the order of their first call
         self._recording = False
@@ -181,7 +184,7 @@ class Recorder:
         """Forget all points."""
         self.points.clear()
 
-    def __enter__(self):
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -208,7 +211,7 @@ class Recorder:
     def _end(self, *_: Any) -> None:
         self._recording = False
 
-    def _see(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _see(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Activation checkpointing computes layers again in backward, after the pass has ended; that does not count.
         tensor = first_tensor(output)
         if not self._recording or tensor is None or not torch.is_grad_enabled():
@@ -218,7 +221,9 @@ class Recorder:
         with torch.no_grad():
             self._forward(point, index, module, first_tensor((args, kwargs)), tensor.detach())
         if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: self._take(point, index, gradient))
+            tensor.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
+                lambda gradient: self._take(point, index, gradient)
+            )
 
     def _take(self, point: Point, index: int, gradient: Tensor) -> None:
         with torch.no_grad():

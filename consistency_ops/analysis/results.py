@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -34,7 +36,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain lists and numbers; what is not finite becomes None."""
-        return plain(self)
+        fields: dict[str, Any] = plain(self)
+        return fields
 
 
 def figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
@@ -60,5 +63,5 @@ def over_layers(axis: Axes, names: list[str]) -> None:
 
 def log_scale(axis: Axes) -> None:
     """Make the y axis logarithmic if anything that was drawn is positive; call it after drawing."""
-    if any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
+    if any((np.asarray(line.get_ydata()) > 0).any() for line in axis.get_lines()):
         axis.set_yscale("log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def _never(module: nn.Module, z: Tensor) -> Tensor:
 
 
 # Rules by the output z, which is there after an in-place activation, too.
-_BY_OUTPUT: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+_BY_OUTPUT: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Tanh: lambda m, z: 1 - z * z < SLOPE,
     nn.Sigmoid: lambda m, z: 4 * z * (1 - z) < SLOPE,
     nn.Softsign: lambda m, z: (1 - z.abs()).square() < SLOPE,

@@ -39,12 +39,20 @@ class SecondMoment:
             self.gram = product if self.gram is None else self.gram + product
 
     @property
+    def _matrix(self) -> Tensor:
+        """The rows, or their Gram matrix where that is kept instead."""
+        matrix = self.rows if self.gram is None else self.gram
+        if matrix is None:
+            raise RuntimeError("SecondMoment: rows must have been added first, got none")
+        return matrix
+
+    @property
     def units(self) -> int:
-        return (self.rows if self.gram is None else self.gram).shape[1]
+        return self._matrix.shape[1]
 
     def mean_square(self) -> Tensor:
         """Return the mean square of every unit."""
-        total = self.rows.square().sum(0) if self.gram is None else self.gram.diagonal()
+        total = self._matrix.square().sum(0) if self.gram is None else self.gram.diagonal()
         return total / max(1, self.count)
 
     def scaled(self, factors: Tensor) -> SecondMoment:
@@ -52,7 +60,7 @@ class SecondMoment:
         other = SecondMoment()
         other.count = self.count
         if self.gram is None:
-            other.rows = self.rows * factors
+            other.rows = self._matrix * factors
         else:
             other.gram = self.gram * factors * factors[:, None]
         return other
@@ -75,7 +83,7 @@ class SecondMoment:
         other = self.scaled(torch.ones(self.units, dtype=torch.float64, device=self._device))
         for index in (chunk.to(self._device) for chunk in chunks):
             if self.gram is None:
-                part = self.rows[:, index]
+                part = self._matrix[:, index]
                 block = part.T @ part
             else:
                 block = self.gram[index][:, index]
@@ -85,7 +93,8 @@ class SecondMoment:
             if info != 0:
                 continue
             if other.gram is None:
-                other.rows[:, index] = torch.linalg.solve_triangular(factor, other.rows[:, index].T, upper=False).T
+                rows = other._matrix
+                rows[:, index] = torch.linalg.solve_triangular(factor, rows[:, index].T, upper=False).T
             else:
                 other.gram[index] = torch.linalg.solve_triangular(factor, other.gram[index], upper=False)
                 columns = torch.linalg.solve_triangular(factor, other.gram[:, index].T, upper=False)
@@ -94,11 +103,11 @@ class SecondMoment:
 
     @property
     def _device(self) -> torch.device:
-        return (self.rows if self.gram is None else self.gram).device
+        return self._matrix.device
 
     def spectrum(self) -> Tensor:
         """Return all eigenvalues on the CPU, largest first; NaN if the rows were not finite."""
-        matrix = self.rows @ self.rows.T if self.gram is None else self.gram
+        matrix = self._matrix @ self._matrix.T if self.gram is None else self.gram
         units = self.units
         if not matrix.isfinite().all():
             return torch.full((units,), torch.nan, dtype=torch.float64)

@@ -113,7 +113,10 @@ class WeightDominationRecorder(Recorder):
             self._pending[index] = point
             if self._hooked.get(index) is not weight:
                 self._hooked[index] = weight
-                self._handles.append(weight.register_hook(_Hook(self._arrived, index)))
+                handle = weight.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
+                    _Hook(self._arrived, index)
+                )
+                self._handles.append(handle)
 
     def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
         pass

@@ -131,4 +131,4 @@ def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{op}: {name} must be an integer or a pair of integers, at least {least}, got {value!r}")
-    return tuple(pair)
+    return pair[0], pair[1]

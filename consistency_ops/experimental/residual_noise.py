@@ -6,8 +6,9 @@ Section "noise injection" of arXiv 1708.00631, which gives no formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class ResidualNoise:
         model: nn.Module,
         *,
         scale: float = 1e-2,
-        layers: str | type | Iterable[str | type] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        layers: str | type[Any] | Iterable[str | type[Any]] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     ) -> None:
         check_module("ResidualNoise", model)
         check_numbers("ResidualNoise", scale=scale)
@@ -58,26 +59,29 @@ class ResidualNoise:
         for handle in self._handles:
             handle.remove()
 
-    def _after_forward(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"ResidualNoise: outputs must be a Tensor, got {type(output).__name__}")
         if not (module.training and output.requires_grad and torch.is_grad_enabled()):
             return output
-        return _NoisyBackward.apply(output, self.scale)
+        return _noisy_backward(output, self.scale)
 
 
-def _is_meant(name: str, module: nn.Module, wanted: tuple[str | type, ...]) -> bool:
+def _is_meant(name: str, module: nn.Module, wanted: tuple[str | type[Any], ...]) -> bool:
     return any(isinstance(module, w) if isinstance(w, type) else fnmatchcase(name, w) for w in wanted)
 
 
 class _NoisyBackward(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.clone()  # a view must not be overwritten in place, as nn.ReLU(inplace=True) does
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rms = grad.float().square().mean().sqrt().to(grad.dtype)
         return grad + ctx.scale * rms * torch.randn_like(grad), None
+
+
+_noisy_backward: Callable[[Tensor, float], Tensor] = _NoisyBackward.apply

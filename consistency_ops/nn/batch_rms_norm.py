@@ -25,6 +25,9 @@ class BatchRMSNorm(nn.Module):
     repeats the D of the last batch, which was its own if forward and backward passes alternate.
     """
 
+    running_ms: Tensor
+    num_batches: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -63,7 +66,7 @@ class BatchRMSNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchRMSNorm:
         before = self.running_ms
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self.running_ms.dtype not in (torch.float32, torch.float64):
             self.running_ms = before.to(self.running_ms.device)
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from .activations import GAINS, make_activation
 from .batch_rms_norm import BatchRMSNorm
 
 NORMALIZATIONS = ("rms", "batch", "none")
+Model = TypeVar("Model", bound=nn.Module)
 INITS = ("he", "glorot", "standard", "orthogonal")
 
 
@@ -92,15 +95,17 @@ def deep_convnet(
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, init: float | str, gain: float = 1.0, seed: int = 0) -> nn.Module:
+def initialise(model: Model, init: float | str, gain: float = 1.0, seed: int = 0) -> Model:
     """Fill the weights of all Linear and convolution layers as :func:`deep_mlp` says, biases with 0; returns ``model``.
 
     ``gain`` multiplies "he" and "orthogonal".
     """
-    named = isinstance(init, str)
-    if named and init not in INITS:
-        raise ValueError(f"initialise: init must be a standard deviation or one of {', '.join(INITS)}, got {init!r}")
-    if not named:
+    if isinstance(init, str):
+        if init not in INITS:
+            raise ValueError(
+                f"initialise: init must be a standard deviation or one of {', '.join(INITS)}, got {init!r}"
+            )
+    else:
         check_numbers("initialise", init=init)
         if not 0 < init < math.inf:
             raise ValueError(f"initialise: init must be positive and finite, got {init}")
@@ -118,7 +123,8 @@ def initialise(model: nn.Module, init: float | str, gain: float = 1.0, seed: int
             bound = math.sqrt(6 / (fan_in + fan_out)) if init == "glorot" else 1 / math.sqrt(fan_in)
             weight.uniform_(-bound, bound, generator=generator)
         else:
-            weight.normal_(0.0, gain / math.sqrt(fan_in) if named else init, generator=generator)
+            std = gain / math.sqrt(fan_in) if isinstance(init, str) else init
+            weight.normal_(0.0, std, generator=generator)
         if layer.bias is not None:
             layer.bias.zero_()
     return model
@@ -127,14 +133,18 @@ def initialise(model: nn.Module, init: float | str, gain: float = 1.0, seed: int
 def _orthogonal(weight: torch.Tensor, gain: float, generator: torch.Generator) -> None:
     matrix = torch.empty(weight.shape[:2])
     nn.init.orthogonal_(matrix, gain, generator=generator)
-    centre = tuple(size // 2 for size in weight.shape[2:])
+    centre: tuple[int | slice, ...] = (slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))
     weight.zero_()
-    weight[(slice(None), slice(None), *centre)] = matrix.to(weight)
+    weight[centre] = matrix.to(weight)
 
 
-def _pieces(owner: str, name: str, normalization: str, batch_norm: type[nn.Module]):
+def _pieces(
+    owner: str, name: str, normalization: str, batch_norm: Callable[[int], nn.Module]
+) -> tuple[Callable[[], nn.Module], Callable[[int], list[nn.Module]]]:
+    """What makes an activation, and what makes the normalisation of so many units, or nothing."""
     make_activation(owner, name)  # raises where there is none of this name
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"{owner}: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
-    norm = {"rms": BatchRMSNorm, "batch": batch_norm, "none": None}[normalization]
+    norms: dict[str, Callable[[int], nn.Module] | None] = {"rms": BatchRMSNorm, "batch": batch_norm, "none": None}
+    norm = norms[normalization]
     return (lambda: make_activation(owner, name)), (lambda units: [] if norm is None else [norm(units)])

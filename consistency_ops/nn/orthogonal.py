@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,13 @@ class OrthogonalFilter(nn.Module):
 
     Source: Ceni 2022, arXiv 2210.01245 (random orthogonal, dense), and the released code of ResESN (shift, identity).
     """
+
+    index: Tensor
+    inverse: Tensor
+    signs: Tensor
+    sylvester: Tensor
+    vectors: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -81,13 +90,13 @@ class OrthogonalFilter(nn.Module):
         if not x.dim() or x.shape[-1] != self.features:
             raise ValueError(f"OrthogonalFilter: x must be (..., {self.features}), got {tuple(x.shape)}")
         if self.kind in ("permutation", "shift"):
-            return _Gather.apply(x, self.index, self.inverse)
+            return _gather(x, self.index, self.inverse)
         if self.kind == "householder":
             for v in self.vectors:
                 x = x - (x @ v).unsqueeze(-1) * (2 * v)
             return x
         if self.kind == "hadamard":
-            return _Gather.apply(_hadamard(x * self.signs, self.sylvester), self.index, self.inverse)
+            return _gather(_hadamard(x * self.signs, self.sylvester), self.index, self.inverse)
         return x @ self.weight.T if self.kind == "dense" else x
 
     def matrix(self) -> Tensor:
@@ -95,7 +104,8 @@ class OrthogonalFilter(nn.Module):
         buffers = {k: v.double() if v.is_floating_point() else v for k, v in self.named_buffers()}
         device = next(iter(buffers.values())).device if buffers else None
         eye = torch.eye(self.features, dtype=torch.float64, device=device)
-        return torch.func.functional_call(self, buffers, (eye,)).T
+        columns: Tensor = torch.func.functional_call(self, buffers, (eye,))
+        return columns.T
 
     def extra_repr(self) -> str:
         return f"{self.features}, {self.kind!r}"
@@ -111,16 +121,19 @@ class _Gather(Function):
         return x.index_select(-1, index)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
         _, ctx.index, ctx.inverse = inputs
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _Gather.apply(grad, ctx.inverse, ctx.index), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.inverse, ctx.index), None, None
 
     @staticmethod
-    def jvp(ctx, tangent: Tensor, *_) -> Tensor:
-        return _Gather.apply(tangent, ctx.index, ctx.inverse)
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _gather(tangent, ctx.index, ctx.inverse)
+
+
+_gather: Callable[[Tensor, Tensor, Tensor], Tensor] = _Gather.apply
 
 
 def _hadamard(x: Tensor, sylvester: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def _hadamard(x: Tensor, sylvester: Tensor) -> Tensor:
     The matrix of size f is the upper left corner of ``sylvester``, that of size a b a Kronecker product of two.
     """
     total, parts = x.shape[-1], []
-    for block in x.split([1 << k for k in reversed(range(total.bit_length())) if total >> k & 1], -1):
+    for block in torch.split(x, [1 << k for k in reversed(range(total.bit_length())) if total >> k & 1], -1):
         size, done = block.shape[-1], 1
         while done < size:
             factor = min(len(sylvester), size // done)

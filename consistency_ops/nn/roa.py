@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class ROAFeedForward(nn.Module):
         beta = min(0.5, 1 / num_layers) if beta is None else beta
         self.alpha, self.beta = _weights("ROAFeedForward", alpha, beta)
         self.activation, self.phi = activation, make_activation("ROAFeedForward", activation)
-        options = dict(device=device, dtype=dtype)
+        options: dict[str, Any] = dict(device=device, dtype=dtype)
         self.encoder = nn.Linear(in_features, hidden_features, **options)
         self.layers = nn.ModuleList(nn.Linear(hidden_features, hidden_features, **options) for _ in range(num_layers))
         self.filters = nn.ModuleList(
@@ -110,7 +110,8 @@ class ROAFeedForward(nn.Module):
         self.decoder = nn.Linear(hidden_features, out_features, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.hidden(self.encoder(x)))
+        y: Tensor = self.decoder(self.hidden(self.encoder(x)))
+        return y
 
     def hidden(self, x: Tensor) -> Tensor:
         """Apply only the additive layers: (..., hidden_features) to the same shape."""
@@ -121,7 +122,7 @@ class ROAFeedForward(nn.Module):
 
     def jacobian_bounds(self) -> JacobianBounds:
         """Bound the singular values of the Jacobian of :meth:`hidden` for all inputs, from the present weights."""
-        norms = [spectral_norm(layer.weight) for layer in self.layers]
+        norms = [spectral_norm(layer.get_parameter("weight")) for layer in self.layers]
         return roa_jacobian_bounds(self.alpha, self.beta, norms, slope=SLOPES[self.activation])
 
     def extra_repr(self) -> str:
@@ -175,7 +176,7 @@ class ROARNN(nn.Module):
         self.alpha, self.beta = _weights("ROARNN", alpha, beta)
         self.activation, self.phi = activation, make_activation("ROARNN", activation)
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
-        options = dict(device=device, dtype=dtype)
+        options: dict[str, Any] = dict(device=device, dtype=dtype)
         self.input = nn.Linear(input_size, hidden_size, **options)
         self.recurrent = nn.Linear(hidden_size, hidden_size, bias=False, **options)
         self.filter = OrthogonalFilter(hidden_size, filter, generator=generator, **options)

@@ -96,10 +96,10 @@ def _last_loss(optimizer: Optimizer, loss_fn: Callable[[Batch], Tensor], trial: 
             optimizer.zero_grad()
             with torch.enable_grad():
                 loss = loss_fn(batch)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch says float for a tensor
     loss = loss_fn(trial[-1])
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -126,7 +126,9 @@ class _State:
         self.gradients = [(t, t.grad) for t in tensors.values()]
         self.state = copy.deepcopy(optimizer.state_dict())
         self.random: tuple[Any, ...] = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.cuda: list[Tensor] = []
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch does not annotate it
+            self.cuda = torch.cuda.get_rng_state_all()
 
     @torch.no_grad()
     def restore(self, gradients: bool = False) -> None:

@@ -7,9 +7,11 @@ formula; the schedule is that of the work it cites (Neelakantan et al. 2015, arX
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..ops.checks import check_integers, check_numbers
@@ -55,7 +57,8 @@ class GradientNoise:
         self.eta, self.gamma, self.seed = eta, gamma, seed
         before = optimizer.register_step_pre_hook(self._before_step)
         # Ahead of the hook of a preconditioner that is there already.
-        optimizer._optimizer_step_pre_hooks.move_to_end(before.id, last=False)
+        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]  # torch says dict
+        hooks.move_to_end(before.id, last=False)
         self._handles = [before, optimizer.register_step_post_hook(self._after_step)]
 
     def std(self, step: int) -> float:
@@ -67,8 +70,10 @@ class GradientNoise:
         for handle in self._handles:
             handle.remove()
 
-    @torch._disable_dynamo
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    @_disable_dynamo
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._add(optimizer)
@@ -81,8 +86,8 @@ class GradientNoise:
 
         return ((*args[:1], *args[2:]), {**kwargs, "closure": noisy})
 
-    @torch._disable_dynamo
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    @_disable_dynamo
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         group = optimizer.param_groups[0]
         group[_STEP] = group.get(_STEP, 0) + 1
 
