@@ -12,7 +12,7 @@ except ImportError as _error:
 
 # isort: split
 from . import analysis, layers, nn, optim
-from .environment import build_info, cmake_prefix_path, include_dir
+from .environment import BuildInfo, __version__, build_info, cmake_prefix_path, include_dir
 from .ops import (
     PreconditionResult,
     batch_rms_norm,
@@ -24,11 +24,11 @@ from .ops import (
 )
 from .preconditioner import Preconditioner
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "BuildInfo",
     "PreconditionResult",
     "Preconditioner",
+    "__version__",
     "analysis",
     "batch_rms_norm",
     "build_info",

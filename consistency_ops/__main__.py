@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0
     if command == "--version":
-        from . import __version__
+        from .environment import __version__
 
         print(f"consistency_ops {__version__}")
         return 0

@@ -4,10 +4,41 @@ import ctypes
 import os
 import platform
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from .ops.library import autograd, library
+
+__version__ = "0.1.0"
+
+
+class BuildInfo(TypedDict):
+    """What :func:`build_info` returns.
+
+    Keys: ``version`` of this package; ``torch``, the version that runs; ``torch_build``, the one it was compiled with;
+    ``compiler``; ``cuda_toolkit`` and ``cuda_archs`` (``None`` in a build without CUDA kernels); ``cpu``, its name;
+    ``cpu_isa``, the kernels in use: "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
+    ``omp_wait_policy``; ``gpus``, their names, empty without a CUDA device; ``os``; ``python``; ``library``, the path
+    of the compiled file; ``autograd``: "C++" if small calls of ``modulus`` use the optional extension that was built
+    for this torch, else "Python".
+    """
+
+    version: str
+    torch: str
+    torch_build: str
+    compiler: str
+    cuda_toolkit: str | None
+    cuda_archs: str | None
+    cpu: str
+    cpu_isa: str
+    threads: int
+    omp_wait_policy: str | None
+    gpus: list[str]
+    os: str
+    python: str
+    library: str
+    autograd: str
 
 
 def _csrc() -> Path:
@@ -47,20 +78,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def build_info() -> dict[str, object]:
-    """What a bug report needs: versions, compilers, and what the code runs on here.
+def build_info() -> BuildInfo:
+    """Return what a bug report needs: versions, compilers, and what the code runs on here.
 
-    Returns
-    -------
-    dict with the keys ``version``, ``torch`` (the one that runs), ``torch_build`` (the one it was compiled with),
-    ``compiler``, ``cuda_toolkit`` and ``cuda_archs`` (None in a build without CUDA kernels), ``cpu``, ``cpu_isa``
-    ("avx512bf16", "avx512", "avx2" or "portable": the kernels in use), ``threads`` (of torch), ``omp_wait_policy``,
-    ``gpus`` (names; empty without a CUDA device), ``os``, ``python``, ``library`` (path of the compiled file) and
-    ``autograd`` ("C++": small calls of ``modulus`` use the optional extension that was built for this torch; else
-    "Python").
+    Returns:
+        A dict with the keys of :class:`BuildInfo`.
     """
-    from . import __version__
-
     compiled = _compiled()
     toolkit = compiled.get("cuda")
     library.co_cpu_isa.restype = ctypes.c_char_p
@@ -84,10 +107,11 @@ def build_info() -> dict[str, object]:
 
 
 def format_report() -> str:
-    """`build_info()` as aligned lines of text."""
+    """Return :func:`build_info` as aligned lines of text."""
     info = build_info()
+    lines: dict[str, object] = {**info}
     if info["cuda_toolkit"] is None:
-        info["cuda_toolkit"] = info["cuda_archs"] = "none: built without CUDA kernels"
-    info["gpus"] = ", ".join(info["gpus"]) or "none: no CUDA device"
-    info["omp_wait_policy"] = info["omp_wait_policy"] or "not set (PASSIVE helps on a busy machine)"
-    return "\n".join(f"{key:16} {value}" for key, value in info.items())
+        lines["cuda_toolkit"] = lines["cuda_archs"] = "none: built without CUDA kernels"
+    lines["gpus"] = ", ".join(info["gpus"]) or "none: no CUDA device"
+    lines["omp_wait_policy"] = info["omp_wait_policy"] or "not set (PASSIVE helps on a busy machine)"
+    return "\n".join(f"{key:16} {value}" for key, value in lines.items())

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 project = "consistency_ops"
 author = "The consistency_ops developers"
 copyright = f"2026, {author}"
-release = version = re.search(r'__version__ = "(.+?)"', (ROOT / "consistency_ops" / "__init__.py").read_text())[1]
+release = version = re.search(r'__version__ = "(.+?)"', (ROOT / "consistency_ops" / "environment.py").read_text())[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
