@@ -105,7 +105,8 @@ class Correction:
         return 0 if self.options.decay > 0 else self.step - self.step % self.options.every
 
     def num_chunks(self, step: LayerStep) -> int:
-        return step.convolution_groups * -(-step.units // self.chunk_of(step.units))
+        units = step.units
+        return step.convolution_groups * -(-units // self.chunk_of(units))
 
     def division_digest(self, layer: Layer) -> int:
         """Everything that decides which units stand where in the stored matrices of a layer, but their number."""

@@ -13,7 +13,7 @@ from .layer import Layer
 from .notices import Notices, some
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LayerStep:
     """What a correction needs of a layer in this step."""
 
@@ -24,18 +24,14 @@ class LayerStep:
     rows: Tensor  # (max_rows, in); only the first `count` rows hold data
     count: Tensor  # int64, (1,), on the device
     division_id: int = field(init=False)  # third argument of the random division, next to seed and step
+    units: int = field(init=False)  # of one convolution group, the bias included
+    convolution_groups: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.division_id = self.layer.index
-
-    @property
-    def units(self) -> int:
-        """Units of one convolution group, the bias included."""
-        return self.grad.shape[1] + (self.bias_grad is not None)
-
-    @property
-    def convolution_groups(self) -> int:
-        return self.rows.shape[1] // self.grad.shape[1]
+        width = self.grad.shape[1]
+        self.units = width if self.bias_grad is None else width + 1
+        self.convolution_groups = self.rows.shape[1] // width
 
     @property
     def units_unchanged(self) -> bool:
@@ -74,7 +70,10 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     capture.follow(module, weight)
     grad = weight.grad
     layer.unfit_gradient = grad is not None and not is_plain(grad)
-    note_lost_rows(layer, notices)
+    if (lost := capture.lost) != layer.lost_rows:
+        layer.lost_rows = lost
+        if lost:
+            _notice_lost_rows(layer, notices)
     if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
         return None
     source = capture.source or capture
@@ -85,16 +84,12 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     return LayerStep(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
 
 
-def note_lost_rows(layer: Layer, notices: Notices) -> None:
-    """Keep ``layer.lost_rows`` up to date, and say what happened the first time."""
-    if layer.capture.lost != layer.lost_rows:
-        layer.lost_rows = layer.capture.lost
-        if layer.lost_rows:
-            notices.once(
-                f"lost {layer.name}",
-                f"layer {layer.name!r} was called less often than the layer whose input it shared, so its gradient was "
-                "left as it is in this step. From now on it captures rows of its own; nothing needs to be done.",
-            )
+def _notice_lost_rows(layer: Layer, notices: Notices) -> None:
+    notices.once(
+        f"lost {layer.name}",
+        f"layer {layer.name!r} was called less often than the layer whose input it shared, so its gradient was left as "
+        "it is in this step. From now on it captures rows of its own; nothing needs to be done.",
+    )
 
 
 def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
