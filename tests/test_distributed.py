@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from consistency_ops.distributed.placement import Placement
 from support import distributed_scenarios as scenarios
 from support.ranks import run
 
@@ -26,7 +27,7 @@ SCENARIOS = [
         "flattened",
     ),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
-    *("shared", "shared_absolute", "shared_every", "shared_convolutions", "one_unit_not_finite"),
+    *("shared", "shared_absolute", "shared_every", "shared_convolutions", "one_unit_not_finite", "placements"),
 ]
 SLOW = [
     *("ddp_absolute", "ddp_float32", "fsdp_accumulation", "fsdp_mixed_precision", "tensor_parallel_and_group"),
@@ -370,3 +371,29 @@ def test_a_unit_that_is_not_finite_spares_the_other_chunks_on_ranks_too(results)
             )
             assert torch.equal((shared != before).all(0), corrected)
             assert difference([alone], [single]) < TOLERANCE and difference([shared], [single]) < TOLERANCE
+
+
+def test_the_log_says_who_holds_what_when_it_changes(results):
+    for rank, found in enumerate(of(results, "placements")):
+        first, *later = found["ddp"]
+        assert first[0] == (
+            f"Preconditioner: rank {rank}: Placement('module.0': holds the whole gradient, pools the covariance over "
+            "ranks 0-3, bias joined)"
+        )
+        assert len(first) == 3 and later == [[], []]
+        first, *later = found["fully_shard"]
+        assert (
+            "Placement('0': holds its rows of the gradient, pools the covariance over ranks 0-3, bias joined)"
+            in first[0]
+        )
+        assert len(first) == 3 and later == [[], []]
+
+
+def test_a_placement_is_one_readable_line():
+    groups = ((0, 1, 2, 3, 8), (5,))
+    placement = Placement("up", groups, "its units of the gradient", False, True)
+    assert repr(placement) == (
+        "Placement('up': holds its units of the gradient, pools the covariance over ranks 0-3, 8, then over ranks 5, "
+        "exchanges units for rows and back, bias not joined)"
+    )
+    assert repr(Placement("up", reason="weight is flattened")) == "Placement('up': left alone, weight is flattened)"

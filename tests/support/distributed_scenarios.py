@@ -596,6 +596,30 @@ def one_unit_not_finite():
     return found
 
 
+def placements():
+    """What the log says at debug level about who holds what: of DDP and of fully_shard."""
+    log, found = logging.getLogger("consistency_ops"), {}
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        for name in ("ddp", "fully_shard"):
+            model = DDP(mlp()) if name == "ddp" else _sharded(mlp())
+            optimizer = sgd(model)
+            Preconditioner(model, optimizer, chunk=8)
+            found[name] = []
+            for _ in range(3):
+                messages: list[str] = []
+                train(model, optimizer, [dist.get_rank()], steps=1)
+                found[name].append([text for text in messages if "Placement(" in text])
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    return found
+
+
 # Checkpoints
 
 
