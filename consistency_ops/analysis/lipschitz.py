@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops.checks import check_module
-from .lipschitz_graph import Network, is_size, node_name
+from .lipschitz_graph import Network
 from .lipschitz_rules import Factor, Rule, Unbounded, has_rule
+from .lipschitz_trace import BINARY, is_known, name_of
 from .recorder import unrecorded
 from .results import COLOURS, Result, figure, over_layers
 
@@ -89,12 +90,18 @@ def _log(value: float) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module in its own mode afterwards."""
+    """Evaluation mode inside, every module in its own mode afterwards.
+
+    Through ``train()``, because some modules do work there (LoRA layers merge their weights in evaluation).
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
         for module, mode in modes:
             module.training = mode
 
@@ -138,9 +145,13 @@ def lipschitz_bound(
     given = rules.items() if isinstance(rules, Mapping) else [(rules, None)] * (rules is not None)
     if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
         raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {rules!r}")
+    if type(model).__name__ == "OptimizedModule":  # what torch.compile returns: the same function
+        model = model._orig_mod
     ruled = has_rule(model) or isinstance(model, tuple(rules or ()))
     if ruled and not isinstance(model, nn.Sequential):
+        mode = model.training
         model = nn.Sequential(model)  # torch.fx looks into the module it is given
+        model.training = mode
     factors: list[LipschitzFactor] = []
     plain: dict[fx.Node, float] = {}
     folded: dict[fx.Node, float] = {}
@@ -159,30 +170,34 @@ def _visit(
     folded: dict[fx.Node, float],
     factors: list[LipschitzFactor],
 ) -> None:
-    signals = [n for n in node.all_input_nodes if not math.isinf(plain[n]) or plain[n] > 0]
+    signals = [n for n in node.all_input_nodes if n in network.signals]
     if node.op == "placeholder":
         plain[node] = folded[node] = 0.0
-    elif not signals or is_size(node):  # constants
+    elif node not in network.signals:  # constants
         plain[node] = folded[node] = -math.inf
     elif node.op == "output":
         parts: list[fx.Node] = []  # a signal that is returned twice counts twice
         fx.map_arg(node.args, parts.append)
         for logs in (plain, folded):
             logs[node] = _log_sum([logs[n] for n in parts if n in signals], 2)
-    elif len(signals) == 1 and node.op != "call_module" and node_name(node) in _BINARY and not _twice(node, signals[0]):
+    elif not is_known(node):
+        raise _sentence(
+            network, node, "it is no function of torch; wrap it in a module and give one with rules={Type: function}"
+        )
+    elif len(signals) == 1 and node.op != "call_module" and name_of(node) in BINARY and not _twice(node, signals[0]):
         value = _with_constant(network, node, signals[0])
         for logs in (plain, folded):
             logs[node] = logs[signals[0]] + _log(value)
         if value != 1:
-            factors.append(LipschitzFactor(node.name, node_name(node), _log(value), _log(value), True, ""))
-    elif node_name(node) in ("add", "sub", "iadd", "add_", "cat", "concat", "stack"):
+            factors.append(LipschitzFactor(node.name, name_of(node), _log(value), _log(value), True, ""))
+    elif name_of(node) in _JOINS and node.op != "call_module":
         _join(network, node, signals, plain, folded, factors)
     elif len(signals) == 1 and not _twice(node, signals[0]):
-        factor, tight = _factors(network, node)
+        factor, tight = _factors(network, node, signals[0])
         plain[node] = plain[signals[0]] + _log(factor.value)
         folded[node] = folded[signals[0]] + _log(tight.value)
         name = node.target if node.op == "call_module" else node.name
-        kind = type(network.target(node)).__name__ if node.op == "call_module" else node_name(node)
+        kind = type(network.target(node)).__name__ if node.op == "call_module" else name_of(node)
         note = "; ".join(dict.fromkeys(n for n in (factor.note, tight.note) if n))
         factors.append(LipschitzFactor(name, kind, _log(factor.value), _log(tight.value), factor.exact, note))
     else:
@@ -191,37 +206,24 @@ def _visit(
         )
 
 
-def _factors(network: Network, node: fx.Node) -> tuple[Factor, Factor]:
+def _factors(network: Network, node: fx.Node, signal: fx.Node) -> tuple[Factor, Factor]:
     try:
-        factor = network.factor(node, folded=False)
+        factor = network.factor(node, signal, folded=False)
         touched = node in network.absorbed or node in network.before or node in network.after
-        return factor, network.factor(node, folded=True) if touched else factor
+        return factor, network.factor(node, signal, folded=True) if touched else factor
     except Unbounded as reason:
         raise _sentence(network, node, str(reason)) from None
 
 
 def _sentence(network: Network, node: fx.Node, reason: str) -> NotImplementedError:
     module = network.target(node)
-    what = f"{node.target} ({type(module).__name__})" if module is not None else f"{node_name(node)} (at {node.name})"
+    what = f"{node.target} ({type(module).__name__})" if module is not None else f"{name_of(node)} (at {node.name})"
     return NotImplementedError(f"lipschitz_bound: {what}: {reason}")
 
 
-_BINARY = {
-    "add",
-    "sub",
-    "iadd",
-    "isub",
-    "add_",
-    "sub_",
-    "mul",
-    "imul",
-    "mul_",
-    "truediv",
-    "div",
-    "itruediv",
-    "div_",
-    "rsub",
-}
+_JOINS = frozenset({
+    "add", "sub", "rsub", "iadd", "isub", "add_", "sub_", "cat", "concat", "stack",
+})  # fmt: skip
 
 
 def _operands(node: fx.Node) -> list[Any]:
@@ -236,7 +238,7 @@ def _twice(node: fx.Node, signal: fx.Node) -> bool:
 
 def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
     """signal (+, -, *, /) a number; parameters and buffers only where they are added to a signal of their shape."""
-    name = node_name(node)
+    name = name_of(node)
     operands = _operands(node)
     other = next((operand for operand in operands if operand is not signal), None)
     if isinstance(other, fx.Node):
@@ -244,22 +246,24 @@ def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
         if "mul" in name or "div" in name or not fits:
             hint = "" if network.shape(signal) is not None else "; pass an example input"
             raise _sentence(network, node, f"a tensor is combined with the signal and may be broadcast{hint}")
-        return abs(_alpha(node, signal))
+        return _alpha(node, signal)
     if "mul" in name:
-        return abs(float(other))
+        return float(abs(other))
     if "div" in name:
         if operands[0] is not signal:
             raise _sentence(network, node, "division by a signal has no global Lipschitz constant")
         if node.kwargs.get("rounding_mode"):
             raise _sentence(network, node, "rounding is not continuous")
-        return 1 / abs(float(other)) if other else math.inf
-    return abs(_alpha(node, signal))
+        return 1 / abs(other) if other else math.inf
+    return _alpha(node, signal)
 
 
 def _alpha(node: fx.Node, signal: Any, position: int | None = None) -> float:
-    """torch.add(a, b, alpha=...) scales its second argument."""
-    second = _operands(node)[1] is signal if position is None else position == 1
-    return float(node.kwargs.get("alpha", 1)) if second else 1.0
+    """|alpha|: torch.add(a, b, alpha=...) scales its second argument, torch.rsub its first."""
+    operands = _operands(node)
+    position = (1 if operands[1] is signal else 0) if position is None else position
+    scaled = 0 if name_of(node) == "rsub" else 1
+    return float(abs(node.kwargs.get("alpha", 1))) if position == scaled else 1.0
 
 
 def _join(
@@ -271,24 +275,28 @@ def _join(
     factors: list[LipschitzFactor],
 ) -> None:
     """Sums add the constants of their terms (twice if a term comes twice), concatenations their squares."""
-    if node_name(node) in ("cat", "concat", "stack"):
+    if name_of(node) in ("cat", "concat", "stack"):
         parts = node.args[0] if node.args else node.kwargs["tensors"]
+        if not isinstance(parts, list | tuple):
+            raise _sentence(network, node, "how many signals it joins cannot be told")
         terms, power = [(n, 0.0) for n in parts if n in signals], 2.0
     else:
         operands = _operands(node)
         shapes = [network.shape(n) for n in operands]
-        if None not in shapes and shapes[0] != shapes[1]:
-            raise _sentence(network, node, f"signals of shapes {shapes[0]} and {shapes[1]} are broadcast")
+        if not network.shapes.equal(*operands):
+            known = f"signals of shapes {shapes[0]} and {shapes[1]} are broadcast"
+            unknown = "its terms may have different shapes, and be broadcast; pass an example input"
+            raise _sentence(network, node, unknown if None in shapes else known)
         note = "the terms of sums are taken to have equal shapes; an example input checks this"
         if None in shapes and note not in network.notes:
             network.notes.append(note)
-        pairs = [(n, _log(abs(_alpha(node, n, i)))) for i, n in enumerate(operands)]
+        pairs = [(n, _log(_alpha(node, n, i))) for i, n in enumerate(operands)]
         terms, power = [(n, a) for n, a in pairs if n in signals], 1.0
     for logs in (plain, folded):
         logs[node] = _log_sum([logs[n] + a for n, a in terms], power)
     grown = [logs[node] - max(logs[n] for n, _ in terms) for logs in (plain, folded)]
     note = "its branches' constants are added" if power == 1 else "its parts' squares are added"
-    factors.append(LipschitzFactor(node.name, node_name(node), grown[0], grown[1], False, note))
+    factors.append(LipschitzFactor(node.name, name_of(node), grown[0], grown[1], False, note))
 
 
 def certified_radius(

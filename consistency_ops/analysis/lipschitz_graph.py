@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn.plain_layers import table_type
 from .lipschitz_rules import (
-    SLOPES,
+    ELEMENTWISE,
+    ELEMENTWISE_NAMES,
+    FUNCTIONS,
+    MODULES,
+    SHARES_MEMORY,
     Factor,
     Rule,
+    Site,
     Unbounded,
-    adaptive_avg_pool,
-    avg_pool,
+    function_factor,
     has_rule,
-    max_pool,
     module_factor,
     no_constant,
     scaling,
 )
-from .recorder import unrecorded
+from .lipschitz_shapes import Shapes
+from .lipschitz_trace import Refused, argument, follow_writes, is_known, name_of, run_example, signals, trace
 
-_TRANSPARENT = (  # commute with a positive factor per channel
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+_POOLING = (
+    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
 )  # fmt: skip
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class _Tracer(fx.Tracer):
-    """Every module of ``leaves`` is one operation; all others are looked into."""
-
-    def __init__(self, leaves: set[nn.Module]) -> None:
-        super().__init__()
-        self.leaves = leaves
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return module in self.leaves
+_REARRANGEMENTS = ("to", "view", "reshape", "flatten", "permute", "transpose", "movedim", "swapaxes")
+_PRECISE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def _leaves(model: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> set[nn.Module]:
-    """Modules with a rule, and those of torch.nn that could have one; found before weights turn into proxies."""
+    """Modules with a rule, and those of torch.nn that could have one."""
     torch_own = {m for m in model.modules() if type(m).__module__.startswith("torch.nn") and not any(m.children())}
     return torch_own | {m for m in model.modules() if isinstance(m, tuple(rules)) or has_rule(m)}
 
@@ -54,31 +49,28 @@ class Network:
     def __init__(self, model: nn.Module, example: tuple[Any, ...], rules: Mapping[type[nn.Module], Rule]) -> None:
         self.rules = dict(rules)
         self.notes: list[str] = []
-        leaves = _leaves(model, self.rules)
         try:
-            graph = _Tracer(leaves).trace(model)
-            self.module = fx.GraphModule(model, graph)
+            self.traced = trace(model, example, _leaves(model, self.rules))
+        except Refused:
+            raise
         except Exception as error:
-            reason = (
-                f"the model cannot be traced by torch.fx ({_first_line(error)}); give the module at fault a constant "
-            )
-            for name, module in model.named_modules():
-                if no_constant(module) and not isinstance(module, tuple(self.rules)):
-                    reason = f"{name} ({type(module).__name__}): {no_constant(module)}; give it a constant "
-                    break
-            raise NotImplementedError(f"lipschitz_bound: {reason}with rules={{Type: function}}") from error
-        if example:
-            from torch.fx.passes.shape_prop import ShapeProp  # slow to import
-
-            with torch.no_grad(), unrecorded():
-                try:
-                    ShapeProp(self.module).propagate(*example)
-                except RuntimeError as error:
-                    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in example)
-                    reason = _first_line(error.__cause__ or error)
-                    raise ValueError(f"lipschitz_bound: example must fit the model, got {shapes} ({reason})") from error
+            raise NotImplementedError(f"lipschitz_bound: {self._untraced(model, error)}") from error
         self.modules = dict(model.named_modules())
+        graph = self.traced.graph
+        follow_writes(graph, self.modules, self._makes_new)
+        if example:
+            try:
+                run_example(self.traced, model, example)
+            except NotImplementedError:
+                raise
+            except RuntimeError as error:
+                shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in example)
+                reason = _first_line(error.__cause__ or error)
+                raise ValueError(f"lipschitz_bound: example must fit the model, got {shapes} ({reason})") from error
         self.nodes = list(graph.nodes)
+        self.may_be_complex = self._may_be_complex(model, example)
+        self.signals = signals(graph)
+        self.shapes = Shapes(self.shape, self.target)
         self.before: dict[fx.Node, Tensor] = {}
         self.after: dict[fx.Node, Tensor] = {}
         self.absorbed: set[fx.Node] = set()
@@ -87,154 +79,160 @@ class Network:
             if factors is not None:
                 self._fold(node, factors)
 
+    def _untraced(self, model: nn.Module, error: Exception) -> str:
+        reason = f"the model cannot be traced by torch.fx ({_first_line(error)}); give the module at fault a constant "
+        for name, module in model.named_modules():
+            if no_constant(module) and not self._is_ruled(module):
+                reason = f"{name} ({type(module).__name__}): {no_constant(module)}; give it a constant "
+                break
+        return f"{reason}with rules={{Type: function}}"
+
+    def _may_be_complex(self, model: nn.Module, example: tuple[Any, ...]) -> bool:
+        """Whether any tensor, number or type of the network is complex."""
+        found: list[Any] = [*model.parameters(), *model.buffers(), *example]
+        for node in self.nodes:
+            found += [self._attribute(node)] if node.op == "get_attr" else [*node.args, *node.kwargs.values()]
+        dtypes = [x.dtype if isinstance(x, Tensor) else x for x in found]
+        return any(isinstance(x, complex) or (isinstance(x, torch.dtype) and x.is_complex) for x in dtypes)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        owner, _, name = node.target.rpartition(".")
+        return getattr(self.traced.get_submodule(owner), name)
+
+    def _is_ruled(self, module: nn.Module) -> bool:
+        return isinstance(module, tuple(self.rules))
+
+    def _makes_new(self, module: nn.Module) -> bool:
+        """Whether a module's result shares no memory with its input."""
+        kind = table_type(module, MODULES)
+        new = kind is not None and kind not in SHARES_MEMORY and type(module).__name__ != "OrthogonalFilter"
+        return new and not self._is_ruled(module)
+
     def target(self, node: fx.Node) -> nn.Module | None:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def shape(self, node: Any) -> tuple[int, ...] | None:
-        meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-        return tuple(meta.shape) if hasattr(meta, "shape") else None
+        return node.meta["signal"][0] if isinstance(node, fx.Node) and "signal" in node.meta else None
+
+    def dtype(self, node: fx.Node) -> torch.dtype | None:
+        return node.meta["signal"][1] if "signal" in node.meta else None
+
+    # ---- folding
 
     def _scaling(self, node: fx.Node) -> Tensor | None:
         module = self.target(node)
-        return None if module is None or isinstance(module, tuple(self.rules)) else scaling(module)
+        return None if module is None or self._is_ruled(module) or not node.args else scaling(module)
 
     def _fold(self, node: fx.Node, factors: Tensor) -> None:
         """Into the weights just before, which is exact, or into the next ones behind operations that let it pass."""
-        source, flat = node.args[0] if node.args else None, self._is_flat(node)
-        if self._foldable(source, flat) and len(source.users) == 1:
+        source = node.args[0]
+        rank = self.shapes.rank(node)
+        if rank is None:  # which dimension the channels are is not known
+            return
+        if self._takes(source, rank) and len(source.users) == 1:
             module = self.target(source)
             if module.weight.shape[0] == len(factors):
                 self.after[source] = self.after.get(source, 1) * factors
                 self.absorbed.add(node)
                 return
-        here = node
+        here, flattened = node, False
         while len(here.users) == 1:
             (here,) = here.users
-            flat = flat or isinstance(self.target(here), nn.Flatten)
-            if self._foldable(here, flat):
+            if self._takes(here, rank):
                 module = self.target(here)
                 channels = module.weight.shape[1] * getattr(module, "groups", 1)
-                if channels == len(factors) or (isinstance(module, nn.Linear) and channels % len(factors) == 0):
+                if channels == len(factors) or (flattened and channels % len(factors) == 0):
                     self.before[here] = self.before.get(here, 1) * factors
                     self.absorbed.add(node)
                 return
-            if not self._lets_pass(here):
+            if isinstance(self.target(here), nn.Flatten) and (
+                self.target(here).start_dim,
+                self.target(here).end_dim,
+            ) == (1, -1):
+                rank, flattened = 2, True
+            elif not self._lets_pass(here, rank):
                 return
 
-    def _is_flat(self, node: fx.Node) -> bool:
-        """Whether the signal is (N, C): only then do a normalisation's channels and a Linear's units agree."""
-        shape = self.shape(node)
-        if shape is not None:
-            return len(shape) == 2
-        while node.args and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            module = self.target(node)
-            if isinstance(module, nn.Flatten):
-                return True
-            if isinstance(module, nn.Linear):
-                note = "Linear layers beside normalisations are taken to see (N, C); an example input checks this"
-                self.notes += [note] * (note not in self.notes)
-                return True
-            if isinstance(module, nn.modules.conv._ConvNd):
-                return False
-        return False
-
-    def _foldable(self, node: Any, flat: bool) -> bool:
+    def _takes(self, node: Any, rank: int) -> bool:
+        """Whether a node is a layer whose input channels are dimension 1 of a signal of this rank."""
         module = self.target(node) if isinstance(node, fx.Node) else None
-        if isinstance(module, nn.Linear) and not flat:
+        if module is None or self._is_ruled(module) or len(node.all_input_nodes) != 1:
             return False
-        return isinstance(module, _WEIGHTED) and not isinstance(module, tuple(self.rules))
+        kind = table_type(module, MODULES)
+        return (kind is nn.Linear and rank == 2) or (
+            kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and rank == module.weight.dim()
+        )
 
-    def _lets_pass(self, node: fx.Node) -> bool:
+    def _lets_pass(self, node: fx.Node, rank: int) -> bool:
+        """Whether a factor a channel can be moved behind: elementwise functions, and pooling within the channels."""
+        if len(node.all_input_nodes) != 1:
+            return False
         module = self.target(node)
-        if module is not None:
-            if isinstance(module, tuple(self.rules)):
-                return False
-            flat = isinstance(module, nn.Flatten) and module.start_dim == 1
-            return flat or isinstance(module, _TRANSPARENT) or type(module).__name__ == "Modulus"
-        return node.op == "call_function" and node_name(node) in ("relu", "abs", "modulus", "dropout", "max_pool2d")
+        if module is None:
+            name = name_of(node)
+            pools = name.startswith(("max_pool", "avg_pool")) and rank == int(name[-2]) + 2
+            return is_known(node) and (name in ELEMENTWISE_NAMES or pools)
+        kind = table_type(module, MODULES)
+        if kind is None or self._is_ruled(module):
+            return False
+        return issubclass(kind, ELEMENTWISE) or (issubclass(kind, _POOLING) and rank == int(kind.__name__[-2]) + 2)
 
-    def factor(self, node: fx.Node, folded: bool) -> Factor:
+    # ---- factors
+
+    def factor(self, node: fx.Node, signal: fx.Node, folded: bool) -> Factor:
         """Of an operation with one signal."""
-        shape = self.shape(node.args[0]) if node.args else None
+        found = self._factor(node, signal, folded)
+        for dtype in (self.dtype(signal), self.dtype(node)):
+            if dtype is not None and dtype not in _PRECISE:
+                raise Unbounded(f"a signal is {dtype}, whose rounding is no continuous map")
+        return found
+
+    def _factor(self, node: fx.Node, signal: fx.Node, folded: bool) -> Factor:
+        site = Site(self.shape(signal), self.dtype(signal), self.may_be_complex)
         module = self.target(node)
-        if module is not None:
-            for kind, rule in self.rules.items():
-                if isinstance(module, kind):
-                    return Factor(_checked(node, rule(module)), False, "by rules=")
-            if not folded:
-                found = module_factor(module, None, None, shape)
-            elif node in self.absorbed:
-                return Factor(1.0, True, "folded into its neighbour")
-            elif isinstance(self.before.get(node), Tensor) or isinstance(self.after.get(node), Tensor):
-                found = module_factor(module, self.before.get(node), self.after.get(node), shape)
-            else:
-                found = module_factor(module, None, None, shape)
-            if found is None:
-                raise Unbounded("there is no rule for this module; give one with rules={Type: function}")
-            return found
-        return self._function(node, shape)
+        if module is None:
+            return self._function(node, site)
+        for kind, rule in self.rules.items():
+            if isinstance(module, kind):
+                return Factor(_checked(node, rule(module)), False, "by rules=")
+        if folded and node in self.absorbed:
+            return Factor(1.0, True, "folded into its neighbour")
+        if folded:
+            site = replace(site, before=self.before.get(node), after=self.after.get(node))
+        return module_factor(module, site)
 
-    def _function(self, node: fx.Node, shape: tuple[int, ...] | None) -> Factor:
-        name, args = node_name(node), node.args
-        if name.startswith("dropout") and _argument(node, 2, "training", _argument(node, 2, "train", True)):
-            raise Unbounded("it is random in evaluation mode, too; pass training=self.training")
-        if name == "to" and any(_is_whole(value) for value in (*args[1:], *node.kwargs.values())):
-            raise Unbounded("rounding is not continuous")
-        if name in SLOPES:
-            return Factor(float(SLOPES[name]))
-        if name == "leaky_relu":
-            return Factor(max(1.0, abs(_argument(node, 1, "negative_slope", 0.01))))
-        if name == "getitem" and _plain_index(args[1]):
-            return Factor(1.0, False, "a part of the signal")
-        if name.startswith("max_pool") and name[-2:-1] in "123":
-            dilation = _argument(node, 4, "dilation", 1)
-            kernel, stride = _argument(node, 1, "kernel_size", 1), _argument(node, 2, "stride", None)
-            return max_pool(kernel, stride, dilation, int(name[-2]))
-        if name.startswith("avg_pool") and name[-2:-1] in "123":
-            names = (("kernel_size", 1), ("stride", None), ("padding", 0), ("ceil_mode", False))
-            options = [_argument(node, i, key, default) for i, (key, default) in enumerate(names, 1)]
-            count = _argument(node, 5, "count_include_pad", True)
-            return avg_pool(*options, count, _argument(node, 6, "divisor_override", None), int(name[-2]))
-        if name.startswith("adaptive_avg_pool") and name[-2:-1] in "123":
-            return adaptive_avg_pool(_argument(node, 1, "output_size", 1), int(name[-2]), shape)
-        if name == "mean":
-            if shape is None:
-                return Factor(1.0, False, "less for larger signals; pass an example input")
-            dims = _argument(node, 1, "dim", None)
-            dims = range(1, len(shape)) if dims is None else ((dims,) if isinstance(dims, int) else dims)
-            return Factor(1 / math.sqrt(math.prod(shape[d] for d in dims)))
-        raise Unbounded(f"there is no rule for {name}; wrap it in a module and give one with rules={{Type: function}}")
+    def _function(self, node: fx.Node, site: Site) -> Factor:
+        if not is_known(node):
+            raise Unbounded("it is no function of torch; wrap it in a module and give one with rules={Type: function}")
+        for value in (*node.args[1:], *node.kwargs.values()):
+            if isinstance(value, torch.dtype) and value not in _PRECISE:
+                raise Unbounded("rounding is not continuous")
+            if name_of(node) == "to" and isinstance(value, fx.Node) and not self._is_precise(value):
+                raise Unbounded("it may round to the type of another tensor")
+        name = node.args[1] if name_of(node) == "getattr" else name_of(node)
+        if name in FUNCTIONS and name not in _REARRANGEMENTS and len(node.all_input_nodes) > 1:
+            raise Unbounded("an argument beside the signal is computed in forward")
+        return function_factor(name, lambda i, key, default: argument(node, i, key, default), site)
 
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and not (value.is_floating_point or value.is_complex)
+    def _is_precise(self, node: fx.Node) -> bool:
+        """Whether a tensor, or the type of one, rounds to nothing coarser than float32."""
+        if name_of(node) == "getattr":
+            if node.args[1] == "device":
+                return True
+            node = node.args[0]
+        if node.op == "get_attr":
+            return self._attribute(node).dtype in _PRECISE
+        dtype = self.dtype(node)
+        if dtype is not None:
+            return dtype in _PRECISE
+        # Without an example: inputs are real or complex numbers, and what would make less of them is refused.
+        return node.op == "placeholder" or any(map(self._is_precise, node.all_input_nodes))
 
 
 def _checked(node: fx.Node, value: Any) -> float:
     if not isinstance(value, float | int) or not value >= 0:
         raise ValueError(f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {value!r}")
     return float(value)
-
-
-def node_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _plain_index(index: Any) -> bool:
-    index = index if isinstance(index, tuple) else (index,)
-    return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index)
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether the value is a shape, and not a signal."""
-    if node_name(node) == "getattr":
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel")
 
 
 def _first_line(error: Exception) -> str:

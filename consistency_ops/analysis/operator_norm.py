@@ -17,6 +17,11 @@ def _safe(value: float, size: int) -> float:
     return value * (1 + 8 * size * 2.3e-16)
 
 
+def wide(weight: Tensor) -> Tensor:
+    """Return the weight in double precision, complex numbers too."""
+    return weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
+
+
 def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
     """Return upper bounds of the spectral norms of the matrices ``a`` (..., m, n), closer with every iteration.
 
@@ -38,7 +43,7 @@ def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
 
 def matrix_norm(weight: Tensor) -> tuple[float, bool]:
     """Return (norm, exact): the spectral norm, or an upper bound at most 0.1 % too large for very large matrices."""
-    weight = weight.detach().double()
+    weight = wide(weight)
     if not weight.numel():
         return 0.0, True
     if not weight.isfinite().all():
@@ -67,7 +72,7 @@ def convolution_norm(
     ``circular``: image size, for a convolution that is circular: there the N frequencies are all there are, and the
     norm is exact. Returns (norm, exact).
     """
-    weight = weight.detach().double()
+    weight = wide(weight)
     if not weight.numel():
         return 0.0, True
     if not weight.isfinite().all():
@@ -91,7 +96,9 @@ def convolution_norm(
         if groups * math.prod(sizes) / 2 * small**2 * large <= _BUDGET:
             break
     factor = math.prod(1 / math.sqrt(math.cos(math.pi * (q - 1) / n)) for q, n in zip(taps, sizes, strict=True))
-    spectrum = torch.fft.rfftn(kernel, s=sizes, dim=tuple(range(3, 3 + dims)))
+    # The spectrum of a real kernel is symmetric: half of it is enough.
+    transform = torch.fft.fftn if kernel.is_complex() else torch.fft.rfftn
+    spectrum = transform(kernel, s=sizes, dim=tuple(range(3, 3 + dims)))
     bound = _safe(_largest(spectrum, dims) * factor, small)
     # An image meets each tap's matrix once: sqrt(taps) times the norm of the kernel as one matrix.
     plain = max(matrix_norm(part.flatten(1))[0] for part in kernel) * math.sqrt(math.prod(taps))
@@ -124,9 +131,12 @@ def _largest(spectrum: Tensor, dims: int) -> float:
     Upper bounds by Gram iteration, in single precision, discard most of the frequencies; the rest are decomposed.
     """
     matrices = spectrum.movedim((1, 2), (-2, -1)).flatten(0, dims)
+    scale = float(matrices.abs().amax())  # squares neither overflow nor vanish
+    if scale == 0:
+        return 0.0
+    matrices = matrices / scale
     if len(matrices) > 16 and min(matrices.shape[-2:]) > 1:
-        scale = matrices.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
-        upper = gram_bound((matrices / scale).to(torch.complex64), 4).double() * scale * (1 + 1e-3)
+        upper = gram_bound(matrices.to(torch.complex64), 4).double() * (1 + 1e-3)
         top = upper.argsort(descending=True)[:8]
         best = float(torch.linalg.svdvals(matrices[top])[:, 0].max())
         rest = upper >= best
@@ -136,7 +146,7 @@ def _largest(spectrum: Tensor, dims: int) -> float:
         best = 0.0
     # The largest eigenvalue of the smaller Gram matrix is as accurate as its square root needs.
     if not len(matrices):
-        return best
+        return best * scale
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = matrices.mH
-    return max(best, math.sqrt(float(torch.linalg.eigvalsh(matrices.mH @ matrices)[:, -1].max())))
+    return scale * max(best, math.sqrt(float(torch.linalg.eigvalsh(matrices.mH @ matrices)[:, -1].max())))
