@@ -286,6 +286,26 @@ def test_every_table_that_is_not_of_one_task_stands_on_a_page():
     assert shown >= set(report.TABLES) - {f"peers-{task}" for task in TASKS}
 
 
+def test_figure_of_the_readme_has_every_optimizer_and_what_its_step_costs(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    costs, model = report.read("peers/cost"), "deep MLP, batch 500"
+    tables.summary_plot(report.stored("deep-mlp"), "deep-mlp", costs, model, tmp_path / "overview.png")
+    curves, bars = kept[0].axes
+    ratios = {row["optimizer"]: row["ratio"] for row in costs["rows"] if row["model"] == model}
+    assert [line.get_label() for line in curves.get_lines()] == [text for text, _ in tables.SHOWN.values()]
+    assert [bar.get_width() for bar in bars.patches] == [ratios[peer] for peer in tables.SHOWN]
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
+
+
+def test_table_of_the_simulation_has_the_choice_in_bold():
+    rows = report.read("distributed")["rows"]
+    first = next(row for row in rows if row["ranks"] == report.RANKS[0])
+    chosen = first[first["chosen"] + "_simulated_us"]
+    assert f"**{chosen:.0f}**" in report.distributed()
+
+
 def test_tables_of_what_watching_and_sharing_cost():
     """Every row of the results has its line, with the ratio or the times that were measured."""
     for table, name, value in (
