@@ -10,7 +10,7 @@
 //
 // X is read once and G is read and written once.  No sum depends on which thread computes it or how many there are, so
 // results are bitwise reproducible.  The explicit inverse turns the solve into products at full speed and costs no
-// accuracy: the error is that of the covariance (KERNELS study: equal to substitution in two digits for condition 90 to
+// accuracy: the error is that of the covariance (measured: that of substitution, in two digits, for conditions of 90 to
 // 1e7).
 #include "consistency_ops/precondition.h"
 
@@ -25,6 +25,7 @@
 #include <new>
 #include <type_traits>
 
+#include "consistency_ops/damping.h"
 #include "cpu/plan.h"
 #include "cpu/strided.h"
 
@@ -33,7 +34,6 @@ namespace consistency_ops {
 namespace cpu {
 namespace {
 
-constexpr int kMaxTries = 3;  // damping, x 10, x 100
 constexpr int64_t kBlock = kPanel * kPanel;
 constexpr uint32_t kPairOfOnes = 0x3F803F80;  // 1, 1 in bfloat16
 // Below this many multiply-adds waking the other threads costs more than they bring.
@@ -50,15 +50,15 @@ Bytes allocate(int64_t bytes) {
   return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
 }
 
-// The moment of one chunk as seen by the trace: the units whose second moment is finite.
-struct Trace {
+// Of the finite elements of a chunk's diagonal.
+struct DiagonalSum {
   double sum = 0;
-  int64_t units = 0;
+  int64_t count = 0;
 };
 
 struct LayerState {
-  std::atomic<int32_t> done[3] = {};  // tasks finished, by phase
-  std::vector<Trace> traces;          // by chunk
+  std::atomic<int32_t> done[3] = {};   // tasks finished, by phase
+  std::vector<DiagonalSum> diagonals;  // by chunk
   std::vector<int32_t> info;
 };
 
@@ -92,7 +92,7 @@ class Launch {
       s.bias = s.inverse_diagonal + kMaxChunk;
     }
     for (size_t l = 0; l < states_.size(); ++l) {
-      states_[l].traces.resize(plan.layers[l].chunks.size());
+      states_[l].diagonals.resize(plan.layers[l].chunks.size());
       states_[l].info.assign(plan.layers[l].chunks.size(), 0);
     }
   }
@@ -155,14 +155,14 @@ class Launch {
     for (int64_t c = task.begin; c < task.end; ++c) {
       const ChunkPlan& chunk = plan.chunks[c];
       const T* matrix = storage_ + chunk.storage;
-      Trace trace;
+      DiagonalSum diagonal;
       for (int64_t k = 0; k < chunk.size; ++k) {
         const T moment = matrix[diagonal_index(chunk, k)];
         if (moment - moment != 0) continue;  // NaN or Inf
-        trace.sum += moment;
-        ++trace.units;
+        diagonal.sum += moment;
+        ++diagonal.count;
       }
-      states_[task.layer].traces[c] = trace;
+      states_[task.layer].diagonals[c] = diagonal;
       if (computed && layer.covariance != nullptr) {
         to_dense(c, chunk, T(1) / static_cast<T>(plan.sample.count), static_cast<T*>(layer.covariance));
       }
@@ -245,17 +245,16 @@ class Launch {
   // factor
 
   // What a chunk's stored matrix is multiplied by before the damping is added: 1 / n, and 1 / tau with trace scaling.
-  double scale(const Task& task) const {
+  double multiplier(const Task& task) const {
     const LayerPlan& plan = plan_.layers[task.layer];
     const double mean = options_.stages & kStageCovariance ? 1.0 / static_cast<double>(plan.sample.count) : 1.0;
     if (!options_.trace_scaling) return mean;
-    Trace total;
-    for (const Trace& trace : states_[task.layer].traces) {
-      total.sum += trace.sum;
-      total.units += trace.units;
+    DiagonalSum total;
+    for (const DiagonalSum& diagonal : states_[task.layer].diagonals) {
+      total.sum += diagonal.sum;
+      total.count += diagonal.count;
     }
-    if (!(total.sum > 0)) return mean;  // tau = 0: the inputs were all zero
-    return static_cast<double>(total.units) / total.sum;
+    return mean / trace_scale(total.sum, total.count, mean);
   }
 
   void factor(const Task& task, const Scratch<T>& s) {
@@ -271,20 +270,21 @@ class Launch {
     const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
     T* matrix = storage_ + chunk.storage;
     const int64_t height = int64_t{chunk.panels} * kPanel, elements = height * height;
-    const T factor_of = static_cast<T>(scale(task));
+    const T scale = static_cast<T>(multiplier(task));
     double damping = options_.damping;
     int info = 0;
-    for (int tries = 1;; ++tries, damping *= 10) {
+    for (int failed = 0; failed < kMaxTries; ++failed) {
+      damping = damping_of_try<double>(options_.damping, failed);
       for (int64_t j = 0; j < height; j += kPanel) {  // the upper blocks, a panel at a time
         const int64_t begin = j * height, end = begin + (j + kPanel) * kPanel;
-        for (int64_t e = begin; e < end; ++e) s.factor[e] = matrix[e] * factor_of;
+        for (int64_t e = begin; e < end; ++e) s.factor[e] = matrix[e] * scale;
       }
       for (int64_t k = 0; k < int64_t{chunk.panels} * kPanel; ++k) {
         T& pivot = s.factor[diagonal_index(chunk, k)];
         pivot = k < chunk.size ? pivot + static_cast<T>(damping) : T(1);
       }
       info = kernels.factor(s.factor, chunk.panels, s.inverse_diagonal);
-      if (info == 0 || tries == kMaxTries) break;
+      if (info == 0) break;
     }
     state.info[c] = info;
     for (const PreconditionLayer* member = &layer; member != &layer + plan.members; ++member) {
@@ -390,7 +390,7 @@ class Launch {
     }
   }
 
-  // Every tap of an output has corrected a copy of its bias; the bias becomes their mean (METHOD 1.5).
+  // Every tap of an output has corrected a copy of its bias; the bias becomes their mean.
   void average_bias(const PreconditionLayer& layer, int64_t taps, int64_t first_output, int64_t outputs,
                     const Scratch<T>& s) {
     const Run run{0, 0, 0, 1};
@@ -414,7 +414,7 @@ class Launch {
   }
 
   // The c-th of [chunks, chunk, chunk] row-major, only the upper blocks of which are valid before the inverse.
-  void to_dense(int64_t c, const ChunkPlan& chunk, T factor_of, T* dense) const {
+  void to_dense(int64_t c, const ChunkPlan& chunk, T scale, T* dense) const {
     const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
     const T* matrix = storage_ + chunk.storage;
     T* out = dense + c * width * width;
@@ -422,7 +422,7 @@ class Launch {
     for (int64_t j = 0; j < chunk.size; ++j) {
       const T* column = matrix + j / kPanel * height * kPanel + j % kPanel;
       for (int64_t i = 0; i <= j; ++i) {
-        out[i * width + j] = out[j * width + i] = column[i * kPanel] * factor_of;
+        out[i * width + j] = out[j * width + i] = column[i * kPanel] * scale;
       }
     }
   }

@@ -28,6 +28,7 @@
 // matrices first, which makes that 3 (permute.cuh).
 #include <cmath>
 
+#include "consistency_ops/damping.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "cuda/precondition/apply.cuh"
 #include "cuda/precondition/chunk.cuh"
@@ -40,8 +41,6 @@
 
 namespace consistency_ops {
 namespace {
-
-constexpr int kMaxTries = 3;
 
 template <int kThreads_, int kGramBlocks_, int kCtas_>
 struct PreconditionTraits {
@@ -106,12 +105,10 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
     if (!(chunk.task.stages & kStageFactor)) return;
     if (params.options.trace_scaling) {
       const float* given = summed ? nullptr : static_cast<const float*>(layer.covariance);
-      const float trace = layer_trace(params.options, chunk, given, Traits::kThreads) * scale;
-      if (trace > 0.0f) scale /= trace;
+      scale /= layer_trace_scale(params.options, chunk, given, scale, Traits::kThreads);
     }
     __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
-    float damping = static_cast<float>(params.options.damping);
-    for (int failed = 0; failed < chunk.scratch.failed_tries; ++failed) damping *= 10.0f;
+    const float damping = damping_of_try<float>(params.options.damping, chunk.scratch.failed_tries);
     damp(chunk, scale, damping, Traits::kThreads);
     factor<Traits::kWarps>(chunk);
     if (chunk.scratch.failed_minor == 0 || chunk.scratch.failed_tries == kMaxTries - 1) {

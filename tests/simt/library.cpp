@@ -7,6 +7,7 @@
 
 #include "consistency_ops/batch_rms_norm_cuda.h"
 #include "consistency_ops/capture_cuda.h"
+#include "consistency_ops/damping.h"
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
@@ -133,6 +134,12 @@ API LayerTasks simt_tasks_of_layer(const LayerWork* work, const LaunchShape* sha
 API CtaShape simt_choose_cta(int32_t units, int32_t shared_bytes, int32_t slab_bytes) {
   return choose_cta(units, shared_bytes, slab_bytes);
 }
+
+API double simt_trace_scale(double sum, int64_t count, double multiplier) {
+  return trace_scale(sum, count, multiplier);
+}
+
+API double simt_damping_of_try(double damping, int32_t failed) { return damping_of_try<double>(damping, failed); }
 
 API void simt_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step, uint32_t layer,
                        int64_t* units_out) {

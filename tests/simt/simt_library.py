@@ -430,6 +430,8 @@ class Library:
         self._library.simt_choose_rung.restype = LaunchShape
         self._library.simt_tasks_of_layer.restype = LayerTasks
         self._library.simt_permutes.restype = ctypes.c_bool
+        self._library.simt_trace_scale.restype = ctypes.c_double
+        self._library.simt_damping_of_try.restype = ctypes.c_double
         self._library.simt_sample_rows.restype = RowSample
         self._library.simt_stats.restype = Stats
         mirrors = {
@@ -571,6 +573,14 @@ class Library:
 
     def choose_cta(self, units: int, device: str, slab_bytes: int = 0) -> CtaShape:
         return self._library.simt_choose_cta(units, SHARED_BYTES[device], slab_bytes)
+
+    def trace_scale(self, total: float, count: int, multiplier: float) -> float:
+        """damping.h."""
+        numbers = ctypes.c_double(total), ctypes.c_int64(count), ctypes.c_double(multiplier)
+        return self._library.simt_trace_scale(*numbers)
+
+    def damping_of_try(self, damping: float, failed: int) -> float:
+        return self._library.simt_damping_of_try(ctypes.c_double(damping), failed)
 
     def division(self, units: int, chunk: int, group: int, seed: int, step: int, layer: int) -> np.ndarray:
         order = np.empty(units, np.int64)

@@ -450,6 +450,14 @@ def test_retries_raise_the_damping(library, lowest, used, info):
     np.testing.assert_allclose(inverse, want, rtol=1e-5, atol=1e-7)
 
 
+def test_trace_scale_is_the_mean_of_the_finite_diagonal(library):
+    """1 where that is not positive: zeros, negative covariances of a caller, or nothing finite."""
+    assert library.trace_scale(6.0, 3, 0.25) == 0.5
+    for total, count in ((0.0, 3), (-1.0, 3), (0.0, 0)):
+        assert library.trace_scale(total, count, 0.25) == 1.0
+    assert [library.damping_of_try(0.5, failed) for failed in range(cases.MAX_TRIES)] == [0.5, 5.0, 50.0]
+
+
 def test_a_retry_sums_the_covariance_again(library):
     """Rank-one inputs whose covariance is rounded by more than the first damping, and by less than the last."""
     case = cases.Case([cases.LayerCase(32, 3, rows=8)], damping=0.02)

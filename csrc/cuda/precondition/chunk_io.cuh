@@ -1,10 +1,11 @@
-// The covariance or inverse of a chunk between shared and device memory, its trace and its damping.
+// The covariance or inverse of a chunk between shared and device memory, its trace scale and its damping.
 //
 // What a caller sees (PreconditionLayer's covariance and inverse) is [chunks, chunk, chunk] row-major.  What CTAs of
 // one launch tell each other through the workspace is the tiles as they lie in shared memory, 16 bytes a thread: 41 KiB
 // for 128 units instead of 64, and no index to compute.
 #pragma once
 
+#include "consistency_ops/damping.h"
 #include "cuda/precondition/chunk.cuh"
 
 namespace consistency_ops {
@@ -78,11 +79,11 @@ CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, i
   __syncthreads();
 }
 
-// Mean of the finite diagonal elements of the layer, 0 if there is none: from this chunk's own tiles where that is the
-// whole layer, else from the partial covariances in the workspace, else from `covariance`.  The order of the sum
-// depends only on the shape of the layer and on its number of gram tasks.
-CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
-                            int threads) {
+// tau of the layer (damping.h), whose covariance is `multiplier` times what is stored: in this chunk's own tiles where
+// that is the whole layer, else in the partial covariances in the workspace, else in `covariance`.  The order of the
+// sum depends only on the shape of the layer and on its number of gram tasks.
+CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
+                                  float multiplier, int threads) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const Division& division = chunk.task.division;
   const int gram_tasks = chunk.task.of_layer.gram_tasks;
@@ -128,7 +129,7 @@ CO_DEVICE float layer_trace(const PreconditionOptions& options, const Chunk& chu
     sum += chunk.scratch.warp_sum[w];
     count += chunk.scratch.warp_count[w];
   }
-  return count > 0 ? sum / static_cast<float>(count) : 0.0f;
+  return trace_scale(sum, count, multiplier);
 }
 
 // tiles <- tiles * scale + damping I, and the identity past the chunk's own units.
