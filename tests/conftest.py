@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)  # pytest forgets a fixture that is added to a test's names when it is parametrized
 def kernels(request):
-    """What computes behind the operators: the library's own CPU kernels, or others (support/kernels.py)."""
+    """The kernels behind the operators: the library's own CPU kernels, or others (support/kernels.py)."""
     kind = getattr(request, "param", "library")
     with behind_the_operators(kind):
         yield Kernels(kind)

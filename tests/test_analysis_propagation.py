@@ -14,7 +14,7 @@ import consistency_ops as co
 
 
 def dense(function, x, residual, tau):
-    """What one sample's block should give, from its whole Jacobian."""
+    """Return the figures that one sample's block should have, from its whole Jacobian."""
     j = jacobian(function, x[None])[0].reshape(residual.numel(), x.numel()).double()
     u, s, _ = torch.linalg.svd(j, full_matrices=False)
     kept = s > tau * s[0]
@@ -83,7 +83,7 @@ def test_lanczos_trace_estimates_are_close_on_a_convolution():
 
 
 def test_modulus_keeps_the_image_and_relu_loses_half():
-    """Of a random residual ReLU passes half of the energy back through an orthogonal layer, the modulus all of it."""
+    """Behind an orthogonal layer ReLU passes back half of the energy of a random residual, the modulus all of it."""
     weight = nn.init.orthogonal_(torch.empty(64, 64))
     x = torch.randn(16, 64)
     for activation, wanted in ((co.nn.Modulus(), 1.0), (nn.ReLU(), 0.5)):

@@ -279,7 +279,7 @@ def test_an_input_that_is_the_gradient():
 
 
 def test_offsets_beyond_2_to_the_31_elements(tmp_path):
-    """Row 31: strides whose products need 64 bits, over a sparse file; only the pages that are used exist."""
+    """Strides whose products need 64 bits, over a sparse file; only the pages that are used exist."""
     grad, inputs = layer(outputs=3, units=5, rows=4)
     wide = 2**31 + 17
     elements = 5 * wide
@@ -332,7 +332,7 @@ def test_inference_mode_and_no_grad():
 
 
 def test_tensors_that_require_grad():
-    """Row 28: the correction has no derivative; the result is detached, or backward says so; never a silent zero."""
+    """The correction has no derivative; the result is detached, or backward says so; never a silent zero."""
     grad, inputs = layer()
     corrected = co.precondition(grad.clone().requires_grad_(), inputs)
     if corrected.requires_grad:
@@ -363,7 +363,7 @@ def correct_in_child(queue):
 
 
 def test_after_fork():
-    """Row 35: a forked worker, such as a DataLoader's, can use the op after its parent has."""
+    """A forked worker, such as a DataLoader's, can use the op after its parent has."""
     grad, inputs = layer(64, 200, 300)
     want = co.precondition(grad, inputs).numpy().tobytes()
     context = multiprocessing.get_context("fork")

@@ -132,7 +132,7 @@ def test_a_bad_layer_leaves_the_others_alone(poison):
 
 
 def test_scales():
-    """Rows 19 and 20: 1e20 overflows the float32 second moment and leaves the gradient; 1e-25 underflows to zero."""
+    """1e20 overflows the float32 second moment and leaves the gradient; 1e-25 underflows to zero."""
     grad, inputs = layer()
     for scaling in ("absolute", "trace"):
         corrected, info, _ = co.precondition_ex(grad, inputs * 1e20, scaling=scaling, chunk=16)
@@ -175,7 +175,7 @@ def test_large_moments_whose_sum_overflows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_singular_chunks_without_damping(dtype):
-    """Rows 17 and 20: zeros fail at pivot 1, equal units at pivot 2, exactly; the gradient stays, after three tries."""
+    """Zeros fail at pivot 1, equal units at pivot 2, exactly; the gradient stays, after three tries."""
     grad, _ = layer(dtype=dtype)
     for inputs, pivot in ((torch.zeros(50, 40), 1), (torch.ones(64, 40), 2)):
         corrected, info, used = co.precondition_ex(grad, inputs.to(dtype), damping=0.0, chunk=20)

@@ -46,7 +46,7 @@ CHAIN = 64  # additions in a row in the precision of the sums, each with half an
 
 
 def tolerances(dtype):
-    """Of y: half the error of the mean square, a few roundings in the precision of the sums, one as y is stored."""
+    """Return those of y: half the error of the mean square, a few roundings of the sums, one rounding of y."""
     summed = torch.float64 if dtype == torch.float64 else torch.float32
     return {"rtol": (CHAIN / 4 + 4) * torch.finfo(summed).eps + torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
 
@@ -141,7 +141,7 @@ def test_backward_divides_by_the_same_denominator(shape, training, dtype):
 
 
 def test_finite_differences_with_the_denominator_frozen():
-    """In training too: the derivative is that of x / D for the D of this batch."""
+    """The derivative is that of x / D for the D of this batch, in training too."""
     x = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(x.shape, dtype=torch.float64)
     running, count = statistics(4, torch.float64)
@@ -206,7 +206,7 @@ def test_every_instruction_set(name, dtype):
 
 
 def test_long_sums_stay_accurate():
-    """Eight million terms a channel; a plain float32 sum would have lost four digits."""
+    """With eight million terms per channel a plain float32 sum would have lost four digits."""
     x = torch.rand(2, 1, 2000, 2000).add_(0.5)
     for layout in (x, x.expand(2, 1, 2000, 2000).movedim(1, -1).contiguous().movedim(-1, 1)):
         running = torch.zeros(1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What of the CUDA benchmark a CPU can check: the baseline's numbers, the counting, the bytes, the words."""
+"""The parts of the CUDA benchmark that a CPU can check: baseline numbers, counts, bytes, texts."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def test_table_and_plot_of_the_readme(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_calls_that_stream(channels_last):
-    """They run, and move the bytes of a copy: (2 maps + 1 bit an element, ..., 1 map, 2 maps, all rows twice)."""
+    """They run, and move the bytes of a copy: (2 maps + 1 bit per element, ..., 1 map, 2 maps, all rows twice)."""
     calls = streaming.calls("cpu", torch.float32, channels_last, (2, 16, 4, 4))
     for run, _ in calls.values():
         run()

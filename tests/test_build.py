@@ -1,4 +1,4 @@
-"""What goes wrong on other people's machines is answered with one sentence that says what to do, never a traceback."""
+"""Every problem of a build or import is answered by one sentence that says what to do, never by a traceback."""
 
 import os
 import shutil
@@ -228,7 +228,7 @@ def test_import_of_a_damaged_library(checkout):
 
 
 def test_import_of_a_library_of_other_sources(checkout):
-    """As after `git pull` without `make build`: here the library has no operators at all."""
+    """It happens after `git pull` without `make build`; here the library has no operators at all."""
     assert build(checkout).returncode == 0
     message = imported(checkout)
     assert "_C.abi3.so was built from other sources than the Python files beside it" in message

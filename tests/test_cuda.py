@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: streams, graphs, devices, memory, one launch, no synchronisation.
+"""Tests that need a CUDA device: streams, graphs, devices, memory, one launch, no synchronisation.
 
 The values are tested by the ordinary tests, which run on the device as ``[cuda-...]`` (support/kernels.py).
 """
@@ -92,7 +92,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_a_bad_permutation_is_an_assertion_on_the_device():
-    """In a process of its own: a device assertion ends all CUDA work of its process."""
+    """It runs in its own process, because a device assertion ends all CUDA work of a process."""
     import subprocess
     import sys
 

@@ -315,7 +315,7 @@ def test_checkpoint_of_ddp(slow_results, state):
 
 @pytest.mark.slow
 def test_checkpoint_of_row_parallel_state(slow_results):
-    """Bitwise on as many ranks; on fewer the chunks are others, and start anew."""
+    """It is bitwise on the same number of ranks; with fewer ranks the chunks are others, and start anew."""
     for uninterrupted, resumed, fewer in of(slow_results, "checkpoint_tensor_parallel"):
         assert resumed["error"] == ""
         assert all(map(torch.equal, resumed["parameters"], uninterrupted["parameters"]))

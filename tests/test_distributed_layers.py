@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 
 
 def status(summary):
-    """Of every layer in a summary, by name: its last column."""
+    """Return the last column of a summary by the name of the layer."""
     rows = (re.split(r"  +", line.strip()) for line in summary.splitlines()[1:])
     return {row[0].removeprefix("module."): row[-1] for row in rows}
 

@@ -194,7 +194,7 @@ def test_users_layer_type_is_covered_once_registered():
 
 
 def test_conv1d_of_transformers_is_known_by_name():
-    """Without the package: a class of that module and name."""
+    """A class of that module and name is enough; the package is not needed."""
     kind = type("Conv1D", (TransposedLinear,), {"__module__": "transformers.pytorch_utils"})
     x = torch.randn(20, 7)
     check(kind(7, 5), x, x, view=lambda w: w.T)

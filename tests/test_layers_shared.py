@@ -29,7 +29,7 @@ class Projections(nn.Module):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Of every launch, the outputs of the layers that follow each other with one input and one division."""
+    """Record for every launch the outputs of consecutive layers that have one input and one division."""
     launches = []
     launch = correction.launch_correction
 
@@ -81,7 +81,7 @@ def test_one_input_is_captured_and_factored_once(biases, micro_batches, launched
 
 
 def test_layers_of_one_inverse_report_one_condition():
-    """Of the division that they had, which is that of the first."""
+    """It is that of the division that they shared, the division of the first layer."""
     model = Projections(units=40)
     pre = Preconditioner(model, chunk=8)
     model(torch.randn(50, 40)).square().sum().backward()

@@ -1,4 +1,4 @@
-"""What the method of arXiv 1708.00631 must do, whoever implements it."""
+"""Properties that every implementation of the method of arXiv 1708.00631 must have."""
 
 import copy
 import gzip
@@ -75,7 +75,7 @@ def test_one_step_is_equivariant(damping, kind):
 
 
 def test_the_damped_step_is_not_equivariant_to_a_skew_map():
-    """Check 3 can fail: damping breaks it for maps that are not orthogonal."""
+    """The test of equivariance can fail: damping breaks it for maps that are not orthogonal."""
     x, grad = torch.randn(100, 20).double(), torch.randn(4, 20).double()
     a = torch.diag(torch.logspace(-1, 1, 20)).double()
     one = co.precondition(grad, x, damping=0.5) @ x.T

@@ -83,7 +83,7 @@ def trained_norms(model, x):
 
 
 def bound(model):
-    """Log of the product of spectral norms over the product of smallest D: the plain bound of a fully connected net."""
+    """Return the plain bound of a fully connected net: log of the product of spectral norms over smallest D."""
     total = 0.0
     for module in model:
         if isinstance(module, nn.Linear):

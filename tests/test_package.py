@@ -1,4 +1,4 @@
-"""What is shipped: one abi3 library that needs only torch's stable symbols, headers, types, and commands that exist."""
+"""The package: one abi3 library that needs only torch's stable symbols, headers, types, and commands that exist."""
 
 import ast
 import ctypes
@@ -123,7 +123,7 @@ PAGES_WITH_EXAMPLES = [
 
 @pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES)
 def test_the_examples_of_the_readme_run(page, capsys, monkeypatch):
-    """Also those of the pages in docs, each page as one program; tests/test_trainers.py runs those of frameworks."""
+    """Each page of the manual runs as one program; tests/test_trainers.py runs the examples of frameworks."""
     for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_port())).items():
         monkeypatch.setenv(name, value)  # as torchrun does
     logger = logging.getLogger("consistency_ops")
@@ -152,7 +152,7 @@ def test_the_pages_with_examples_are_found():
 
 
 def named_tests(text):
-    """What a text names in backticks: a file or folder of tests, and a function or None.
+    """Return what a text names in backticks: (a file or folder of tests, a function or None).
 
     ``::test_name`` and ``test_name`` alone are of the file that was named last.
     """
@@ -171,7 +171,7 @@ def functions_of(path):
 
 @pytest.mark.parametrize("document", documents.texts())
 def test_the_tests_of_the_readme_exist(document):
-    """Those that any text names; two pages are lists of them."""
+    """Every test that a text names exists; two pages are lists of tests."""
     named = list(named_tests(documents.read(document)))
     if document in ("docs/compatibility.md", "tests/README.md"):
         assert len([name for _, name in named if name]) > 50

@@ -44,7 +44,7 @@ def rounded(values, dtype):
 
 
 def work(sample):
-    """Elements of a case's inputs and gradient."""
+    """Return the number of elements of a case's inputs and gradient."""
     rows = math.prod(sample.images) or sample.rows
     return (min(rows, sample.max_rows) + sample.outputs * math.prod(sample.kernel)) * sample.units
 

@@ -103,7 +103,7 @@ def test_same_bits_for_a_large_layer_over_threads(threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_foreach_equals_one_call_a_layer(dtype, kernels):
-    """On CUDA but for rounding: what else is in the launch decides how many CTAs share the rows of a layer."""
+    """On CUDA up to rounding, because the other layers of a launch decide how many CTAs share the rows of one."""
     grads, inputs, bias_grads = network(dtype)
     together = fused(grads, inputs, bias_grads)
     apart, biases, infos = [], [], []
@@ -144,7 +144,7 @@ def test_layer_number_decides_the_division_not_the_position():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stages_apart_equal_the_fused_call(dtype):
-    """Up to the rounding of the stored matrices; cond <= 1 + units / damping with trace scaling."""
+    """They are equal up to the rounding of the stored matrices; cond <= 1 + units / damping with trace scaling."""
     problem = network(dtype)
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
@@ -157,7 +157,7 @@ def test_stages_apart_equal_the_fused_call(dtype):
 @pytest.mark.parametrize("scaling", ["absolute", "trace"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factor_and_apply_in_one_launch_give_the_same_bits(dtype, scaling):
-    """Also where a chunk needs a retry, has no inverse, or a layer has no outputs."""
+    """This holds too if a chunk needs a retry or has no inverse, or a layer has no outputs."""
     grads, inputs, bias_grads = network(dtype)
     grads, inputs, bias_grads = (
         [*grads, torch.empty(0, 30).to(dtype)],

@@ -1,4 +1,4 @@
-"""What a script may do to model, optimizer and training loop between two steps, or in the middle of one."""
+"""Changes that a script makes to model, optimizer and training loop between two steps or in the middle of one."""
 
 import threading
 
@@ -13,7 +13,7 @@ from support.training import assert_equal, backward, data, gradients, hooks_of, 
 
 
 def replace_weight(model, optimizer, index, weight):
-    """As a script that grows or prunes a layer does it: the optimizer has as many parameters as before."""
+    """Replace a weight as scripts do that grow or prune a layer; the optimizer has as many parameters as before."""
     old, model[index].weight = model[index].weight, nn.Parameter(weight)
     for group in optimizer.param_groups:
         group["params"] = [model[index].weight if p is old else p for p in group["params"]]
@@ -134,7 +134,7 @@ def test_a_device_that_is_first_used_in_the_middle_of_a_step():
 
 
 def test_a_step_that_the_optimizer_breaks_off():
-    """Out of memory, say: the next step goes on as if the broken one had been done, and refreshes when it is due."""
+    """The next step goes on as if the broken one had been done, and refreshes when it is due."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pre = Preconditioner(model, optimizer, every=2)
@@ -209,7 +209,7 @@ def test_a_default_device_is_not_that_of_the_model():
 
 
 def test_parameters_that_are_swapped_when_they_are_cast():
-    """What ``module.to`` does to DTensors, and with this option to all."""
+    """``module.to`` swaps DTensors, and with this option all parameters."""
     model, (x, y) = mlp(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pre = Preconditioner(model, optimizer)

@@ -91,7 +91,7 @@ def test_forward_and_backward_compile_once(options, micro_batches):
 
 
 def test_an_average_is_gathered_and_then_reused_without_a_new_graph():
-    """From step 20 on two of three steps capture nothing."""
+    """From step 20 on, two of three steps capture nothing."""
     compare(dict(decay=0.9, every=3), backend="aot_eager", sizes=(40,) * 23)
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -162,7 +162,7 @@ def test_checkpoint_around_a_compiled_block_counts_rows_once(backend, reentrant,
 
 
 def test_attention_with_separate_projections_compiles_once():
-    """In a compiled model every layer captures rows of its own, also where layers have one input."""
+    """In a compiled model every layer captures its own rows, even if several layers have one input."""
 
     class Attention(nn.Module):
         def __init__(self):

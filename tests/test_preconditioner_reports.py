@@ -123,7 +123,7 @@ def test_reports():
 @pytest.mark.parametrize("scaling", ["trace", "absolute"])
 @pytest.mark.parametrize("options", [{}, dict(every=3), dict(decay=0.8)], ids=str)
 def test_condition_numbers_are_those_of_a_dense_computation(options, scaling):
-    """Also two steps after the last inversion, and after a forward pass."""
+    """This holds two steps after the last inversion, and after a forward pass, too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 8), nn.Unflatten(1, (4, 2)), nn.Conv1d(4, 4, 1))
     model[4] = nn.Conv1d(4, 4, 1, groups=2, bias=False)
@@ -238,7 +238,7 @@ def test_unseen_layers_are_named_once(caplog):
 
 
 def test_failed_chunks_are_logged_once(caplog):
-    """In the first step of its own accord, later when stats() is called."""
+    """The first step logs them by itself, later ones when stats() is called."""
     model, (x, y) = mlp(), data()
     pre = Preconditioner(model)
     for step in range(3):

@@ -42,12 +42,12 @@ def together(grads, inputs, biases, layers):
 
 
 def apart(grads, inputs, biases, layers):
-    """The same with a copy of the input for each."""
+    """Run the call with a copy of the input for each layer."""
     return together(grads, clones(inputs), biases, layers)
 
 
 def close(got, want, dtype, kernels):
-    """The bits on the CPU; on CUDA the CTAs that share rows are others, so sums are rounded otherwise."""
+    """Compare the bits on the CPU; on CUDA other CTAs share the rows, so that sums are rounded otherwise."""
     eps = torch.finfo(torch.float32).eps
     bound = 4 * eps * (1 + OPTIONS["chunk"] / 0.1) + (torch.finfo(dtype).eps if dtype.itemsize == 2 else 0)
     for a, b in zip(got, want, strict=True):
@@ -159,7 +159,7 @@ def test_threads_do_not_show(threads):
 
 
 def test_many_layers_of_one_input():
-    """More than one launch on CUDA describes."""
+    """They are more than one launch on CUDA can describe."""
     generator = torch.Generator().manual_seed(0)
     x, grads = rows_like(50, 40, generator), torch.randn(150, 3, 40, generator=generator).unbind()
     got, want = clones(grads), torch.cat(grads)

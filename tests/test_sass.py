@@ -21,7 +21,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_100")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Of one kernel on every architecture.  ``static_shared`` includes the 1 KiB that CUDA keeps on sm_90 and newer."""
+    """Limits of a kernel on every architecture.  ``static_shared`` includes the 1 KiB that CUDA keeps from sm_90 on."""
 
     registers: int
     static_shared: int = 0
@@ -77,7 +77,7 @@ KERNELS = {
 
 
 def tool(name: str) -> str | None:
-    """On the PATH, or in the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    """Find a tool on the PATH, or in the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
     wheels = Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}")
     return shutil.which(name) or next((str(p) for p in wheels), None)
 
@@ -117,7 +117,7 @@ def cuobjdump(*arguments) -> str:
 
 
 def resources(target) -> dict[tuple[str, str], dict[str, int]]:
-    """(arch, kernel) -> REG, STACK, SHARED, LOCAL."""
+    """Return {(arch, kernel): REG, STACK, SHARED, LOCAL}."""
     found, arch, kernel = {}, None, None
     for line in cuobjdump("-res-usage", target).splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -130,7 +130,7 @@ def resources(target) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def instructions(target) -> dict[tuple[str, str], list[str]]:
-    """(arch, kernel) -> opcodes in order."""
+    """Return {(arch, kernel): opcodes in order}."""
     found, arch, kernel = {}, None, None
     for line in cuobjdump("-sass", target).splitlines():
         if match := re.match(r"\s*arch = (\w+)", line):

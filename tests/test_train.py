@@ -53,7 +53,7 @@ def epoch(number, error, seconds):
 
 
 def synthetic(**curves):
-    """A report whose runs have these test errors, a second an epoch; ``None`` is a loss that is not finite."""
+    """Return a report whose runs have these test errors, one second per epoch; None is a loss that is not finite."""
     runs = []
     for name, seeds in curves.items():
         for seed, errors in enumerate(seeds):
@@ -172,7 +172,7 @@ def test_interrupt_writes_what_was_done(tmp_path):
 
 @pytest.mark.parametrize("epochs", [0, 1, 9, 15, 18])
 def test_interrupt_at_any_moment(epochs, tmp_path, monkeypatch, capsys):
-    """In the rate search (14 epochs here), between the seeds, and in the middle of one."""
+    """The interrupt comes in the rate search (14 epochs here), between the seeds, or in the middle of one."""
     left, whole = iter(range(epochs)), Contestant.run_epoch
 
     def run_epoch(self, *args):
@@ -225,7 +225,7 @@ def test_without_a_command_it_reports_the_build(tmp_path):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    """As in `python -m consistency_ops | head -1`."""
+    """For example in `python -m consistency_ops | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:

@@ -29,7 +29,7 @@ def train(model, optimizer, steps=4, backward=torch.Tensor.backward):
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As Accelerate wraps an optimizer: it has the type, but not what torch.optim.Optimizer.__init__ sets up."""
+    """An optimizer as Accelerate wraps it: it has the type, but torch.optim.Optimizer.__init__ did not run."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -133,7 +133,7 @@ EXAMPLES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
 def test_examples_of_the_readme(page, example, tmp_path, monkeypatch):
-    """Those of the manual that use a framework. Each runs alone, as somebody who copies it would run it."""
+    """The examples of the manual that use a framework. Each runs alone, as somebody who copies it would run it."""
     frameworks.require(*frameworks.used_by(example))
     monkeypatch.chdir(tmp_path)
     exec(compile(example, page, "exec"), {})

@@ -131,7 +131,7 @@ def test_nested_vmap(case):
 
 
 def test_nested_vmap_of_gradients_keeps_bits_apart():
-    """Samples of three elements: every sample's bits start a byte of their own."""
+    """With samples of three elements, the bits of every sample start a new byte."""
     x = torch.randn(4, 5, 3, dtype=D64)
     same(lambda f: vmap(vmap(grad(scalar(f)))), co.modulus, reference.modulus, x)
     same(lambda f: vmap(vmap(hessian(scalar(f)))), co.modulus, reference.modulus, x)

@@ -15,7 +15,7 @@ from consistency_ops.distributed.triangles import DealtTriangles, Triangles
 @pytest.mark.parametrize("ranks", [8, 32, 256])
 @pytest.mark.parametrize("model", list(simulate.MODELS))
 def test_model_agrees_with_the_simulation(model, ranks):
-    """Within a half: the model has no noise and no pipelining. Its choice costs at most a tenth more than the best."""
+    """They differ by less than half: the model has no noise and no pipelining. Its choice costs at most 10 % more."""
     row = simulate.row(model, ranks)
     for way in ("alone", "shared"):
         assert row[f"{way}_model_us"] == pytest.approx(row[f"{way}_simulated_us"], rel=0.5)
@@ -43,14 +43,14 @@ def test_limits():
 
 
 def test_a_tree_of_one_node_is_a_chain():
-    """Two ways to the same figure where there is nothing between nodes: 7 hops there and back, and all bytes twice."""
+    """With one node both give the same figure: 7 hops there and back, and all bytes twice."""
     size = 1e9
     seconds = cost_model.all_reduce_seconds(GPU, 8, size)
     assert seconds == pytest.approx(GPU.launch + 14 * GPU.node_latency + 2 * size * 7 / 8 / GPU.bandwidth)
 
 
 def symmetric(units, chunk):
-    """Chunks of layers of so many units, the tails zero."""
+    """Return symmetric chunks of layers with these numbers of units; the rest is zero."""
     layers = []
     for u in units:
         count = -(-u // chunk)

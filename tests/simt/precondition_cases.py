@@ -97,14 +97,14 @@ class Problem:
             self.x, self.permutation, self.row_count = before.x, before.permutation, before.row_count
 
     def values(self) -> np.ndarray:
-        """X as (rows, units) float64."""
+        """Return X as (rows, units) in float64."""
         x = simt.decode(self.x, self.case.x_dtype).astype(np.float64)
         if self.case.layout == "columns":
             return x.T
         return x.transpose(0, 2, 1).reshape(-1, self.case.units) if self.case.layout == "nchw" else x
 
     def grads(self) -> np.ndarray:
-        """G as (outputs, taps, all units) float64."""
+        """Return G as (outputs, taps, all units) in float64."""
         g = simt.decode(self.g, self.case.g_dtype).astype(np.float64).transpose(0, 2, 1)
         if self.bias is None:
             return g
@@ -217,7 +217,7 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
 
 
 def is_positive_definite(matrix: np.ndarray) -> int:
-    """0, or the order of the first leading minor that is not."""
+    """Return 0, or the order of the first leading minor that is not positive definite."""
     for order in range(1, len(matrix) + 1):
         leading = matrix[:order, :order]
         if not np.isfinite(leading).all() or np.linalg.eigvalsh(leading)[0] <= 0:
@@ -291,7 +291,7 @@ def check(library: simt.Library, case: Case) -> list[Problem]:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """In the Frobenius norm over the finite elements; infinite where the others differ."""
+    """Return the relative error in the Frobenius norm over finite elements; infinite if the others differ."""
     same = np.isfinite(want)
     if not np.array_equal(same, np.isfinite(got)):
         return math.inf
@@ -300,7 +300,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def written(problems: list[Problem]) -> list[bytes]:
-    """Every byte that the launches wrote."""
+    """Return every byte that the launches wrote."""
     names = ("g", "bias", "info", "damping_used", "covariance", "inverse")
     arrays = [getattr(problem, name, None) for problem in problems for name in names]
     return [array.tobytes() for array in arrays if array is not None]

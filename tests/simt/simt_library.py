@@ -80,7 +80,7 @@ def build_operators() -> Path:
 
 
 def operators_stats() -> Stats:
-    """Of the last launch that an operator of build_operators made."""
+    """Return the counts of the last launch of an operator of build_operators."""
     library = ctypes.CDLL(str(build_operators()))
     library.simt_stats.restype = Stats
     return library.simt_stats()
@@ -184,7 +184,7 @@ def load() -> Library:
 
 
 def sanitizer_environment(kind: str) -> dict[str, str]:
-    """In which a Python that loads the library of ``kind`` must be started."""
+    """Return the environment for a Python that loads the library of ``kind``."""
     names = {"memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}.get(kind, ())
     ask = [[COMPILER, f"-print-file-name={name}"] for name in names]
     found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
@@ -505,7 +505,7 @@ class Library:
         )
 
     def modulus(self, x: int, y: int, signs: int | None, rows: int, row_length: int, dtype: int) -> None:
-        """On addresses, so that arrays may begin anywhere."""
+        """Run modulus on addresses, so that arrays may begin anywhere."""
         params = Modulus((x, y, signs), rows, row_length, dtype)
         self._call("simt_modulus", ctypes.byref(params))
 

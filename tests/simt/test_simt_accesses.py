@@ -44,7 +44,7 @@ GLOBAL = [
 
 
 def count(folder, *case, script="run_cases.py"):
-    """What simt.accesses says of one case, or of another script."""
+    """Return the counts of simt.accesses for one case, or for another script."""
     library, report = simt.build("accesses"), folder / "report"
     command = [sys.executable, simt.ROOT / "tests/simt" / script, library, *(("1", *case) if case else ())]
     done = subprocess.run(command, env={**os.environ, "SIMT_ACCESS_OUT": str(report)}, capture_output=True, text=True)
@@ -91,7 +91,7 @@ READS_OF_X, READS_AND_WRITES_OF_G = ("gram.cuh", "raw[i] = x["), ("apply.cuh", "
 
 
 def moved_sectors(counted):
-    """Of the lines that read and write X and G."""
+    """Return the sectors moved by the lines that read and write X and G."""
     total = 0
     permuted = [("permute.cuh", snippet) for space, snippet, _ in VECTORS if space == "global"]
     for file, snippet in (READS_OF_X, READS_AND_WRITES_OF_G, *permuted):

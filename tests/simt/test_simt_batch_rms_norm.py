@@ -17,7 +17,7 @@ def library():
 
 
 def view(array, channels_last):
-    """Of (N, C, pixels) or (N, pixels, C), contiguous."""
+    """Return the view of a contiguous array (N, C, pixels) or (N, pixels, C)."""
     if channels_last:
         n, pixels, channels = array.shape
         return simt.ChannelView(n, channels, pixels, pixels * channels, 1, channels)
@@ -30,7 +30,7 @@ def address(array):
 
 
 def denominator(library, x, channels_last, dtype, running, count, momentum=0.3, eps=1e-2):
-    """D; `running` and `count` are updated."""
+    """Return D; `running` and `count` are updated."""
     d = np.full(len(running), np.nan, np.float32)
     shape = view(x, channels_last) if x is not None else simt.ChannelView(0, len(running), 0, 0, 0, 1)
     params = simt.BatchRmsNorm(
@@ -50,7 +50,7 @@ def denominator(library, x, channels_last, dtype, running, count, momentum=0.3, 
 
 
 def expected(x, running, count, momentum=0.3, eps=1e-2):
-    """(v, D) in float64 from x (N, C, pixels) or None."""
+    """Return (v, D) in float64 for x (N, C, pixels) or None."""
     v = running.astype(np.float64)
     if x is not None:
         v = momentum * v + (1 - momentum) * (x.astype(np.float64) ** 2).mean(axis=(0, 2))
@@ -110,7 +110,7 @@ def test_without_a_counter_nothing_is_corrected(library):
 
 
 def test_nan_reaches_every_denominator(library):
-    """As on the CPU: the maximum over channels is NaN as soon as one of them is."""
+    """The maximum over channels is NaN if one of them is, as on the CPU."""
     x = np.ones((2, 40, 3), np.float32)
     x[1, 37, 2] = np.nan
     running = np.zeros(40, np.float32)

@@ -31,7 +31,7 @@ class Buffer:
         self.state = np.zeros(STATE, np.int64)
 
     def problem(self, x, x_dtype, unit_axis, seed=5, layer=3, in_backward=False):
-        """For numpy ``x``, whose axes other than ``unit_axis`` are rows."""
+        """Describe the capture of numpy ``x``, whose axes other than ``unit_axis`` are rows."""
         axes = [axis for axis in range(x.ndim) if axis != unit_axis]
         pad = 4 - len(axes)
         size = [1] * pad + [x.shape[axis] for axis in axes]

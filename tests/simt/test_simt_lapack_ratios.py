@@ -64,7 +64,7 @@ def test_solve_ratio(library, n):
 
 @pytest.mark.parametrize("n", [1, 5, 33, 128, 256])
 def test_the_explicit_inverse_is_as_near_as_substitution(library, n):
-    """What the correction does.  Forward error within 4 eps cond, cond of the matrix scaled to a unit diagonal."""
+    """The correction uses it. The forward error is within 4 eps cond of the matrix scaled to a unit diagonal."""
     library.schedule(seed=n)
     for index, kind in enumerate(lapack.TYPES):
         a, _, wanted, x = solved(library, n, kind, index, 2, extra=0, inverse=True)

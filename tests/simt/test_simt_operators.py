@@ -96,7 +96,7 @@ def test_offsets_beyond_2_to_the_31_elements(simt, tmp_path, rung):
 
 
 def test_one_input_given_several_times_is_one_covariance(simt):
-    """Counted in CTAs, one a chunk: neighbours with one tensor and one layer number, and nothing else alike."""
+    """Neighbours with one tensor and one layer number share it, and no others; counted in CTAs, one per chunk."""
     x, counts = torch.randn(30, 40), [torch.tensor([20]), torch.tensor([20])]
     orders = [torch.randperm(40), torch.randperm(40)]
 
@@ -122,7 +122,7 @@ def test_one_input_given_several_times_is_one_covariance(simt):
 
 
 def test_arguments_go_to_a_device_and_back_as_they_are():
-    """As the tests on a GPU do it (support/kernels.py), with a copy on the CPU: strides, offsets, shared storages."""
+    """support/kernels.py does it for a GPU; here the device is a copy on the CPU: strides, offsets, shared storages."""
     flat = torch.randn(1000)
     grad, bias = flat[3:243].view(40, 6).T, flat[300:306]  # two views of one storage
     rows = torch.randn(60, 80)[:, ::2]

@@ -101,7 +101,7 @@ def test_rungs_agree(library):
 @pytest.mark.parametrize("rung", cases.RUNGS)
 @pytest.mark.parametrize("trace", [False, True])
 def test_the_same_input_gives_the_bits_of_an_input_of_its_own(library, rung, trace):
-    """Where as many CTAs share the rows."""
+    """The bits are equal if as many CTAs share the rows."""
     query = cases.LayerCase(70, 20, rows=90, bias=True, layer=3)
     together = cases.Case([query, query.also(9), query.also(33)], trace=trace, **cases.RUNGS[rung])
     library.schedule()
@@ -137,7 +137,7 @@ def test_layers_with_the_same_input_are_in_one_launch(library, before, run):
 
 @pytest.mark.parametrize("change", [{"units": 41}, {"has_bias": True}, {"same_input": True}])
 def test_refused_same_input(library, change):
-    """Other units than the layer before, or none before."""
+    """The layer before has other units, or there is none."""
     case = cases.SMALL["same input, no outputs of the first"]
     layers = [p.describe(2) for p in cases.problems_of(case)]
     for name, value in change.items():
@@ -371,7 +371,7 @@ def test_same_division_and_rows_as_the_reference(library):
 
 
 def test_workspace_is_left_ready_for_the_next_launch(library):
-    """As a CUDA graph replays it: the same workspace again, nothing cleared in between."""
+    """A CUDA graph replays a launch with the same workspace and clears nothing in between."""
     case = cases.SMALL["trace"]
     problems, options = cases.problems_of(case), cases.options_of(case)
     options.stages = COVARIANCE | FACTOR | APPLY

@@ -16,7 +16,7 @@ def library():
 
 
 def results(library, name, variant, seeds, make):
-    """What the kernel leaves in y, for every seed."""
+    """Return what the kernel leaves in y, for every seed."""
     for seed in range(seeds):
         library.schedule(seed=seed)
         arrays = make()

@@ -1,1 +1,1 @@
-"""What several test files share: networks, data, kernels behind the operators, and runs on several ranks."""
+"""Shared by several test files: networks, data, kernels behind the operators, and runs on several ranks."""

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class BasicBlock(nn.Module):
-    """As in torchvision: one in-place ReLU used twice, a sum in place, a projection where sizes change."""
+    """torchvision's block: one in-place ReLU used twice, a sum in place, a projection where sizes change."""
 
     def __init__(self, inside, outside, stride=1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed_layers.py do: kinds of layer, precision, checkpointing on several ranks."""
+"""The scenarios of tests/test_distributed_layers.py: kinds of layer, precision, checkpointing on several ranks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def single_uneven() -> list[torch.Tensor]:
 
 
 def sgd2():
-    """It does not pool: plain momentum, the same on all ranks, and said so."""
+    """SGD2 does not pool: it is plain momentum, the same on all ranks, and says so."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

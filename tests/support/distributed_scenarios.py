@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py do. Run by ranks.py on four gloo ranks."""
+"""The scenarios of tests/test_distributed.py, which ranks.py runs on four gloo ranks."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def _go_alone(who, options, change=None, sharing=None) -> str:
 
 
 def going_alone():
-    """As few of the four ranks do what all must do."""
+    """One, two or three of the four ranks do what all must do."""
     return {
         "one": _go_alone((2,), {}),
         "three": _go_alone((0, 1, 3), {"decay": 0.5}),
@@ -327,7 +327,7 @@ def going_back():
 
 
 def unwrapped():
-    """Neither wrapper nor group: said once, and corrected with own inputs, which differ."""
+    """Without wrapper and group: it is said once, and each rank corrects with its own inputs, which differ."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -468,7 +468,7 @@ def _transposed() -> nn.Sequential:
 
 
 def single_transposed(options: dict, steps=STEPS, left=0) -> list[torch.Tensor]:
-    """``left``: so many first steps leave the transposed weight and its bias alone."""
+    """``left`` is the number of first steps that leave the transposed weight and its bias alone."""
     model = _transposed()
     optimizer = sgd(model)
     pre = Preconditioner(model, chunk=8, **options)
@@ -518,7 +518,7 @@ def units_in_two_dimensions():
 
 
 def flattened():
-    """As FullyShardedDataParallel leaves weights, which needs an accelerator: before and after the constructor."""
+    """Weights as FullyShardedDataParallel leaves them (it needs an accelerator), before and after its constructor."""
     found = []
     for early in (True, False):
         model = mlp()
@@ -537,7 +537,7 @@ def flattened():
 
 
 def shared(name="default"):
-    """Forced: so small a model is cheaper alone. Eight chunks on four ranks, and on two of a hybrid mesh."""
+    """Forced sharing, as so small a model is cheaper alone: eight chunks on four ranks, and on two of a hybrid mesh."""
     found = []
     for mesh in (None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))):
         model = DDP(mlp()) if mesh is None else _sharded(mlp(), mesh)

@@ -14,7 +14,7 @@ def manual():
 
 
 def texts():
-    """Also those that are no pages of the manual."""
+    """Return all texts of the checkout, also those that are no pages of the manual."""
     others = ("tests/README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
     return [*manual(), *(name for name in others if (ROOT / name).is_file())]
 

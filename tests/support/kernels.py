@@ -102,13 +102,13 @@ LARGEST = 3000  # elements of a simt sample
 
 
 class Kernels:
-    """Which kernels a test runs on; asked by the tests that loop over samples themselves."""
+    """The kernels that a test runs on; tests that loop over samples ask for them."""
 
     def __init__(self, kind: str):
         self.kind = kind
 
     def choose(self, samples: Iterable, dtypes: Callable, size: Callable) -> list:
-        """The samples whose ``dtypes`` have kernels; for simt one small one, by ``size``, of each call."""
+        """Return the samples whose ``dtypes`` have kernels; for simt the smallest one of each call, by ``size``."""
         samples = list(samples)
         if self.kind == "library":
             return samples

@@ -25,7 +25,7 @@ TIMEOUT = datetime.timedelta(seconds=60)  # a rank that waits for another that d
 
 
 def run(module: str, scenarios: list[str], world: int, folder: Path) -> dict[str, list[Any]]:
-    """Results of every scenario, one a rank."""
+    """Return the results of every scenario, one per rank."""
     command = [sys.executable, "-m", "support.ranks", f"support.{module}", str(world), str(folder), *scenarios]
     tests = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(tests.parent), str(tests)])

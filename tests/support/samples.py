@@ -275,7 +275,7 @@ def gather(chunk: Chunk, grad: Tensor, bias_grad: Tensor | None) -> np.ndarray:
 
 
 def average_bias(chunk: Chunk, solution: np.ndarray, has_bias: bool, weight_units: int) -> np.ndarray:
-    """``solution`` with the copies of the bias entry, one a kernel tap, replaced by their average."""
+    """Replace the copies of the bias entry, one per kernel tap, by their average."""
     solution = solution.copy()
     if has_bias:
         at = chunk.units == weight_units

@@ -1,4 +1,4 @@
-"""What the two ranks of tests/test_trainers.py do: other people's trainers, launched for data parallelism."""
+"""The scenarios of tests/test_trainers.py on two ranks: other people's trainers, launched for data parallelism."""
 
 import contextlib
 import copy
