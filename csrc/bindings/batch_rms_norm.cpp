@@ -84,7 +84,7 @@ void check_counter(const std::optional<Tensor>& num_batches) {
 }
 
 Tensor denominator(BatchRmsNormParams& params, const Tensor& running_ms, const std::optional<Tensor>& num_batches,
-                   ScalarType dtype, double momentum, double eps) {
+                   ScalarType dtype, double decay, double eps) {
   check_counter(num_batches);
   check_types(running_ms, dtype);
   STD_TORCH_CHECK(running_ms.dim() == 1 && running_ms.is_contiguous(), kOp,
@@ -96,7 +96,7 @@ Tensor denominator(BatchRmsNormParams& params, const Tensor& running_ms, const s
   params.num_batches = num_batches ? static_cast<int64_t*>(num_batches->mutable_data_ptr()) : nullptr;
   params.denominator = d.mutable_data_ptr();
   params.denominator_dtype = dtype_of(d, kOp, "denominator");
-  params.momentum = momentum;
+  params.decay = decay;
   params.eps = eps;
   check_status(run(params, running_ms), kOp);
   return d;
@@ -106,8 +106,7 @@ ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor denominator_training(Tensor x, Tensor running_ms, std::optional<Tensor> num_batches, double momentum,
-                            double eps) {
+Tensor denominator_training(Tensor x, Tensor running_ms, std::optional<Tensor> num_batches, double decay, double eps) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(1) == running_ms.numel(), kOp,
                   ": x must be (N, C, *spatial) with C = ", running_ms.numel());
   BatchRmsNormParams params{};
@@ -120,13 +119,13 @@ Tensor denominator_training(Tensor x, Tensor running_ms, std::optional<Tensor> n
     }
     params.x = x.const_data_ptr();
   }
-  return denominator(params, running_ms, num_batches, statistics_type(x), momentum, eps);
+  return denominator(params, running_ms, num_batches, statistics_type(x), decay, eps);
 }
 
-Tensor denominator_evaluation(Tensor running_ms, std::optional<Tensor> num_batches, ScalarType dtype, double momentum,
+Tensor denominator_evaluation(Tensor running_ms, std::optional<Tensor> num_batches, ScalarType dtype, double decay,
                               double eps) {
   BatchRmsNormParams params{};
-  return denominator(params, running_ms, num_batches, dtype, momentum, eps);
+  return denominator(params, running_ms, num_batches, dtype, decay, eps);
 }
 
 Tensor divide(Tensor x, Tensor denominator) {

@@ -34,11 +34,11 @@ CO_LIBRARY(CO_NAMESPACE, m) {
   m.def("modulus_complex_backward(Tensor grad, Tensor x) -> Tensor");
 
   m.def(
-      "batch_rms_norm_denominator_(Tensor x, Tensor(a!) running_ms, Tensor(b!)? num_batches, float momentum, float "
+      "batch_rms_norm_denominator_(Tensor x, Tensor(a!) running_ms, Tensor(b!)? num_batches, float decay, float "
       "eps) "
       "-> Tensor");
   m.def(
-      "batch_rms_norm_denominator(Tensor running_ms, Tensor? num_batches, ScalarType dtype, float momentum, float eps) "
+      "batch_rms_norm_denominator(Tensor running_ms, Tensor? num_batches, ScalarType dtype, float decay, float eps) "
       "-> Tensor");
   m.def("batch_rms_norm_divide(Tensor x, Tensor denominator) -> Tensor");
 

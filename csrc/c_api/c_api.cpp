@@ -186,12 +186,12 @@ int co_complex_modulus_backward_cpu(int32_t dtype, int64_t numel, const void* gr
 
 int co_batch_rms_norm_denominator_cpu(int32_t dtype, const void* x, const co_channel_view* view, int32_t running_dtype,
                                       void* running_ms, int64_t* num_batches, int32_t denominator_dtype,
-                                      void* denominator, double momentum, double eps, const co_thread_pool* pool) {
+                                      void* denominator, double decay, double eps, const co_thread_pool* pool) {
   if (!known(dtype) || !known(running_dtype) || !known(denominator_dtype) || view == nullptr) {
     return CO_ERROR_INVALID_ARGUMENT;
   }
   return code(batch_rms_norm_denominator_cpu({x, c_api::view_of(*view), type(dtype), running_ms, type(running_dtype),
-                                              num_batches, denominator, type(denominator_dtype), momentum, eps},
+                                              num_batches, denominator, type(denominator_dtype), decay, eps},
                                              pool_of(pool)));
 }
 

@@ -15,8 +15,9 @@ static_assert(CO_CUDA_COUNTER_BYTES == kCudaCounterBytes);
 namespace {
 
 bool known_tuning(const co_cuda_tuning* tuning) {
-  return tuning == nullptr || (0 <= tuning->rung && tuning->rung <= static_cast<int32_t>(PreconditionRung::kTaskQueue) &&
-                               0 <= tuning->packing && tuning->packing <= static_cast<int32_t>(Packing::kAlways));
+  return tuning == nullptr ||
+         (0 <= tuning->rung && tuning->rung <= static_cast<int32_t>(PreconditionRung::kTaskQueue) &&
+          0 <= tuning->packing && tuning->packing <= static_cast<int32_t>(Packing::kAlways));
 }
 
 CudaTuning tuning_of(const co_cuda_tuning* from) {
@@ -68,14 +69,14 @@ int co_modulus_backward_cuda(int32_t dtype, int64_t numel, const void* grad, con
 }
 
 int co_batch_rms_norm_denominator_cuda(int32_t dtype, const void* x, const co_channel_view* view, float* running_ms,
-                                       int64_t* num_batches, float* denominator, double momentum, double eps,
+                                       int64_t* num_batches, float* denominator, double decay, double eps,
                                        void* workspace, void* stream) {
   if (!known(dtype) || view == nullptr) return CO_ERROR_INVALID_ARGUMENT;
   BatchRmsNormParams params = statistics_of(dtype, x, *view);
   params.running_ms = running_ms;
   params.num_batches = num_batches;
   params.denominator = denominator;
-  params.momentum = momentum;
+  params.decay = decay;
   params.eps = eps;
   return code(batch_rms_norm_denominator_cuda(params, workspace, stream));
 }

@@ -157,7 +157,7 @@ bool channel_squares(const BatchRmsNormParams& p, const ThreadPool& pool, double
 
 Status batch_rms_norm_denominator_cpu(const BatchRmsNormParams& p, const ThreadPool& pool) {
   const int64_t channels = p.view.channels, count = p.view.outer * p.view.inner;
-  if ((p.x != nullptr && !valid(p.view)) || !(p.momentum >= 0 && p.momentum < 1) || !(p.eps > 0))
+  if ((p.x != nullptr && !valid(p.view)) || !(p.decay >= 0 && p.decay < 1) || !(p.eps > 0))
     return Status::kInvalidArgument;
   if (channels == 0) return Status::kOk;
   if (p.x != nullptr && count > 0) {
@@ -167,13 +167,13 @@ Status batch_rms_norm_denominator_cpu(const BatchRmsNormParams& p, const ThreadP
     for (int64_t c = 0; c < channels; ++c) {
       const double v = get(p.running_ms, p.running_dtype, c);
       const double mean = sums.get()[c] / static_cast<double>(count);
-      set(p.running_ms, p.running_dtype, c, p.momentum * v + (1 - p.momentum) * mean);
+      set(p.running_ms, p.running_dtype, c, p.decay * v + (1 - p.decay) * mean);
     }
     if (p.num_batches != nullptr) ++*p.num_batches;
   }
   // D is made from the stored v, rounded as it is, so that evaluation repeats the last training call.
   const bool corrected = p.num_batches != nullptr && *p.num_batches > 0;
-  const double correction = corrected ? 1 - std::pow(p.momentum, static_cast<double>(*p.num_batches)) : 1;
+  const double correction = corrected ? 1 - std::pow(p.decay, static_cast<double>(*p.num_batches)) : 1;
   double largest = 0;
   for (int64_t c = 0; c < channels; ++c) {
     const double v = get(p.running_ms, p.running_dtype, c);

@@ -49,7 +49,7 @@ struct FinishParams {
   double count;  // elements of a channel
   float *running_ms, *denominator;
   int64_t* num_batches;
-  double momentum, eps;
+  double decay, eps;
 };
 
 struct DivideParams {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(CO_KERNEL_PARAM(
       double sum = 0.0;
       CO_UNROLL_4
       for (int64_t p = 0; p < params.num_parts; ++p) sum += static_cast<double>(params.parts[p * params.channels + c]);
-      v = static_cast<float>(params.momentum * static_cast<double>(v) + (1.0 - params.momentum) * (sum / params.count));
+      v = static_cast<float>(params.decay * static_cast<double>(v) + (1.0 - params.decay) * (sum / params.count));
       params.running_ms[c] = v;
     }
     largest = larger(largest, v);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(CO_KERNEL_PARAM(
       batches = *params.num_batches + (params.parts != nullptr ? 1 : 0);
       *params.num_batches = batches;
     }
-    correction[0] = batches > 0 ? 1.0 - pow(params.momentum, static_cast<double>(batches)) : 1.0;
+    correction[0] = batches > 0 ? 1.0 - pow(params.decay, static_cast<double>(batches)) : 1.0;
   }
   __syncthreads();
   for (int w = 0; w < kFinishThreads / 32; ++w) largest = larger(largest, warp_largest[w]);
@@ -261,7 +261,7 @@ int64_t batch_rms_norm_workspace_cuda(const BatchRmsNormParams& params) {
 Status batch_rms_norm_denominator_cuda(const BatchRmsNormParams& params, void* workspace, void* stream) {
   if (!valid(params.view, params.x == nullptr ? DType::kFloat32 : params.dtype) ||
       params.running_dtype != DType::kFloat32 || params.denominator_dtype != DType::kFloat32 ||
-      !(params.momentum >= 0 && params.momentum < 1) || !(params.eps > 0)) {
+      !(params.decay >= 0 && params.decay < 1) || !(params.eps > 0)) {
     return Status::kInvalidArgument;
   }
   const int64_t channels = params.view.channels, parts = num_parts(params);
@@ -278,7 +278,7 @@ Status batch_rms_norm_denominator_cuda(const BatchRmsNormParams& params, void* w
                             static_cast<float*>(params.running_ms),
                             static_cast<float*>(params.denominator),
                             params.num_batches,
-                            params.momentum,
+                            params.decay,
                             params.eps};
   return launch(finish_kernel, dim3(1), dim3(kFinishThreads), 0, stream, finish);
 }

@@ -45,7 +45,7 @@ def main() -> None:
         simt.ChannelView(images, channels, pixels, channels * pixels, 1, channels),
     ):
         maps, running, denominator = aligned(images, channels, pixels), aligned(channels), aligned(channels)
-        params = simt.BatchRmsNorm(x=maps.ctypes.data, view=view, momentum=0.5, eps=1e-2)
+        params = simt.BatchRmsNorm(x=maps.ctypes.data, view=view, decay=0.5, eps=1e-2)
         params.running_ms, params.denominator = running.ctypes.data, denominator.ctypes.data
         library.batch_rms_norm_denominator(params)
         divide = simt.ChannelDivide(x=maps.ctypes.data, x_view=view, y=maps.ctypes.data, y_view=view)

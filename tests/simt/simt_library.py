@@ -369,7 +369,7 @@ class BatchRmsNorm(ctypes.Structure):
         ("num_batches", ctypes.c_void_p),
         ("denominator", ctypes.c_void_p),
         ("denominator_dtype", ctypes.c_int32),
-        ("momentum", ctypes.c_double),
+        ("decay", ctypes.c_double),
         ("eps", ctypes.c_double),
     )
 

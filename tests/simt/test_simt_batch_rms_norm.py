@@ -29,7 +29,7 @@ def address(array):
     return None if array is None else array.ctypes.data
 
 
-def denominator(library, x, channels_last, dtype, running, count, momentum=0.3, eps=1e-2):
+def denominator(library, x, channels_last, dtype, running, count, decay=0.3, eps=1e-2):
     """Return D; `running` and `count` are updated."""
     d = np.full(len(running), np.nan, np.float32)
     shape = view(x, channels_last) if x is not None else simt.ChannelView(0, len(running), 0, 0, 0, 1)
@@ -42,19 +42,19 @@ def denominator(library, x, channels_last, dtype, running, count, momentum=0.3, 
         address(count),
         address(d),
         simt.FLOAT32,
-        momentum,
+        decay,
         eps,
     )
     library.batch_rms_norm_denominator(params)
     return d
 
 
-def expected(x, running, count, momentum=0.3, eps=1e-2):
+def expected(x, running, count, decay=0.3, eps=1e-2):
     """Return (v, D) in float64 for x (N, C, pixels) or None."""
     v = running.astype(np.float64)
     if x is not None:
-        v = momentum * v + (1 - momentum) * (x.astype(np.float64) ** 2).mean(axis=(0, 2))
-    correction = 1 - momentum**count if count else 1
+        v = decay * v + (1 - decay) * (x.astype(np.float64) ** 2).mean(axis=(0, 2))
+    correction = 1 - decay**count if count else 1
     return v, np.sqrt(v / correction + eps * (v.max() + 1e-6))
 
 
@@ -143,4 +143,4 @@ def test_refused(library):
     with pytest.raises(RuntimeError, match="status 1"):
         denominator(library, x, False, simt.FLOAT64, np.zeros(1, np.float32), None)
     with pytest.raises(RuntimeError, match="status 1"):
-        denominator(library, None, False, simt.FLOAT32, np.zeros(1, np.float32), None, momentum=1.0)
+        denominator(library, None, False, simt.FLOAT32, np.zeros(1, np.float32), None, decay=1.0)

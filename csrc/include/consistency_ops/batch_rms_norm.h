@@ -17,8 +17,8 @@ struct ChannelView {
 
 // The statistics and D:
 //
-//   v_c <- momentum v_c + (1 - momentum) mean_c(x^2)                (if x is given and not empty; counted in
-//   num_batches) D_c  = sqrt(v_c / (1 - momentum^num_batches) + eps max_k(v_k + 1e-6))
+//   v_c <- decay v_c + (1 - decay) mean_c(x^2)      (if x is given and not empty; counted in num_batches)
+//   D_c  = sqrt(v_c / (1 - decay^num_batches) + eps max_k(v_k + 1e-6))
 //
 // Without num_batches, and as long as it is zero, v is not corrected.  Sums run in blocks that depend on the shape
 // alone.
@@ -31,7 +31,7 @@ struct BatchRmsNormParams {
   int64_t* num_batches;     // one counter, or nullptr
   void* denominator;        // [channels], D
   DType denominator_dtype;  // kFloat32 or kFloat64
-  double momentum, eps;     // [0, 1), > 0
+  double decay, eps;        // [0, 1), > 0
 };
 
 // y = x / D.

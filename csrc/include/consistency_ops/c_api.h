@@ -176,13 +176,13 @@ typedef struct co_channel_view {
 } co_channel_view;
 
 /* The denominators D of batch RMS normalisation, with v = running_ms:
- *   v_c <- momentum v_c + (1 - momentum) mean_c(x^2)      if x is given and not empty; counted in *num_batches
- *   D_c  = sqrt(v_c / (1 - momentum^num_batches) + eps max_k(v_k + 1e-6))
+ *   v_c <- decay v_c + (1 - decay) mean_c(x^2)      if x is given and not empty; counted in *num_batches
+ *   D_c  = sqrt(v_c / (1 - decay^num_batches) + eps max_k(v_k + 1e-6))
  * x NULL: evaluation, nothing is updated.  num_batches NULL or 0: v is not corrected.  running_ms and denominator:
- * [channels], CO_FLOAT32 or CO_FLOAT64.  momentum in [0, 1), eps > 0. */
+ * [channels], CO_FLOAT32 or CO_FLOAT64.  decay in [0, 1), eps > 0. */
 CO_API int co_batch_rms_norm_denominator_cpu(int32_t dtype, const void* x, const co_channel_view* view,
                                              int32_t running_dtype, void* running_ms, int64_t* num_batches,
-                                             int32_t denominator_dtype, void* denominator, double momentum, double eps,
+                                             int32_t denominator_dtype, void* denominator, double decay, double eps,
                                              const co_thread_pool* pool);
 
 /* y = x / D, for the forward and for the backward; y may be x.  denominator: [channels], CO_FLOAT64 if dtype is, else

@@ -52,8 +52,8 @@ CO_API int co_modulus_backward_cuda(int32_t dtype, int64_t numel, const void* gr
 /* running_ms and denominator: CO_FLOAT32.  workspace: co_batch_rms_norm_workspace_cuda bytes, aligned to 4, need not be
  * initialised. */
 CO_API int co_batch_rms_norm_denominator_cuda(int32_t dtype, const void* x, const co_channel_view* view,
-                                              float* running_ms, int64_t* num_batches, float* denominator,
-                                              double momentum, double eps, void* workspace, void* stream);
+                                              float* running_ms, int64_t* num_batches, float* denominator, double decay,
+                                              double eps, void* workspace, void* stream);
 CO_API int64_t co_batch_rms_norm_workspace_cuda(int32_t dtype, const void* x, const co_channel_view* view);
 CO_API int co_channel_divide_cuda(int32_t dtype, const void* x, const co_channel_view* x_view, void* y,
                                   const co_channel_view* y_view, const float* denominator, void* stream);
