@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,16 +147,13 @@ def _idx(name: str, directory: Path, limit: int | None) -> tuple[Arrays, Arrays,
         folder = _image_folder(directory, (1, 28, 28), limit)
         if folder is not None:
             return folder
-    paths = []
-    for stem, path in zip(stems, found, strict=True):
-        if path is None:
-            raise DataError(
-                f"{directory / stem}[.gz]: there is no such file; put the four published {name} files there, "
-                "or pass --download where there is a network."
-            )
-        paths.append(path)
-    train = formats.read_idx_pair(paths[0], paths[1], CLASSES)
-    test = formats.read_idx_pair(paths[2], paths[3], CLASSES)
+    paths = [path for path in found if path is not None]
+    if len(paths) < len(stems):
+        raise DataError(
+            f"{directory / stems[found.index(None)]}[.gz]: there is no such file; put the four published {name} files "
+            "there, or pass --download where there is a network."
+        )
+    train, test = (formats.read_idx_pair(*pair, CLASSES) for pair in (paths[:2], paths[2:]))
     if train[0].shape[1:] != test[0].shape[1:]:
         raise DataError(
             f"{paths[2]}: images must have the size of the training images, got {test[0].shape[2:]} "
@@ -169,13 +167,11 @@ def _cifar10(name: str, directory: Path, limit: int | None) -> tuple[Arrays, Arr
         first = formats.cifar_batch_names(binary)[0][0]
         for folder in (directory / inner, directory):
             if (folder / first).is_file():
-                train, test = formats.read_cifar_batches(_file_reader(folder), binary, folder)
-                return train, test, f"files of {inner}"
+                return *formats.read_cifar_batches(partial(_batch_file, folder), binary, folder), f"files of {inner}"
         archive = directory / f"cifar-10-{'binary' if binary else 'python'}.tar.gz"
         if archive.is_file():
-            files = {Path(k).name: v for k, v in formats.read_tar(archive, _is_batch).items()}
-            train, test = formats.read_cifar_batches(_member_reader(files, archive), binary, archive)
-            return train, test, archive.name
+            files = {Path(k).name: v for k, v in formats.read_tar(archive, lambda name: "_batch" in name).items()}
+            return *formats.read_cifar_batches(partial(_batch_member, archive, files), binary, archive), archive.name
     folder = _image_folder(directory, (3, 32, 32), limit) or _image_archive(directory, (3, 32, 32), limit)
     if folder is not None:
         return folder
@@ -185,32 +181,20 @@ def _cifar10(name: str, directory: Path, limit: int | None) -> tuple[Arrays, Arr
     )
 
 
-def _is_batch(name: str) -> bool:
-    return Path(name).name in {
-        n for binary in (False, True) for part in formats.cifar_batch_names(binary) for n in part
-    }
+def _batch_file(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{folder / name}: cannot be read ({error.strerror or error}); CIFAR-10 is five training and one test "
+            "batch, fetch it again."
+        ) from None
 
 
-def _file_reader(folder: Path) -> Callable[[str], bytes]:
-    def read(name: str) -> bytes:
-        try:
-            return (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{folder / name}: cannot be read ({error.strerror or error}); CIFAR-10 is five training and one "
-                "test batch, fetch it again."
-            ) from None
-
-    return read
-
-
-def _member_reader(files: dict[str, bytes], archive: Path) -> Callable[[str], bytes]:
-    def read(name: str) -> bytes:
-        if name not in files:
-            raise DataError(f"{archive}: holds no {name}; it is not the published archive, fetch it again.")
-        return files[name]
-
-    return read
+def _batch_member(archive: Path, files: dict[str, bytes], name: str) -> bytes:
+    if name not in files:
+        raise DataError(f"{archive}: holds no {name}; it is not the published archive, fetch it again.")
+    return files[name]
 
 
 def _image_folder(directory: Path, shape: tuple[int, int, int], limit: int | None) -> tuple[Arrays, Arrays, str] | None:
@@ -222,23 +206,18 @@ def _image_folder(directory: Path, shape: tuple[int, int, int], limit: int | Non
     ]
     if not names:
         return None
-    train, test = _decode(names, lambda name: directory / name, shape, limit, directory)
-    return train, test, "images in train|test/class/"
+    return *_decode(names, lambda name: directory / name, shape, limit, directory), "images in train|test/class/"
 
 
 def _image_archive(
     directory: Path, shape: tuple[int, int, int], limit: int | None
 ) -> tuple[Arrays, Arrays, str] | None:
-    for archive in sorted(directory.glob("*.tar*")):
-        files = formats.read_tar(archive, lambda name: formats.image_entry(name) is not None)
-        if files:
-            train, test = _decode(sorted(files), _member_opener(files), shape, limit, archive)
-            return train, test, f"images in {archive.name}"
-    return None
-
-
-def _member_opener(files: dict[str, bytes]) -> Callable[[str], io.BytesIO]:
-    return lambda name: io.BytesIO(files[name])
+    archives = ((path, formats.read_tar(path, formats.image_entry)) for path in sorted(directory.glob("*.tar*")))
+    archive, files = next((pair for pair in archives if pair[1]), (directory, {}))
+    if not files:
+        return None
+    train, test = _decode(sorted(files), lambda name: io.BytesIO(files[name]), shape, limit, archive)
+    return train, test, f"images in {archive.name}"
 
 
 def _decode(

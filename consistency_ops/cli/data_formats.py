@@ -19,6 +19,11 @@ import numpy as np
 
 from .errors import DataError
 
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without liblzma cannot raise it
+    LZMAError = tarfile.ReadError
+
 Arrays = tuple[np.ndarray, np.ndarray]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -116,12 +121,7 @@ def parse_cifar_pickle(raw: bytes, source: object, classes: int = 10) -> Arrays:
             f"{source}: a CIFAR-10 python batch has data and labels, got {sorted(map(str, fields))}; {_AGAIN}."
         )
     data = fields["data"]
-    if (
-        not isinstance(data, np.ndarray)
-        or data.dtype != np.uint8
-        or data.ndim != 2
-        or data.shape[1] != _CIFAR_RECORD - 1
-    ):
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_CIFAR_RECORD - 1,):
         what = f"{data.dtype} of shape {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{source}: data must be uint8 of shape (N, {_CIFAR_RECORD - 1}), got {what}; {_AGAIN}.")
     try:
@@ -162,27 +162,14 @@ def _concatenate(parts: list[Arrays]) -> Arrays:
 # ---- archives and folders of images
 
 
-def read_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+def read_tar(path: Path, wanted: Callable[[str], object]) -> dict[str, bytes]:
     """Return the content of the wanted files of a tar archive (any compression); nothing is written to disk."""
     try:
         with tarfile.open(path, "r:*") as archive:
-            found = {}
-            for member in archive:
-                if member.isfile() and wanted(member.name):
-                    stream = archive.extractfile(member)
-                    assert stream is not None  # a regular file always has one
-                    found[member.name] = stream.read()
-            return found
-    except (tarfile.TarError, EOFError, zlib.error, OSError, _lzma_error()) as error:
+            wanted_members = (member for member in archive if member.isfile() and wanted(member.name))
+            return {member.name: archive.extractfile(member).read() for member in wanted_members}
+    except (tarfile.TarError, EOFError, zlib.error, OSError, LZMAError) as error:
         raise DataError(f"{path}: the archive is damaged or cut short ({error}); {_AGAIN}.") from None
-
-
-def _lzma_error() -> type[Exception]:
-    try:
-        import lzma
-    except ImportError:  # a Python built without liblzma cannot raise it either
-        return tarfile.ReadError
-    return lzma.LZMAError
 
 
 def image_entry(name: str) -> tuple[str, str] | None:
