@@ -15,12 +15,15 @@ from . import analysis, layers, nn, optim
 from .environment import BuildInfo, __version__, build_info, cmake_prefix_path, include_dir
 from .ops import (
     PreconditionResult,
+    Verification,
     batch_rms_norm,
     chunked_covariance,
     foreach_precondition_,
     modulus,
     precondition,
     precondition_ex,
+    set_backend,
+    verify,
 )
 from .preconditioner import Preconditioner
 
@@ -28,6 +31,7 @@ __all__ = [
     "BuildInfo",
     "PreconditionResult",
     "Preconditioner",
+    "Verification",
     "__version__",
     "analysis",
     "batch_rms_norm",
@@ -42,4 +46,6 @@ __all__ = [
     "optim",
     "precondition",
     "precondition_ex",
+    "set_backend",
+    "verify",
 ]

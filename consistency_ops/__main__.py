@@ -10,6 +10,10 @@ import sys
 COMMANDS = {
     "analyse": ("consistency_ops.cli.analyse", "say what is wrong in a network, layer by layer, as a web page"),
     "train": ("consistency_ops.cli.train", "train one network with several optimizers side by side on real data"),
+    "verify": (
+        "consistency_ops.cli.verify",
+        "run every operator on a device and compare what it computes with float64",
+    ),
 }
 ALIASES = {"analyze": "analyse"}
 

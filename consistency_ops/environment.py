@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 
-from .ops.library import autograd, library
+from .ops.library import autograd, build_config, library
 
 __version__ = "0.1.0"
 
@@ -62,12 +62,6 @@ def cmake_prefix_path() -> str:
     return str(_csrc())
 
 
-def _compiled() -> dict[str, str]:
-    library.co_build_config.restype = ctypes.c_char_p
-    lines = library.co_build_config().decode().splitlines()
-    return dict(line.split("=", 1) for line in lines)
-
-
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -84,7 +78,7 @@ def build_info() -> BuildInfo:
     Returns:
         A dict with the keys of :class:`BuildInfo`.
     """
-    compiled = _compiled()
+    compiled = build_config()
     toolkit = compiled.get("cuda")
     library.co_cpu_isa.restype = ctypes.c_char_p
     return {

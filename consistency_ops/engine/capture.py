@@ -173,9 +173,6 @@ class Capture:
         return handle is None or handle.id in (weight._post_accumulate_grad_hooks or ())
 
     def _fit(self, module: nn.Module, weight: Tensor) -> None:
-        key = torch._C._dispatch_key_for_device(weight.device.type)
-        if not weight.is_meta and not torch._C._dispatch_has_kernel_for_dispatch_key(_capture_rows.name(), key):
-            raise NotImplementedError(f"Preconditioner: this build has no kernels for {weight.device.type}")
         if not weight.requires_grad:  # a frozen layer needs no buffer
             self._mark_nothing()
             self.rows = self.state = self.count = None

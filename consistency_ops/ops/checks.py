@@ -35,16 +35,12 @@ def check_tensor(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_device(op: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless all tensors are on one device that has kernels for their dtypes."""
+    """Raise unless all tensors are on one device, and of dtypes that its kernels compute in."""
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
             raise RuntimeError(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
-    if device.type in ("cpu", "meta"):
-        return
-    if device.type != "cuda" or not has_cuda_kernels():
-        raise NotImplementedError(f"{op}: this build has kernels for the CPU only, got a tensor on {device}")
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    if device.type == "cuda" and has_cuda_kernels() and any(tensor.dtype == torch.float64 for tensor in tensors):
         raise NotImplementedError(f"{op}: the CUDA kernels compute in float32, got a float64 tensor on {device}")
 
 
@@ -246,8 +242,8 @@ def check_overlap(op: str, written: list[Tensor], inputs: list[Tensor]) -> list[
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has memory; a tensor that is traced or fake has none, and neither has one on ``meta``."""
-    return not torch.compiler.is_compiling() and tensor.device.type in ("cpu", "cuda") and not _is_fake(tensor)
+    """Whether ``tensor`` has memory; one that is traced, fake or on ``meta`` has none."""
+    return not torch.compiler.is_compiling() and tensor.device.type not in ("meta", "xla") and not _is_fake(tensor)
 
 
 def _is_fake(tensor: Tensor) -> bool:

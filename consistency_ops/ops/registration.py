@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 NAMESPACE = "consistency_ops"  # CO_NAMESPACE of csrc/bindings/registration.h
+PORTABLE_NAMESPACE = "consistency_ops_torch"  # the correction without the library's kernels: backend.py
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,10 +20,14 @@ def register_fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     ``torch.compile``, ``torch.export`` and fake tensors call it instead of the operator. It takes the operator's
     arguments.
     """
-    decorator: Callable[[Callable[P, R]], Callable[P, R]] = torch.library.register_fake(
-        f"{NAMESPACE}::{name}", _stacklevel=2
-    )
-    return decorator
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function, _stacklevel=2)
+        if hasattr(torch.ops.consistency_ops_torch, name):
+            torch.library.register_fake(f"{PORTABLE_NAMESPACE}::{name}", function, _stacklevel=2)
+        return function
+
+    return decorate
 
 
 def register_vmap(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

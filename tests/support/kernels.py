@@ -1,7 +1,9 @@
 """Other kernels behind the operators, on CPU tensors, so that the ordinary tests also test them.
 
 ``simt``: the CUDA kernels and their bindings, compiled for the host (tests/simt); small shapes only, because a CUDA
-thread is a fiber.  ``cuda``: a CUDA device; arguments and results are copied there and back, with their strides.
+thread is a fiber.  ``torch``: the portable operators, out of torch's own operations.  ``second``: the same on a
+device that is not the CPU (second_device.py), where no operation may look at values.  ``cuda``: a CUDA device;
+arguments and results are copied there and back, with their strides.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 import consistency_ops  # noqa: F401  (registers the operators)
+from consistency_ops.ops.backend import kernel
+from support import second_device
 
 sys.path.append(str(Path(__file__).parents[1] / "simt"))
 
@@ -96,7 +100,9 @@ AGAIN = {
         "test_row_counts_out_of_range_read_no_garbage",
     },
 }
-KINDS = ("library", "simt", pytest.param("cuda", marks=pytest.mark.gpu))
+# Rows that do not count are zero there, and a sum with zeros may be rounded otherwise.
+NOT_ON_SECOND = {"test_row_counts_use_the_first_rows_only"}
+KINDS = ("library", "torch", "second", "simt", pytest.param("cuda", marks=pytest.mark.gpu))
 NO_KERNEL = (torch.float64, torch.complex64, torch.complex128)  # on CUDA
 LARGEST = 3000  # elements of a simt sample
 
@@ -110,15 +116,17 @@ class Kernels:
     def choose(self, samples: Iterable, dtypes: Callable, size: Callable) -> list:
         """Return the samples whose ``dtypes`` have kernels; for simt the smallest one of each call, by ``size``."""
         samples = list(samples)
-        if self.kind == "library":
+        if self.kind in ("library", "torch"):
             return samples
+        if self.kind == "second":
+            return [sample for sample in samples if size(sample) <= 50 * LARGEST][:2]
         fit = [sample for sample in samples if torch.float64 not in dtypes(sample)]
         return fit if self.kind == "cuda" else [s for s in fit if size(s) <= 50 * LARGEST][:1]
 
 
 def is_for(kind: str, parameters: dict) -> bool:
     """Whether a test of these parameters runs again with ``kind``."""
-    if kind == "library":
+    if kind in ("library", "torch", "second"):
         return True
     if any(value in NO_KERNEL for value in parameters.values() if isinstance(value, torch.dtype)):
         return False
@@ -133,7 +141,7 @@ def behind_the_operators(kind: str) -> Iterator[None]:
     if kind == "library":
         yield
         return
-    route = _simt_route if kind == "simt" else _cuda_route
+    route = {"torch": kernel, "second": _second_route, "simt": _simt_route, "cuda": _cuda_route}[kind]
     library = torch.library.Library(NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
@@ -157,6 +165,19 @@ def _simt_route(name: str) -> Callable:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     return getattr(_simt_operators(), name)
+
+
+def _second_route(name: str) -> Callable:
+    second_device.set_up()
+    operator = getattr(torch.ops.consistency_ops, name).default
+
+    def run(*args):
+        before = len(second_device.waits)
+        results = operator(*torch.utils._pytree.tree_map_only(Tensor, second_device.there, args))
+        assert len(second_device.waits) == before, (name, second_device.waits[before:])
+        return torch.utils._pytree.tree_map_only(Tensor, second_device.here, results)
+
+    return run
 
 
 def _cuda_route(name: str) -> Callable:

@@ -1,0 +1,283 @@
+"""What computes behind the operators: the library's kernels, or torch's own operations (``portable.py``).
+
+The portable operators are the default kernels, so a device for which the library has none gets them from torch's
+dispatcher.  Where it has kernels, nothing stands in their way, with two exceptions.  ``set_backend("torch")`` puts the
+portable operators before them.  And on CUDA a gate stands before them until a few small problems have shown, once a
+process, that they compute on this device what the portable operators do: after that it is gone, and a call costs what
+it cost without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import portable, portable_capture, portable_elementwise
+from .library import build_config
+from .registration import NAMESPACE, PORTABLE_NAMESPACE
+
+Backend = Literal["auto", "native", "torch"]
+_BACKENDS = ("auto", "native", "torch")
+_KEYS = ("CPU", "CUDA")  # dispatch keys that the library may have kernels for
+_log = logging.getLogger("consistency_ops")
+_SAME_WITH_TORCH = 'consistency_ops.set_backend("torch") or CONSISTENCY_OPS_BACKEND=torch'
+
+PORTABLE: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        portable.foreach_precondition_,
+        portable.foreach_covariance,
+        portable.foreach_inverse,
+        portable.foreach_apply_,
+        portable.foreach_correct_,
+        portable_capture.capture_rows_,
+        portable_capture.capture_mark_,
+        portable_elementwise.modulus,
+        portable_elementwise.modulus_forward,
+        portable_elementwise.modulus_backward,
+        portable_elementwise.modulus_complex_backward,
+        portable_elementwise.batch_rms_norm_denominator_,
+        portable_elementwise.batch_rms_norm_denominator,
+        portable_elementwise.batch_rms_norm_divide,
+    )
+}
+
+
+# torch does not annotate its class; what is made of it is used as it is.
+_new_library: Callable[..., Any] = torch.library.Library
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The portable operator ``name`` as a kernel: below autograd and autocast, as the compiled ones are."""
+    function = PORTABLE[name]
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                raise _with_a_cure(name, error, args) from error
+
+    return run
+
+
+def _with_a_cure(name: str, error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
+    """An error of the allocator says which operator had no memory for what; others stay as they are."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in text and "allocate memory" not in text:
+        return error
+    return torch.OutOfMemoryError(f"{name}: {out_of_memory(name, args)} ({text.splitlines()[0]})")
+
+
+def out_of_memory(name: str, args: tuple[Any, ...]) -> str:
+    """The sentence of an operator that found no memory for its workspace."""
+    needed = portable.workspace_bytes(name, args)
+    size = "" if needed is None else f", which takes {needed / 2**20:.1f} MiB"
+    cure = "" if needed is None else "; a smaller chunk, fewer max_rows or fewer layers a call need less"
+    return f"out of memory for the workspace{size}{cure}"
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, (list, tuple)) and (found := _first_tensor(value)) is not None:
+            return found
+    return None
+
+
+def _default(name: str) -> Callable[..., Any]:
+    run = kernel(name)
+
+    @functools.wraps(run)
+    def refuse_or_run(*args: Any, **kwargs: Any) -> Any:
+        if _backend == "native":
+            tensor = _first_tensor(args)
+            raise NotImplementedError(
+                f"{name}: this build has no kernels for {tensor.device.type if tensor is not None else 'this device'}, "
+                'and the backend is "native"; ' + cure_for_missing_kernels(tensor)
+            )
+        return run(*args, **kwargs)
+
+    return refuse_or_run
+
+
+def cure_for_missing_kernels(tensor: Tensor | None) -> str:
+    torch_way = 'consistency_ops.set_backend("auto") computes with torch\'s own operations'
+    if tensor is not None and tensor.device.type == "cuda":
+        return f"{torch_way}, or build again where nvcc is found (CUDA_HOME)"
+    return torch_way
+
+
+# Registration
+
+_library = _new_library(NAMESPACE, "IMPL")
+for _name in PORTABLE:
+    _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
+
+_portable_library = _new_library(PORTABLE_NAMESPACE, "DEF")
+for _name in PORTABLE:
+    if _name.startswith("foreach_"):
+        _schema = str(getattr(torch.ops.consistency_ops, _name).default._schema)
+        _portable_library.define(_schema.removeprefix(f"{NAMESPACE}::"))
+        _portable_library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
+
+
+@functools.cache
+def has_kernels(key: str) -> bool:
+    """Whether the compiled library that runs has kernels for a dispatch key, ``"CPU"`` or ``"CUDA"``."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::foreach_precondition_", key))
+
+
+for _key in _KEYS:
+    has_kernels(_key)  # before anything stands in front of them
+
+_backend: str = "auto"
+_before: dict[str, Any] = {}  # by key: what stands before the library's kernels
+_kept_alive: list[object] = []  # kernels that were taken away, perhaps while they ran
+_turn = threading.RLock()
+
+
+def differences_of(device: torch.device) -> list[str]:
+    """``verification.differences``, which takes this place: it is made of the operators."""
+    raise NotImplementedError
+
+
+def _put_before(key: str, make: Callable[[str], Callable[..., Any]]) -> None:
+    _take_away(key)
+    library = _new_library(NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that a kernel is overridden: that is the purpose
+        for name in PORTABLE:
+            library.impl(name, make(name), key, allow_override=True)
+    _before[key] = library
+
+
+def _take_away(key: str) -> None:
+    if (library := _before.pop(key, None)) is not None:
+        _kept_alive.extend(torch.library.get_kernel(f"{NAMESPACE}::{name}", key) for name in PORTABLE)
+        library._destroy()
+
+
+def set_backend(name: Backend) -> None:
+    """Choose what computes behind every operator of this process, from now on.
+
+    Args:
+        name: ``"auto"``, the default: the library's kernels where it has some for the device, else torch's own
+            operations.  On CUDA the kernels must first agree with the latter on a few small problems, once a process;
+            if they do not, or cannot be launched, the log says so once and torch's operations take over.
+            ``"native"``: the kernels, unchecked; NotImplementedError on a device for which there are none.
+            ``"torch"``: torch's own operations on every device.  The environment variable ``CONSISTENCY_OPS_BACKEND``
+            says the same at import.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _backend
+    if name not in _BACKENDS:
+        raise ValueError(f"set_backend: name must be 'auto', 'native' or 'torch', got {name!r}")
+    with _turn:
+        _backend = name
+        for key in _KEYS:
+            if not has_kernels(key):
+                continue
+            if name == "torch":
+                _put_before(key, kernel)
+            elif name == "auto" and key == "CUDA":
+                _put_before(key, _gated)
+            else:
+                _take_away(key)
+
+
+# The gate
+
+
+def _gated(name: str, key: str = "CUDA") -> Callable[..., Any]:
+    run = kernel(name)
+    operator = getattr(torch.ops.consistency_ops, name).default
+
+    @functools.wraps(run)
+    def decide_or_run(*args: Any, **kwargs: Any) -> Any:
+        tensor = _first_tensor(args)
+        if tensor is None or _capturing(tensor.device):
+            return run(*args, **kwargs)  # what the kernels would compute is not known yet
+        with _turn:
+            decide(tensor.device, key)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **kwargs)
+
+    return decide_or_run
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def decide(device: torch.device, key: str = "CUDA") -> None:
+    """Let the kernels of this device compute from now on, or, if they do not agree, torch's operations."""
+    if key not in _before:  # another thread was faster
+        return
+    _take_away(key)
+    reason = unfit_architecture(device)
+    if reason is None:
+        try:
+            if found := differences_of(device):
+                reason = f"the kernels of this build compute something else than torch on {device} ({found[0]})"
+        except Exception as error:  # whatever it is, a gradient must not depend on it
+            reason = f"the kernels of this build do not run on {device} ({str(error).splitlines()[0]})"
+    if reason is not None:
+        _put_before(key, kernel)
+        _log.warning(
+            "%s; torch's own operations take their place, slower. `python -m consistency_ops verify` tells more, "
+            '%s says that it is meant so, set_backend("native") uses the kernels nevertheless',
+            reason,
+            _SAME_WITH_TORCH,
+        )
+
+
+def unfit_architecture(device: torch.device) -> str | None:
+    """Why this build has no code for a CUDA device, in a sentence, or None."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = build_config().get("cuda_archs", "")
+    return missing_architecture(major, minor, [text for text in compiled.replace(" ", ";").split(";") if text])
+
+
+def missing_architecture(major: int, minor: int, compiled: list[str]) -> str | None:
+    """Whether code for ``compiled``, such as ``["8.0", "9.0a", "12.0+PTX"]``, runs on compute capability major.minor.
+
+    Code for x.y runs on x.z with z >= y; with an architecture-specific ``a`` on x.y alone; PTX on everything newer.
+    """
+    for text in compiled:
+        base = text.removesuffix("+PTX")
+        x, y = (int(part) for part in base.rstrip("af").split("."))
+        if (x, y) == (major, minor) or (base[-1].isdigit() and x == major and y <= minor):
+            return None
+        if text.endswith("+PTX") and (x, y) <= (major, minor):
+            return None
+    return (
+        f"this build has CUDA code for {', '.join(compiled) or 'no architecture'} and the device is of compute "
+        f"capability {major}.{minor}: build again with TORCH_CUDA_ARCH_LIST={major}.{minor} for kernels"
+    )
+
+
+def operator(name: str, wide: bool) -> torch._ops.OpOverload[Any, Any]:
+    """The operator ``name``, or, with ``wide``, the portable one: for what no kernel can do."""
+    return getattr(torch.ops.consistency_ops_torch if wide else torch.ops.consistency_ops, name).default  # type: ignore[no-any-return]
+
+
+_chosen: Any = os.environ.get("CONSISTENCY_OPS_BACKEND", "auto") or "auto"
+if _chosen not in _BACKENDS:
+    raise ImportError(f"CONSISTENCY_OPS_BACKEND must be 'auto', 'native' or 'torch', got {_chosen!r}")
+if _chosen != "auto" or has_kernels("CUDA"):
+    set_backend(_chosen)
