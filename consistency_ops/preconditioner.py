@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +23,7 @@ from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unsee
 from .engine.notices import Notices, some
 from .engine.ownership import Ownership
 from .engine.state import StateStore, on_host
+from .ops.arguments import Scaling
 from .ops.checks import check_module, check_names
 from .reporting.stats import Stats, notice_failures, stats, write_scalars
 from .reporting.summary import summary
@@ -86,14 +88,14 @@ class Preconditioner:
         optimizer: Optimizer | None = None,
         *,
         damping: float | Callable[[int], float] = 0.1,
-        scaling: str = "trace",
+        scaling: Scaling = "trace",
         chunk: int = 128,
         group: int | None = None,
         max_rows: int = 4096,
         decay: float = 0.0,
         every: int = 1,
         bias: bool = True,
-        skip: str | type | Iterable[str | type] = (),
+        skip: str | type[Any] | Iterable[str | type[Any]] = (),
         seed: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -105,7 +107,7 @@ class Preconditioner:
         optimizer = _unwrap(optimizer)
         check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
         options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
-        self.skip = check_names("Preconditioner", "skip", skip)
+        self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._optimizer = optimizer
         self._model = weakref.ref(model)
         self._store = StateStore(optimizer)
@@ -222,8 +224,10 @@ class Preconditioner:
         self._correct()
         self._correction.finish_step(self._layers)
 
-    @torch._disable_dynamo
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    @_disable_dynamo
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._correct()
@@ -246,8 +250,8 @@ class Preconditioner:
             return args, {**kwargs, "closure": corrected_closure}
         return (args[0], corrected_closure, *args[2:]), kwargs
 
-    @torch._disable_dynamo
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    @_disable_dynamo
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._correction.finish_step(self._layers)
 
     @torch.no_grad()
@@ -334,7 +338,9 @@ class Preconditioner:
             )
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"Preconditioner: state_dict must be a dict, got {type(state_dict).__name__}")
-        version, step, saved = (state_dict.get(key) for key in ("version", "step", "layers"))
+        version: Any = state_dict.get("version")
+        step: Any = state_dict.get("step")
+        saved: Any = state_dict.get("layers")
         check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
         check(is_int(step, 0), "state_dict step", "an integer >= 0", step)
         check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
@@ -401,7 +407,7 @@ class Preconditioner:
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("Preconditioner: must be constructed anew for a copied model, got a copy; use state_dict()")
 
 

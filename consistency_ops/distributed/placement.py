@@ -29,7 +29,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ from ..engine.state import StateStore
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Placement as MeshPlacement
+
+    from ..engine.capture import Capture
 
 
 @dataclass(frozen=True)
@@ -196,18 +200,19 @@ class Placements:
             return Placement(layer.name, reason=f"{self._unpooled_optimizer} does not pool over ranks")
         return placement
 
-    def _place_sharded(self, layer: Layer, weight: Tensor, outer: tuple[Group, ...]) -> Placement:
+    def _place_sharded(self, layer: Layer, weight: DTensor, outer: tuple[Group, ...]) -> Placement:
         kind, module, capture = layer.kind, layer.module(), layer.capture
+        assert module is not None and capture is not None
         if kind.packed and not shards_rows(weight):
             return _left(layer, "query, key and value share one weight that is not sharded over whole rows")
         if kind.copies(module):
             return _left(layer, "groups of a convolution are sharded")
-        view = weight if kind.packed else kind.view(module, weight)
+        view = weight if kind.packed else cast("DTensor", kind.view(module, weight))
         unseen = self._fully_sharded and capture.same_rows is None and weight.grad is not None
         if unseen and sharded_units(view) is not None:
             capture.expect_all_units()
         mesh = weight.device_mesh
-        exchanges = self._exchanges_units(layer, view)
+        exchanges = kind.num_groups(module) == 1 and self._exchanges_units(capture, view)
         placements = row_placements(view) if exchanges else list(view.placements)
         roles: list[str] = []
         for dim, placement in enumerate(placements):
@@ -249,12 +254,10 @@ class Placements:
         )
 
     @staticmethod
-    def _exchanges_units(layer: Layer, view: Tensor) -> bool:
+    def _exchanges_units(capture: Capture, view: DTensor) -> bool:
         """Whether the weight is sharded over its units, and every rank has seen inputs of its own with all of them."""
-        dim, capture = sharded_units(view), layer.capture
+        dim = sharded_units(view)
         if dim is None or capture.rows is None or capture.same_rows is None:
-            return False
-        if layer.kind.num_groups(layer.module()) > 1:
             return False
         return mesh_groups(view)[dim] not in capture.same_rows and capture.rows.shape[1] == view.shape[1]
 
@@ -263,7 +266,7 @@ def _left(layer: Layer, reason: str) -> Placement:
     return Placement(layer.name, reason=reason)
 
 
-def _role(placement: object) -> str:
+def _role(placement: MeshPlacement) -> str:
     """What a mesh dimension does with the gradient matrix: each rank has a "copy", its own "rows", or its "units"."""
     shard = getattr(placement, "dim", None)
     if placement.is_partial() or (shard is not None and shard > 1):

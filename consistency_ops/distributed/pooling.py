@@ -11,6 +11,7 @@ parameters stay bitwise equal on ranks of one kind of processor. Who holds what 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ from .placement import Placements
 from .rank_check import RankCheck
 from .triangles import DealtTriangles, Triangles
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _STRIDE = 2  # column of CaptureState in csrc/include/consistency_ops/capture.h
 Bucket = tuple[tuple[Group, ...], torch.device, bool]  # groups to pool over, device, whether it is float64
 
@@ -42,10 +46,10 @@ class Pooling:
 
     def __init__(self, correction: Correction, placements: Placements) -> None:
         self._correction, self._placements = correction, placements
-        self._triangles: dict[tuple, Triangles] = {}
-        self._dealt_triangles: dict[tuple, DealtTriangles] = {}
+        self._triangles: dict[tuple[Any, ...], Triangles] = {}
+        self._dealt_triangles: dict[tuple[Any, ...], DealtTriangles] = {}
         self._checks: dict[Bucket, RankCheck] = {}
-        self._exchanged: list[tuple[Tensor, Tensor]] = []  # gradients of this bucket: as placed, and with whole rows
+        self._exchanged: list[tuple[DTensor, DTensor]] = []  # gradients of this bucket: as placed, and with whole rows
         self._shared_before: dict[tuple[Group, ...], bool] = {}
         # Whether ranks share the factorisations; None: where the cost model says so.
         self.shares_factorisation: bool | None = None
@@ -65,6 +69,7 @@ class Pooling:
             if placement.reason is None:
                 layer = self._placements.layers[index]
                 weight = layer.weight
+                assert weight is not None
                 key = placement.groups, weight.device, weight.dtype == torch.float64
                 buckets.setdefault(key, []).append(layer)
         for key, layers in buckets.items():
@@ -75,7 +80,7 @@ class Pooling:
         """Correct layers of one device that are pooled over the same groups."""
         correction, groups = self._correction, key[0]
         for wrapper in self._placements.wrappers:
-            if wrapper() is not None and wrapper()._join_config.enable:
+            if (model := wrapper()) is not None and model._join_config.enable:
                 raise RuntimeError(
                     "Preconditioner: all ranks must make the same number of steps, got "
                     "DistributedDataParallel.join(); a rank that has finished cannot pool its inputs"
@@ -108,11 +113,12 @@ class Pooling:
         """What this rank has of a layer. Where there is no gradient, the weight and zeros take its place."""
         weight, kind, module, capture = layer.weight, layer.kind, layer.module(), layer.capture
         placement = self._placements.of(layer)
+        assert weight is not None and module is not None and capture is not None
         capture.follow(module, weight)
         _place_as_parameter(weight)
         grad = weight.detach() if weight.grad is None else weight.grad
         if placement.exchanges_units:
-            placed = kind.view(module, grad)
+            placed = cast("DTensor", kind.view(module, grad))
             whole_rows = placed.redistribute(placements=row_placements(placed))
             if weight.grad is not None:
                 self._exchanged.append((placed, whole_rows))
@@ -126,6 +132,7 @@ class Pooling:
             bias_grad = kind.local_bias_view(torch.zeros_like(bias) if bias.grad is None else bias.grad)
         layer.lost_rows = capture.lost
         source = capture.source or capture
+        assert source.rows is not None and source.count is not None
         count = torch.zeros_like(source.count) if layer.lost_rows else source.count
         return LayerStep(layer, weight, grad, bias_grad, source.rows, count)
 
@@ -133,9 +140,8 @@ class Pooling:
         """Pooled covariances, or None if they are inverted already, because all layers' inverses are needed."""
         correction = self._correction
         covariances = correction.covariances(steps)
-        captures = [step.layer.capture.source or step.layer.capture for step in steps]
         # A row stands for as many as were passed over when the buffer was full.
-        states = torch.stack([capture.state[capture.index] for capture in captures])
+        states = torch.stack([_capture_state(step) for step in steps])
         rows = (torch.cat([step.count for step in steps]) * states[:, _STRIDE]).to(covariances[0].dtype)
         broken = rows.new_zeros(len(steps))
         if correction.options.decay > 0:  # a gradient of Inf or NaN on any rank keeps the step out of all averages
@@ -147,7 +153,7 @@ class Pooling:
         covariances, rows, broken = self._pool(check, groups, steps, covariances, rows, broken)
         if correction.options.decay > 0:
             counts = torch.where(broken > 0, 0, rows)
-            triples = zip(steps, counts.split(1), covariances, strict=True)
+            triples = zip(steps, torch.split(counts, 1), covariances, strict=True)
             covariances = [correction.average(step, count, covariance) for step, count, covariance in triples]
         if correction.options.every == 1:
             return covariances
@@ -189,7 +195,8 @@ class Pooling:
         dealt = self._dealt_triangles[key]
         sums = torch.cat(covariances) * rows[dealt.layer_of_chunk, None, None]
         # Whole diagonals, not their sums: an entry that is not finite on one rank must not count on any.
-        diagonals, rows = check.pool(dealt.diagonals(sums), rows).split([dealt.diagonal_length, len(rows)])
+        pooled = check.pool(dealt.diagonals(sums), rows)
+        diagonals, rows = torch.split(pooled, [dealt.diagonal_length, len(rows)])
         tau = dealt.trace_scale(diagonals, rows) if options.scaling == "trace" else None
         whole = dealt.deal(sums)
         mine = whole.new_empty(len(whole) // first.size(), whole.shape[1])
@@ -197,7 +204,7 @@ class Pooling:
         for ranks in groups[1:]:
             dist.all_reduce(mine, group=self._placements.process_group(ranks))
         inverses, info, used = ops.foreach_inverse(
-            list(dealt.my_means(mine, rows, tau).split(1)),
+            torch.split(dealt.my_means(mine, rows, tau), 1),
             units=dealt.my_units,
             damping=self._correction.damping(),
             scaling="absolute",
@@ -208,7 +215,7 @@ class Pooling:
         whole = mine.new_empty(len(whole), mine.shape[1])
         dist.all_gather_into_tensor(whole, mine, group=first)
         whole = whole[: len(sums)]
-        full = list(dealt.full(whole[:, :-2]).split(lengths))
+        full = list(torch.split(dealt.full(whole[:, :-2]), lengths))
         return full, whole[:, -2].to(torch.int32).contiguous(), whole[:, -1].float().contiguous()
 
     def _pool(
@@ -232,7 +239,8 @@ class Pooling:
             self._triangles[key] = Triangles(key[0], list(key[1]), self._correction.options.chunk, rows.device)
         triangles = self._triangles[key]
         flat = triangles.flatten([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
-        *flat, rows, broken = check.pool(*flat, rows, broken).split([*map(len, flat), len(steps), len(steps)])
+        pooled = check.pool(*flat, rows, broken)
+        *flat, rows, broken = torch.split(pooled, [*map(len, flat), len(steps), len(steps)])
         sums = triangles.unflatten(flat, covariances[0])
         return [total / n for total, n in zip(sums, rows, strict=True)], rows, broken
 
@@ -249,8 +257,17 @@ class Pooling:
 def _place_as_parameter(parameter: Tensor) -> None:
     """Place the gradient as the parameter. A partial sum is added up over the ranks, as the optimizer would do it."""
     grad = parameter.grad
-    if is_dtensor(grad) and grad.placements != parameter.placements:
+    if is_dtensor(grad) and is_dtensor(parameter) and grad.placements != parameter.placements:
         parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
+def _capture_state(step: LayerStep) -> Tensor:
+    """The capture state of the layer whose rows this one uses."""
+    capture = step.layer.capture
+    assert capture is not None
+    source = capture.source or capture
+    assert source.state is not None
+    return source.state[source.index]
 
 
 def _is_broken(step: LayerStep) -> Tensor:

@@ -44,7 +44,7 @@ class Triangles:
             lengths = [self._lengths[i] for i in layers]
             full = like.new_zeros(sum(lengths), self._chunk, self._chunk)
             full.flatten(1)[:, triangle] = full.flatten(1)[:, mirror] = buffer.view(len(full), -1)
-            matrices.update(zip(layers, full.split(lengths), strict=True))
+            matrices.update(zip(layers, torch.split(full, lengths), strict=True))
         return [matrices[i] for i in range(len(matrices))]
 
 
@@ -66,7 +66,10 @@ class DealtTriangles:
         chunks = sum(lengths)
         self._share = -(-chunks // ranks)
         self._padding = ranks * self._share - chunks
-        sizes, layer_of, scope_of, units_of_scope = [], [], [], []  # scope: a layer, or one group of a convolution
+        sizes: list[int] = []
+        layer_of: list[int] = []
+        scope_of: list[int] = []  # scope: a layer, or one group of a convolution
+        units_of_scope: list[int] = []
         for layer, (u, length) in enumerate(zip(units, lengths, strict=True)):
             count = -(-u // chunk)  # chunks of one scope; the first ones have the odd units
             for _ in range(length // count):

@@ -7,24 +7,28 @@ once. The columns of the state tensor are the fields of ``CaptureState`` in ``cs
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from .. import ops  # noqa: F401  (loading registers the operators)
+from ..ops.registration import register_fake
 from .dtensors import Group, is_dtensor, local_input
 from .layer_types import LayerType
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 10
 
-_capture_rows = torch.ops.consistency_ops.capture_rows_.default
+_capture_rows: Any = torch.ops.consistency_ops.capture_rows_.default
 _capture_mark = torch.ops.consistency_ops.capture_mark_.default
 
 # A compiled graph cannot tell while it is traced whether it will run in a backward pass: this one asks when it runs.
-_library = torch.library.Library("consistency_ops", "FRAGMENT")
+_library: Any = torch.library.Library(  # type: ignore[no-untyped-call]  # torch does not annotate it
+    "consistency_ops", "FRAGMENT"
+)
 _library.define(
     "capture_traced_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed) "
     "-> ()"
@@ -43,26 +47,26 @@ for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
-@torch.library.register_fake("consistency_ops::capture_rows_")
+@register_fake("capture_rows_")
 def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int, in_backward: bool = False) -> None:
     return None
 
 
-@torch.library.register_fake("consistency_ops::capture_traced_rows_")
+@register_fake("capture_traced_rows_")
 def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
     return None
 
 
-@torch.library.register_fake("consistency_ops::capture_mark_")
+@register_fake("capture_mark_")
 def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
     return None
 
 
-def _no_capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _no_capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What a copied or unpickled model carries in place of a capture hook."""
 
 
-def _unpickle() -> object:
+def _unpickle() -> Callable[..., None]:
     return _no_capture
 
 
@@ -71,9 +75,9 @@ class CaptureStates:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.step = 0
-        self.paused = False
-        self.new_weights = False  # a layer has another weight than before: it may be tied
+        self.step: int = 0
+        self.paused: bool = False
+        self.new_weights: bool = False  # a layer has another weight than before: it may be tied
         # Inputs of this step by id: who captured it in which of its calls, and the version it had.
         self.inputs: dict[int, tuple[weakref.ref[Tensor], int, Capture, int]] = {}
         self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}  # with the views that reset needs
@@ -126,8 +130,8 @@ class Capture:
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
     ) -> None:
-        self.weight_name = kind.weight
-        self.unit_dim = kind.unit_dim
+        self.weight_name: str = kind.weight
+        self.unit_dim: int = kind.unit_dim
         self.kind = kind
         self.states = states
         self.index = index
@@ -139,16 +143,16 @@ class Capture:
         self.same_rows: frozenset[Group] | None = None  # eager only: see dtensors.local_input; None: no call yet
         self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them
         self._width: int | None = None  # of the inputs, eager
-        self.calls = 0  # eager, in this step
+        self.calls: int = 0  # eager, in this step
         self.source: Capture | None = None  # whose rows are those of this layer, too
-        self.last_source = index  # index of the layer that captured the rows of the last finished step
+        self.last_source: int = index  # index of the layer that captured the rows of the last finished step
         self._alone = False  # shared rows once, and then saw other inputs than the layer that captured them
         self._lost = False  # rows of this step are missing for that reason
         self._weight: int | None = None  # id of the weight that is followed; weak references forbid to swap tensors
         self._place: tuple[torch.device, torch.dtype, torch.Size] | None = None  # of that weight, as the buffer fits it
         self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
         self._mark_handle: RemovableHandle | None = None
-        weight = module._parameters[kind.weight]
+        weight = kind.parameter(module)
         if not torch.nn.parameter.is_lazy(weight):
             self.follow(module, weight)
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
@@ -187,7 +191,9 @@ class Capture:
             self.count = self.state[self.index, USED : USED + 1]
             self.count.zero_()
         self._mark_nothing()
-        self._mark_handle = weight.register_post_accumulate_grad_hook(self._mark)
+        self._mark_handle = weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # torch's gap
+            self._mark
+        )
         # Assigned anew, because a weight that was swapped for another tensor has left its hooks with the old one.
         weight._post_accumulate_grad_hooks = weight._post_accumulate_grad_hooks
 
@@ -196,7 +202,7 @@ class Capture:
             self._mark_handle.remove()
             self._mark_handle = None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weight = module._parameters.get(self.weight_name)
         if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
             return
@@ -222,7 +228,7 @@ class Capture:
             in_backward = torch._C._current_graph_task_id() != -1
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
 
-    def _input(self, args: tuple, kwargs: dict) -> object:
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = self.kind
         if len(args) > kind.position:
             return args[kind.position]
@@ -244,7 +250,7 @@ class Capture:
         """As :meth:`_make_room` for a compiled model, which cannot: if no call of the first step fitted. Waits once."""
         if self._width is None and self.rows is not None:
             self._width = self.rows.shape[1]
-            if int(self.count) == 0:
+            if self.count is not None and int(self.count) == 0:
                 self._width, self.same_rows = self._all_units, frozenset()
                 self.rows = self.rows.new_empty(self.max_rows, self._width)
 
@@ -263,6 +269,7 @@ class Capture:
         seen = inputs.get(id(x))
         if seen is not None and seen[0]() is x and seen[1] == version and not self._alone:
             source, call = seen[2:]
+            assert source.rows is not None and self.rows is not None
             fits = source.unit_dim == self.unit_dim and source.rows.dtype == self.rows.dtype and source is not self
             if fits and source.calls == call == self.calls and (call == 1 or self.source is source):
                 self.source = source
@@ -278,6 +285,8 @@ class Capture:
         """Go on with a copy of the rows that were shared so far; none if the source has since captured others."""
         self._alone, self.source = True, None
         if source.calls == self.calls - 1:
+            assert self.rows is not None and self.state is not None
+            assert source.rows is not None and source.state is not None
             self.rows.copy_(source.rows)
             self.state[self.index].copy_(source.state[source.index])
         else:
@@ -308,8 +317,8 @@ class Capture:
         self._mark_nothing()
 
     # A copy of the model must not write into the original's buffers, nor carry a copy of them.
-    def __deepcopy__(self, memo: dict) -> object:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _no_capture
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, ()

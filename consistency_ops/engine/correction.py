@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
+from ..ops.arguments import Scaling
 from ..ops.correction import launch_correction
 from .digests import digest
 from .layer import Layer
@@ -35,7 +36,7 @@ class CorrectionOptions:
     """
 
     damping: float | Callable[[int], float]
-    scaling: str
+    scaling: Scaling
     chunk: int
     group: int | None
     max_rows: int
@@ -140,7 +141,8 @@ class Correction:
 
     def fused(self, steps: list[LayerStep], chunk: int) -> None:
         """Covariance, factor and correction of this step's rows in one launch; nothing is kept."""
-        if any(step.layer.capture.source is not None for step in steps):
+        captures = (step.layer.capture for step in steps)
+        if any(capture is not None and capture.source is not None for capture in captures):
             steps = in_order_of_input(steps)
         options = self.options
         joined = [(i, step.bias_grad) for i, step in enumerate(steps) if step.bias_grad is not None]

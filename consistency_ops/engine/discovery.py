@@ -89,15 +89,14 @@ def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | typ
     if not weight.is_floating_point():
         return f"unsupported dtype {weight.dtype}"
     if kind.matrix is not None and not is_lazy(weight) and not is_dtensor(weight):
-        _check_matrix(name, module, kind, weight)
+        _check_matrix(name, module, kind, kind.matrix(weight.detach()), weight)
     return None
 
 
-def _check_matrix(name: str, module: nn.Module, kind: LayerType, weight: Tensor) -> None:
+def _check_matrix(name: str, module: nn.Module, kind: LayerType, matrix: object, weight: Tensor) -> None:
     """A copy would be corrected, and the gradient itself left as it is, without a word."""
-    matrix = kind.matrix(weight.detach())
     view = isinstance(matrix, Tensor) and matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata
-    if not view or matrix.dim() < 2:
+    if not isinstance(matrix, Tensor) or not view or matrix.dim() < 2:
         got = f"a {'view' if view else 'copy'} of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else matrix
         raise ValueError(
             f"Preconditioner: matrix= of the registered {type(module).__name__} must return a view of the weight as "

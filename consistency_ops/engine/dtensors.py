@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Placement
+    from torch.distributed.tensor import DTensor, Placement
+    from typing_extensions import TypeIs
 
 # Global ranks.  Not a process group: equal meshes may have others, and DTensor takes equal meshes for one.
 Group = tuple[int, ...]
 
 
-def is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> TypeIs[DTensor]:
     """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
     return type(tensor) is not Tensor and hasattr(tensor, "placements")
 
@@ -40,13 +41,13 @@ def is_fully_sharded(model: nn.Module | None) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def shards_rows(tensor: Tensor) -> bool:
+def shards_rows(tensor: DTensor) -> bool:
     """Whether one mesh dimension has runs of rows and all others have copies, as ``fully_shard`` makes them."""
     sharded = [p for p in tensor.placements if not p.is_replicate()]
     return len(sharded) == 1 and sharded[0].is_shard(0) and not hasattr(sharded[0], "split_factor")
 
 
-def sharded_units(matrix: Tensor) -> int | None:
+def sharded_units(matrix: DTensor) -> int | None:
     """The mesh dimension over which columns, the units, are dealt to ranks, if all others have copies."""
     sharded = [(dim, p) for dim, p in enumerate(matrix.placements) if not p.is_replicate()]
     if len(sharded) != 1 or not sharded[0][1].is_shard(1) or hasattr(sharded[0][1], "split_factor"):
@@ -54,14 +55,14 @@ def sharded_units(matrix: Tensor) -> int | None:
     return sharded[0][0] if matrix.device_mesh.size(sharded[0][0]) > 1 else None
 
 
-def row_placements(matrix: Tensor) -> list[Placement]:
+def row_placements(matrix: DTensor) -> list[Placement]:
     """Rows dealt to ranks instead of the units: the ranks then hold whole rows, as they need to."""
     from torch.distributed.tensor import Shard
 
     return [Shard(0) if p.is_shard(1) else p for p in matrix.placements]
 
 
-def local_rows(tensor: Tensor, begin: int, end: int) -> Tensor:
+def local_rows(tensor: DTensor, begin: int, end: int) -> Tensor:
     """Those of the rows from ``begin`` to ``end`` that this rank holds of a tensor that :func:`shards_rows`."""
     shard, mesh = local(tensor), tensor.device_mesh
     (dim,) = (i for i, p in enumerate(tensor.placements) if not p.is_replicate())
@@ -70,7 +71,7 @@ def local_rows(tensor: Tensor, begin: int, end: int) -> Tensor:
     return shard[begin:end]
 
 
-def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group] | None]:
+def local_input(x: DTensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Group] | None]:
     """Rows that this rank has of a DTensor, and the dimensions of its mesh in which no other rank has others.
 
     There every rank has the same rows, or its own units of them. None instead of rows: a sum that is still to be taken,
@@ -85,7 +86,7 @@ def local_input(x: Tensor, unit_dim: int) -> tuple[Tensor | None, frozenset[Grou
     return local(x), frozenset(g for g, p in pairs if p.is_replicate() or getattr(p, "dim", None) == unit_dim)
 
 
-def mesh_groups(tensor: Tensor) -> list[Group]:
+def mesh_groups(tensor: DTensor) -> list[Group]:
     """This rank's group in every mesh dimension."""
     mesh = tensor.device_mesh
     return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]

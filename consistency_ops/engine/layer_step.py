@@ -46,6 +46,7 @@ class LayerStep:
         """Copy ``grad`` to ``weight.grad`` where it is a copy and not a view."""
         kind, module = self.layer.kind, self.layer.module()
         if module is not None and kind.copies(module):
+            assert self.weight.grad is not None
             kind.write_back(module, self.grad, self.weight.grad)
 
 
@@ -81,6 +82,7 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     bias_grad = bias.grad if bias is not None and owns(bias) else None
     if bias_grad is not None:
         bias_grad = kind.bias_view(bias_grad) if is_plain(bias_grad) else None
+    assert source.rows is not None and source.count is not None
     return LayerStep(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
 
 
@@ -96,7 +98,11 @@ def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
     """Say which layers have a gradient although their hook never fired; returns False if it is too early to tell."""
     if not any(not step.grad.is_meta and bool(step.grad.count_nonzero()) for step in steps):
         return False
-    unseen = [step.layer.name for step in steps if step.layer.module().training and int(step.count) == 0]
+    unseen = []
+    for step in steps:
+        module = step.layer.module()
+        if module is not None and module.training and int(step.count) == 0:
+            unseen.append(step.layer.name)
     if unseen:
         notices.once(
             "unseen",

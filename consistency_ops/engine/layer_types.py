@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from ..ops.checks import check_integers
 from .dtensors import is_dtensor, local, local_rows, shards_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -57,37 +63,46 @@ class LayerType:
 
     def num_groups(self, module: nn.Module) -> int:
         """Groups of a convolution; 1 for every other layer."""
-        return 1 if self.groups is None else getattr(module, self.groups)
+        if self.groups is None:
+            return 1
+        groups: int = getattr(module, self.groups)
+        return groups
+
+    def parameter(self, module: nn.Module) -> Parameter:
+        """The weight itself, which the module must have."""
+        weight = module._parameters[self.weight]
+        assert weight is not None
+        return weight
 
     def units(self, module: nn.Module) -> int:
         """Length of an input row of this rank, without the bias."""
-        return self.local_view(module, module._parameters[self.weight]).shape[1] * self.num_groups(module)
+        return self.local_view(module, self.parameter(module)).shape[1] * self.num_groups(module)
 
     def all_units(self, module: nn.Module) -> int:
         """Also those that other ranks hold."""
-        return self.view(module, module._parameters[self.weight]).shape[1] * self.num_groups(module)
+        return self.view(module, self.parameter(module)).shape[1] * self.num_groups(module)
 
 
 class TransposedConvolution(LayerType):
     """The weight is (in, out / groups, *kernel): a group's outputs lie inside its inputs."""
 
-    def view(self, module: nn.Module, weight: Tensor) -> Tensor:
+    def view(self, module: Any, weight: Tensor) -> Tensor:
         if module.groups == 1:
             return weight.transpose(0, 1)
-        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return torch.unflatten(weight, 0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def copies(self, module: nn.Module) -> bool:
-        return 1 < module.groups < module.in_channels
+    def copies(self, module: Any) -> bool:
+        return bool(1 < module.groups < module.in_channels)
 
-    def write_back(self, module: nn.Module, matrix: Tensor, grad: Tensor) -> None:
+    def write_back(self, module: Any, matrix: Tensor, grad: Tensor) -> None:
         groups = (module.groups, -1)
-        grad.unflatten(0, groups).transpose(1, 2).copy_(matrix.unflatten(0, groups))
+        torch.unflatten(grad, 0, groups).transpose(1, 2).copy_(torch.unflatten(matrix, 0, groups))
 
     def units(self, module: nn.Module) -> int:
-        return local(module._parameters[self.weight]).shape[0]
+        return local(self.parameter(module)).shape[0]
 
     def all_units(self, module: nn.Module) -> int:
-        return module._parameters[self.weight].shape[0]
+        return self.parameter(module).shape[0]
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,10 @@ class InProjection(LayerType):
     """Query, key or value weight of ``nn.MultiheadAttention``: a third of one matrix, or a matrix of its own."""
 
     def view(self, module: nn.Module, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (3, -1))[self.position] if self.packed else weight
+        return torch.unflatten(weight, 0, (3, -1))[self.position] if self.packed else weight
 
     def bias_view(self, bias: Tensor) -> Tensor:
-        return bias.unflatten(0, (3, -1))[self.position]
+        return torch.unflatten(bias, 0, (3, -1))[self.position]
 
     def local_view(self, module: nn.Module, weight: Tensor) -> Tensor:
         return self._local_part(weight) if self.packed and is_dtensor(weight) else super().local_view(module, weight)
@@ -107,9 +122,9 @@ class InProjection(LayerType):
         return self._local_part(bias) if is_dtensor(bias) else self.bias_view(bias)
 
     def all_units(self, module: nn.Module) -> int:
-        return module._parameters[self.weight].shape[1]
+        return self.parameter(module).shape[1]
 
-    def _local_part(self, tensor: Tensor) -> Tensor:
+    def _local_part(self, tensor: DTensor) -> Tensor:
         """A part may begin and end inside of a shard, so it is no DTensor of its own."""
         if not shards_rows(tensor):
             return local(tensor)  # such a layer is left alone
@@ -180,7 +195,7 @@ def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
     for base in type(module).__mro__:
         if base in _TYPES:
             return (_TYPES[base],)
-        if base is nn.MultiheadAttention:
+        if isinstance(module, nn.MultiheadAttention) and base is nn.MultiheadAttention:
             return _in_projections(module)
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _BY_NAME:

@@ -57,20 +57,27 @@ class StateStore:
         shards = self.shards.get(layer.index)
         if shards is not None and not on_host(key):
             key, value = f"{key}_of_{shards.count}", shards.assemble(value)
-        self._optimizer.state[layer.weight][_prefix(layer) + key] = value
+        weight = layer.weight
+        assert weight is not None
+        self._optimizer.state[weight][_prefix(layer) + key] = value
 
     def drop(self, layer: Layer, *names: str) -> None:
         """Forget these entries of a layer, or all of them."""
-        own = self._optimizer is None
-        entries = self._own.get(layer.name, {}) if own else self._optimizer.state.get(layer.weight, {})
-        for key in list(entries if own else self._entries(layer)):
-            if not names or (key if own else _name(layer, key)) in names:
+        weight = layer.weight
+        if self._optimizer is None:
+            entries, ours = self._own.get(layer.name, {}), {key: key for key in self._own.get(layer.name, {})}
+        else:
+            entries = {} if weight is None else self._optimizer.state.get(weight, {})
+            ours = {key: _name(layer, key) for key in self._entries(layer)}
+        for key, name in ours.items():
+            if not names or name in names:
                 del entries[key]
 
     def _entries(self, layer: Layer) -> dict[str, Tensor]:
         """By their keys in the optimizer's state."""
         weight, prefix = layer.weight, _prefix(layer)
-        entries = self._optimizer.state.get(weight, {}) if weight is not None else {}
+        optimizer = self._optimizer
+        entries = {} if weight is None or optimizer is None else optimizer.state.get(weight, {})
         return {k: v for k, v in entries.items() if _is_ours(k) and k.startswith(prefix) and k != _STEP}
 
     def count_step(self, step: int) -> None:

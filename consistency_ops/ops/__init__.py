@@ -20,6 +20,7 @@ __all__ = [
     "Verification",
     "batch_rms_norm",
     "chunked_covariance",
+    "default_group",
     "foreach_apply_",
     "foreach_correct_",
     "foreach_covariance",

@@ -121,7 +121,7 @@ class SGD2(Optimizer):
     def _update(self, parameters: list[Tensor], step: int, lr: float, momentum: float, weight_decay: float) -> None:
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, [p.grad for p in parameters], alpha=momentum - 1)
+        torch._foreach_add_(buffers, [p.grad for p in parameters if p.grad is not None], alpha=momentum - 1)
         decayed = [p for p in parameters if p.dim() > 1]
         if weight_decay and decayed:
             torch._foreach_add_([self.state[p]["momentum_buffer"] for p in decayed], decayed, alpha=-weight_decay)
@@ -224,7 +224,7 @@ class _OutputPositions:
         self.count = 0
         self._spatial = spatial
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if module.training:
             self.count = math.prod(output.shape[output.dim() - self._spatial :])
 

@@ -53,7 +53,7 @@ def _largest(correction: Correction, layers: list[Layer], of: list[Layer], chunk
     eye = torch.eye(chunk, dtype=covariances[0].dtype, device=covariances[0].device)
     found = {}
     for layer, size, n, matrix, inverse, failed, damping in zip(
-        of, sizes, units, covariances, inverses, info.split(sizes), used.split(sizes), strict=True
+        of, sizes, units, covariances, inverses, torch.split(info, sizes), torch.split(used, sizes), strict=True
     ):
         if options.scaling == "trace":
             groups = layer.kind.num_groups(layer.module())
@@ -68,10 +68,15 @@ def _largest(correction: Correction, layers: list[Layer], of: list[Layer], chunk
 def _covariances(correction: Correction, layers: list[Layer], of: list[Layer], chunk: int) -> list[Tensor]:
     if correction.options.decay > 0:
         return [correction.stored_average(layer) for layer in of]
-    sources = [_capture(layers[_capture(layer).last_source]) for layer in of]
+    rows, row_counts = [], []
+    for layer in of:
+        source = _capture(layers[_capture(layer).last_source])
+        assert source.rows is not None
+        rows.append(source.rows)
+        row_counts.append(source.states.last_count(source.rows.device, source.index))
     return correction.covariances_of(
-        rows=[source.rows for source in sources],
-        row_counts=[source.states.last_count(source.rows.device, source.index) for source in sources],
+        rows=rows,
+        row_counts=row_counts,
         matrices=[_matrix(layer) for layer in of],
         biases=[layer.joins_bias for layer in of],
         division_step=correction.last_division_step,

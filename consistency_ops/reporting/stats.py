@@ -81,7 +81,8 @@ def stats(
 
 def write_scalars(values: Stats, writer: Any, step: int, prefix: str) -> None:
     """Write every number of ``values`` with ``writer.add_scalar(tag, number, step)``."""
-    for key, value in values.items():
+    fields: dict[str, Any] = {**values}
+    for key, value in fields.items():
         named = (
             {f"{key}/{name or 'model'}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
         )
