@@ -164,8 +164,11 @@ class ConditioningRecorder(Recorder):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"conditioning: reduction must be 'mean' or 'sum', got {reduction!r}")
         super().__init__(model, layers, every, average, weighted)
-        self.max_rows, self.damping, self.scaling, self.chunk = max_rows, damping, scaling, chunk
-        self.reduction = reduction
+        self.max_rows: int | None = max_rows
+        self.damping: float = damping
+        self.scaling: str = scaling
+        self.chunk: int = chunk
+        self.reduction: str = reduction
         self._open: dict[int, dict[tuple[int, str], SecondMoment]] = {}  # by the point's step
         self._closed: dict[int, dict[tuple[int, str], list[float]]] = {}
         self._groups: dict[int, int] = {}

@@ -17,9 +17,12 @@ class Block:
     """J = d end / d start of every sample (dimension 0), and the residual at ``end``."""
 
     def __init__(self, start: Tensor, end: Tensor, residual: Tensor, tau: float, generator: torch.Generator) -> None:
-        self.start, self.end, self.tau, self.generator = start, end, tau, generator
-        self.samples = len(end)
-        self.residual = residual.detach().to(end).reshape(self.samples, -1)
+        self.start: Tensor = start
+        self.end: Tensor = end
+        self.tau: float = tau
+        self.generator: torch.Generator = generator
+        self.samples: int = len(end)
+        self.residual: Tensor = residual.detach().to(end).reshape(self.samples, -1)
         self._pull: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, v: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class SecondMoment:
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.gram: Tensor | None = None  # of all rows, not divided
-        self.count = 0
+        self.count: int = 0
 
     def add(self, rows: Tensor) -> None:
         self.count += len(rows)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from .console import Console
 from .optimizers import Method
 from .training_loop import Contestant, Task
 
-Report = dict
+Report = dict[str, Any]
 
 _SAVE_EVERY = 2.0  # seconds; writing a report of many epochs takes longer than an epoch of the digits
 
@@ -46,8 +47,11 @@ class Comparison:
         console: Console,
         save: Callable[[], None],
     ) -> None:
-        self.settings, self.task, self.initial = settings, task, initial
-        self.report, self.console = report, console
+        self.settings: Settings = settings
+        self.task: Task = task
+        self.initial: Callable[[int], nn.Module] = initial
+        self.report: Report = report
+        self.console: Console = console
         self._write, self._written = save, -math.inf
         report["rate_search"] = {
             "epochs": settings.trial_epochs,
@@ -140,7 +144,7 @@ class Comparison:
         self.console.line()
 
 
-def _score(trial: dict) -> tuple[float, float]:
+def _score(trial: dict[str, Any]) -> tuple[float, float]:
     """Return the mean (error, loss) over the last quarter of a trial's epochs; infinite if it diverged."""
     if trial["status"] == "diverged":
         return math.inf, math.inf
@@ -148,7 +152,7 @@ def _score(trial: dict) -> tuple[float, float]:
     return statistics.fmean(e["validation_error"] for e in last), statistics.fmean(e["validation_loss"] for e in last)
 
 
-def _trial_text(trials: list[dict], best: dict) -> str:
+def _trial_text(trials: list[dict[str, Any]], best: dict[str, Any]) -> str:
     errors = [_score(trial)[0] for trial in trials]
     tried = "  ".join(
         f"{trial['lr']:g}: {'diverged' if math.isinf(error) else format(100 * error, '.1f')}"
@@ -159,7 +163,7 @@ def _trial_text(trials: list[dict], best: dict) -> str:
     return f"(held-out error in % by rate: {tried})"
 
 
-def _epoch_text(contestant: Contestant, result: dict) -> str:
+def _epoch_text(contestant: Contestant, result: dict[str, Any]) -> str:
     if contestant.status == "diverged":
         return f"diverged: the loss is not finite any more (rate {contestant.lr:g}); this method stops here"
     return (

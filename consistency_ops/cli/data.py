@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def scaling(train_x: Tensor, kind: str) -> Scaling:
     """Return the :class:`Scaling` of ``kind`` ("raw" or "standard") for these training images."""
     total = torch.zeros(train_x.shape[1:], dtype=torch.float64)
     squares = 0.0
-    for part in train_x.split(4096):  # float64 copies of a whole CIFAR-10 would take 1.2 GB
+    for part in torch.split(train_x, 4096):  # float64 copies of a whole CIFAR-10 would take 1.2 GB
         part = part.double()
         total += part.sum(0)
         squares += float(part.square().sum())
@@ -106,12 +107,12 @@ def load(name: str, directory: Path | None = None, *, limit: int | None = None) 
     for part, (x, _) in (("training", train), ("test", test)):
         if not len(x):
             raise DataError(f"{source}: there are no {part} images; fetch the data set again.")
-    tensors = [
+    train_x, train_y, test_x, test_y = (
         torch.from_numpy(np.require(a, requirements=("C", "W")))
         for pair in (train, test)
         for a in _choose(*pair, limit)
-    ]
-    return Images(name, source, *tensors)
+    )
+    return Images(name, source, train_x, train_y, test_x, test_y)
 
 
 def _choose(x: np.ndarray, y: np.ndarray, limit: int | None) -> Arrays:
@@ -153,7 +154,7 @@ def _idx(name: str, directory: Path, limit: int | None) -> tuple[Arrays, Arrays,
             f"{directory / stems[found.index(None)]}[.gz]: there is no such file; put the four published {name} files "
             "there, or pass --download where there is a network."
         )
-    train, test = (formats.read_idx_pair(*pair, CLASSES) for pair in (paths[:2], paths[2:]))
+    train, test = (formats.read_idx_pair(images, labels, CLASSES) for images, labels in (paths[:2], paths[2:]))
     if train[0].shape[1:] != test[0].shape[1:]:
         raise DataError(
             f"{paths[2]}: images must have the size of the training images, got {test[0].shape[2:]} "
@@ -172,9 +173,9 @@ def _cifar10(name: str, directory: Path, limit: int | None) -> tuple[Arrays, Arr
         if archive.is_file():
             files = {Path(k).name: v for k, v in formats.read_tar(archive, lambda name: "_batch" in name).items()}
             return *formats.read_cifar_batches(partial(_batch_member, archive, files), binary, archive), archive.name
-    folder = _image_folder(directory, (3, 32, 32), limit) or _image_archive(directory, (3, 32, 32), limit)
-    if folder is not None:
-        return folder
+    images = _image_folder(directory, (3, 32, 32), limit) or _image_archive(directory, (3, 32, 32), limit)
+    if images is not None:
+        return images
     raise DataError(
         f"{directory}: holds no CIFAR-10 that can be read (cifar-10-python.tar.gz, cifar-10-binary.tar.gz, their "
         "unpacked folders, or images in train|test/class/); pass --data-dir, or --download where there is a network."
@@ -221,13 +222,15 @@ def _image_archive(
 
 
 def _decode(
-    names: list[str], open_file: Callable, shape: tuple[int, int, int], limit: int | None, source: Path
+    names: list[str], open_file: Callable[[str], Any], shape: tuple[int, int, int], limit: int | None, source: Path
 ) -> tuple[Arrays, Arrays]:
     """Return the training and test images; only those that ``limit`` keeps are decoded."""
-    parts: dict[str, list[tuple[str, str, Callable]]] = {"train": [], "test": []}
+    parts: dict[str, list[tuple[str, str, Callable[[], Any]]]] = {"train": [], "test": []}
     for name in names:
-        part, class_name = formats.image_entry(name)
-        parts[part].append((f"{source}, {name}", class_name, lambda name=name: open_file(name)))
+        entry = formats.image_entry(name)
+        assert entry is not None  # the names are those of images
+        part, class_name = entry
+        parts[part].append((f"{source}, {name}", class_name, partial(open_file, name)))
     classes = {part: sorted({class_name for _, class_name, _ in entries}) for part, entries in parts.items()}
     if classes["train"] != classes["test"] or len(classes["train"]) > CLASSES:
         raise DataError(

@@ -20,9 +20,11 @@ import numpy as np
 from .errors import DataError
 
 try:
-    from lzma import LZMAError
+    import lzma
+
+    _LZMA_ERROR: type[Exception] = lzma.LZMAError
 except ImportError:  # a Python built without liblzma cannot raise it
-    LZMAError = tarfile.ReadError
+    _LZMA_ERROR = tarfile.ReadError
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -166,9 +168,9 @@ def read_tar(path: Path, wanted: Callable[[str], object]) -> dict[str, bytes]:
     """Return the content of the wanted files of a tar archive (any compression); nothing is written to disk."""
     try:
         with tarfile.open(path, "r:*") as archive:
-            wanted_members = (member for member in archive if member.isfile() and wanted(member.name))
-            return {member.name: archive.extractfile(member).read() for member in wanted_members}
-    except (tarfile.TarError, EOFError, zlib.error, OSError, LZMAError) as error:
+            files = ((m.name, archive.extractfile(m)) for m in archive if m.isfile() and wanted(m.name))
+            return {name: file.read() for name, file in files if file is not None}
+    except (tarfile.TarError, EOFError, zlib.error, OSError, _LZMA_ERROR) as error:
         raise DataError(f"{path}: the archive is damaged or cut short ({error}); {_AGAIN}.") from None
 
 

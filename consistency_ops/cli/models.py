@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 
@@ -16,7 +17,6 @@ NORMALIZATIONS = ("rms", "none")
 
 WIDTH = 128
 DEEP_BLOCKS = 10
-_POOL = {"kernel_size": 3, "stride": 2, "padding": 1}
 
 
 def build(
@@ -42,17 +42,32 @@ def build(
     """
     if name != "convnet":
         depth = 2 if name == "mlp" else 1 + DEEP_BLOCKS
-        options = dict(activation=activation, normalization=normalization, init=init, seed=seed)
-        return deep_mlp(math.prod(shape), classes, width=WIDTH, depth=depth, **options)
-    act = {"relu": nn.ReLU, "modulus": Modulus}[activation]
+        return deep_mlp(
+            math.prod(shape),
+            classes,
+            width=WIDTH,
+            depth=depth,
+            activation=activation,
+            normalization=normalization,
+            init=init,
+            seed=seed,
+        )
+    activations: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "modulus": Modulus}
 
     def norm(channels: int) -> list[nn.Module]:
         return [BatchRMSNorm(channels)] if normalization == "rms" else []
 
-    return initialise(nn.Sequential(*_convnet(shape, classes, act, norm)), init, GAINS[activation], seed)
+    return initialise(
+        nn.Sequential(*_convnet(shape, classes, activations[activation], norm)), init, GAINS[activation], seed
+    )
 
 
-def _convnet(shape: tuple[int, int, int], classes: int, act: type[nn.Module], norm) -> list[nn.Module]:
+def _convnet(
+    shape: tuple[int, int, int],
+    classes: int,
+    act: Callable[[], nn.Module],
+    norm: Callable[[int], list[nn.Module]],
+) -> list[nn.Module]:
     channels, height, width = shape
     layers: list[nn.Module] = []
     for out in (32, 32, 64):
@@ -60,7 +75,7 @@ def _convnet(shape: tuple[int, int, int], classes: int, act: type[nn.Module], no
             *(norm(channels) if layers else []),
             nn.Conv2d(channels, out, 5, padding=2),
             act(),
-            nn.MaxPool2d(**_POOL),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
         ]
         channels, height, width = out, (height - 1) // 2 + 1, (width - 1) // 2 + 1
     layers += [*norm(channels), nn.Conv2d(channels, 64, (height, width)), act()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class Method:
     build: Callable[[nn.Module, float], tuple[object, Optimizer]] = field(repr=False)
 
 
-def choose_methods(names: list[str], options: dict[str, object] | None = None) -> list[Method]:
+def choose_methods(names: list[str], options: dict[str, Any] | None = None) -> list[Method]:
     """Return the methods of these names in order; every ``Preconditioner`` gets ``options``."""
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
@@ -56,7 +57,7 @@ def choose_methods(names: list[str], options: dict[str, object] | None = None) -
     return [_method(name, dict(options or {})) for name in names]
 
 
-def _method(name: str, options: dict[str, object]) -> Method:
+def _method(name: str, options: dict[str, Any]) -> Method:
     if name == "sgd2":
         return Method(name, "SGD2 as published", GRADIENT_RATES, True, _build_sgd2)
     base, suffix, _ = name.partition(_SUFFIX)

@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def config(args: argparse.Namespace) -> dict[str, object]:
     """Return the options as report.json keeps them, without those that this data set does not use."""
-    plain = {k: v if isinstance(v, int | float | str | list | dict | None) else str(v) for k, v in vars(args).items()}
+    plain: dict[str, object] = {
+        k: v if isinstance(v, int | float | str | list | dict | None) else str(v) for k, v in vars(args).items()
+    }
     del plain["lr"]  # "rates" has them by method
     if args.data == "digits":
         del plain["data_dir"]
@@ -161,10 +163,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 def _rates_by_name(rates: dict[str | None, float], names: list[str]) -> dict[str, float]:
     if None in rates:
         return dict.fromkeys(names, rates[None])
-    for name in rates:
+    by_name = {name: rate for name, rate in rates.items() if name is not None}
+    for name in by_name:
         if name not in names:
             raise UserError(f"--lr: {name} is not among the methods of --optimizer ({', '.join(names)}).")
-    return rates
+    return by_name
 
 
 # ---- argument types; argparse turns their ArgumentTypeError into a sentence and exit status 2
@@ -212,7 +215,7 @@ def _rates(text: str) -> dict[str | None, float]:
     """Parse one rate to ``{None: rate}``, and ``name=rate`` pairs to ``{name: rate}``."""
     if "=" not in text:
         return {None: positive_number(text)}
-    rates = {}
+    rates: dict[str | None, float] = {}
     for pair in text.split(","):
         name, _, rate = pair.partition("=")
         rates[name.strip()] = positive_number(rate)

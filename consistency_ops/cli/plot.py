@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ _FLOOR = 1e-4  # an error of 0 has no logarithm
 _LABEL_GAP = 0.058  # smallest distance of two labels, as a share of the height of the axis
 
 
-def draw(report: dict, path: Path) -> None:
+def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the curves of the report: lines are means over the seeds, bands reach from the lowest to the highest."""
     runs = complete(report["runs"])
     names = [name for name in report["summary"]["methods"] if curves(runs, name)["seconds"]]
@@ -42,7 +43,7 @@ def _colour(name: str) -> str:
     return _COLOURS[name.removesuffix("+pre")]
 
 
-def _style(name: str) -> dict:
+def _style(name: str) -> dict[str, Any]:
     corrected = name.endswith("+pre") or name == "sgd2"
     return {
         "color": _colour(name),
@@ -107,7 +108,7 @@ def _label_ends(axis: Axes, names: list[str], ends: list[float]) -> None:
         )
 
 
-def _mark_level(axes: list[Axes], report: dict) -> None:
+def _mark_level(axes: list[Axes], report: dict[str, Any]) -> None:
     """Draw the level of the verdict, and a dot where each method first reached it."""
     levels, methods = report["summary"]["levels"], report["summary"]["methods"]
     index = report["summary"]["headline"]
@@ -117,11 +118,11 @@ def _mark_level(axes: list[Axes], report: dict) -> None:
         axis.axhline(levels[index], color=_GREY, linewidth=0.9, linestyle=":")
         for name, m in methods.items():
             if point := m["reached"][index]:
-                style = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 5}
+                style: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 5}
                 axis.plot([point[unit]], [point["test_error"]], color=_colour(name), **style)
 
 
-def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
+def _head(figure: Figure, first: Axes, report: dict[str, Any], names: list[str]) -> None:
     """Write the title, the verdict, the settings and the legend."""
     config, data, machine = report["config"], report["data"], report["machine"]
     count = len({run["seed"] for run in complete(report["runs"])})
@@ -129,7 +130,7 @@ def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     rates = ", ".join(f"{name} {report['summary']['methods'][name]['lr']:g}" for name in names)
     where = f"{machine['processor']}, {threads_text(report)}" if machine["device"] == "cpu" else machine["device"]
     unfinished = "" if report["status"] == "finished" else f" ({report['status']})"
-    small = {"fontsize": 9.5, "color": _GREY}
+    small: dict[str, Any] = {"fontsize": 9.5, "color": _GREY}
     figure.text(0.075, 0.958, f"{config['model']} on {data['name']}{unfinished}", fontsize=15, fontweight="bold")
     if report["summary"]["headline"] is not None:
         figure.text(0.075, 0.928, f"{report['summary']['verdict'][0].rstrip('.')} (dots).", fontsize=10.5)
@@ -143,5 +144,9 @@ def _head(figure: Figure, first: Axes, report: dict, names: list[str]) -> None:
     figure.text(0.075, 0.882, f"Learning rates: {rates}. Seconds on {where}.", **small)
     handles, labels = first.get_legend_handles_labels()
     if handles:
-        place = {"loc": "upper right", "bbox_to_anchor": (0.98, 1.0), "ncols": len(names) if len(names) < 5 else 4}
+        place: dict[str, Any] = {
+            "loc": "upper right",
+            "bbox_to_anchor": (0.98, 1.0),
+            "ncols": len(names) if len(names) < 5 else 4,
+        }
         figure.legend(handles, labels, frameon=False, handlelength=2.8, **place)

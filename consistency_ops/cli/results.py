@@ -8,6 +8,7 @@ import statistics
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,9 @@ FORMAT = 1
 LEVELS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.04, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005)
 
 
-def begin(config: dict, command: list[str], threads: int, device: torch.device) -> dict:
+def begin(config: dict[str, Any], command: list[str], threads: int, device: torch.device) -> dict[str, Any]:
     """Return a report with everything that is known before training."""
-    build = build_info()
-    del build["library"]  # a path of this machine
+    build = {key: value for key, value in build_info().items() if key != "library"}  # a path of this machine
     return {
         "format": FORMAT,
         "status": "running",
@@ -50,7 +50,7 @@ def _packages(*names: str) -> dict[str, str]:
     return found
 
 
-def heading(report: dict) -> list[str]:
+def heading(report: dict[str, Any]) -> list[str]:
     """Return the lines that say what will be trained."""
     config, d, machine = report["config"], report["data"], report["machine"]
     network = f"{config['activation']}, normalization {config['normalization']}, init {config['init']}"
@@ -65,13 +65,13 @@ def heading(report: dict) -> list[str]:
     ]
 
 
-def write(report: dict, path: Path) -> None:
+def write(report: dict[str, Any], path: Path) -> None:
     """Write the report atomically: neither a reader nor a crash meets half a file."""
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text))
 
 
-def threads_text(report: dict) -> str:
+def threads_text(report: dict[str, Any]) -> str:
     threads = report["machine"]["threads"]
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
@@ -79,7 +79,7 @@ def threads_text(report: dict) -> str:
 # ---- from curves to a summary
 
 
-def curves(runs: list[dict], name: str) -> dict[str, list[list[float]]]:
+def curves(runs: list[dict[str, Any]], name: str) -> dict[str, list[list[float]]]:
     """Return the curves of one method: for every field, a list of epochs, each a list of values, one per seed.
 
     They end with the shortest run, and before the first loss that was not finite.
@@ -95,13 +95,13 @@ def curves(runs: list[dict], name: str) -> dict[str, list[list[float]]]:
     return result
 
 
-def complete(runs: list[dict]) -> list[dict]:
+def complete(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the runs of those seeds that every method finished; all runs if there is no such seed."""
     unfinished = {run["seed"] for run in runs if run["status"] not in ("finished", "diverged")}
     return [run for run in runs if run["seed"] not in unfinished] or runs
 
 
-def summarise(report: dict) -> dict:
+def summarise(report: dict[str, Any]) -> dict[str, Any]:
     """Return final and best test error, cost, and the first epoch at each level for every method (means over seeds)."""
     runs = complete(report["runs"])
     names = list(dict.fromkeys(run["method"] for run in runs))
@@ -131,7 +131,7 @@ def summarise(report: dict) -> dict:
     return {"levels": list(LEVELS), **_levels(methods), "methods": methods}
 
 
-def _levels(methods: dict) -> dict:
+def _levels(methods: dict[str, Any]) -> dict[str, Any]:
     """Choose the levels to print, as indices into ``LEVELS``.
 
     ``headline`` is the hardest level that most methods reached, else the hardest that any reached, else None. ``shown``
@@ -162,7 +162,7 @@ def _first(mean: list[tuple[float, float]], level: float) -> dict[str, float] | 
 # ---- in words
 
 
-def table(summary: dict) -> list[str]:
+def table(summary: dict[str, Any]) -> list[str]:
     """Return the summary as lines of text, one per method, with ``-`` where a level was not reached."""
     shown = [(i, summary["levels"][i]) for i in summary["shown"]]
     head = ["method", "rate", "s/epoch", "train loss", "final error", "best"]
@@ -188,7 +188,7 @@ def table(summary: dict) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
 
-def verdict(report: dict) -> list[str]:
+def verdict(report: dict[str, Any]) -> list[str]:
     """Return sentences that say who won and who lost; the report must have its summary."""
     summary = report["summary"]
     methods = summary["methods"]
@@ -214,7 +214,7 @@ def verdict(report: dict) -> list[str]:
     return lines
 
 
-def _ranking(summary: dict, unit: str, form: str) -> str:
+def _ranking(summary: dict[str, Any], unit: str, form: str) -> str:
     """List the methods in the order in which they reached the headline level."""
     methods, index = summary["methods"], summary["headline"]
     reached = {name: m["reached"][index][unit] for name, m in methods.items() if m["reached"][index]}
@@ -224,14 +224,14 @@ def _ranking(summary: dict, unit: str, form: str) -> str:
     return f"{unit.capitalize()} to {100 * summary['levels'][index]:g} % test error: {order}{never}."
 
 
-def _edges(report: dict) -> list[str]:
+def _edges(report: dict[str, Any]) -> list[str]:
     """Return the methods whose best rate is the lowest or highest that was tried: a better one may lie outside."""
     search = report["rate_search"]
     tried = {name: [trial["lr"] for trial in search["trials"].get(name, [])] for name in search["chosen"]}
     return [name for name, rates in tried.items() if search["chosen"][name] in (*rates[:1], *rates[-1:])]
 
 
-def _pair(name: str, base: str, methods: dict, levels: list[float]) -> str:
+def _pair(name: str, base: str, methods: dict[str, Any], levels: list[float]) -> str:
     """Compare an optimizer with and without the correction at the hardest level that both reached."""
     cost = methods[name]["seconds_per_epoch"] / methods[base]["seconds_per_epoch"]
     text = f"{name} against {base}: an epoch costs {cost:.2f} times as much"
@@ -254,7 +254,7 @@ def _compare(mine: float, other: float) -> str:
     return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower, it loses here"
 
 
-def _noise(report: dict, best: dict) -> str:
+def _noise(report: dict[str, Any], best: dict[str, Any]) -> str:
     count = report["data"]["test_images"]
     p = best["final_test_error"]["mean"]
     deviation = (max(p, 1 / count) * (1 - p) / count) ** 0.5

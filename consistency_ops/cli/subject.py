@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,10 @@ class Subject:
     """A network, called as ``model(*inputs)``, and the loss of its output; ``about`` says where they come from."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], targets: Tensor | None, kind: str) -> None:
-        self.model, self.inputs, self.targets, self.kind = model, inputs, targets, kind
+        self.model: nn.Module = model
+        self.inputs: tuple[Any, ...] = inputs
+        self.targets: Tensor | None = targets
+        self.kind: str = kind
         self.about: dict[str, str] = {}
 
     def loss(self, output: Any) -> Tensor:
@@ -115,7 +117,7 @@ def _call(path: str) -> Any:
     sys.path.insert(0, os.getcwd())  # as python -m does
     try:
         module = importlib.import_module(name)
-        maker: Callable[[], Any] = module
+        maker: Any = module
         for part in attribute.split("."):
             maker = getattr(maker, part)
         return maker if isinstance(maker, nn.Module) else maker()

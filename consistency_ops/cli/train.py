@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     return _finish(report, path, console)
 
 
-def _finish(report: dict, path: Path, console: Console) -> int:
+def _finish(report: dict[str, Any], path: Path, console: Console) -> int:
     from . import plot
 
     summary = report["summary"] = results.summarise(report)

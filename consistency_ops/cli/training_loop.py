@@ -37,8 +37,10 @@ class Task:
 
     @staticmethod
     def on(device: torch.device, images: Images, scaling: Scaling, batch_size: int) -> Task:
-        tensors = (t.to(device) for t in (images.train_x, images.train_y, images.test_x, images.test_y))
-        return Task(*tensors, "test", scaling.to(device), batch_size)
+        train_x, train_y, test_x, test_y = (
+            t.to(device) for t in (images.train_x, images.train_y, images.test_x, images.test_y)
+        )
+        return Task(train_x, train_y, test_x, test_y, "test", scaling.to(device), batch_size)
 
     def trial(self) -> Task:
         """Return the task of the rate search: a fixed fifth of the training images judges; test images are not used."""
@@ -106,7 +108,7 @@ class Contestant:
             x = task.scaling(task.train_x[rows])
             loss = functional.cross_entropy(self.model(x), task.train_y[rows])
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             self.optimizer.step()
             total += loss.detach()
             value = loss.item() if step % look_every == 0 else None
@@ -148,7 +150,8 @@ def evaluate(model: nn.Module, task: Task) -> tuple[float, float]:
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=task.device)
     wrong = torch.zeros((), dtype=torch.int64, device=task.device)
-    for x, y in zip(task.judge_x.split(_JUDGE_BATCH), task.judge_y.split(_JUDGE_BATCH), strict=True):
+    batches = zip(torch.split(task.judge_x, _JUDGE_BATCH), torch.split(task.judge_y, _JUDGE_BATCH), strict=True)
+    for x, y in batches:
         logits = model(task.scaling(x))
         loss += functional.cross_entropy(logits, y, reduction="sum")
         wrong += (logits.argmax(1) != y).sum()

@@ -106,7 +106,8 @@ class Placements:
         store: StateStore,
         notices: Notices,
     ) -> None:
-        self.layers, self._model, self._owns = layers, model, owns
+        self.layers: list[Layer] = layers
+        self._model, self._owns = model, owns
         self._group, self._unpooled_optimizer = group, unpooled_optimizer
         self._store, self._notices = store, notices
         self._searched = self._fully_sharded = False

@@ -78,11 +78,11 @@ class DealtTriangles:
                 scope_of += [len(units_of_scope)] * count
                 units_of_scope.append(u)
         begin = rank * self._share
-        self.my_units = (sizes + [1] * self._padding)[begin : begin + self._share]
+        self.my_units: list[int] = (sizes + [1] * self._padding)[begin : begin + self._share]
         row, column = torch.tril_indices(max(sizes), max(sizes), device=device)
         self._triangle, self._mirror = row * chunk + column, column * chunk + row
-        self.layer_of_chunk = torch.tensor(layer_of, device=device)
-        self.diagonal_length = chunks * max(sizes)  # numbers in `diagonals`
+        self.layer_of_chunk: Tensor = torch.tensor(layer_of, device=device)
+        self.diagonal_length: int = chunks * max(sizes)  # numbers in `diagonals`
         self._largest = max(sizes)
         self._scope = torch.tensor(scope_of, device=device)
         self._units_of_scope = torch.tensor(units_of_scope, device=device)

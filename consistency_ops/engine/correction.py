@@ -76,9 +76,9 @@ class Correction:
 
     def __init__(self, options: CorrectionOptions, store: StateStore) -> None:
         self.options = options
-        self.step = 0  # number of finished steps
-        self.last_damping = math.nan  # of the last inversion, before retries
-        self.last_division_step = 0  # the step whose division the last inversion had
+        self.step: int = 0  # number of finished steps
+        self.last_damping: float = math.nan  # of the last inversion, before retries
+        self.last_division_step: int = 0  # the step whose division the last inversion had
         self._store = store
 
     # Which layers, which steps

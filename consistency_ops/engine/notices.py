@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-log = logging.getLogger("consistency_ops")
+log: logging.Logger = logging.getLogger("consistency_ops")
 _SHOWN = 5  # names that one message lists
 
 

@@ -44,7 +44,9 @@ class BatchRMSNorm(nn.Module):
             raise ValueError(f"BatchRMSNorm: decay must be in [0, 1), got {decay}")
         if not 0 < eps < float("inf"):
             raise ValueError(f"BatchRMSNorm: eps must be positive and finite, got {eps}")
-        self.num_features, self.decay, self.eps = num_features, decay, eps
+        self.num_features: int = num_features
+        self.decay: float = decay
+        self.eps: float = eps
         statistics = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("running_ms", torch.zeros(num_features, device=device, dtype=statistics))
         self.register_buffer("num_batches", torch.zeros(1, device=device, dtype=torch.int64))

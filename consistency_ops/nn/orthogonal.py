@@ -61,7 +61,8 @@ class OrthogonalFilter(nn.Module):
         check_sizes("OrthogonalFilter", features=features, reflections=reflections)
         if kind not in FILTERS:
             raise ValueError(f"OrthogonalFilter: kind must be one of {', '.join(FILTERS)}, got {kind!r}")
-        self.features, self.kind = features, kind
+        self.features: int = features
+        self.kind: str = kind
         dtype = dtype or torch.get_default_dtype()
         if kind in ("permutation", "hadamard"):
             self._keep("index", torch.randperm(features, generator=generator), device)

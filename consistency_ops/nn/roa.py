@@ -98,16 +98,21 @@ class ROAFeedForward(nn.Module):
         sizes = dict(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
         check_sizes("ROAFeedForward", **sizes, num_layers=num_layers)
         beta = min(0.5, 1 / num_layers) if beta is None else beta
+        self.alpha: float
+        self.beta: float
         self.alpha, self.beta = _weights("ROAFeedForward", alpha, beta)
-        self.activation, self.phi = activation, make_activation("ROAFeedForward", activation)
+        self.activation: str = activation
+        self.phi: nn.Module = make_activation("ROAFeedForward", activation)
         options: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.encoder = nn.Linear(in_features, hidden_features, **options)
-        self.layers = nn.ModuleList(nn.Linear(hidden_features, hidden_features, **options) for _ in range(num_layers))
-        self.filters = nn.ModuleList(
+        self.encoder: nn.Linear = nn.Linear(in_features, hidden_features, **options)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            nn.Linear(hidden_features, hidden_features, **options) for _ in range(num_layers)
+        )
+        self.filters: nn.ModuleList = nn.ModuleList(
             OrthogonalFilter(hidden_features, filter, generator=generator, **options)
             for _ in range(1 if shared_filter else num_layers)
         )
-        self.decoder = nn.Linear(hidden_features, out_features, **options)
+        self.decoder: nn.Linear = nn.Linear(hidden_features, out_features, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.decoder(self.hidden(self.encoder(x)))
@@ -173,13 +178,18 @@ class ROARNN(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("ROARNN", input_size=input_size, hidden_size=hidden_size)
+        self.alpha: float
+        self.beta: float
         self.alpha, self.beta = _weights("ROARNN", alpha, beta)
-        self.activation, self.phi = activation, make_activation("ROARNN", activation)
-        self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
+        self.activation: str = activation
+        self.phi: nn.Module = make_activation("ROARNN", activation)
+        self.input_size: int = input_size
+        self.hidden_size: int = hidden_size
+        self.batch_first: bool = batch_first
         options: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.input = nn.Linear(input_size, hidden_size, **options)
-        self.recurrent = nn.Linear(hidden_size, hidden_size, bias=False, **options)
-        self.filter = OrthogonalFilter(hidden_size, filter, generator=generator, **options)
+        self.input: nn.Linear = nn.Linear(input_size, hidden_size, **options)
+        self.recurrent: nn.Linear = nn.Linear(hidden_size, hidden_size, bias=False, **options)
+        self.filter: OrthogonalFilter = OrthogonalFilter(hidden_size, filter, generator=generator, **options)
 
     def forward(self, u: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         for name, value in (("u", u), ("h_0", h_0)):

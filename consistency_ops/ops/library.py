@@ -79,12 +79,12 @@ def _load_autograd() -> ModuleType | None:
         return None
 
 
-library = _load()
-autograd = _load_autograd()
+library: ctypes.CDLL = _load()
+autograd: ModuleType | None = _load_autograd()
 
 
 def build_config() -> dict[str, str]:
     """What the library was built with: ``torch``, ``compiler``, and with CUDA kernels ``cuda`` and ``cuda_archs``."""
     library.co_build_config.restype = ctypes.c_char_p
-    lines = library.co_build_config().decode().splitlines()
+    lines: list[str] = library.co_build_config().decode().splitlines()
     return dict(line.split("=", 1) for line in lines)

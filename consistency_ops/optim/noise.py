@@ -54,7 +54,9 @@ class GradientNoise:
                 raise ValueError(f"GradientNoise: {name} must be at least 0 and finite, got {value}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"GradientNoise: seed must be in [0, 2^32), got {seed}")
-        self.eta, self.gamma, self.seed = eta, gamma, seed
+        self.eta: float = eta
+        self.gamma: float = gamma
+        self.seed: int = seed
         before = optimizer.register_step_pre_hook(self._before_step)
         # Ahead of the hook of a preconditioner that is there already.
         hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]  # torch says dict

@@ -82,7 +82,7 @@ class SGD2(Optimizer):
         _check(conv_reduction in ("sum", "mean"), "conv_reduction", "'sum' or 'mean'", conv_reduction)
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__((p for p in model.parameters()), defaults)
-        self.preconditioner = _WholeLayerPreconditioner(
+        self.preconditioner: Preconditioner = _WholeLayerPreconditioner(
             model,
             self,
             max_size=max_size,
