@@ -44,7 +44,7 @@ def read(name: str) -> dict:
 
 def step() -> str:
     """The time that the preconditioner adds to a step of the deep MLP."""
-    lines = ["| | ms a step | added |", "| --- | --- | --- |"]
+    lines = ["| | ms per step | added |", "| --- | --- | --- |"]
     for row in read("step")["rows"]:
         added = "" if row["name"] == "sgd" else f"{row['added']:+.0%}"
         lines.append(f"| {row['name']} | {row['ms']:.1f} | {added} |")

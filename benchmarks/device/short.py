@@ -40,7 +40,7 @@ def main() -> None:
         for _ in range(4):  # thins the rows, then forgets those of one call
             torch.ops.consistency_ops.capture_rows_(rows, state, x, 0, 1, 0)
             torch.ops.consistency_ops.capture_mark_(rows, state, 0, bool(state[0, 4] > 0))
-    large = normal(512, 1024), normal(700, 1024)  # enough rows for several thread blocks a chunk
+    large = normal(512, 1024), normal(700, 1024)  # enough rows for several thread blocks per chunk
     co.foreach_precondition_([large[0]], [large[1]], chunk=256, scaling="trace")
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.micro.bench_cuda [--workloads mlp vit-b16] [--seconds 1] [--json FILE]
 
-A: gather, bmm, cholesky and cholesky_solve, a layer after the other, eager.  B: expert.py in one CUDA graph.  C:
+A: gather, bmm, cholesky and cholesky_solve, one layer after the other, eager.  B: expert.py in one CUDA graph.  C:
 mathdx.cu, kernels written with cuBLASDx and cuSolverDx, in one CUDA graph, where libmathdx is installed (mathdx.py);
 else a line says why not.  Ours: foreach_precondition_, in a graph (what the device does) and eager (what a training
-loop sees), with groups of a sector and with the exact division, both on every rung, too (one CTA a chunk, a cluster, a
+loop sees), with groups of a sector and with the exact division, both on every rung (one CTA per chunk, a cluster, a
 task queue).  The first two gather the units of the exact division, the task queue permutes the rows of large layers.
 
 Times are of CUDA events around one call, medians over interleaved rounds.  Gradients are restored before every call.

@@ -119,7 +119,7 @@ def main() -> None:
     for name in arguments.models:
         rows.append(row := measure(name, arguments.seconds, arguments.clock))
         print(
-            f"{name:<8} {row['ms']['plain']:7.1f} ms a step, capture {row['added_by_capture']:+.1%}, "
+            f"{name:<8} {row['ms']['plain']:7.1f} ms per step, capture {row['added_by_capture']:+.1%}, "
             f"launch {row['added_by_launch']:+.1%}, both {row['added']:+.1%}"
         )
     clock = {"cpu": "CPU time of one thread", "wall": "wall clock, one thread"}[arguments.clock]

@@ -116,7 +116,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xlabel(LABELS[row["series"]])
         axis.legend(frameon=False, fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms a call")
+    axes[0].set_ylabel("ms per call")
     figure.suptitle(f"foreach_precondition_, float32, chunk {CHUNK}, CPU")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

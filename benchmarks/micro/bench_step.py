@@ -69,7 +69,7 @@ def main() -> None:
     for name, seconds in median.items():
         added = seconds / median["sgd"] - 1
         results.append({"name": name, "ms": 1e3 * seconds, "best_ms": 1e3 * min(times[name]), "added": added})
-        print(f"{name:<28} {1e3 * seconds:8.2f} ms a step, {added:+.1%}")
+        print(f"{name:<28} {1e3 * seconds:8.2f} ms per step, {added:+.1%}")
     save("step", {"batch": BATCH, "rounds": len(times["sgd"]), "rows": results}, arguments.json)
 
 

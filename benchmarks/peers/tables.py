@@ -72,7 +72,7 @@ def finals(runs: list[dict], task: str) -> str:
     order = sorted(rows, key=lambda peer: (rows[peer]["end"] is None, rows[peer]["end"]))
     heads = [f"steps (CPU s) to {target:g}" for target in TASKS[task].targets]
     lines = [
-        "| " + " | ".join(["optimizer", "rate", f"{TASKS[task].metric} at the end", *heads, "ms a step"]) + " |",
+        "| " + " | ".join(["optimizer", "rate", f"{TASKS[task].metric} at the end", *heads, "ms per step"]) + " |",
         "| " + " | ".join(["---"] * (4 + len(heads))) + " |",
     ]
     for peer in order:
@@ -243,7 +243,7 @@ def cost(results: dict) -> str:
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
     lines = ["| a step, ratio to SGD (memory) | " + " | ".join(models) + " |", "| --- |" + " --- |" * len(models)]
     sgd = {row["model"]: row["ms"] for row in rows if row["optimizer"] == "sgd"}
-    lines.append("| SGD, momentum 0.9: ms a step | " + " | ".join(number(sgd[model]) for model in models) + " |")
+    lines.append("| SGD, momentum 0.9: ms per step | " + " | ".join(number(sgd[model]) for model in models) + " |")
     for peer in PEERS:
         found = {row["model"]: row for row in rows if row["optimizer"] == peer}
         if peer == "sgd" or not found:

@@ -3,7 +3,7 @@
 A ResNet of 6 n + 2 layers as for CIFAR-10 (shortcut A, He's weights by fan-out), 8, 16 and 32 channels instead of 16,
 32 and 64, on images averaged to 16x16; SGD at rate 0.1, momentum 0.9, decay 1e-4, no augmentation.  "last BN" has a
 BatchNorm between the global average pool and the linear layer.  Spectra of the layers' input and output-gradient second
-moments by consistency_ops.analysis.conditioning, once an epoch.
+moments by consistency_ops.analysis.conditioning, once per epoch.
 """
 
 import torch
@@ -102,7 +102,7 @@ def plot(figure, results):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     size = next(iter(results.values()))[0]["size"]
-    figure.suptitle(f"J: ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of 16x16")
+    figure.suptitle(f"ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of 16x16")
 
 
 def lines(results):

@@ -126,7 +126,7 @@ def plot(figure, results):
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
-    figure.suptitle("F: norm bounds on MNIST: 4, 6 and 11 hidden layers of 128 units")
+    figure.suptitle("Norm bounds on MNIST: 4, 6 and 11 hidden layers of 128 units")
 
 
 def lines(results):

@@ -29,7 +29,7 @@ def run(settings, size, seed, data, tick):
 def plot(figure, results):
     size = next(iter(results.values()))[0]["size"]
     compare.curves(figure, results)
-    figure.suptitle(f"B, H: CIFAR-10 convnet on {size['train']} images, batch {size['batch']}")
+    figure.suptitle(f"CIFAR-10 convnet on {size['train']} images, batch {size['batch']}")
 
 
 lines = compare.lines

@@ -32,7 +32,7 @@ def run(settings, size, seed, data, tick):
 def plot(figure, results):
     images = next(iter(results.values()))[0]["size"]["train"]
     compare.curves(figure, results, NUMPY, "numpy, 60 000 images")
-    figure.suptitle(f"C: twelve weight matrices on {images} MNIST images, batch 500")
+    figure.suptitle(f"Twelve weight matrices on {images} MNIST images, batch 500")
 
 
 lines = compare.lines

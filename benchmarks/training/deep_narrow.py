@@ -1,6 +1,6 @@
 """Deep and narrow networks on MNIST: does the modulus train where ReLU does not?
 
-Ten units a layer, 20 to 200 hidden layers, no normalisation, orthogonal weights (times sqrt 2 for ReLU), standardised
+Ten units per layer, 20 to 200 hidden layers, no normalisation, orthogonal weights (times sqrt 2 for ReLU), standardised
 pixels.  Every rate of the optimizer is tried from the same start, and the one with the least final training loss
 counts; both activations get the same trials.  The settings of arXiv 1708.00631 for this experiment are lost; "as
 released" is its network C made narrow and deep (RMS norms, small weights, raw pixels), found not to train before.
@@ -103,7 +103,7 @@ def plot(figure, results):
     axes[2].set_xticks([], minor=True)
     axes[2].legend(fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     size = next(iter(results.values()))[0]["size"]
-    figure.suptitle(f"E: {size['width']} units a layer, {size['train']} MNIST images, no normalisation")
+    figure.suptitle(f"{size['width']} units per layer, {size['train']} MNIST images, no normalisation")
 
 
 def lines(results):

@@ -86,7 +86,7 @@ def plot(figure, results):
     axes[0, 0].set_ylabel("98th percentile (sigmoid: mean), dots:\nstandard deviation of activations")
     axes[1, 0].set_ylabel("standard deviation of the\nback-propagated gradients")
     axes[0, 0].legend(fontsize="x-small")
-    figure.suptitle("I: five hidden layers on MNIST, 300 fixed test images after every epoch; seed 0")
+    figure.suptitle("Five hidden layers on MNIST, 300 fixed test images after every epoch; seed 0")
 
 
 def lines(results):

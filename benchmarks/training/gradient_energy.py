@@ -50,7 +50,7 @@ def plot(figure, results):
         axis.set(yscale="log", xlabel="layer, from input to output", ylabel="mean squared residual", title=name)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="x-small")
-    figure.suptitle("G: energy of the residual by layer, networks of 128 units on MNIST, SGD2; seed 0")
+    figure.suptitle("Energy of the residual by layer, networks of 128 units on MNIST, SGD2; seed 0")
 
 
 def lines(results):

@@ -92,7 +92,7 @@ def plot(figure, results):
     axis.set_yticks([], minor=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="deviation of the weights")
-    figure.suptitle("D: network C of twelve weight matrices, by standard deviation of the initial weights")
+    figure.suptitle("Network C of twelve weight matrices, by standard deviation of the initial weights")
 
 
 def _reference() -> list[dict]:

@@ -57,7 +57,7 @@ def plot(figure, results):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean training loss")
     axes[0].legend(fontsize="small")
-    figure.suptitle("Noise injection, ten units a layer, SGD2")
+    figure.suptitle("Noise injection, ten units per layer, SGD2")
 
 
 def lines(results):

@@ -99,7 +99,7 @@ def plot(figure, results):
         epoch = sum(r["seconds_per_epoch"] for r in records) / len(records)
         epochs = range(1, len(loss) + 1)
         axes[0].plot(epochs, loss, color=f"C{i}", label=name)
-        axes[1].plot([epoch * e for e in epochs], loss, color=f"C{i}", label=f"{name}, {epoch:.1f} s an epoch")
+        axes[1].plot([epoch * e for e in epochs], loss, color=f"C{i}", label=f"{name}, {epoch:.1f} s per epoch")
         axes[2].plot(epochs, error, color=f"C{i}", label=name)
     axes[0].set(yscale="log", xlabel="epoch", ylabel="mean training loss")
     axes[1].set(yscale="log", xlabel="processor seconds, without rate search", ylabel="mean training loss")
@@ -117,5 +117,5 @@ def lines(results):
         error = frame.spread(min(r["test_error"]) for r in records)
         seconds = frame.spread((r["seconds_per_epoch"] for r in records), "{:.2f}")
         rates = [r["rates"] for r in records]
-        text.append(f"{name}: training loss {loss}, best test error {error}, {seconds} s an epoch; rates {rates}")
+        text.append(f"{name}: training loss {loss}, best test error {error}, {seconds} s per epoch; rates {rates}")
     return text

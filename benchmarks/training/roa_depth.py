@@ -91,7 +91,7 @@ def plot(figure, results):
         axis.legend(fontsize="small")
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(
-        f"K: networks of {size['width']} units on the digits, {size['epochs']} epochs (1 epoch for 5000 layers)"
+        f"Networks of {size['width']} units on the digits, {size['epochs']} epochs (1 epoch for 5000 layers)"
     )
     left.set_title("before training (0 is drawn at 1e-45)", fontsize=10)
     right.set_title("after training", fontsize=10)

@@ -138,7 +138,7 @@ def plot(figure, results):
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize="small")
-    figure.suptitle("K: memory tasks, Adam with and without the correction; batches of 50")
+    figure.suptitle("Memory tasks, Adam with and without the correction; batches of 50")
 
 
 def lines(results):

@@ -26,7 +26,7 @@ def run(settings, size, seed, data, tick):
 def plot(figure, results):
     images = next(iter(results.values()))[0]["size"]["train"]
     compare.curves(figure, results, NUMPY, "numpy, 60 000 images")
-    figure.suptitle(f"A: 784-128-128-10 on {images} MNIST images, batch 500")
+    figure.suptitle(f"784-128-128-10 on {images} MNIST images, batch 500")
 
 
 lines = compare.lines
