@@ -109,6 +109,13 @@ def test_plain_result_and_plot(tmp_path):
             "certified_radius: targets must be (2,), got shape (3,)",
         ),
         (
+            lambda: co.analysis.certified_radius(
+                nn.Linear(3, 2, dtype=torch.complex64), torch.zeros(2, 3, dtype=torch.complex64)
+            ),
+            TypeError,
+            "certified_radius: the model must return real logits, got torch.complex64",
+        ),
+        (
             lambda: co.analysis.certified_radius(nn.Linear(3, 2), torch.zeros(2, 3), bound=0),
             ValueError,
             "certified_radius: bound must be positive, got 0",

@@ -108,6 +108,12 @@ REFUSED = {  # statements, with the reason
     "h = h + torch.rand(1, 6)": "two calls in a row compute different functions",
     "h = h * 3 if type(x) is torch.Tensor else h": "the traced graph gives another result than the model",
     "h = h.to(torch.bfloat16).to(torch.float64)": "rounding is not continuous",
+    "self.act.negative_slope = 9.0; h = self.act(h); self.act.negative_slope = 5.0": "forward changes it before",
+    "h = torch.func.functional_call(self.b, {'weight': torch.eye(6).double()}, (h,))": "forward changes it before",
+    "h = h + h[:1]": "it picks samples of the batch, which others may then depend on",
+    "h = h[0][None]": "it picks samples of the batch, which others may then depend on",
+    "h = F.log_softmax(h, 0)": "it runs over the samples, of which there may be any number",
+    "with torch.autocast('cpu'): h = self.a(h)": "it rounds to a coarser type",
     "h = h.half().double()": "there is no rule for half",
     "h = h.to(torch.int32).to(torch.float64)": "rounding is not continuous",
 }

@@ -334,7 +334,10 @@ def certified_radius(
         raise ValueError(f"certified_radius: bound must be positive, got {bound}")
     log_bound = bound.log_folded if isinstance(bound, LipschitzBound) else math.log(bound)
     with evaluating(model), torch.no_grad(), unrecorded():
-        logits = model(inputs).double()
+        logits = model(inputs)
+    if logits.is_complex():
+        raise TypeError(f"certified_radius: the model must return real logits, got {logits.dtype}")
+    logits = logits.double()
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"certified_radius: the model must return logits (N, C) with C >= 2, got shape {tuple(logits.shape)}"

@@ -271,6 +271,8 @@ def _log_softmax(dim: int | None, shape: Shape) -> Factor:
         raise Unbounded("its constant is the square root of the number of classes; pass an example input")
     if dim is None:
         dim = 0 if len(shape) in (0, 1, 3) else 1
+    if dim % len(shape) == 0:
+        raise Unbounded("it runs over the samples, of which there may be any number")
     return Factor(math.sqrt(shape[dim]))
 
 
@@ -292,8 +294,8 @@ _HARDSIGMOID, _HARDSWISH, _SOFTMAX = 0.16666668, 1.5, 0.5
 
 # By type, function names, slope.
 _ELEMENTWISE: list[tuple[type | None, str, float]] = [
-    (nn.ReLU, "relu relu_", 1), (nn.ReLU6, "relu6 relu6_", 1), (nn.Tanh, "tanh tanh_", 1), (nn.Softsign, "softsign", 1),
-    (nn.Hardtanh, "hardtanh hardtanh_", 1), (nn.Tanhshrink, "tanhshrink", 1), (nn.LogSigmoid, "logsigmoid", 1),
+    (nn.ReLU, "relu relu_", 1), (nn.ReLU6, "relu6", 1), (nn.Tanh, "tanh tanh_", 1), (nn.Softsign, "softsign", 1),
+    (nn.Hardtanh, "hardtanh hardtanh_", 1), (nn.Tanhshrink, "tanhshrink", 1), (nn.LogSigmoid, "log_sigmoid", 1),
     (nn.Softshrink, "softshrink", 1), (nn.Sigmoid, "sigmoid sigmoid_", 0.25), (nn.GELU, "gelu", _GELU),
     (nn.Hardsigmoid, "hardsigmoid", _HARDSIGMOID), (nn.SiLU, "silu", _SILU), (nn.SELU, "selu selu_", _SELU),
     (nn.Mish, "mish", _MISH), (nn.Hardswish, "hardswish", _HARDSWISH), (Modulus, "modulus abs abs_", 1),
@@ -304,7 +306,7 @@ _TURNED = {  # activations whose slope depends on their numbers: (names, (attrib
     nn.CELU: ("celu celu_", [("alpha", 1, 1.0)], _celu),
     nn.LeakyReLU: ("leaky_relu leaky_relu_", [("negative_slope", 1, 0.01)], _at_least_one),
     nn.Softplus: ("softplus", [("beta", 1, 1.0), ("threshold", 2, 20.0)], _softplus),
-    nn.Threshold: ("threshold threshold_", [("threshold", 1, 0.0), ("value", 2, 0.0)], _threshold),
+    nn.Threshold: ("threshold threshold_ _threshold", [("threshold", 1, 0.0), ("value", 2, 0.0)], _threshold),
     nn.Hardshrink: ("hardshrink", [("lambd", 1, 0.5)], _hardshrink),
 }
 
@@ -349,6 +351,8 @@ def _index(get: Get, site: Site) -> Factor:
     index = index if isinstance(index, tuple) else (index,)
     if not all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index):
         raise Unbounded("it is indexed with more than numbers and slices, so that parts may repeat")
+    if site.shape is not None and not (index[0] is None or index[0] is Ellipsis or index[0] == slice(None)):
+        raise Unbounded("it picks samples of the batch, which others may then depend on")
     return Factor(1.0, False, "a part of the signal")
 
 
@@ -357,7 +361,7 @@ def _index(get: Get, site: Site) -> Factor:
 
 _REARRANGED = (
     "flatten reshape permute transpose squeeze unsqueeze contiguous clone detach pixel_shuffle pixel_unshuffle float "
-    "double movedim swapaxes identity to positive t T mT H mH data real"
+    "double movedim swapaxes to positive t T mT H mH data real"
 )
 
 
@@ -444,13 +448,13 @@ ELEMENTWISE = (
 )
 ELEMENTWISE_NAMES = frozenset(
     name for names in (*(n for _, n, _ in _ELEMENTWISE), *(n for n, _, _ in _TURNED.values())) for name in names.split()
-) | {"dropout", "rrelu", "identity", "clone", "contiguous", "detach", "float", "double", "to", "positive"}
+) | {"dropout", "rrelu", "clone", "contiguous", "detach", "float", "double", "to", "positive"}
 # Linear over the complex numbers, or the modulus: the constants of the others are those of real signals.
 _COMPLEX = (*SHARES_MEMORY, *_of("Conv"), *_of("ConvTranspose"), nn.Linear, Modulus)
 _COMPLEX_NAMES = frozenset({
     "modulus", "abs", "neg", "neg_", "negative", "pos", "mean", "view", "getitem", "flatten", "reshape",
     "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "movedim", "swapaxes",
-    "identity", "positive", "t", "T", "mT", "H", "mH", "data", "real", "dropout",
+    "positive", "t", "T", "mT", "H", "mH", "data", "real", "dropout",
 })  # fmt: skip
 
 _NO_CONSTANT = {
