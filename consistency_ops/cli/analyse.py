@@ -105,9 +105,20 @@ def _parser() -> argparse.ArgumentParser:
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", choices=models.MODELS, default="deep-mlp", help="a network of the train command (default: deep-mlp)")
-    add("--activation", choices=models.ACTIVATIONS, default="relu", help="of --model (default: relu)")
-    add("--normalization", choices=models.NORMALIZATIONS, default="rms", help="of --model (default: rms)")
-    add("--init", type=options.init_scale, default=0.01, metavar="STD|he", help="of --model (default: 0.01)")
+    add(
+        "--activation",
+        choices=models.ACTIVATIONS,
+        default="relu",
+        help="activation function of --model (default: relu)",
+    )
+    add("--normalization", choices=models.NORMALIZATIONS, default="rms", help="normalisation of --model (default: rms)")
+    add(
+        "--init",
+        type=options.init_scale,
+        default=0.01,
+        metavar="STD|he",
+        help="initial weights of --model (default: 0.01)",
+    )
     add(
         "--import",
         dest="import_",
@@ -122,7 +133,9 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--samples", type=options.whole_number(2), default=256, metavar="N", help="size of the batch (default: 256)")
-    add("--data", choices=data.NAMES, default="digits", help="for --model (default: digits, from scikit-learn)")
+    add(
+        "--data", choices=data.NAMES, default="digits", help="data set for --model (default: digits, from scikit-learn)"
+    )
     add("--data-dir", type=Path, metavar="DIR", help="folder with the published files (default: data/NAME)")
     add("--input-shape", type=_sizes, metavar="C,H,W", help="for --import: standard normal inputs of this shape")
     add("--tokens", type=_pair, metavar="V,T", help="for --import: T random tokens of a vocabulary of V")
@@ -145,26 +158,38 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=options.positive_number,
         default=0.1,
         metavar="X",
-        help="of the preconditioner tried (default: 0.1)",
+        help="damping of the preconditioner that is tried (default: 0.1)",
     )
     add(
         "--chunk",
         type=options.whole_number(1),
         default=128,
         metavar="N",
-        help="of the preconditioner tried (default: 128)",
+        help="chunk of the preconditioner that is tried (default: 128)",
     )
     add(
         "--seed",
         type=options.seed_number,
         default=0,
         metavar="N",
-        help="of weights, random inputs and the choice of images (default: 0)",
+        help="seed of weights, random inputs and the choice of images (default: 0)",
     )
-    add("--device", type=options.device_name, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N]")
+    add(
+        "--device",
+        type=options.device_name,
+        default=torch.device("cpu"),
+        metavar="DEV",
+        help="cpu or cuda[:N] (default: cpu)",
+    )
     add("--threads", type=options.thread_count, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--out", type=Path, default=Path("runs/analyse.html"), metavar="FILE", help="(default: runs/analyse.html)")
-    add("--json", type=Path, metavar="FILE", help="all numbers, too")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/analyse.html"),
+        metavar="FILE",
+        help="the page (default: runs/analyse.html)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all numbers to this file, too")
 
 
 def _sizes(text: str) -> list[int]:

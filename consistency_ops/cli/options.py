@@ -95,7 +95,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", choices=models.MODELS, default="deep-mlp", help="3, 12 or 5 weight layers (default: deep-mlp)")
-    add("--activation", choices=models.ACTIVATIONS, default="relu", help="(default: relu)")
+    add("--activation", choices=models.ACTIVATIONS, default="relu", help="activation function (default: relu)")
     add(
         "--normalization",
         choices=models.NORMALIZATIONS,
@@ -129,14 +129,19 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         metavar="RATE",
         help="learning rate without a search: one for all, or name=rate,name=rate; methods not named are searched",
     )
-    add("--epochs", type=whole_number(1), default=20, metavar="N", help="(default: 20)")
+    add("--epochs", type=whole_number(1), default=20, metavar="N", help="number of epochs (default: 20)")
     add(
         "--trial-epochs",
         type=whole_number(1),
         metavar="N",
         help="length of a trial of the rate search (default: half of --epochs)",
     )
-    add("--batch-size", type=whole_number(1), metavar="N", help=f"(default: {DIGITS_BATCH} for digits, else {BATCH})")
+    add(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help=f"batch size (default: {DIGITS_BATCH} for digits, else {BATCH})",
+    )
     add(
         "--seeds",
         type=_seeds,
@@ -148,7 +153,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 def _add_correction(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--damping", type=positive_number, metavar="X", help="relative to the mean square of a layer's inputs")
+    add("--damping", type=positive_number, metavar="X", help="damping, relative to the mean square of a layer's inputs")
     add("--chunk", type=whole_number(1), metavar="N", help="largest number of units decorrelated together")
     add("--every", type=whole_number(1), metavar="N", help="reuse the inverse for N steps")
 
@@ -157,7 +162,9 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", type=device_name, default=torch.device("cpu"), metavar="DEV", help="cpu or cuda[:N] (default: cpu)")
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
-    add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="for the report (default: runs/train)")
+    add(
+        "--out", type=Path, default=Path("runs/train"), metavar="DIR", help="folder of the report (default: runs/train)"
+    )
 
 
 def _rates_by_name(rates: dict[str | None, float], names: list[str]) -> dict[str, float]:

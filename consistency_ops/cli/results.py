@@ -59,7 +59,7 @@ def heading(report: dict[str, Any]) -> list[str]:
         f"{config['model']} ({report['model']['parameters']:,} weights; {network}) on {d['name']}: "
         f"{d['train_images']:,} training and {d['test_images']:,} test images",
         f"inputs: {d['inputs']}",
-        f"batch {config['batch_size']}, {config['epochs']} epochs, {where}; "
+        f"batch {config['batch_size']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)}, {where}; "
         "every method starts from the same weights and sees the same batches",
         "",
     ]
