@@ -62,11 +62,14 @@ wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10
 docs: $(LIBRARY) $(VENV)/.docs ## the manual as web pages, build/docs/index.html; a warning is an error
 	python -m sphinx -q -W --keep-going -j auto -b html docs build/docs
 
-lint: $(VENV)/.installed ## ruff, clang-format, mypy and import-linter, changing nothing
+lint: $(VENV)/.installed ## ruff, clang-format, mypy, import-linter and pyright, changing nothing
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports --no-logo
+	@mkdir -p build
+	@PYTHONPATH=. pyright --verifytypes consistency_ops --ignoreexternal > build/verifytypes.txt || \
+		{ cat build/verifytypes.txt; exit 1; }
 	@clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.installed ## ruff and clang-format, in place

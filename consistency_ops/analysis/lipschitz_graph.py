@@ -47,15 +47,15 @@ class Network:
     """The traced graph, and what is folded where."""
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...], rules: Mapping[type[nn.Module], Rule]) -> None:
-        self.rules = dict(rules)
+        self.rules: dict[type[nn.Module], Rule] = dict(rules)
         self.notes: list[str] = []
         try:
-            self.traced = trace(model, example, _leaves(model, self.rules))
+            self.traced: fx.GraphModule = trace(model, example, _leaves(model, self.rules))
         except Refused:
             raise
         except Exception as error:
             raise NotImplementedError(f"lipschitz_bound: {self._untraced(model, error)}") from error
-        self.modules = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         graph = self.traced.graph
         follow_writes(graph, self.modules, self._makes_new)
         if example:
@@ -67,10 +67,10 @@ class Network:
                 shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in example)
                 reason = _first_line(error.__cause__ or error)
                 raise ValueError(f"lipschitz_bound: example must fit the model, got {shapes} ({reason})") from error
-        self.nodes = list(graph.nodes)
-        self.may_be_complex = self._may_be_complex(model, example)
-        self.signals = signals(graph)
-        self.shapes = Shapes(self.shape, self.target)
+        self.nodes: list[fx.Node] = list(graph.nodes)
+        self.may_be_complex: bool = self._may_be_complex(model, example)
+        self.signals: set[fx.Node] = signals(graph)
+        self.shapes: Shapes = Shapes(self.shape, self.target)
         self.before: dict[fx.Node, Tensor] = {}
         self.after: dict[fx.Node, Tensor] = {}
         self.absorbed: set[fx.Node] = set()

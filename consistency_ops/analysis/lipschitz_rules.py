@@ -438,7 +438,7 @@ SHARES_MEMORY = (
 )  # fmt: skip
 MODULES = _module_table()
 FUNCTIONS = _function_tables()
-ELEMENTWISE = (
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(kind for kind, _, _ in _ELEMENTWISE if kind),
     *_TURNED,
     nn.PReLU,
@@ -446,7 +446,7 @@ ELEMENTWISE = (
     dropout._DropoutNd,
     nn.Identity,
 )
-ELEMENTWISE_NAMES = frozenset(
+ELEMENTWISE_NAMES: frozenset[str] = frozenset(
     name for names in (*(n for _, n, _ in _ELEMENTWISE), *(n for n, _, _ in _TURNED.values())) for name in names.split()
 ) | {"dropout", "rrelu", "clone", "contiguous", "detach", "float", "double", "to", "positive"}
 # Linear over the complex numbers, or the modulus: the constants of the others are those of real signals.

@@ -40,7 +40,8 @@ class Shapes:
     """Of a graph's signals; ``shape`` gives those that an example told, ``module`` the module that a node calls."""
 
     def __init__(self, shape: Callable[[Any], tuple[int, ...] | None], module: Callable[[fx.Node], nn.Module | None]):
-        self.shape, self.module = shape, module
+        self.shape: Callable[[Any], tuple[int, ...] | None] = shape
+        self.module: Callable[[fx.Node], nn.Module | None] = module
         self.found: dict[fx.Node, Events] = {}
 
     def rank(self, node: fx.Node | None) -> int | None:

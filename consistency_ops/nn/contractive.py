@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +106,22 @@ def fold_rms_norm(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*folded).eval()
 
 
-def _flattens(module: nn.Module) -> bool:
-    return (module.start_dim, module.end_dim) == (1, -1)
+def _flattens(module: Any) -> bool:
+    return bool((module.start_dim, module.end_dim) == (1, -1))
 
 
-def _lets_pass(kind: type | None, module: nn.Module, spatial: int | None) -> bool:
+def _lets_pass(kind: type[Any] | None, module: nn.Module, spatial: int | None) -> bool:
     """Whether a factor for every channel may be moved behind a module: pooling must not run over the channels."""
-    if kind in _POOLING:
+    if kind is not None and kind in _POOLING:
         return spatial == int(kind.__name__[-2])
     return kind in _HOMOGENEOUS or (kind is nn.Flatten and _flattens(module))
 
 
-def _spatial(kind: type | None, module: nn.Module, before: int | None) -> int | None:
+def _spatial(kind: type[Any] | None, module: Any, before: int | None) -> int | None:
     """Spatial dimensions of a module's output."""
     if kind in _CONVOLUTIONS or isinstance(module, conv._ConvTransposeNd):
-        return module.weight.dim() - 2
+        dims: int = module.weight.dim()
+        return dims - 2
     if kind is nn.Flatten:
         return 0 if _flattens(module) else None
     same = kind is not None or type(module).__module__ in _SAME_SHAPE
@@ -131,7 +133,7 @@ def _refuse_if(op: str, name: str, module: nn.Module, reason: str) -> None:
         raise NotImplementedError(f"{op}: {name} ({type(module).__name__}): {reason}")
 
 
-def _scale_inputs(name: str, module: nn.Module, gain: Tensor) -> None:
+def _scale_inputs(name: str, module: Any, gain: Tensor) -> None:
     weight, groups = module.weight, getattr(module, "groups", 1)
     if len(gain) != weight.shape[1] * groups:
         raise ValueError(
@@ -142,11 +144,12 @@ def _scale_inputs(name: str, module: nn.Module, gain: Tensor) -> None:
     weight.mul_(per_output.to(weight).view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
 
 
-def _flat(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def _flat(model: nn.Module, prefix: str = "") -> list[tuple[str, Any]]:
     """The modules in the order of their calls; one that is called twice comes twice."""
     _refuse_if("fold_rms_norm", prefix.rstrip(".") or "model", model, objection(model))
-    modules = []
-    for name, module in model._modules.items():
+    modules: list[tuple[str, Any]] = []
+    children: dict[str, Any] = model._modules
+    for name, module in children.items():
         nested = table_type(module, _KNOWN) is nn.Sequential
         modules += _flat(module, f"{prefix}{name}.") if nested else [(prefix + name, module)]
     return modules

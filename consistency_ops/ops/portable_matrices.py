@@ -133,8 +133,13 @@ class Matrices:
                 counts[size] = begin + source.parts * count
                 slots.append(slice(begin, counts[size]))
             source.slots = tuple(slots)
-        self.sources, self.dtype, self.device, self.chunks = sources, dtype, device, first
-        self.of_size = {n: torch.empty(count, n, n, dtype=dtype, device=device) for n, count in counts.items()}
+        self.sources: Sequence[Source] = sources
+        self.dtype: torch.dtype = dtype
+        self.device: torch.device = device
+        self.chunks: int = first
+        self.of_size: dict[int, Tensor] = {
+            n: torch.empty(count, n, n, dtype=dtype, device=device) for n, count in counts.items()
+        }
         self._table: Tensor | None = None
 
     def _places(self) -> tuple[Tensor | None, Tensor]:
