@@ -73,6 +73,27 @@ def test_every_parameter_is_named(name):
             assert unnamed(function, value) == [], method
 
 
+def misread(text):
+    """What Sphinx would take for emphasis or for a substitution: ``*name`` and ``|x|`` outside of literals."""
+    text = re.sub(r"``.*?``|:math:`.*?`|(?<!\w)\*\w[^*]*\w\*(?!\w)", "", text, flags=re.DOTALL)
+    text = re.sub(r"::\n\s*\n((?:[ ]+.*\n?|\s*\n)+)", "\n", text + "\n")  # literal blocks are indented
+    return re.findall(r"(?<![\w*\\])\*\w+|(?<![\w|])\|[^\s|][^|\n]*\|", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_taken_for_markup(name):
+    value = NAMES[name]
+    texts = [value, *(methods_of(value).values() if inspect.isclass(value) else ())]
+    assert [found for text in texts for found in misread(inspect.getdoc(text) or "")] == []
+
+
+def test_markup_would_be_noticed():
+    assert misread("Shapes (N, *spatial), |x| of it, ``(N, *spatial)``, ``|x|``, the *old* value.") == [
+        "*spatial",
+        "|x|",
+    ]
+
+
 def test_a_missing_name_would_be_noticed():
     def function(first, second):
         """A function of ``first``, long enough to be one."""
