@@ -17,7 +17,7 @@ NAMESPACES = {
     "co.ops": ops,
 }
 REFERENCE = re.compile(r":(?:func|class|meth):`[~.]?(?:[\w.]*\.)?(\w+)`")
-USUAL = {"self", "device", "dtype"}  # as of every torch module: where its parameters are, and what
+USUAL = {"self", "device", "dtype"}  # every torch module has them: where its parameters are, and their type
 
 
 def public_names():
