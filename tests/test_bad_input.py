@@ -17,9 +17,9 @@ from support.samples import layer, relative_error, same_bits
 
 GRAD, INPUTS = layer()
 RANGES = {  # keyword arguments: what the message must say after "precondition: "
-    "chunk must be in [1, 256], got 0": {"chunk": 0},
-    "chunk must be in [1, 256], got 257": {"chunk": 257},
-    "chunk must be in [1, 256], got -128": {"chunk": -128},
+    "chunk must be None or in [1, 16384], got 0": {"chunk": 0},
+    "chunk must be None or in [1, 16384], got 16385": {"chunk": 16385},
+    "chunk must be None or in [1, 16384], got -128": {"chunk": -128},
     "group must be in [1, ": {"group": 0},
     "got 129": {"group": 129},
     "got 17": {"group": 17, "chunk": 16},
@@ -33,7 +33,6 @@ RANGES = {  # keyword arguments: what the message must say after "precondition: 
 TYPES = [
     {"chunk": 12.5},
     {"chunk": "128"},
-    {"chunk": None},
     {"group": 1.5},
     {"max_rows": None},
     {"max_rows": 1e4},
@@ -72,7 +71,7 @@ def test_types_of_arguments(keywords):
 def test_the_exact_message_of_the_contract():
     with pytest.raises(ValueError) as error:
         co.precondition(GRAD, INPUTS, chunk=0)
-    assert str(error.value) == "precondition: chunk must be in [1, 256], got 0"
+    assert str(error.value) == "precondition: chunk must be None or in [1, 16384], got 0"
 
 
 SHAPES = {  # gradient, inputs, what the message names

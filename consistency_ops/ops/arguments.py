@@ -29,7 +29,7 @@ class Options:
     op: str
     damping: float = 1.0
     scaling: str = "absolute"
-    chunk: int = 128
+    chunk: int | None = 128
     group: int | None = None
     max_rows: int = 10_000
     seed: int = 0
@@ -45,9 +45,10 @@ def default_group(dtype: torch.dtype, chunk: int) -> int:
     """The number of consecutive units that stay together if the caller does not say: those that fill 32 bytes.
 
     GPUs read and write memory in sectors of 32 bytes, so a smaller group would move bytes that it does not use. 8 units
-    of a float32 gradient, 16 of bfloat16, 4 of float64; never more than ``chunk``.
+    of a float32 gradient, 16 of bfloat16, 4 of float64; never more than ``chunk`` (0: whole layers).
     """
-    return min(_SECTOR // dtype.itemsize, chunk)
+    units = _SECTOR // dtype.itemsize
+    return min(units, chunk) if chunk else units
 
 
 def signed(seed: int) -> int:
@@ -81,5 +82,5 @@ def layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
 
 
 def count_chunks(units: int, chunk: int) -> int:
-    """The number of chunks into which a layer of ``units`` units is divided."""
-    return -(-units // chunk)
+    """The number of chunks into which a layer of ``units`` units is divided; ``chunk`` 0: one."""
+    return -(-units // chunk) if chunk else 1

@@ -14,13 +14,14 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import portable, portable_capture, portable_elementwise
+from .checks import MAX_CHUNK
 from .library import build_config
 from .registration import NAMESPACE, PORTABLE_NAMESPACE
 
@@ -71,19 +72,17 @@ def kernel(name: str) -> Callable[..., Any]:
 
 
 def _with_a_cure(name: str, error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
-    """An error of the allocator says which operator had no memory for what; others stay as they are."""
+    """The error of an allocator as one that says which operator had no memory for how much; others as they are."""
     text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in text and "allocate memory" not in text:
+    if "MiB of workspace" in text or not ("out of memory" in text or "allocate memory" in text):
         return error
-    return torch.OutOfMemoryError(f"{name}: {out_of_memory(name, args)} ({text.splitlines()[0]})")
-
-
-def out_of_memory(name: str, args: tuple[Any, ...]) -> str:
-    """The sentence of an operator that found no memory for its workspace."""
     needed = portable.workspace_bytes(name, args)
-    size = "" if needed is None else f", which takes {needed / 2**20:.1f} MiB"
-    cure = "" if needed is None else "; a smaller chunk, fewer max_rows or fewer layers a call need less"
-    return f"out of memory for the workspace{size}{cure}"
+    if needed is None:
+        return torch.OutOfMemoryError(f"{name}: out of memory ({text.splitlines()[0]})")
+    return torch.OutOfMemoryError(
+        f"{name}: out of memory: the call needs about {needed / 2**20:.0f} MiB of workspace; a smaller chunk, fewer "
+        f"max_rows, smaller batches or fewer layers a call need less ({text.splitlines()[0]})"
+    )
 
 
 def _first_tensor(values: Any) -> Tensor | None:
@@ -271,9 +270,26 @@ def missing_architecture(major: int, minor: int, compiled: list[str]) -> str | N
     )
 
 
-def operator(name: str, wide: bool) -> torch._ops.OpOverload[Any, Any]:
-    """The operator ``name``, or, with ``wide``, the portable one: for what no kernel can do."""
-    return getattr(torch.ops.consistency_ops_torch if wide else torch.ops.consistency_ops, name).default  # type: ignore[no-any-return]
+_NATIVE, _WIDE = (
+    {name: getattr(space, name).default for name in PORTABLE if name.startswith("foreach_")}
+    for space in (torch.ops.consistency_ops, torch.ops.consistency_ops_torch)
+)
+
+
+def call(name: str, chunk: int, tensors: Sequence[Tensor], *args: Any) -> Any:
+    """Call operator ``name`` of the correction for chunks of ``chunk`` units; 0: whole layers.
+
+    The kernels know chunks of up to ``MAX_CHUNK`` units, and on CUDA no float64 among ``tensors``: whatever is beyond
+    goes to the portable operator, on every device and with every backend.
+
+    Raises:
+        torch.OutOfMemoryError: there was no memory for the workspace, whose size the message says.
+    """
+    beyond = not 0 < chunk <= MAX_CHUNK or (tensors[0].is_cuda and any(t.dtype == torch.float64 for t in tensors))
+    try:
+        return (_WIDE if beyond else _NATIVE)[name](*args)
+    except RuntimeError as error:
+        raise _with_a_cure(name, error, args) from None
 
 
 _chosen: Any = os.environ.get("CONSISTENCY_OPS_BACKEND", "auto") or "auto"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-MAX_CHUNK = 256  # kMaxChunk of csrc/include/consistency_ops/types.h
+MAX_CHUNK = 256  # of the kernels: kMaxChunk of csrc/include/consistency_ops/types.h
+MAX_WIDTH = 16_384  # of a chunk that torch.linalg inverts: 1 GiB of float32
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _INTEGERS = (int, torch.SymInt)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
@@ -35,13 +36,11 @@ def check_tensor(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_device(op: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless all tensors are on one device, and of dtypes that its kernels compute in."""
+    """Raise unless all tensors are on one device."""
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
             raise RuntimeError(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
-    if device.type == "cuda" and has_cuda_kernels() and any(tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotImplementedError(f"{op}: the CUDA kernels compute in float32, got a float64 tensor on {device}")
 
 
 @functools.cache
@@ -51,15 +50,17 @@ def has_cuda_kernels() -> bool:
 
 
 def check_options(
-    op: str, damping: float, scaling: str, chunk: int, group: int | None, max_rows: int, **seeds: int
+    op: str, damping: float, scaling: str, chunk: int | None, group: int | None, max_rows: int, **seeds: int
 ) -> None:
     """Raise unless every option of the correction has its type and is in its range; ``seeds`` are any integers."""
-    check_integers(op, chunk=chunk, max_rows=max_rows, **seeds)
-    if not 1 <= chunk <= MAX_CHUNK:
-        raise ValueError(f"{op}: chunk must be in [1, {MAX_CHUNK}], got {chunk}")
+    check_integers(op, max_rows=max_rows, **seeds)
+    if chunk is not None:
+        check_integers(op, chunk=chunk)
+        if not 1 <= chunk <= MAX_WIDTH:
+            raise ValueError(f"{op}: chunk must be None or in [1, {MAX_WIDTH}], got {chunk}")
     if group is not None:
         check_integers(op, group=group)
-        if not 1 <= group <= chunk:
+        if not 1 <= group <= (MAX_WIDTH if chunk is None else chunk):
             raise ValueError(f"{op}: group must be in [1, chunk = {chunk}], got {group}")
     if max_rows < 1:
         raise ValueError(f"{op}: max_rows must be at least 1, got {max_rows}")
@@ -68,6 +69,14 @@ def check_options(
         raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
     if scaling not in ("absolute", "trace"):
         raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
+
+
+def check_widths(op: str, chunk: int | None, units: Iterable[int]) -> None:
+    """Raise unless a layer of so many units, the bias included, can be one chunk, where ``chunk`` is ``None``."""
+    if chunk is None:
+        for of_layer in units:
+            if of_layer > MAX_WIDTH:
+                raise ValueError(f"{op}: chunk must not be None for a layer above {MAX_WIDTH} units, got {of_layer}")
 
 
 def check_integers(op: str, **values: int) -> None:

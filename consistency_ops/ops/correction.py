@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple  # comes with torch; typing's own is generic from Python 3.11 on
 
 from .arguments import Options, Scaling, check_entries, count_chunks, default_group, dense, layer_numbers, signed
+from .backend import call
 from .checks import (
     check_device,
     check_layer,
@@ -22,13 +23,12 @@ from .checks import (
     check_overlap,
     check_permutation,
     check_row_counts,
+    check_widths,
     is_real,
 )
 from .registration import register_fake
 
 Corrected = TypeVar("Corrected", Tensor, tuple[Tensor, Tensor])
-
-_operator = torch.ops.consistency_ops.foreach_precondition_.default
 
 
 def launch_correction(
@@ -61,13 +61,17 @@ def launch_correction(
         bias_grads, permutations, row_counts: only those that exist, in the order of the layers; the list of the same
             name with ``_layers`` says to which layer (index in ``grads``) each belongs.
         layers: the number of each layer in the random division.
-        damping, scaling, chunk, group, max_rows: as for :func:`precondition`.
+        damping, scaling, group, max_rows: as for :func:`precondition`.
+        chunk: as there, but 0 instead of ``None``.
         seed, step: in the range of a signed 64-bit integer.
 
     Returns:
         ``(info, damping_used)`` of all chunks, in the order of the layers.
     """
-    results: tuple[Tensor, Tensor] = _operator(
+    results: tuple[Tensor, Tensor] = call(
+        "foreach_precondition_",
+        chunk,
+        [*grads, *inputs],
         grads,
         bias_grads,
         inputs,
@@ -98,7 +102,7 @@ def foreach_precondition_(
     bias_grads: Sequence[Tensor | None] | None = ...,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Sequence[Tensor | None] | None = ...,
@@ -116,7 +120,7 @@ def foreach_precondition_(
     bias_grads: Sequence[Tensor | None] | None = ...,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Sequence[Tensor | None] | None = ...,
@@ -133,7 +137,7 @@ def foreach_precondition_(
     bias_grads: Sequence[Tensor | None] | None = None,
     damping: float = 1.0,
     scaling: Scaling = "absolute",
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     max_rows: int = 10_000,
     permutation: Sequence[Tensor | None] | None = None,
@@ -205,6 +209,7 @@ def _correct_layers(
             for i, p in enumerate(permutations)
         ]
     orders, order_layers = dense(permutations)
+    check_widths(op, options.chunk, (grad.shape[1] + (i in set(bias_layers)) for i, grad in enumerate(grads)))
     if is_real(grads[0]):
         inputs = check_overlap(op, [*grads, *biases], inputs)
     with torch.no_grad():
@@ -220,7 +225,7 @@ def _correct_layers(
             layers=layer_numbers(layers, len(grads)),
             damping=float(options.damping),
             scaling=options.scaling,
-            chunk=options.chunk,
+            chunk=options.chunk or 0,
             group=options.group,
             max_rows=options.max_rows,
             seed=signed(options.seed),
@@ -252,7 +257,7 @@ def precondition_ex(
     *,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Tensor | None = ...,
@@ -267,7 +272,7 @@ def precondition_ex(
     *,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Tensor | None = ...,
@@ -281,7 +286,7 @@ def precondition_ex(
     *,
     damping: float = 1.0,
     scaling: Scaling = "absolute",
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     max_rows: int = 10_000,
     permutation: Tensor | None = None,
@@ -311,7 +316,7 @@ def precondition(
     *,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Tensor | None = ...,
@@ -326,7 +331,7 @@ def precondition(
     *,
     damping: float = ...,
     scaling: Scaling = ...,
-    chunk: int = ...,
+    chunk: int | None = ...,
     group: int | None = ...,
     max_rows: int = ...,
     permutation: Tensor | None = ...,
@@ -340,7 +345,7 @@ def precondition(
     *,
     damping: float = 1.0,
     scaling: Scaling = "absolute",
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     max_rows: int = 10_000,
     permutation: Tensor | None = None,
@@ -365,8 +370,10 @@ def precondition(
         scaling: ``"absolute"``: ``A + damping I`` (the paper). ``"trace"``: ``A / tau + damping I`` with
             ``tau = trace(A) / units`` of the layer (of each group of a convolution), which keeps the corrected gradient
             on the scale of the gradient.
-        chunk: the largest number of units that are inverted together, 1 to 256. There are ``ceil(units / chunk)``
-            chunks, whose sizes differ by at most one unit.
+        chunk: the largest number of units that are inverted together, 1 to 16 384; ``None``: all units of the layer.
+            There are ``ceil(units / chunk)`` chunks, whose sizes differ by at most one unit. Above 256 units a chunk
+            is inverted by ``torch.linalg`` instead of the kernels: it takes ``12 units^2`` bytes and
+            ``units^3`` operations.
         group: the number of consecutive units that are dealt to chunks together, 1 to ``chunk``. 1 is the exact
             division of the paper. Default: as many units as fill 32 bytes in the dtype of ``grad`` (8 for float32), or
             ``chunk`` if that is smaller.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Options, Scaling, check_entries, count_chunks, default_group, dense, layer_numbers, signed
+from .backend import call
 from .checks import (
     check_device,
     check_layer,
@@ -16,6 +17,7 @@ from .checks import (
     check_permutation,
     check_row_counts,
     check_tensor,
+    check_widths,
     is_real,
 )
 from .registration import register_fake
@@ -24,7 +26,7 @@ from .registration import register_fake
 def chunked_covariance(
     inputs: Tensor,
     *,
-    chunk: int,
+    chunk: int | None,
     group: int | None = None,
     max_rows: int = 10_000,
     permutation: Tensor | None = None,
@@ -40,8 +42,9 @@ def chunked_covariance(
         group: as for :func:`precondition`, but the default is that of the dtype of ``inputs``.
 
     Returns:
-        ``(chunks, chunk, chunk)``, float32 (float64 for float64 inputs), in the order of the division. A chunk that has
-        fewer units than ``chunk`` ends in rows and columns of zeros. Without rows everything is zero.
+        ``(chunks, chunk, chunk)``, or ``(1, units, units)`` where ``chunk`` is ``None``; float32 (float64 for float64
+        inputs); in the order of the division. A chunk that has fewer units than ``chunk`` ends in rows and columns of
+        zeros. Without rows everything is zero.
 
     Raises:
         The errors of :func:`precondition`.
@@ -59,7 +62,7 @@ def foreach_covariance(
     *,
     grads: Sequence[Tensor] | None = None,
     bias: Sequence[bool] | None = None,
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     max_rows: int = 10_000,
     permutation: Sequence[Tensor | None] | None = None,
@@ -110,7 +113,7 @@ def _covariances(
     layers: Sequence[int] | None,
     row_counts: Sequence[Tensor | None] | None,
 ) -> list[Tensor]:
-    chunk, group = options.chunk, options.group
+    chunk, group = options.chunk or 0, options.group
     dims, units, groups = [], [], []
     for i, x in enumerate(inputs):
         grad = None if grads is None else grads[i]
@@ -118,12 +121,17 @@ def _covariances(
         dims.append(1 if conv else x.dim() - 1)
         units.append(x.shape[-1] if grad is None else grad.shape[1])
         groups.append(default_group((x if grad is None else grad).dtype, chunk) if group is None else group)
+    joined = [False] * len(inputs) if bias is None else list(bias)
+    check_widths(options.op, options.chunk, (u + b for u, b in zip(units, joined, strict=True)))
     orders, order_layers = dense(permutation)
     counts, count_layers = dense(row_counts)
     check_row_counts(options.op, counts)
     check_device(options.op, [*inputs, *counts])
     with torch.no_grad():
-        covariances: list[Tensor] = torch.ops.consistency_ops.foreach_covariance(
+        covariances: list[Tensor] = call(
+            "foreach_covariance",
+            chunk,
+            inputs,
             inputs,
             orders,
             counts,
@@ -133,7 +141,7 @@ def _covariances(
             groups,
             dims,
             units,
-            [False] * len(inputs) if bias is None else list(bias),
+            joined,
             chunk,
             options.max_rows,
             signed(options.seed),
@@ -155,7 +163,7 @@ def foreach_inverse(
     units: Sequence[int],
     damping: float = 1.0,
     scaling: Scaling = "absolute",
-    chunk: int = 128,
+    chunk: int | None = 128,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Compute the second stage: ``(A_c + damping I)^-1`` of every chunk.
 
@@ -184,8 +192,15 @@ def foreach_inverse(
         check_tensor(op, "covariances", covariance)
     check_device(op, covariances)
     with torch.no_grad():
-        results: tuple[list[Tensor], Tensor, Tensor] = torch.ops.consistency_ops.foreach_inverse(
-            covariances, list(units), float(damping), scaling == "trace", chunk
+        results: tuple[list[Tensor], Tensor, Tensor] = call(
+            "foreach_inverse",
+            chunk or 0,
+            covariances,
+            covariances,
+            list(units),
+            float(damping),
+            scaling == "trace",
+            chunk or 0,
         )
     return results
 
@@ -196,7 +211,7 @@ def foreach_apply_(
     info: Tensor,
     *,
     bias_grads: Sequence[Tensor | None] | None = None,
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
@@ -224,7 +239,10 @@ def foreach_apply_(
         return
     orders, order_layers = dense(permutation)
     with torch.no_grad():
-        torch.ops.consistency_ops.foreach_apply_(
+        call(
+            "foreach_apply_",
+            chunk or 0,
+            [*grads, *inverses],
             grads,
             biases,
             inverses,
@@ -233,8 +251,8 @@ def foreach_apply_(
             bias_layers,
             order_layers,
             layer_numbers(layers, len(grads)),
-            [default_group(g.dtype, chunk) if group is None else group for g in grads],
-            chunk,
+            [default_group(g.dtype, chunk or 0) if group is None else group for g in grads],
+            chunk or 0,
             signed(seed),
             signed(step),
         )
@@ -247,7 +265,7 @@ def foreach_correct_(
     bias_grads: Sequence[Tensor | None] | None = None,
     damping: float = 1.0,
     scaling: Scaling = "absolute",
-    chunk: int = 128,
+    chunk: int | None = 128,
     group: int | None = None,
     permutation: Sequence[Tensor | None] | None = None,
     seed: int = 0,
@@ -279,7 +297,10 @@ def foreach_correct_(
         return empty, empty.float()
     orders, order_layers = dense(permutation)
     with torch.no_grad():
-        results: tuple[Tensor, Tensor] = torch.ops.consistency_ops.foreach_correct_(
+        results: tuple[Tensor, Tensor] = call(
+            "foreach_correct_",
+            chunk or 0,
+            [*grads, *covariances],
             grads,
             biases,
             covariances,
@@ -287,10 +308,10 @@ def foreach_correct_(
             bias_layers,
             order_layers,
             layer_numbers(layers, len(grads)),
-            [default_group(g.dtype, chunk) if group is None else group for g in grads],
+            [default_group(g.dtype, chunk or 0) if group is None else group for g in grads],
             float(damping),
             scaling == "trace",
-            chunk,
+            chunk or 0,
             signed(seed),
             signed(step),
         )
@@ -343,7 +364,9 @@ def _(
 ) -> list[Tensor]:
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     return [
-        x.new_empty(x.shape[dim] // u * count_chunks(u + int(b), chunk), chunk, chunk, dtype=dtype)
+        x.new_empty(
+            x.shape[dim] // u * count_chunks(u + int(b), chunk), chunk or u + int(b), chunk or u + int(b), dtype=dtype
+        )
         for x, dim, u, b in zip(inputs, unit_dims, units, bias, strict=True)
     ]
 
