@@ -1,5 +1,5 @@
-// The body of DirectKernels (chunk_kernels.h) for one instruction set, and the table of all its kernels; included beside
-// chunk_kernels.inl, same rules.
+// The body of DirectKernels (chunk_kernels.h) for one instruction set, and the table of all its kernels; included
+// beside chunk_kernels.inl, same rules.
 //
 // Products G A^-1 that read G where it lies, without the copy into a tile, for the shapes whose sums fit the registers.
 
