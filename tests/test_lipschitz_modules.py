@@ -224,7 +224,58 @@ def test_parametrized_weights():
     with parametrize.cached():
         assert "its weight may be a cached one" in refusal(nest(layer))
     parametrize.register_parametrization(layer, "weight", Random())
-    assert "its parametrization gives another weight at every access" in refusal(nest(layer))
+    assert "it has another weight at every access" in refusal(nest(layer))
+
+
+class Property(nn.Linear):
+    """A weight that is computed at every access."""
+
+    weight = property(lambda self: self.scale() * torch.eye(3), lambda self, value: None)
+
+
+def test_weights_that_are_properties():
+    layer = Property(3, 3, bias=False)
+    del layer._parameters["weight"]
+    layer.scale = lambda: 10
+    assert co.analysis.lipschitz_bound(nest(layer)).bound == pytest.approx(10)
+    layer.scale = lambda: torch.rand(())
+    assert "it has another weight at every access" in refusal(nest(layer))
+
+
+class Quantized(torch.Tensor):
+    """A tensor with operations of its own."""
+
+
+def test_weights_of_other_tensor_types_are_refused():
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(torch.randn(3, 3).as_subclass(Quantized))
+    assert "its weight is a Quantized, which may compute otherwise than a plain tensor" in refusal(nest(layer))
+
+
+class Doubling(nn.Module):
+    """Doubles its weights at every call, through a door that leaves no trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for parameter in self.parameters():
+            parameter.data.mul_(2)
+        return self.a(x)
+
+
+def test_a_forward_that_writes_to_its_parameters_is_refused():
+    assert "forward writes to its attribute weight" in refusal(Doubling())
+
+
+def test_compiled_layers_are_what_they_were():
+    model = nest(nn.Linear(3, 3))
+    expected = co.analysis.lipschitz_bound(model).bound
+    model[0][1].compile()
+    assert co.analysis.lipschitz_bound(model).bound == expected
+    model[0][1]._compiled_call_impl = lambda x: 10 * x
+    assert "its _compiled_call_impl was replaced on this object" in refusal(model)
 
 
 def test_weights_without_a_shape_are_refused():
@@ -299,6 +350,9 @@ def test_instance_norms_with_running_statistics_are_frozen():
     norm.running_var.fill_(4.0)
     x = torch.randn(1, 3, 5, dtype=torch.float64)
     assert co.analysis.lipschitz_bound(norm, x).bound == pytest.approx(jacobian_norm(norm.eval(), x), rel=1e-9)
+    norm.track_running_stats = False  # from now on by the sample
+    assert co.analysis.lipschitz_bound(norm).bound == pytest.approx(1 / math.sqrt(norm.eps))
+    norm.track_running_stats = True
     norm.running_var.fill_(math.nan)
     assert co.analysis.lipschitz_bound(norm).bound == math.inf
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, conv, dropout
+from torch.nn.modules import batchnorm, conv, dropout, instancenorm
 
 from ..nn import BatchRMSNorm, Modulus, OrthogonalFilter
 from ..nn.plain_layers import refresh_weights, table_type, unreadable_weight
@@ -58,6 +58,8 @@ def scaling(module: nn.Module) -> Tensor | None:
         with torch.no_grad():
             return module.forward(ones)[0].double()
     if kind is not None and issubclass(kind, batchnorm._NormBase) and module.running_var is not None:
+        if issubclass(kind, instancenorm._InstanceNorm) and not module.track_running_stats:
+            return None  # its statistics are not used
         factors = (module.running_var.double() + module.eps).rsqrt()
         return factors if module.weight is None else factors * module.weight.detach().double().abs()
     return None

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..nn.plain_layers import objection
@@ -255,15 +256,25 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: (id(value), *map(id, _content(value) or [])) for name, value in vars(module).items()}
 
 
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor is written to; through ``data`` without a trace in its version."""
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer) or tensor.is_meta or not tensor.numel():
+        return ()
+    with torch.no_grad():
+        wide = tensor.detach().reshape(-1).to(torch.complex128 if tensor.is_complex() else torch.float64)
+        weights = torch.linspace(1, 2, len(wide), dtype=torch.float64, device=wide.device).to(wide.dtype)
+        return (None if tensor.is_inference() else tensor._version, repr(torch.dot(wide, weights).item()))
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Attributes of the modules are afterwards what they were before; a tensor that was written to is refused."""
     memory = [(m, {name: (value, _content(value)) for name, value in vars(m).items()}) for m in model.modules()]
-    plain = [
-        (type(module).__name__, name, value, value._version)
+    tensors = [
+        (type(module).__name__, name, value, _mark(value))
         for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_inference()
+        for name, value in (*vars(module).items(), *module._parameters.items(), *module._buffers.items())
+        if isinstance(value, Tensor)
     ]
     try:
         yield
@@ -281,8 +292,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                         value.update(zip(content[:half], content[half:], strict=True))
                     else:
                         value.extend(content) if isinstance(value, list) else value.update(content)
-    for kind, name, tensor, version in plain:
-        if tensor._version != version:
+    for kind, name, tensor, mark in tensors:
+        if _mark(tensor) != mark:
             raise _refuse(
                 kind, f"forward writes to its attribute {name}, so that the next call may give another result"
             )

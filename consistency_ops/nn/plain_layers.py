@@ -81,7 +81,8 @@ def objection(module: nn.Module) -> str:
             if not _reads_only(hook) and not recomputes:
                 return f"its {what} ({_name(hook)}) may change what it computes"
     for name, value in vars(module).items():
-        if callable(value) and hasattr(type(module), name) and name not in ("_compiled_call_impl", "__class__"):
+        compiled = getattr(value, "_torchdynamo_orig_callable", None) == module._call_impl  # by module.compile()
+        if callable(value) and hasattr(type(module), name) and not compiled:
             return f"its {name} was replaced on this object"
     calls = (type(module).__call__, type(module)._call_impl)
     if calls != (nn.Module.__call__, nn.Module._call_impl) and not isinstance(module, torch.fx.GraphModule):
@@ -107,12 +108,12 @@ def unreadable_weight(module: Any) -> str:
         precise = tensor.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
         if (tensor.is_floating_point() or tensor.is_complex()) and not precise:
             return f"its {name} is {tensor.dtype}, whose rounding is no continuous map; measure a float32 copy"
-    if parametrize.is_parametrized(module):
-        if parametrize._cache_enabled:
-            return "its weight may be a cached one; leave torch.nn.utils.parametrize.cached() first"
-        for name in module.parametrizations:
-            with torch.no_grad():
-                once, again = getattr(module, name), getattr(module, name)
-                if not torch.allclose(once, again, rtol=0, atol=0, equal_nan=True):
-                    return f"its parametrization gives another {name} at every access"
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"its {name} is a {type(tensor).__name__}, which may compute otherwise than a plain tensor"
+    if parametrize.is_parametrized(module) and parametrize._cache_enabled:
+        return "its weight may be a cached one; leave torch.nn.utils.parametrize.cached() first"
+    with torch.no_grad():
+        derived = "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor)
+        if derived and not torch.allclose(module.weight, module.weight, rtol=0, atol=0, equal_nan=True):
+            return "it has another weight at every access"
     return ""
