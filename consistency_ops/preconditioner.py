@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unsee
 from .engine.notices import Notices, some
 from .engine.ownership import Ownership
 from .engine.state import StateStore, on_host
+from .engine.whitening import WhiteningCorrection
 from .ops.arguments import Scaling
 from .ops.checks import check_module, check_names
 from .reporting.stats import Stats, notice_failures, stats, write_scalars
@@ -56,6 +57,11 @@ class Preconditioner:
         model: the module whose layers are corrected. Only weak references to it are kept.
         optimizer: any ``torch.optim.Optimizer`` over its parameters; it keeps the preconditioner alive. ``None``: call
             :meth:`step` before the optimizer's.
+        mode: ``"correct"`` multiplies the gradients, as in the paper. ``"whiten"`` lets the optimizer work in whitened
+            coordinates of each layer's inputs: it is given ``G L^-T`` with ``L L^T = A_c + damping``, and what it adds
+            to the weight is multiplied by ``L^-1`` after its step, and scaled to the norm that it had. (With
+            ``torch.optim.SGD`` it is not scaled: this is the paper's method with a running average.) It needs an
+            optimizer, and a copy of the covered weights during a step. ``None``: ``"correct"``.
         damping: number >= 0, or a function of the step (0, 1, ...) that returns one.
         scaling: ``"trace"`` divides ``A`` by its mean diagonal entry first, so that the gradient keeps its scale;
             ``"absolute"`` is the paper's rule.
@@ -63,9 +69,10 @@ class Preconditioner:
         group: consecutive units that stay together in the random division; ``None``: as many as fill 32 bytes.
         max_rows: input rows of a layer that are used in a step, a uniform sample where there are more. A layer's
             buffer takes ``max_rows`` x units x 4 bytes (8 in float64).
-        decay: weight of the old value in a running average of the covariances, in [0, 1). 0: the current step's inputs
-            only, and a new random division every time. Above 0 the division is fixed, the average bias-corrected, and
-            a step with Inf or NaN in a layer's inputs or gradient does not enter it.
+        decay: weight of the old value in a running average of the covariances, in [0, 1). ``None``: 0 in mode
+            ``"correct"``, 0.95 in mode ``"whiten"``. With 0 only the current step's inputs count, and every refresh
+            draws a new random division in mode ``"correct"``. Above 0 the division is fixed, the average is
+            bias-corrected, and a step with Inf or NaN in a layer's inputs or gradient does not enter it.
         every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. Above 1 use
             ``decay=0.5`` or more, too: the inverse of one batch multiplies what only other batches have by
             ``1 / damping``, and training may diverge. With ``decay > 0`` all of the first 20 steps capture and invert,
@@ -87,12 +94,13 @@ class Preconditioner:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
+        mode: Literal["correct", "whiten"] | None = None,
         damping: float | Callable[[int], float] = 0.1,
         scaling: Scaling = "trace",
         chunk: int = 128,
         group: int | None = None,
         max_rows: int = 4096,
-        decay: float = 0.0,
+        decay: float | None = None,
         every: int = 1,
         bias: bool = True,
         skip: str | type[Any] | Iterable[str | type[Any]] = (),
@@ -106,6 +114,11 @@ class Preconditioner:
             )
         optimizer = _unwrap(optimizer)
         check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
+        check(mode in (None, "correct", "whiten"), "mode", "None, 'correct' or 'whiten'", mode)
+        check(mode != "whiten" or optimizer is not None, "optimizer", "given with mode='whiten'", optimizer)
+        self.mode: Literal["correct", "whiten"] = mode or "correct"
+        if decay is None:
+            decay = 0.95 if self.mode == "whiten" else 0.0
         options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._optimizer = optimizer
@@ -126,6 +139,7 @@ class Preconditioner:
             self._ownership.owns,
             process_group,
             None if self._correction.pools else type(optimizer).__name__,
+            self._correction.exchanges_units,
             self._store,
             self._notices,
         )
@@ -152,6 +166,8 @@ class Preconditioner:
 
     def _make_correction(self, options: CorrectionOptions) -> Correction:
         """The arithmetic; a subclass may divide or solve in another way."""
+        if self.mode == "whiten" and self._optimizer is not None:
+            return WhiteningCorrection(options, self._store, self._optimizer)
         return Correction(options, self._store)
 
     # The options, and how far it is
@@ -261,6 +277,7 @@ class Preconditioner:
         correction.step = max(correction.step, states.step)
         if self._ownership.refresh() or correction.step == 0:
             self._attach()
+        correction.begin_step()
         for layer in self._layers:
             layer.info_slice = None
         pooled = self._pooling.correct()

@@ -27,7 +27,16 @@ SCENARIOS = [
         "flattened",
     ),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
-    *("shared", "shared_absolute", "shared_every", "shared_convolutions", "one_unit_not_finite", "placements"),
+    *(
+        "shared",
+        "shared_absolute",
+        "shared_every",
+        "shared_convolutions",
+        "one_unit_not_finite",
+        "placements",
+        "ddp_whiten",
+        "fsdp_whiten",
+    ),
 ]
 SLOW = [
     *("ddp_absolute", "ddp_float32", "fsdp_accumulation", "fsdp_mixed_precision", "tensor_parallel_and_group"),
@@ -397,3 +406,12 @@ def test_a_placement_is_one_readable_line():
         "exchanges units for rows and back, bias not joined)"
     )
     assert repr(Placement("up", reason="weight is flattened")) == "Placement('up': left alone, weight is flattened)"
+
+
+@pytest.mark.parametrize("name", ["ddp_whiten", "fsdp_whiten"])
+def test_whitened_coordinates_on_ranks_equal_one_process(results, name):
+    """The norm that a layer's step keeps is that of all its shards."""
+    want = scenarios.single(scenarios.WHITEN, name="adamw")
+    for result in of(results, name):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]

@@ -285,3 +285,19 @@ def test_the_condition_of_a_chunk_that_was_given_up_is_infinite(options):
     pre.step()
     found = pre.stats()["condition"]
     assert found["0"] == math.inf and 1 < found["1"] < math.inf
+
+
+@pytest.mark.parametrize("options", [{}, dict(decay=0.5)], ids=str)
+def test_the_condition_of_a_layer_whose_bias_another_optimizer_has(options):
+    """Muon takes matrices only: the matrices have no unit for the bias, although the layer has one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 4))
+    twin = nn.Sequential(nn.Linear(128, 4, bias=False))
+    x, found = torch.randn(50, 128), []
+    for m in (model, twin):
+        optimizer = torch.optim.SGD([m[0].weight], lr=0.1)
+        pre = Preconditioner(m, optimizer, chunk=128, **options)
+        m(x).sum().backward()
+        optimizer.step()
+        found.append(pre.stats()["condition"]["0"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -105,7 +105,7 @@ class Pooling:
             step.write_back()
         for placed, whole_rows in self._exchanged:
             local(placed).copy_(local(whole_rows.redistribute(placements=placed.placements)))
-        if not correction.options.stores_matrices:
+        if not correction.stores_matrices:
             for step in steps:
                 step.layer.pending.clear()
 
@@ -162,7 +162,7 @@ class Pooling:
 
     def _shares(self, groups: tuple[Group, ...], steps: list[LayerStep], covariances: list[Tensor]) -> bool:
         """Whether each rank of the first group factors a share of the chunks."""
-        if not groups or self._correction.options.decay > 0:
+        if not groups or self._correction.options.decay > 0 or not self._correction.shares_factorisation:
             return False
         shares = self.shares_factorisation
         if shares is None:

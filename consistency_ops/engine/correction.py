@@ -58,11 +58,6 @@ class CorrectionOptions:
         check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
         check(is_int(self.seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", self.seed)
 
-    @property
-    def stores_matrices(self) -> bool:
-        """Whether a layer's covariance or inverse outlives the step."""
-        return self.every > 1 or self.decay > 0
-
 
 class Correction:
     """Corrects gradients by the inverse damped second moment of the inputs, as the options say.
@@ -73,6 +68,8 @@ class Correction:
     """
 
     pools = True  # whether ranks can pool the covariances
+    shares_factorisation = True  # whether ranks can deal the chunks among them
+    exchanges_units = True  # whether ranks can exchange a gradient's units for whole rows, and back
 
     def __init__(self, options: CorrectionOptions, store: StateStore) -> None:
         self.options = options
@@ -82,6 +79,14 @@ class Correction:
         self._store = store
 
     # Which layers, which steps
+
+    @property
+    def stores_matrices(self) -> bool:
+        """Whether a layer's covariance or inverse outlives the step."""
+        return self.options.every > 1 or self.options.decay > 0
+
+    def begin_step(self) -> None:
+        """Forget what an abandoned step has left; called before the gradients of a step are looked at."""
 
     def declines(self, layer: Layer) -> str | None:
         """Why a layer of a known type is left alone, or None."""
@@ -118,13 +123,13 @@ class Correction:
 
     def was_corrected(self, layer: Layer) -> bool:
         """Whether the last step corrected this layer. A stored inverse needs no rows. Waits for the device."""
-        return layer.info is not None and (self.options.stores_matrices or layer.captured_rows() > 0)
+        return layer.info is not None and (self.stores_matrices or layer.captured_rows() > 0)
 
     # The whole correction
 
     def run(self, steps: list[LayerStep]) -> None:
         """Correct the gradients of layers that are on one device, in one precision."""
-        if not self.options.stores_matrices:
+        if not self.stores_matrices:
             self.fused(steps, self.options.chunk)
             return
         if not self.refreshes(self.step):
@@ -236,7 +241,7 @@ class Correction:
         old, weight = state.get("covariance"), state.get("weight")
         if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
-        finite = torch.stack([t.isfinite().all() for t in (covariance, *step.gradients)]).all()
+        finite = largest([covariance, *step.gradients]).isfinite()
         enters = finite & (count > 0)
         weight = torch.where(enters, decay * weight + (1 - decay), weight)
         total = torch.where(enters, decay * old + (1 - decay) * covariance, old)
@@ -270,11 +275,8 @@ class Correction:
         """Multiply by the stored inverses. A layer that has none waits for the next refresh."""
         ready: list[tuple[LayerStep, Tensor, Tensor]] = []
         for step in steps:
-            state = {**self._store.get(step.layer), **step.layer.pending}
-            inverse, info = state.get("inverse"), state.get("info")
-            if inverse is None or info is None:
-                continue
-            if len(inverse) == self.num_chunks(step) and step.units_unchanged:
+            if (stored := self.stored_inverse(step)) is not None:
+                inverse, info = stored
                 step.layer.info_slice = info, 0, len(info)
                 ready.append((step, inverse, info))
         if ready:
@@ -289,6 +291,14 @@ class Correction:
                 step=self.division_step,
                 layers=[step.layer.index for step, _, _ in ready],
             )
+
+    def stored_inverse(self, step: LayerStep) -> tuple[Tensor, Tensor] | None:
+        """Inverse and info of the last refresh, or None if there is none that fits the layer as it is now."""
+        state = {**self._store.get(step.layer), **step.layer.pending}
+        inverse, info = state.get("inverse"), state.get("info")
+        if inverse is None or info is None or not step.units_unchanged:
+            return None
+        return (inverse, info) if len(inverse) == self.num_chunks(step) else None
 
     def damping(self) -> float:
         """The damping of this step; call it once for every inversion, because reports show the last one.
@@ -347,6 +357,12 @@ class Correction:
             if self.options.every == 1:  # saved with a larger one
                 self._store.drop(layer, "inverse", "info")
         return dropped
+
+
+def largest(tensors: list[Tensor]) -> Tensor:
+    """The largest magnitude in several tensors, in float64; NaN if one is in them. One pass over each."""
+    ends = [end for t in tensors if t.numel() for end in torch.aminmax(t)]
+    return torch.stack([end.double() for end in ends]).abs().max()
 
 
 def check(condition: bool, name: str, requirement: str, value: object) -> None:

@@ -92,6 +92,27 @@ def mesh_groups(tensor: DTensor) -> list[Group]:
     return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
 
 
+def sum_over_shards(weights: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
+    """Sums over all elements of each weight, from the sums over what each rank holds of it.
+
+    Args:
+        weights: plain tensors, whose sums are whole already, or DTensors.
+        sums: one tensor per weight, all of one shape.
+    """
+    batches: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for i, weight in enumerate(weights):
+        if is_dtensor(weight) and (dims := tuple(d for d, p in enumerate(weight.placements) if p.is_shard())):
+            batches.setdefault((weight.device_mesh, dims), []).append(i)
+    sums = list(sums)
+    for (mesh, dims), some in batches.items():
+        flat = torch.stack([sums[i] for i in some])
+        for dim in dims:
+            dist.all_reduce(flat, group=mesh.get_group(dim))
+        for i, total in zip(some, flat, strict=True):
+            sums[i] = total
+    return sums
+
+
 @dataclass(frozen=True)
 class Shards:
     """Where the chunks of a row-parallel layer are: the same number on every rank of some mesh dimensions."""

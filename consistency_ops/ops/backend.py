@@ -276,16 +276,19 @@ _NATIVE, _WIDE = (
 )
 
 
-def call(name: str, chunk: int, tensors: Sequence[Tensor], *args: Any) -> Any:
+def call(name: str, chunk: int, tensors: Sequence[Tensor], *args: Any, cuda_kernel: bool = True) -> Any:
     """Call operator ``name`` of the correction for chunks of ``chunk`` units; 0: whole layers.
 
     The kernels know chunks of up to ``MAX_CHUNK`` units, and on CUDA no float64 among ``tensors``: whatever is beyond
-    goes to the portable operator, on every device and with every backend.
+    goes to the portable operator, on every device and with every backend. ``cuda_kernel=False``: there is none on CUDA
+    for these ``args``.
 
     Raises:
         torch.OutOfMemoryError: there was no memory for the workspace, whose size the message says.
     """
-    beyond = not 0 < chunk <= MAX_CHUNK or (tensors[0].is_cuda and any(t.dtype == torch.float64 for t in tensors))
+    beyond = not 0 < chunk <= MAX_CHUNK
+    if tensors[0].is_cuda:
+        beyond = beyond or not cuda_kernel or any(t.dtype == torch.float64 for t in tensors)
     try:
         return (_WIDE if beyond else _NATIVE)[name](*args)
     except RuntimeError as error:

@@ -31,7 +31,7 @@ def workspace_bytes(name: str, args: Sequence[Any]) -> int | None:
         return 3 * sum(int(m.numel() * m.element_size()) for m in args[0])
     if name not in ("foreach_precondition_", "foreach_covariance", "foreach_apply_", "foreach_correct_"):
         return None
-    chunk = args[10] if name == "foreach_covariance" else args[-3] if name != "foreach_precondition_" else args[12]
+    chunk = args[{"foreach_precondition_": 12, "foreach_apply_": 9}.get(name, 10)]
     given = args[0] if name == "foreach_covariance" else args[2]
     element = 8 if any(t.dtype == torch.float64 for t in (*args[0], *given)) else 4
     matrices, largest = 0, 0
@@ -414,7 +414,12 @@ def _stored(matrices: Sequence[Tensor], sources: Sequence[Source]) -> Matrices:
 
 
 def foreach_inverse(
-    covariances: Sequence[Tensor], units: Sequence[int], damping: float, trace_scaling: bool, chunk: int
+    covariances: Sequence[Tensor],
+    units: Sequence[int],
+    damping: float,
+    trace_scaling: bool,
+    chunk: int,
+    triangular: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     sources = []
     for stored, of_layer in zip(covariances, units, strict=True):
@@ -422,7 +427,7 @@ def foreach_inverse(
         parts = len(stored) // max(1, sum(block[1] for block in blocks))
         sources.append(Source(of_layer, False, parts, 1, 0, None, blocks))
     matrices = _stored(covariances, sources)
-    info, used = matrices.invert(damping, trace_scaling)
+    info, used = matrices.invert(damping, trace_scaling, triangular)
     failed = info > 0
     if info.device.type != "cpu" or bool(failed.any()):
         for size, given_up in matrices.by_size(failed).items():
@@ -462,6 +467,7 @@ def foreach_apply_(
     chunk: int,
     seed: int,
     step: int,
+    triangular: bool = False,  # the product takes any matrices
 ) -> None:
     biases = _spread(bias_grads, bias_layers, len(grads))
     orders = _spread(permutations, permutation_layers, len(grads))

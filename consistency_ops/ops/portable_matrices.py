@@ -199,9 +199,9 @@ class Matrices:
         for matrices, scale in zip(self.of_size.values(), self._split(tau), strict=True):
             matrices.div_(scale[:, None, None])
 
-    def invert(self, damping: float, trace_scaling: bool) -> tuple[Tensor, Tensor]:
-        """Every matrix A becomes (A + damping I)^-1; of those given up nothing is said.  Returns (info, damping_used)
-        in the order of info."""
+    def invert(self, damping: float, trace_scaling: bool, triangular: bool = False) -> tuple[Tensor, Tensor]:
+        """Every matrix A becomes (A + damping I)^-1, or ``triangular`` L^-1 with L L^T = A + damping I; of those given
+        up nothing is said.  Returns (info, damping_used) in the order of info."""
         if not self.of_size:
             nothing = torch.empty(0, dtype=torch.int32, device=self.device)
             return nothing, nothing.to(torch.float32)
@@ -220,7 +220,7 @@ class Matrices:
             if not all_good:
                 matrices.masked_fill_(~goods[:, None, None], 0)
             factor, info, used = _factor(matrices, float(damping), on_host)
-            self.of_size[size] = _inverse(factor, info, on_host)
+            self.of_size[size] = _inverse_factor(factor) if triangular else _inverse(factor, info, on_host)
             infos.append(info)
             useds.append(used)
         info, used = torch.cat(infos).to(torch.int32), torch.cat(useds)
@@ -252,6 +252,12 @@ def _factor(matrices: Tensor, damping: float, on_host: bool) -> tuple[Tensor, Te
             info = torch.where(failed, new_info, info)
         used = torch.where(failed, damping, used)
     return factor, info, used
+
+
+def _inverse_factor(factor: Tensor) -> Tensor:
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return result
 
 
 def _inverse(factor: Tensor, info: Tensor, on_host: bool) -> Tensor:

@@ -164,6 +164,7 @@ def foreach_inverse(
     damping: float = 1.0,
     scaling: Scaling = "absolute",
     chunk: int | None = 128,
+    triangular: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Compute the second stage: ``(A_c + damping I)^-1`` of every chunk.
 
@@ -173,6 +174,8 @@ def foreach_inverse(
         units: the number of units of each layer, the bias included; for a grouped convolution that of one group.
         damping, scaling: as for :func:`precondition`. ``"trace"`` needs all chunks of a layer together.
         chunk: that of the covariances.
+        triangular: return ``L^-1``, lower triangular, of the Cholesky factorisation ``L L^T = A_c + damping I`` instead
+            of the inverse.
 
     Returns:
         ``(inverses, info, damping_used)``. The inverse of a chunk that was given up is zero. ``info`` and
@@ -201,6 +204,8 @@ def foreach_inverse(
             float(damping),
             scaling == "trace",
             chunk or 0,
+            triangular,
+            cuda_kernel=not triangular,
         )
     return results
 
@@ -217,6 +222,7 @@ def foreach_apply_(
     seed: int = 0,
     step: int = 0,
     layers: Sequence[int] | None = None,
+    triangular: bool = False,
 ) -> None:
     """Compute the third stage: multiply the gradients in place by the inverses of :func:`foreach_inverse`.
 
@@ -226,6 +232,8 @@ def foreach_apply_(
 
     Args:
         inverses, info: the results of :func:`foreach_inverse`. Chunks with ``info != 0`` are left alone.
+        triangular: the matrices are not symmetric; ``G[:, c]`` becomes ``G[:, c] @ inverses[c]`` all the same. The
+            transpose of ``L^-1`` whitens a gradient, and ``L^-1`` maps a displacement of whitened weights back.
 
     Raises:
         The errors of :func:`foreach_precondition_`. Nothing has been changed then.
@@ -255,6 +263,8 @@ def foreach_apply_(
             chunk or 0,
             signed(seed),
             signed(step),
+            triangular,
+            cuda_kernel=not triangular,
         )
 
 
@@ -373,7 +383,12 @@ def _(
 
 @register_fake("foreach_inverse")
 def _(
-    covariances: list[Tensor], units: list[int], damping: float, trace_scaling: bool, chunk: int
+    covariances: list[Tensor],
+    units: list[int],
+    damping: float,
+    trace_scaling: bool,
+    chunk: int,
+    triangular: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     return [torch.empty_like(c) for c in covariances], *_results(covariances)
 
@@ -392,6 +407,7 @@ def _(
     chunk: int,
     seed: int,
     step: int,
+    triangular: bool = False,
 ) -> None:
     return None
 

@@ -30,7 +30,7 @@ def condition_numbers(correction: Correction, layers: list[Layer], of: list[Laye
     """
     batches: dict[tuple[torch.device, torch.dtype, int], list[Layer]] = {}
     for layer in of:
-        rows, chunk = _capture(layer).rows, correction.chunk_of(layer.units)
+        rows, chunk = _capture(layer).rows, correction.chunk_of(_units(layer))
         if rows is not None and chunk <= ops.MAX_CHUNK and _matrix(layer).numel() > 0:
             batches.setdefault((rows.device, rows.dtype, chunk), []).append(layer)
     found: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def _largest(correction: Correction, layers: list[Layer], of: list[Layer], chunk
     """Layers on one device, with rows of one dtype and chunks of one size."""
     options = correction.options
     covariances = _covariances(correction, layers, of, chunk)
-    units = [_matrix(layer).shape[1] + layer.joins_bias for layer in of]
+    units = [_units(layer) for layer in of]
     inverses, info, used = ops.foreach_inverse(
         covariances, units=units, damping=correction.last_damping, scaling=options.scaling, chunk=chunk
     )
@@ -78,7 +78,7 @@ def _covariances(correction: Correction, layers: list[Layer], of: list[Layer], c
         rows=rows,
         row_counts=row_counts,
         matrices=[_matrix(layer) for layer in of],
-        biases=[layer.joins_bias for layer in of],
+        biases=[_units(layer) > _matrix(layer).shape[1] for layer in of],
         division_step=correction.last_division_step,
         division_ids=[layer.division_id for layer in of],
         chunk=chunk,
@@ -88,6 +88,11 @@ def _covariances(correction: Correction, layers: list[Layer], of: list[Layer], c
 def _capture(layer: Layer) -> Capture:
     assert layer.capture is not None
     return layer.capture
+
+
+def _units(layer: Layer) -> int:
+    """Units of the matrices that were inverted; the bias is one of them only if it had a gradient then."""
+    return layer.units if layer.inverse_units is None else layer.inverse_units
 
 
 def _matrix(layer: Layer) -> Tensor:

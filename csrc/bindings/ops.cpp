@@ -15,12 +15,14 @@ CO_LIBRARY(CO_NAMESPACE, m) {
       "int[] row_count_layers, int[] layers, int[] groups, int[] unit_dims, SymInt[] units, bool[] bias, "
       "int chunk, int max_rows, int seed, int step) -> Tensor[]");
   m.def(
-      "foreach_inverse(Tensor[] covariances, SymInt[] units, float damping, bool trace_scaling, int chunk) "
+      "foreach_inverse(Tensor[] covariances, SymInt[] units, float damping, bool trace_scaling, int chunk, "
+      "bool triangular=False) "
       "-> (Tensor[] inverses, Tensor info, Tensor damping_used)");
   m.def(
       "foreach_apply_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] inverses, Tensor info, Tensor[] "
       "permutations, "
-      "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, int chunk, int seed, int step) -> ()");
+      "int[] bias_layers, int[] permutation_layers, int[] layers, int[] groups, int chunk, int seed, int step, "
+      "bool triangular=False) -> ()");
   // foreach_inverse and foreach_apply_ in one launch.
   m.def(
       "foreach_correct_(Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor[] covariances, Tensor[] permutations, "

@@ -324,14 +324,16 @@ int64_t check_matrices(const Tensor& matrices, int64_t units, const Precondition
 }
 
 std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, const Ints& units, double damping,
-                                                    bool trace_scaling, int64_t chunk) {
+                                                    bool trace_scaling, int64_t chunk, bool triangular) {
   const char* op = "foreach_inverse";
   PreconditionOptions options = make_options(chunk, 1, 0, 0, op);
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   options.stages = kStageFactor;
+  options.triangular = triangular;
   const size_t count = covariances.size();
   STD_TORCH_CHECK(count > 0 && units.size() == count, op, ": got ", count, " covariances and ", units.size(), " units");
+  STD_TORCH_CHECK(!triangular || !covariances[0].is_cuda(), op, ": triangular must be False on CUDA");
   options.float64 = covariances[0].scalar_type() == ScalarType::Double;
   std::vector<PreconditionLayer> layers;
   Tensors inverses;
@@ -388,12 +390,15 @@ std::vector<PreconditionLayer> matrix_layers(const Tensors& grads, const Tensors
 
 void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tensors& inverses, const Tensor& info,
                     const Tensors& permutations, const Ints& bias_layers, const Ints& permutation_layers,
-                    const Ints& layer_indices, const Ints& groups, int64_t chunk, int64_t seed, int64_t step) {
+                    const Ints& layer_indices, const Ints& groups, int64_t chunk, int64_t seed, int64_t step,
+                    bool triangular) {
   const char* op = "foreach_apply_";
   PreconditionOptions options = make_options(chunk, 1, seed, step, op);
   options.stages = kStageApply;
+  options.triangular = triangular;
   auto layers = matrix_layers(grads, bias_grads, inverses, &PreconditionLayer::inverse, permutations, bias_layers,
                               permutation_layers, layer_indices, groups, options, op);
+  STD_TORCH_CHECK(!triangular || !grads[0].is_cuda(), op, ": triangular must be False on CUDA");
   STD_TORCH_CHECK(
       info.scalar_type() == ScalarType::Int && info.numel() == total_chunks(layers, options) && info.is_contiguous(),
       op, ": info must be int32 with one entry a chunk, ", total_chunks(layers, options), " in all");

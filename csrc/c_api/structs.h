@@ -69,7 +69,7 @@ Result with_layers(const co_precondition_layer* layers, int64_t count, const co_
                    const Run& run) {
   if (count < 0 || (count > 0 && layers == nullptr) || options == nullptr) return CO_ERROR_INVALID_ARGUMENT;
   PreconditionOptions chosen;
-  auto& [damping, trace_scaling, float64, chunk, max_rows, seed, step, stages] = chosen;
+  auto& [damping, trace_scaling, float64, chunk, max_rows, seed, step, stages, triangular] = chosen;
   damping = options->damping;
   trace_scaling = options->trace_scaling;
   float64 = options->float64;
@@ -78,6 +78,7 @@ Result with_layers(const co_precondition_layer* layers, int64_t count, const co_
   seed = options->seed;
   step = options->step;
   stages = options->stages;
+  triangular = options->triangular;
   try {
     std::vector<PreconditionLayer> described;
     described.reserve(static_cast<size_t>(count));

@@ -34,12 +34,15 @@ struct ChunkKernels {
   // inverse_diagonal gets 1 / U_kk.  Returns 0, or the order of the first leading minor that is not positive (or not
   // finite).
   int (*factor)(T* a, int panels, T* inverse_diagonal);
+  // w = U^-T, lower triangular, all blocks; the blocks above the diagonal are zero.
+  void (*invert_factor)(const T* u, const T* inverse_diagonal, int panels, T* w);
   // inverse = (U^T U)^-1, all blocks; w: scratch of the same size.
   void (*invert)(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse);
-  // out[rows x size] = g[rows x size] * inverse, padded with zeros; rows <= kMaxTileRows.  Rows of `out` are kTilePitch
-  // apart, those of `g` likewise, or, `by_unit`, g[unit * kMaxTileRows + row].
+  // out[rows x size] = g[rows x size] * matrix, padded with zeros; rows <= kMaxTileRows.  Rows of `out` are kTilePitch
+  // apart, those of `g` likewise, or, `by_unit`, g[unit * kMaxTileRows + row].  A `symmetric` matrix may be read by its
+  // rows, which is faster where the last panel has few units.
   // Returns a mask of the rows with a result that is NaN or of larger magnitude than `limit`.
-  uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* inverse, int64_t size, T limit, T* out);
+  uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* matrix, bool symmetric, int64_t size, T limit, T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };

@@ -255,9 +255,10 @@ struct Kernels {
     return 0;
   }
 
-  static void invert(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse) {
+  // By forward substitution on the identity.
+  static void invert_lower_blocks(const T* u, const T* inverse_diagonal, int panels, T* w) {
     const int64_t height = int64_t{kPanel} * panels;
-    for (int j = 0; j < panels; ++j) {  // W = U^-T, lower triangular, by forward substitution on the identity
+    for (int j = 0; j < panels; ++j) {
       T* column = w + j * height * kPanel;
       for (int k = j; k < panels; ++k) {
         T* block = column + k * kPanel * kPanel;
@@ -271,6 +272,19 @@ struct Kernels {
         substitute_forward(factor_panel + k * kPanel * kPanel, inverse_diagonal + k * kPanel, block);
       }
     }
+  }
+
+  static void invert_factor(const T* u, const T* inverse_diagonal, int panels, T* w) {
+    invert_lower_blocks(u, inverse_diagonal, panels, w);
+    for (int j = 1; j < panels; ++j) {
+      T* column = w + int64_t{j} * panels * kPanel * kPanel;
+      for (int64_t e = 0; e < int64_t{j} * kPanel * kPanel; ++e) column[e] = 0;
+    }
+  }
+
+  static void invert(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse) {
+    const int64_t height = int64_t{kPanel} * panels;
+    invert_lower_blocks(u, inverse_diagonal, panels, w);
     for (int j = 0; j < panels; ++j) {  // W^T W
       for (int i = 0; i <= j; ++i) {
         T* block = inverse + (j * height + i * kPanel) * kPanel;
@@ -407,16 +421,17 @@ struct Kernels {
     }
   }
 
-  static uint32_t apply(const T* g, bool by_unit, int rows, const T* inverse, int64_t size, T limit, T* out) {
+  static uint32_t apply(const T* g, bool by_unit, int rows, const T* matrix, bool symmetric, int64_t size, T limit,
+                        T* out) {
     const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
     const int tail = static_cast<int>(size - int64_t{kPanel} * (panels - 1));
     const int64_t height = int64_t{kPanel} * panels;
-    const bool by_column = tail <= kFewLanes && panels > 1;
+    const bool by_column = (symmetric || by_unit) && tail <= kFewLanes && panels > 1;
     VectorOfBits largest{};
     if (by_unit) {
-      multiply_panels<1, kMaxTileRows>(g, rows, inverse, panels - by_column, height, size, out, largest);
+      multiply_panels<1, kMaxTileRows>(g, rows, matrix, panels - by_column, height, size, out, largest);
     } else {
-      multiply_panels<kTilePitch, 1>(g, rows, inverse, panels - by_column, height, size, out, largest);
+      multiply_panels<kTilePitch, 1>(g, rows, matrix, panels - by_column, height, size, out, largest);
     }
     if (by_column) {
       T* last = out + height - kPanel;
@@ -425,9 +440,9 @@ struct Kernels {
       }
       for (int64_t column = height - kPanel; column < size; ++column) {
         if (by_unit) {
-          apply_column_by_unit(g, rows, inverse, height, size, column, out);
+          apply_column_by_unit(g, rows, matrix, height, size, column, out);
         } else {
-          apply_column(g, rows, inverse, panels, column, out);
+          apply_column(g, rows, matrix, panels, column, out);
         }
       }
       for (int r = 0; r < rows; ++r) {
@@ -464,5 +479,5 @@ struct Kernels {
     }
   }
 
-  static constexpr ChunkKernels<T> table() { return {gram, factor, invert, apply, solve}; }
+  static constexpr ChunkKernels<T> table() { return {gram, factor, invert_factor, invert, apply, solve}; }
 };

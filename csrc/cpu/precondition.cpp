@@ -291,10 +291,18 @@ class Launch {
       if (member->damping_used != nullptr) member->damping_used[c] = static_cast<float>(damping);
       if (member->info != nullptr) member->info[c] = info;
     }
-    if (info == 0) kernels.invert(s.factor, s.inverse_diagonal, chunk.panels, s.inverse_factor, matrix);
+    if (info == 0 && options_.triangular) {
+      kernels.invert_factor(s.factor, s.inverse_diagonal, chunk.panels, matrix);
+    } else if (info == 0) {
+      kernels.invert(s.factor, s.inverse_diagonal, chunk.panels, s.inverse_factor, matrix);
+    }
     if (layer.inverse != nullptr) {
       if (info != 0) std::fill(matrix, matrix + elements, T(0));
-      to_dense(c, chunk, T(1), static_cast<T*>(layer.inverse));
+      if (options_.triangular) {
+        to_dense_lower(c, chunk, static_cast<T*>(layer.inverse));
+      } else {
+        to_dense(c, chunk, T(1), static_cast<T*>(layer.inverse));
+      }
     }
   }
 
@@ -356,8 +364,8 @@ class Launch {
             for (int r = 0; r < here; ++r) bias_offset[r] = (first_output + (at + r) / taps) * layer.bias_stride;
             bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, by_unit, s.tile);
           }
-          const uint32_t bad =
-              kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage, chunk.size, largest, s.product);
+          const uint32_t bad = kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage,
+                                                   !options_.triangular, chunk.size, largest, s.product);
           g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
           if (with_bias) {
             for (int r = 0; r < here; ++r) {
@@ -427,6 +435,17 @@ class Launch {
     }
   }
 
+  // Of a lower triangular matrix.
+  void to_dense_lower(int64_t c, const ChunkPlan& chunk, T* dense) const {
+    const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
+    T* out = dense + c * width * width;
+    std::fill(out, out + width * width, T(0));
+    for (int64_t j = 0; j < chunk.size; ++j) {
+      const T* column = storage_ + chunk.storage + j / kPanel * height * kPanel + j % kPanel;
+      for (int64_t i = j; i < chunk.size; ++i) out[i * width + j] = column[i * kPanel];
+    }
+  }
+
   void from_dense(const T* dense, int64_t c, const ChunkPlan& chunk, T pad) {
     const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
     const T* in = dense + c * width * width;
@@ -459,6 +478,7 @@ bool valid(const PreconditionLayer* layers, int64_t count, const PreconditionOpt
   if (options.chunk < 1 || options.chunk > kMaxChunk) return false;
   if (options.max_rows < 1 || !(options.damping >= 0) || options.stages < 1 || options.stages > kStageAll) return false;
   if (options.stages == (kStageCovariance | kStageApply)) return false;
+  if (options.triangular && options.stages != kStageFactor && options.stages != kStageApply) return false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
     if (layer.units < 0 || layer.units >= INT32_MAX || layer.outputs < 0 || layer.outputs >= INT32_MAX) return false;

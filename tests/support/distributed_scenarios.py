@@ -102,6 +102,13 @@ def ddp_every():
     return _ddp(OPTIONS["every"])
 
 
+WHITEN = {"mode": "whiten", "every": 2}
+
+
+def ddp_whiten():
+    return _ddp(WHITEN, name="adamw")
+
+
 GATHERED = {"decay": 0.5, "every": 3}
 
 
@@ -358,12 +365,16 @@ def _sharded(model, mesh=None, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
-def _fsdp(options: dict, mesh=None) -> dict:
+def _fsdp(options: dict, mesh=None, name="sgd") -> dict:
     model = _sharded(mlp(), mesh)
-    optimizer = sgd(model)
+    optimizer = sgd(model, name)
     pre = Preconditioner(model, optimizer, chunk=8, **options)
     train(model, optimizer, [dist.get_rank()])
     return result(model, rows=pre.stats()["rows"], summary=pre.summary(), local=len(model[4].weight.to_local()))
+
+
+def fsdp_whiten():
+    return _fsdp(WHITEN, name="adamw")
 
 
 def fsdp_default():
@@ -597,7 +608,7 @@ def one_unit_not_finite():
 
 
 def placements():
-    """Return the debug log of who holds what under DDP and fully_shard."""
+    """What the log says at debug level about who holds what: of DDP and of fully_shard."""
     log, found = logging.getLogger("consistency_ops"), {}
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

@@ -152,7 +152,7 @@ bool is_valid(const PreconditionLayer* layers, int64_t count, const Precondition
   if (count < 0 || (count > 0 && layers == nullptr) || options.float64) return false;
   if (options.chunk < 1 || options.chunk > kMaxChunk || options.max_rows < 1 || !(options.damping >= 0)) return false;
   if (options.stages < 1 || options.stages > kStageAll) return false;
-  if (options.stages == (kStageCovariance | kStageApply)) return false;
+  if (options.stages == (kStageCovariance | kStageApply) || options.triangular) return false;
   const int most_ctas = tuning.rung == PreconditionRung::kCluster ? kMaxCluster : kMaxParts;
   if (tuning.ctas < 0 || tuning.ctas > most_ctas) return false;
   if (tuning.counters < -1 || tuning.counters >= kCudaCounterSlots) return false;

@@ -76,6 +76,10 @@ struct PreconditionOptions {
   int64_t max_rows = 10000;
   uint64_t seed = 0, step = 0;
   int32_t stages = kStageAll;
+  // The matrices between the factor and the apply stage are triangular, not symmetric: with A = L L^T (damped) the
+  // factor stage writes L^-1, and the apply stage multiplies G by whatever matrices it is given (L^-T whitens a
+  // gradient, L^-1 maps a displacement back).  CPU only, and only with one of these two stages: others are refused.
+  bool triangular = false;
 };
 
 // Number of chunks of a layer; the length of info and damping_used.
