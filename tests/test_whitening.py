@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import consistency_ops as co
 from consistency_ops import ops, reference
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
@@ -213,6 +214,25 @@ def test_the_step_keeps_the_norm_that_the_optimizer_gave_it():
         sum(float((p.detach() - b).square().sum()) for p, b in zip(layer.parameters(), before, strict=True))
     )
     assert moved == pytest.approx(0.01 * math.sqrt(9 * 41), rel=1e-3)  # Adam's first step: lr in every entry
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_torchs_own_operations_whiten_the_same(name):
+    models, options = [mlp().double(), mlp().double()], dict(weight_decay=0.1)
+    for model, backend in zip(models, ("auto", "torch"), strict=True):
+        co.set_backend(backend)
+        try:
+            optimizer = optimizer_of(name, model.parameters(), **options)
+            Preconditioner(model, optimizer, mode="whiten", chunk=8)
+            for step in range(3):
+                x, y = data(seed=step)
+                optimizer.zero_grad()
+                backward(model, x.double(), y)
+                optimizer.step()
+        finally:
+            co.set_backend("auto")
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
 # In a training
