@@ -56,7 +56,7 @@ build: $(VENV)/.installed ## compile the extension in place, only what changed
 
 wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10 and torch >= 2.10
 	@rm -rf build/lib* build/bdist*
-	@flock .build.lock python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@CONSISTENCY_OPS_TORCH_ABI=0 flock .build.lock python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 docs: $(LIBRARY) $(VENV)/.docs ## the manual as web pages, build/docs/index.html; a warning is an error
@@ -78,7 +78,7 @@ format: $(VENV)/.installed ## ruff and clang-format, in place
 	@clang-format -i $(CXX_FILES)
 
 clean: ## remove what was built; .venv and runs/ stay
-	rm -rf build dist *.egg-info $(LIBRARY) consistency_ops/_autograd_* .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(LIBRARY) consistency_ops/_torch_abi_* .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(LIBRARY): $(VENV)/.installed $(SOURCES)
 	@echo "compiling the extension (a minute or more)"

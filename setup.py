@@ -5,8 +5,8 @@
     make build                           # in place, for development
 
 CONSISTENCY_OPS_CUDA=0|1       never | always build the CUDA kernels (default: if a CUDA toolkit is found)
-CONSISTENCY_OPS_AUTOGRAD=0|1   never | always build csrc/autograd, which serves one torch and one Python
-                               (default: in place only; a wheel with it is tagged for that Python, not abi3)
+CONSISTENCY_OPS_TORCH_ABI=0|1  never | always build csrc/torch_abi, which serves one torch and one Python
+                               (default: if this torch builds it; a wheel is tagged abi3 only with 0)
 TORCH_CUDA_ARCH_LIST           architectures to build, e.g. "9.0a;10.0+PTX"
 MAX_JOBS                       parallel compile jobs
 """
@@ -115,13 +115,14 @@ def prefix_maps(cpp_extension) -> list[str]:
     return [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include(cpp_extension)}/="]
 
 
-def autograd_extension(cpp_extension) -> Extension:
-    """The nodes of autograd in C++.  The name says the one torch that it may be loaded with (_library.py)."""
+def torch_abi_extension(cpp_extension) -> Extension:
+    """csrc/torch_abi.  Its name says which torch may load it (ops/library.py)."""
     import torch
 
     return cpp_extension.CppExtension(
-        "consistency_ops._autograd_torch_" + re.sub(r"\W", "_", torch.__version__),
-        sorted(str(s.relative_to(ROOT)) for s in ROOT.glob("csrc/autograd/*.cpp")),
+        "consistency_ops._torch_abi_" + re.sub(r"\W", "_", torch.__version__),
+        sorted(str(s.relative_to(ROOT)) for s in ROOT.glob("csrc/torch_abi/*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=[
             *("-O2", *HIDDEN, "-Wall", "-Wextra", "-g0", *prefix_maps(cpp_extension)),
             *("-isystem", str(torch_include(cpp_extension))),
@@ -186,20 +187,19 @@ class BuildExt(build_ext):
             self.build([configure(e, cpp_extension) for e in self.extensions], cpp_extension)
         except RuntimeError as error:  # torch's word for a compiler that failed, and for a toolkit unlike torch's own
             fail(f"the build failed ({error}): the lines above say where.")
-        wanted = switch("CONSISTENCY_OPS_AUTOGRAD")
-        if wanted == "0" or (wanted == "" and not self.inplace) or not (ROOT / "csrc" / "autograd").is_dir():
-            # `make build` leaves its own in build/, which would go into a wheel that says that it serves every Python.
-            for node in Path(self.build_lib, "consistency_ops").glob("_autograd_torch_*"):
-                node.unlink()
+        wanted = switch("CONSISTENCY_OPS_TORCH_ABI")
+        for built in Path(self.build_lib, "consistency_ops").glob("_torch_abi_*"):
+            built.unlink()  # by an earlier build, perhaps for another torch: it would go into this wheel
+        if wanted == "0" or not (ROOT / "csrc" / "torch_abi").is_dir():
             return
         try:
-            self.build([autograd_extension(cpp_extension)], cpp_extension)
+            self.build([torch_abi_extension(cpp_extension)], cpp_extension)
         except RuntimeError as error:
             if wanted == "1":
-                fail(f"csrc/autograd does not build with this torch ({error}): set CONSISTENCY_OPS_AUTOGRAD=0.")
+                fail(f"csrc/torch_abi does not build with this torch ({error}): set CONSISTENCY_OPS_TORCH_ABI=0.")
             print(
-                "consistency_ops: without nodes of autograd in C++, which this torch does not build; small calls of "
-                "modulus take some microseconds more.",
+                "consistency_ops: without csrc/torch_abi, which this torch does not build; small calls of modulus take "
+                "some microseconds more.",
                 file=sys.stderr,
             )
 
@@ -230,5 +230,5 @@ setup(  # what is built and which files are shipped; all else is in pyproject.to
     },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},
-    options={} if switch("CONSISTENCY_OPS_AUTOGRAD") == "1" else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if switch("CONSISTENCY_OPS_TORCH_ABI") == "0" else {},
 )

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 
-from .ops.library import autograd, build_config, library
+from .ops.library import build_config, library, torch_abi
 
 __version__ = "0.1.0"
 
@@ -20,8 +20,8 @@ class BuildInfo(TypedDict):
     ``compiler``; ``cuda_toolkit`` and ``cuda_archs`` (``None`` in a build without CUDA kernels); ``cpu``, its name;
     ``cpu_isa``, the kernels in use: "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
     ``omp_wait_policy``; ``gpus``, their names, empty without a CUDA device; ``os``; ``python``; ``library``, the path
-    of the compiled file; ``autograd``: "C++" if small calls of ``modulus`` use the optional extension that was built
-    for this torch, else "Python".
+    of the compiled file; ``torch_abi``: "loaded" if ``csrc/torch_abi``, which makes small calls faster, was built for
+    this torch and this Python, else "not built".
     """
 
     version: str
@@ -38,7 +38,7 @@ class BuildInfo(TypedDict):
     os: str
     python: str
     library: str
-    autograd: str
+    torch_abi: str
 
 
 def _csrc() -> Path:
@@ -96,7 +96,7 @@ def build_info() -> BuildInfo:
         "os": platform.platform(),
         "python": platform.python_version(),
         "library": library._name,
-        "autograd": "Python" if autograd is None else "C++",
+        "torch_abi": "not built" if torch_abi is None else "loaded",
     }
 
 

@@ -32,7 +32,7 @@ def checkout(tmp_path):
 
 
 def python(checkout, *arguments, **environment):
-    ours = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_AUTOGRAD")
+    ours = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_TORCH_ABI")
     clean = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, *arguments], cwd=checkout, env={**clean, **environment}, capture_output=True, text=True
@@ -100,7 +100,7 @@ def test_old_torch(checkout, tmp_path):
 
 
 def test_bad_switch(checkout):
-    for name in ("CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_AUTOGRAD"):
+    for name in ("CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_TORCH_ABI"):
         assert_one_sentence(build(checkout, **{name: "yes"}), f"{name} must be 0 or 1, got 'yes'")
 
 
@@ -113,49 +113,49 @@ PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)(void) { static PyModuleDef m = {}; ret
 
 
 def with_node(checkout, content=NODE):
-    """A checkout with one small file in csrc/autograd, which is built for one torch and one Python."""
-    (checkout / "csrc" / "autograd").mkdir()
-    (checkout / "csrc" / "autograd" / "node.cpp").write_text(content)
+    """A checkout with one small file in csrc/torch_abi, which is built for one torch and one Python."""
+    (checkout / "csrc" / "torch_abi").mkdir()
+    (checkout / "csrc" / "torch_abi" / "node.cpp").write_text(content)
     return checkout
 
 
-def test_nodes_of_autograd_are_built_in_place(checkout):
+def test_the_accelerator_is_built_in_place(checkout):
     done = build(with_node(checkout))
     assert done.returncode == 0, done.stderr
-    (node,) = (checkout / "consistency_ops").glob("_autograd_torch_*.so")
+    (node,) = (checkout / "consistency_ops").glob("_torch_abi_*.so")
     assert node.name.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
-    (checkout / "csrc" / "autograd" / "node.cpp").write_text("#error nothing is compiled\n")
-    assert build(checkout, CONSISTENCY_OPS_AUTOGRAD="0").returncode == 0
+    (checkout / "csrc" / "torch_abi" / "node.cpp").write_text("#error nothing is compiled\n")
+    assert build(checkout, CONSISTENCY_OPS_TORCH_ABI="0").returncode == 0
 
 
-def test_a_torch_that_does_not_build_the_nodes(checkout):
+def test_a_torch_that_does_not_build_the_accelerator(checkout):
     done = build(with_node(checkout, "#error another torch\n"))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("consistency_ops: without nodes of autograd in C++")
+    assert done.stderr.strip().splitlines()[-1].startswith("consistency_ops: without csrc/torch_abi")
     assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
-    done = build(checkout, CONSISTENCY_OPS_AUTOGRAD="1")
-    assert_one_sentence(done, "csrc/autograd does not build with this torch", "CONSISTENCY_OPS_AUTOGRAD=0")
+    done = build(checkout, CONSISTENCY_OPS_TORCH_ABI="1")
+    assert_one_sentence(done, "csrc/torch_abi does not build with this torch", "CONSISTENCY_OPS_TORCH_ABI=0")
 
 
-@pytest.mark.parametrize("switch", ["", "1"])
+@pytest.mark.parametrize("switch", ["", "0", "1"])
 def test_a_wheel_says_what_it_holds(checkout, switch):
-    """Nodes of autograd serve one Python: a wheel with them is not tagged abi3, and by default there are none."""
-    done = python(with_node(checkout), "setup.py", "-q", "bdist_wheel", CONSISTENCY_OPS_AUTOGRAD=switch)
+    """The accelerator serves one Python: a wheel, which `pip install .` makes too, is tagged abi3 only without it."""
+    done = python(with_node(checkout), "setup.py", "-q", "bdist_wheel", CONSISTENCY_OPS_TORCH_ABI=switch)
     assert done.returncode == 0, done.stderr
     (wheel,) = (checkout / "dist").glob("*.whl")
-    nodes = [name for name in zipfile.ZipFile(wheel).namelist() if "_autograd" in name]
+    nodes = [name for name in zipfile.ZipFile(wheel).namelist() if "/_torch_abi_" in name]
     python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert f"-{python_tag}-{python_tag}-" in wheel.name if switch else "-cp310-abi3-" in wheel.name
-    assert len(nodes) == (1 if switch else 0)
+    assert ("-cp310-abi3-" if switch == "0" else f"-{python_tag}-{python_tag}-") in wheel.name
+    assert len(nodes) == (0 if switch == "0" else 1)
 
 
-def test_a_wheel_after_a_build_in_place_leaves_the_node_out(checkout):
+def test_a_wheel_after_a_build_in_place_leaves_the_accelerator_out(checkout):
     assert build(with_node(checkout)).returncode == 0
-    assert list((checkout / "build").glob("lib*/consistency_ops/_autograd_torch_*"))
-    done = python(checkout, "setup.py", "-q", "bdist_wheel")
+    assert list((checkout / "build").glob("lib*/consistency_ops/_torch_abi_*"))
+    done = python(checkout, "setup.py", "-q", "bdist_wheel", CONSISTENCY_OPS_TORCH_ABI="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = (checkout / "dist").glob("*-cp310-abi3-*.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_autograd" in name]
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/_torch_abi_" in name]
 
 
 def test_no_toolkit(checkout, tmp_path):

@@ -1,4 +1,4 @@
-"""The modulus as a C++ node of autograd (csrc/autograd) and in Python: whatever autograd offers, the same on both."""
+"""The modulus as a C++ node of autograd (csrc/torch_abi) and in Python: whatever autograd offers, the same on both."""
 
 import copy
 import gc
@@ -27,8 +27,8 @@ implementation = sys.modules[co.modulus.__module__]  # the function hides the mo
 
 @pytest.fixture(params=["C++", "Python"], autouse=True)
 def path(request, monkeypatch):
-    if request.param == "C++" and library.autograd is None:
-        pytest.skip("csrc/autograd is not built for this torch")
+    if request.param == "C++" and library.torch_abi is None:
+        pytest.skip("csrc/torch_abi is not built for this torch")
     if request.param == "Python":
         monkeypatch.setattr(implementation, "_node", None)
     return request.param
@@ -49,20 +49,20 @@ def test_which_of_them_runs(path):
 
 def test_the_name_says_the_torch_it_was_built_for(path):
     if path == "C++":
-        assert library.autograd.__spec__.name.endswith("_torch_" + re.sub(r"\W", "_", torch.__version__))
-        assert co.build_info()["autograd"] == "C++"
+        assert library.torch_abi.__spec__.name.endswith("._torch_abi_" + re.sub(r"\W", "_", torch.__version__))
+        assert co.build_info()["torch_abi"] == "loaded"
 
 
 def test_one_of_another_torch_or_a_damaged_one_is_left_alone(path, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
-    assert library._load_autograd() is None
+    assert library._load_torch_abi() is None
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (tmp_path / f"_autograd_torch_2_99_0_cpu{suffix}").write_bytes(b"\x7fELF, cut off")
+    (tmp_path / f"_torch_abi_2_99_0_cpu{suffix}").write_bytes(b"\x7fELF, cut off")
     monkeypatch.setattr(co, "__path__", [*co.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     with pytest.raises(ImportError, match="too short|invalid ELF|not a mach-o|slice"):
-        importlib.import_module("consistency_ops._autograd_torch_2_99_0_cpu")
-    assert library._load_autograd() is None
+        importlib.import_module("consistency_ops._torch_abi_2_99_0_cpu")
+    assert library._load_torch_abi() is None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "empty", "scalar"])
@@ -299,8 +299,7 @@ def test_error_in_backward_reaches_the_caller(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("from the differentiable form")
 
-    monkeypatch.setattr(implementation._Flip, "apply", fail)  # as C++ finds it
-    monkeypatch.setattr(implementation, "_flip", fail)  # as Python does
+    monkeypatch.setattr(implementation, "_flip", fail)
     x = leaf(3)
     with pytest.raises(ZeroDivisionError, match="from the differentiable form"):
         torch.autograd.grad(co.modulus(x), x, leaf(3), create_graph=True)

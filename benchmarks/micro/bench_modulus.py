@@ -5,7 +5,7 @@
 A measurement is `torch.autograd.grad(f(x), x, grad)` with x and grad ready, repeated to about a millisecond; the ratio
 is of medians over rounds, to torch.abs.  `kept` is what autograd holds for backward.  One thread is timed by its
 processor time, which a busy machine disturbs less; several by the clock.  `python`: without the C++ node of
-csrc/autograd, as modulus runs from a wheel or with another torch than the node was built for.  Up to some ten thousand
+csrc/torch_abi, as modulus runs from a wheel or with another torch than the node was built for.  Up to some ten thousand
 elements autograd decides, not the kernel.
 """
 
@@ -26,7 +26,7 @@ IMPLEMENTATION = sys.modules[co.modulus.__module__]
 
 
 def in_python(x: torch.Tensor) -> torch.Tensor:
-    """co.modulus where csrc/autograd is not built."""
+    """co.modulus where csrc/torch_abi is not built."""
     node, IMPLEMENTATION._node = IMPLEMENTATION._node, None
     try:
         return co.modulus(x)

@@ -1,7 +1,7 @@
 """Loads the compiled library, which registers `torch.ops.consistency_ops`, or says in one sentence what is missing.
 
-`library` is the same file through ctypes: the functions of `consistency_ops/c_api.h`.  `autograd` is the optional
-extension with nodes of autograd in C++ (`csrc/autograd`), or None.
+`library` is the same file through ctypes: the functions of `consistency_ops/c_api.h`. `torch_abi` is the optional
+accelerator against torch's unstable C++ interface (`csrc/torch_abi`), or None: then Python code does its work.
 """
 
 import ctypes
@@ -69,18 +69,18 @@ def _arguments(name: str) -> int | None:
     return None if operator is None else len(operator.default._schema.arguments)
 
 
-def _load_autograd() -> ModuleType | None:
+def _load_torch_abi() -> ModuleType | None:
     """None unless it was built for exactly this torch (its name says which) and this Python (its suffix does)."""
     import torch
 
     try:  # setup.py makes the same name
-        return importlib.import_module("consistency_ops._autograd_torch_" + re.sub(r"\W", "_", torch.__version__))
+        return importlib.import_module("consistency_ops._torch_abi_" + re.sub(r"\W", "_", torch.__version__))
     except ImportError:
         return None
 
 
 library: ctypes.CDLL = _load()
-autograd: ModuleType | None = _load_autograd()
+torch_abi: ModuleType | None = _load_torch_abi()
 
 
 def build_config() -> dict[str, str]:

@@ -1,11 +1,14 @@
 """The modulus activation: the absolute value, with one bit an element kept for backward.
 
-The derivative is written twice: as autograd functions for eager mode, which every transform of ``torch.func`` and
-forward-mode AD understand, and as formulas registered on the operators, which ``torch.compile`` and ``torch.export``
-use.
+In eager mode a real ``x`` takes one of two ways. Where ``csrc/torch_abi`` was built for the torch that runs, its C++
+node of autograd does the plain case: a tensor that needs a gradient, outside every transform and mode. Everything else,
+and everything without that node, is the Python function :class:`_Modulus`. Its derivative negates elements
+(:func:`_flip`), which is linear in the gradient and so its own derivative; ``torch.func`` and forward-mode AD know
+both. A complex ``x`` has one way, :class:`_ComplexModulus`.
 
-Where ``csrc/autograd`` was built for the torch that runs, a node in C++ does the plain real case of the first, in a
-third less time for small tensors.
+``torch.compile`` and ``torch.export`` trace operators, not autograd functions: for them each of the four operators has
+a shape and a formula of its derivative, registered at the end of this file. Those formulas know no ``torch.func``
+transforms; inside a compiled transform, and for complex CUDA tensors, `reference.modulus` takes their place.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _transforming = torch._C._are_functorch_transforms_active
 # Around every eager call: past the registered formulas, which are Python and cost more than a small tensor.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 # |x| for a plain real tensor that needs a gradient, outside every transform and mode; else None.
-_node: Callable[[Tensor], Tensor | None] | None = None if library.autograd is None else library.autograd.modulus
+_node: Callable[[Tensor], Tensor | None] | None = None if library.torch_abi is None else library.torch_abi.modulus
 
 
 def modulus(x: Tensor) -> Tensor:
@@ -69,18 +72,14 @@ def modulus(x: Tensor) -> Tensor:
     if _transforming() or forward_ad._current_level >= 0:
         if torch.compiler.is_compiling():
             return reference.modulus(x)  # registered formulas know no transforms
-        return _complex_modulus(x) if is_complex else _modulus_and_signs(x, 0)[0]
+        return _complex_modulus(x) if is_complex else _Modulus.apply(x, 0)[0]
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return _forward(x)[0] if needs_grad and not is_complex else _modulus(x)
     if needs_grad:
-        return _complex_modulus(x) if is_complex else _apply_fast(x)
+        return _complex_modulus(x) if is_complex else _apply_untransformed(x, 0)[0]
     with _below_autograd():
         return _modulus(x)
-
-
-def _strides_if_other(grad: Tensor, strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    return None if grad.stride() == strides else strides
 
 
 class _Modulus(Function):
@@ -95,35 +94,50 @@ class _Modulus(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         y, signs = output
         ctx.mark_non_differentiable(signs)
+        ctx.set_materialize_grads(False)  # no zeros for the signs
         ctx.save_for_backward(signs)
         ctx.save_for_forward(signs)
         ctx.strides = y.stride()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-        return _flip(grad, *ctx.saved_tensors, ctx.strides), None
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        return None if grad is None else _flip(grad, ctx.saved_tensors[0], ctx.strides), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
-        return _flip(tangent, *ctx.saved_tensors, ctx.strides), None
+        return _flip(tangent, ctx.saved_tensors[0], ctx.strides), None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], x: Tensor, batch_dims: int
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _modulus_and_signs(x.movedim(in_dims[0], 0), batch_dims + 1), (0, 0)
+        return _Modulus.apply(x.movedim(in_dims[0], 0), batch_dims + 1), (0, 0)
 
 
-_modulus_and_signs: Callable[[Tensor, int], tuple[Tensor, Tensor]] = _Modulus.apply
+# Without the Python wrapper of apply, which looks for transforms and takes as long as all the rest of a small call.
+_apply_untransformed: Callable[[Tensor, int], tuple[Tensor, Tensor]] = super(Function, _Modulus).apply
+
+
+def _flip(grad: Tensor, signs: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return ``grad``, negated where ``signs`` has a bit, with ``strides``; the C++ node calls it, too."""
+    if torch.compiler.is_compiling():  # compiled autograd of an eager forward
+        return _backward(grad, signs, strides)
+    if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
+        return _Flip.apply(grad, signs, strides)
+    return _flip_now(grad, signs, strides)
+
+
+def _flip_now(grad: Tensor, signs: Tensor, strides: tuple[int, ...]) -> Tensor:
+    with _below_autograd():
+        return _backward(grad, signs, None if grad.stride() == strides else strides)
 
 
 class _Flip(Function):
-    """``grad``, negated where ``signs`` has a bit; the result has ``strides``.  Linear in ``grad``."""
+    """:func:`_flip` where somebody differentiates it."""
 
     @staticmethod
     def forward(grad: Tensor, signs: Tensor, strides: tuple[int, ...]) -> Tensor:
-        with _below_autograd():
-            return _backward(grad, signs, _strides_if_other(grad, strides))
+        return _flip_now(grad, signs, strides)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -133,11 +147,11 @@ class _Flip(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _flip(grad, *ctx.saved_tensors, ctx.strides), None, None
+        return _flip(grad, ctx.saved_tensors[0], ctx.strides), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _flip(tangent, *ctx.saved_tensors, ctx.strides)
+        return _flip(tangent, ctx.saved_tensors[0], ctx.strides)
 
     @staticmethod
     def vmap(
@@ -148,35 +162,6 @@ class _Flip(Function):
 
         grad, signs = batched(grad, in_dims[0]), batched(signs, in_dims[1]).contiguous()
         return _flip(grad, signs, (grad[0].numel(), *strides)), 0
-
-
-_flip: Callable[..., Tensor] = _Flip.apply
-
-
-class _FastModulus(Function):
-    """The same without transforms: the call and its backward cost less, which decides for small tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        with _below_autograd():
-            y, signs = _forward(x)
-        ctx.save_for_backward(signs)
-        ctx.strides = y.stride()
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (signs,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            return _backward(grad, signs, ctx.strides)
-        if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
-            return _flip(grad, signs, ctx.strides)
-        with _below_autograd():
-            return _backward(grad, signs, _strides_if_other(grad, ctx.strides))
-
-
-# Without the Python wrapper of apply, which looks for transforms.
-_apply_fast: Callable[[Tensor], Tensor] = super(Function, _FastModulus).apply
 
 
 class _ComplexModulus(Function):

@@ -1,9 +1,8 @@
-// The modulus as a C++ node of autograd: an optional, second extension.
+// The modulus as a C++ node of autograd.
 //
-// For a thousand elements the Python of an autograd function costs more than both kernels, and the stable ABI has no
-// C++ autograd.  This file uses torch's unstable C++ interface instead, so its binary serves one release of torch and
-// one of Python only.  Nothing needs it: consistency_ops/ops/modulus.py is the definition and takes over whatever is
-// not the plain case, here and in backward.
+// For a thousand elements the Python of an autograd function costs more than both kernels.  This node does the plain
+// case: a dense real tensor that needs a gradient, outside every transform and mode.  consistency_ops/ops/modulus.py
+// does all else, also a backward that is differentiated or transformed itself.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -23,6 +22,8 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+
+#include "torch_abi/torch_abi.h"
 
 namespace {
 
@@ -78,8 +79,8 @@ struct ModulusBackward final : Node {
     if (differentiated || transforming() || has_tangent(grad)) {
       const pybind11::gil_scoped_acquire gil;
       const pybind11::tuple layout = pybind11::cast(std::vector<int64_t>(strides.begin(), strides.end()));
-      const auto flip = pybind11::module_::import("consistency_ops.ops.modulus").attr("_Flip");
-      return {flip.attr("apply")(grad, bits, layout).cast<Tensor>()};
+      const auto flip = pybind11::module_::import("consistency_ops.ops.modulus").attr("_flip");
+      return {flip(grad, bits, layout).cast<Tensor>()};
     }
     return {backward_operator(grad, bits, strides)};
   }
@@ -140,8 +141,9 @@ bool is_plain_case(PyObject* object) {
          !at::impl::torch_function_mode_enabled() && !at::tracer::impl::is_dispatch_enabled();
 }
 
-// |x| for a plain tensor that needs a gradient; None for all that modulus.py must do itself.
-PyObject* modulus(PyObject* /*module*/, PyObject* object) {
+}  // namespace
+
+PyObject* consistency_ops::torch_abi::modulus(PyObject* /*module*/, PyObject* object) {
   HANDLE_TH_ERRORS
   if (!is_plain_case(object)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(object);
@@ -159,19 +161,4 @@ PyObject* modulus(PyObject* /*module*/, PyObject* object) {
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef methods[] = {{"modulus", modulus, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
-
-}  // namespace
-
-#define CO_CONCATENATE_(a, b) a##b
-#define CO_CONCATENATE(a, b) CO_CONCATENATE_(a, b)
-
-PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
-  static PyModuleDef definition = {};
-  definition.m_name = "_autograd";
-  definition.m_size = -1;
-  definition.m_methods = methods;
-  return PyModule_Create(&definition);
 }

@@ -1,0 +1,20 @@
+// The Python module _torch_abi_<version of torch>: the one optional accelerator against torch's unstable C++ interface.
+//
+// The main library uses torch's stable ABI and serves every torch >= 2.10 and every Python, but that ABI has no
+// autograd in C++.  This one serves only the torch and the Python that it was compiled for: it is built by every
+// installation from source, loaded only by that torch (consistency_ops/ops/library.py), and absent from published
+// wheels.  Nothing needs it: Python code is the definition of everything here, and the fallback.
+#include "torch_abi/torch_abi.h"
+
+#define CO_CONCATENATE_(a, b) a##b
+#define CO_CONCATENATE(a, b) CO_CONCATENATE_(a, b)
+
+PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
+  static PyMethodDef methods[] = {{"modulus", consistency_ops::torch_abi::modulus, METH_O, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {};
+  definition.m_name = "_torch_abi";
+  definition.m_size = -1;
+  definition.m_methods = methods;
+  return PyModule_Create(&definition);
+}
