@@ -132,11 +132,10 @@ def torch_abi_extension(cpp_extension) -> Extension:
 
 def configure(extension: Extension, cpp_extension) -> Extension:
     """The extension with sources, flags and torch's paths; called only when something is compiled."""
-    common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    # No -march=native and no -ffast-math: one binary for every CPU.  Files for one instruction set say so themselves.
-    floating_point = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    common = ["-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags = [line for line in (ROOT / "csrc" / "flags.txt").read_text().splitlines() if line.startswith("-")]
     warnings = ["-Wall", "-Wextra", "-isystem", str(torch_include(cpp_extension))]  # in our code, not in torch's
-    args = {"cxx": [*common, *HIDDEN, *floating_point, *warnings, *prefix_maps(cpp_extension), "-g0"]}
+    args = {"cxx": [*common, *HIDDEN, *flags, *warnings, *prefix_maps(cpp_extension), "-g0"]}
     sources = [path for room in ("bindings", "c_api", "cpu") for path in ROOT.glob(f"csrc/{room}/*.cpp")]
     link: dict[str, list[str]] = {"include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]}
 
@@ -156,7 +155,7 @@ def configure(extension: Extension, cpp_extension) -> Extension:
         args["cxx"] += define
         # torch switches the operators of half and bfloat16 off.  (NVCC_APPEND_FLAGS=-lineinfo for a profiler.)
         undo = [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
-        args["nvcc"] = [*common, *define, *undo, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", *host]
+        args["nvcc"] = ["-O3", *common, *define, *undo, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", *host]
         link["include_dirs"] += [str(home / "include")]
         link["library_dirs"] = [str(home / folder) for folder in ("lib64", "lib")]
         link["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
@@ -225,7 +224,7 @@ setup(  # what is built and which files are shipped; all else is in pyproject.to
         "consistency_ops": ["py.typed"],
         "consistency_ops.csrc": [
             *("include/consistency_ops/*.h", "c_api/*", "cpu/*", "cuda/*", "cuda/precondition/*"),
-            *("CMakeLists.txt", "*.in", "cmake/*"),
+            *("bindings/schemas.inc", "flags.txt", "CMakeLists.txt", "*.in", "cmake/*"),
         ],
     },
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],

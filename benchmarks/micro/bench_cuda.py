@@ -34,6 +34,7 @@ from benchmarks.micro.compositions import Division, by_solve, divide, per_layer
 from benchmarks.micro.expert import expert
 from benchmarks.micro.timing import save
 from benchmarks.micro.workloads import WORKLOADS, LayerShape
+from consistency_ops.ops import library as compiled
 
 DAMPING = 0.1
 FLUSH_BYTES = 512 << 20  # several times the L2 of any device
@@ -143,7 +144,11 @@ def raw_call(grads: list, inputs: list, group: int, chunk: int, rung: int = 0) -
     """foreach_precondition_ without Python's checks, on one rung of the ladder."""
     layers = list(range(len(grads)))
     lists: tuple = ([], inputs, [], [], [], [], [], layers, [group] * len(grads))
-    torch.ops.consistency_ops.foreach_precondition_(grads, *lists, DAMPING, False, chunk, 10_000, 0, 0, False, rung)
+    compiled.library.co_set_cuda_tuning(rung, 0)
+    try:
+        torch.ops.consistency_ops.foreach_precondition_(grads, *lists, DAMPING, False, chunk, 10_000, 0, 0)
+    finally:
+        compiled.library.co_set_cuda_tuning(0, 0)
 
 
 def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tier_c: Path | None) -> dict:

@@ -442,8 +442,6 @@ def _(
     seed: int,
     step: int,
     tf32: bool = False,
-    rung: int = 0,
-    ctas: int = 0,
 ) -> tuple[Tensor, Tensor]:
     total = 0
     for i, (grad, x) in enumerate(zip(grads, inputs, strict=True)):

@@ -11,23 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 TORCH_MIN = (2, 10)  # the stable ABI that the library targets; setup.py compiles for the same
-# The operators of csrc/bindings/ops.cpp that the Python files call, and how many arguments each has.
-OPERATORS = {
-    "batch_rms_norm_denominator": 5,
-    "batch_rms_norm_denominator_": 5,
-    "batch_rms_norm_divide": 2,
-    "capture_mark_": 4,
-    "capture_rows_": 7,
-    "foreach_apply_": 13,
-    "foreach_correct_": 13,
-    "foreach_covariance": 14,
-    "foreach_inverse": 6,
-    "foreach_precondition_": 19,
-    "modulus": 1,
-    "modulus_backward": 3,
-    "modulus_complex_backward": 2,
-    "modulus_forward": 2,
-}
 
 
 def _load() -> ctypes.CDLL:
@@ -52,21 +35,29 @@ def _load() -> ctypes.CDLL:
             f"the compiled library of consistency_ops does not load with torch {torch.__version__} ({error}): build it "
             "again with `pip install --force-reinstall --no-deps .` in its checkout."
         ) from error
-    if other := next((name for name, arguments in OPERATORS.items() if _arguments(name) != arguments), None):
+    library = ctypes.CDLL(module.__file__)
+    if not _is_of(library):
         raise ImportError(
-            f"the compiled library {module.__file__} was built from other sources than the Python files beside it "
-            f"(its operator {other} is missing or another one): run `make build` in its checkout, or "
+            f"the compiled library {module.__file__} was built from other sources than the files beside it (the list "
+            "of its operators is another one): run `make build` in its checkout, or "
             "`pip install --force-reinstall --no-deps .` there."
         )
-    return ctypes.CDLL(module.__file__)
+    return library
 
 
-def _arguments(name: str) -> int | None:
-    """How many arguments the library's operator of this name has; None: there is no such operator."""
-    import torch
-
-    operator = getattr(torch.ops.consistency_ops, name, None)
-    return None if operator is None else len(operator.default._schema.arguments)
+def _is_of(library: ctypes.CDLL) -> bool:
+    """Whether the library was compiled with the list of operators that lies in csrc, which this package calls."""
+    package = Path(__file__).resolve().parents[1]
+    files = [csrc / "bindings" / "schemas.inc" for csrc in (package / "csrc", package.parent / "csrc")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:  # somebody ships the package without its sources: there is nothing to compare with
+        return True
+    try:
+        library.co_schemas.restype = ctypes.c_char_p
+        compiled: bytes = library.co_schemas()
+    except AttributeError:  # older than this check
+        return False
+    return compiled == file.read_bytes().strip().removeprefix(b'R"(').removesuffix(b')"')
 
 
 def _load_torch_abi() -> ModuleType | None:

@@ -72,50 +72,62 @@ def modulus(x: Tensor) -> Tensor:
     if _transforming() or forward_ad._current_level >= 0:
         if torch.compiler.is_compiling():
             return reference.modulus(x)  # registered formulas know no transforms
-        return _complex_modulus(x) if is_complex else _Modulus.apply(x, 0)[0]
+        return _complex_modulus(x) if is_complex else _Modulus.apply(x, 0, None)[0]
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return _forward(x)[0] if needs_grad and not is_complex else _modulus(x)
     if needs_grad:
-        return _complex_modulus(x) if is_complex else _apply_untransformed(x, 0)[0]
+        return _complex_modulus(x) if is_complex else _apply_untransformed(x, 0, [])
     with _below_autograd():
         return _modulus(x)
 
 
 class _Modulus(Function):
-    """(|x|, signs) for real ``x``; each element of the first ``batch_dims`` dimensions has bits of its own."""
+    """The modulus of a real ``x``; each element of the first ``batch_dims`` dimensions has sign bits of its own.
+
+    The result is ``y``, and the node has one output; the signs reach ``setup_context`` through the empty list
+    ``signs_of``. A transform must see every tensor that is saved: with None the result is ``(y, signs)``.
+    """
 
     @staticmethod
-    def forward(x: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, batch_dims: int, signs_of: list[Tensor] | None) -> Tensor | tuple[Tensor, Tensor]:
         with _below_autograd():
-            return _forward(x, batch_dims)
+            y, signs = _forward(x, batch_dims)
+        if signs_of is None:
+            return y, signs
+        signs_of.append(signs)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        y, signs = output
-        ctx.mark_non_differentiable(signs)
+        signs_of = inputs[2]
+        if signs_of is None:
+            y, signs = output
+            ctx.mark_non_differentiable(signs)
+        else:
+            y, signs = output, signs_of.pop()
         ctx.set_materialize_grads(False)  # no zeros for the signs
         ctx.save_for_backward(signs)
         ctx.save_for_forward(signs)
         ctx.strides = y.stride()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        return None if grad is None else _flip(grad, ctx.saved_tensors[0], ctx.strides), None
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        return None if grad is None else _flip(grad, ctx.saved_tensors[0], ctx.strides), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
         return _flip(tangent, ctx.saved_tensors[0], ctx.strides), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, batch_dims: int
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, batch_dims: int, _: None
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _Modulus.apply(x.movedim(in_dims[0], 0), batch_dims + 1), (0, 0)
+        return _Modulus.apply(x.movedim(in_dims[0], 0), batch_dims + 1, None), (0, 0)
 
 
 # Without the Python wrapper of apply, which looks for transforms and takes as long as all the rest of a small call.
-_apply_untransformed: Callable[[Tensor, int], tuple[Tensor, Tensor]] = super(Function, _Modulus).apply
+_apply_untransformed: Callable[[Tensor, int, list[Tensor]], Tensor] = super(Function, _Modulus).apply
 
 
 def _flip(grad: Tensor, signs: Tensor, strides: tuple[int, ...]) -> Tensor:

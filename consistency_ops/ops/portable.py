@@ -316,8 +316,6 @@ def foreach_precondition_(
     seed: int,
     step: int,
     tf32: bool = False,
-    rung: int = 0,
-    ctas: int = 0,
 ) -> tuple[Tensor, Tensor]:
     count, device = len(grads), grads[0].device
     biases, counts = _spread(bias_grads, bias_layers, count), _spread(row_counts, row_count_layers, count)

@@ -55,7 +55,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Whether the elements fill one block of memory, in whatever order of the dimensions.
+// Whether the elements fill one block of memory without gaps; the dimensions may lie in any order.
 inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -72,8 +72,9 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// Describes the dimensions from first_dim on, but for skip_dim, by `limit` sizes and strides: the innermost last,
-// neighbours merged where one stride serves both, unused ones of size 1 in front.  False if more than `limit` are left.
+// Describes the dimensions >= first_dim of `tensor`, without skip_dim, as at most `limit` pairs (size, stride), the
+// innermost last.  Adjacent dimensions that one stride serves are merged; unused leading pairs are (1, 0).  False if
+// more than `limit` pairs remain.
 inline bool collapse(const Tensor& tensor, int64_t skip_dim, int64_t first_dim, int limit, int64_t* size,
                      int64_t* stride) {
   int dims = 0;

@@ -18,9 +18,17 @@
 #define CO_COMPILER "GCC " __VERSION__
 #endif
 
-// What the library was built with, `key=value` lines; read by consistency_ops/_build.py.
+// What the library was built with, `key=value` lines; read by consistency_ops/environment.py.
 CO_API const char* co_build_config(void);
 const char* co_build_config(void) { return "torch=" TORCH_VERSION "\ncompiler=" CO_COMPILER "\n" CO_CUDA; }
+
+// The schemas of its operators; compared with the file by consistency_ops/ops/library.py.
+CO_API const char* co_schemas(void);
+const char* co_schemas(void) {
+  return
+#include "bindings/schemas.inc"
+      ;
+}
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {};

@@ -13,6 +13,7 @@
 #include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/c_api.h"
 #include "consistency_ops/precondition_cuda.h"
 
 namespace consistency_ops::bindings {
@@ -135,7 +136,7 @@ PreconditionLayer empty_layer(int64_t layer_index, int64_t group, int64_t chunk,
 
 // Marks the layers that have the input, or the covariance, and the division of the one before them.
 void find_same_inputs(std::vector<PreconditionLayer>& layers) {
-  constexpr int kMostLayers = 64;  // of a run: the CUDA launcher takes kMaxLaunchLayers
+  constexpr int kMostLayers = 64;  // with one input: the CUDA launcher takes kMaxLaunchLayers
   int run = 1;
   for (size_t l = 1; l < layers.size(); ++l) {
     PreconditionLayer& layer = layers[l];
@@ -168,31 +169,35 @@ void set_outputs(std::vector<PreconditionLayer>& layers, const PreconditionOptio
 }
 
 #if defined(CO_CUDA_KERNELS)
+// What co_set_cuda_tuning has chosen for this thread.
+thread_local CudaTuning forced_tuning;
+
 Status run_cuda(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const Tensor& on,
-                const CudaTuning& tuning) {
+                bool tf32) {
+  CudaTuning tuning = forced_tuning;
+  tuning.tf32 = tf32;
   const auto count = static_cast<int64_t>(layers.size());
   const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
   const CudaScope scope(on);
   Tensor workspace = torch::stable::new_empty(on, {bytes}, ScalarType::Byte);
-  CudaTuning chosen = tuning;
-  if (bytes > 0) chosen.counters = scope.counters();
-  if (bytes > 0 && chosen.counters < 0) {
+  if (bytes > 0) tuning.counters = scope.counters();
+  if (bytes > 0 && tuning.counters < 0) {
     // On the stream, so also at every replay of a graph, whose memory pool other operators may have written to.
     Tensor counters = torch::stable::narrow(workspace, 0, 0, kCudaCounterBytes);
     torch::stable::zero_(counters);
   }
   return precondition_cuda(layers.data(), count, options, scope.device(),
-                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), chosen);
+                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), tuning);
 }
 #endif
 
 // `on`: a tensor on the device of all of them.
 void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
-            [[maybe_unused]] const Tensor& on, const char* op, [[maybe_unused]] const CudaTuning& tuning = {}) {
+            [[maybe_unused]] const Tensor& on, const char* op, [[maybe_unused]] bool tf32 = false) {
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(on)) {
     STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
-    const Status status = run_cuda(layers, options, on, tuning);
+    const Status status = run_cuda(layers, options, on, tf32);
     STD_TORCH_CHECK(status != Status::kInvalidArgument, op,
                     ": beyond the CUDA kernel: at most 2^30 rows a layer, fewer than 2^31 units and chunks, and chunks "
                     "above 192 units need a device with 163 KiB of shared memory a block");
@@ -206,12 +211,12 @@ void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOpti
 
 // `launch` with new info and damping_used, which it returns.
 std::tuple<Tensor, Tensor> launch_reporting(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
-                                            const Tensor& on, const char* op, const CudaTuning& tuning = {}) {
+                                            const Tensor& on, const char* op, bool tf32 = false) {
   const int64_t chunks = total_chunks(layers, options);
   Tensor info = torch::stable::new_empty(on, {chunks}, ScalarType::Int);
   Tensor used = torch::stable::new_empty(on, {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
-  launch(layers, options, on, op, tuning);
+  launch(layers, options, on, op, tf32);
   return {info, used};
 }
 
@@ -220,13 +225,9 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
                                                  const Ints& bias_layers, const Ints& permutation_layers,
                                                  const Ints& row_count_layers, const Ints& layer_indices,
                                                  const Ints& groups, double damping, bool trace_scaling, int64_t chunk,
-                                                 int64_t max_rows, int64_t seed, int64_t step, bool tf32, int64_t rung,
-                                                 int64_t ctas) {
+                                                 int64_t max_rows, int64_t seed, int64_t step, bool tf32) {
   const char* op = "foreach_precondition_";
   PreconditionOptions options = make_options(chunk, max_rows, seed, step, op);
-  STD_TORCH_CHECK(0 <= rung && rung <= 3 && 0 <= ctas && ctas <= 1024, op,
-                  ": rung must be in [0, 3] and ctas in [0, 1024], got ", rung, " and ", ctas);
-  const CudaTuning tuning{static_cast<PreconditionRung>(rung), static_cast<int32_t>(ctas), tf32};
   options.damping = damping;
   options.trace_scaling = trace_scaling;
   const size_t count = grads.size();
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
     }
   }
   find_same_inputs(layers);
-  return launch_reporting(layers, options, grads[0], op, tuning);
+  return launch_reporting(layers, options, grads[0], op, tf32);
 }
 
 Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Tensors& row_counts,
@@ -434,3 +435,18 @@ CO_REGISTER(m) {
 }
 
 }  // namespace consistency_ops::bindings
+
+#if defined(CO_CUDA_KERNELS)
+// For tests and benchmarks, through ctypes: how the operators of the calling thread launch the correction from now on
+// (PreconditionRung, CTAs of a chunk; 0: automatic).  0, or CO_ERROR_INVALID_ARGUMENT.
+CO_API int co_set_cuda_tuning(int32_t rung, int32_t ctas);
+int co_set_cuda_tuning(int32_t rung, int32_t ctas) {
+  using namespace consistency_ops;
+  if (rung < 0 || rung > static_cast<int32_t>(PreconditionRung::kTaskQueue) || ctas < 0 || ctas > 1024) {
+    return CO_ERROR_INVALID_ARGUMENT;
+  }
+  bindings::forced_tuning.rung = static_cast<PreconditionRung>(rung);
+  bindings::forced_tuning.ctas = ctas;
+  return 0;
+}
+#endif

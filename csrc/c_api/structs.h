@@ -30,7 +30,7 @@ inline DType type(int32_t dtype) { return static_cast<DType>(dtype); }
 
 inline PreconditionLayer layer_of(const co_precondition_layer& from) {
   PreconditionLayer to{};
-  // By name and all of them: a field that only the C++ struct has is an error here.
+  // Every field by name: one that only the C++ struct has is a compile error here.
   auto& [x, x_row_size, x_row_stride, x_unit_stride, units, g, outputs, g_output_stride, g_unit_stride, g_tap_size,
          g_tap_stride, bias_grad, bias_stride, x_dtype, g_dtype, bias_dtype, has_bias, same_input, permutation,
          row_count, layer, group, info, damping_used, covariance, inverse] = to;

@@ -50,7 +50,7 @@ struct ChunkKernels {
 // `length` consecutive units that lie side by side in a panel.  The division is a list of runs, sorted by position; it
 // is resolved once a layer, so that moving data needs neither index arithmetic nor randomness.
 struct Run {
-  int64_t packed;  // of lane and panel in row 0 of the packed block of the layer
+  int64_t packed;  // offset of its first unit in row 0 of the layer's packed block
   int32_t unit;
   int16_t column;  // in the chunk
   int16_t length;
@@ -98,7 +98,7 @@ struct IsaKernels {
   DirectKernels<T> direct[4];  // by DType
 };
 
-// In rising order: a machine that has one level has those below it.
+// In rising order: a machine with one level has all levels below it.
 enum class IsaLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The instruction set in use: the best this machine has, unless use_isa chose another.

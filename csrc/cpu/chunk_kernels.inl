@@ -93,7 +93,7 @@ struct Kernels {
     tile<1, kPanel, kSubtract>(a, b, steps, start, c);
   }
 
-  // As panel_tile of a panel with itself, without the 8 x 8 block below the diagonal.
+  // panel_tile of a panel with itself, without the 8 x 8 block below the diagonal.
   static void diagonal_tile(const T* p, int64_t steps, bool accumulate, T* c) {
     constexpr int kHalf = kPanel / 2;
     static_assert(kHalf % kRows == 0 || kRows % kHalf == 0);

@@ -7,7 +7,8 @@
 
 template <typename S, typename T>
 struct Direct {
-  // Some rows of a chunk of kPanels panels; false, and G as it was, if a result is beyond `limit`.
+  // Corrects kOfRows rows in a chunk of kPanels panels.  If a result is beyond `limit`, returns false and leaves G as
+  // it is.
   template <int kPanels, int kOfRows>
   static bool correct_rows(S* source, const int64_t* row_offset, const Run* runs, int64_t count, bool whole,
                            int64_t ahead, const T* inverse, T limit, T* product) {
@@ -82,7 +83,7 @@ struct Direct {
     return r;
   }
 
-  // The taps of one output, side by side from `first` on.
+  // Multiplies the taps of one output, which lie side by side from `first` on.
   template <int kPanels, int kTaps>
   static void multiply_taps(const S* first, int64_t unit_stride, const Run* runs, int64_t count, int64_t ahead,
                             const T* inverse, int64_t height, T* product, typename Kernels<T>::VectorOfBits& largest) {

@@ -56,7 +56,7 @@ inline __attribute__((always_inline)) void interleave(const uint16_t* even, cons
 void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
           const Run* runs, int64_t count, uint32_t* packed) {
   const uint16_t* source = static_cast<const uint16_t*>(x);
-  // As in gather_kernels.inl: with every run goes the fetch of its share of two rows ahead.
+  // With every run goes the prefetch of its share of two later rows (see pack in gather_kernels.inl).
   const int64_t row_bytes = unit_stride == 1 ? row_units * 2 : 0;
   const int64_t ahead = 2 + (64 << 10) / (row_bytes + 1) / 2 * 2;
   const int64_t share = row_bytes == 0 ? 0 : 1 + row_bytes / (count + 1);

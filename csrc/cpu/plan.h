@@ -30,19 +30,22 @@ struct ChunkPlan {
   int64_t storage;  // offset of the matrix in the workspace of the wave, in elements
 };
 
-// Layers with the same input are one run: the first, its head, has the division, and the tasks but for the correction.
+// Layers with the same input follow one another; the first of them is their head.  The head has the division of the
+// units and all tasks except those that correct, which every layer has for its own G.
 struct LayerPlan {
-  int64_t head;     // index of the first layer of the run
-  int64_t members;  // of a head: layers of the run
-  bool active;      // false: no rows, no gradient in the whole run, or no head; outputs are written, G is left alone
+  int64_t head;     // index of the head
+  int64_t members;  // in a head: how many layers have its input, itself included
+  // Whether this layer has chunks to process.  False for all but the head, and for a head without rows or whose layers
+  // have no gradient at all; info and damping_used then get their defaults, and G is not touched.
+  bool active;
   RowSample sample;
   int64_t units;      // with the bias
-  int64_t row_block;  // the largest that fits kPackedBytes, so that a wide X is read once and not once a part
+  int64_t row_block;  // rows that are packed at once: as many as fit kPackedBytes, so that a wide X is read only once
   int64_t taps, outputs_per_block;
   std::vector<ChunkPlan> chunks;
-  std::vector<Run> runs;  // of the units without the bias
-  int32_t bias_chunk;     // -1: none
-  int16_t bias_column;
+  std::vector<Run> runs;  // the division without the bias unit
+  int32_t bias_chunk;     // the chunk with the bias unit, or -1
+  int16_t bias_column;    // its column there
 
   // Elements between the panels of a packed block: one row more than is used, so that the same row of all panels does
   // not fall in one set of the L1 cache.
@@ -76,8 +79,8 @@ struct Plan {
   int64_t packed_elements = 0;    // per thread
   int64_t largest_matrix = 0;     // elements, per thread and scratch matrix
   int64_t bias_elements = 0;      // per thread
-  int64_t most_rows = kRowBlock;  // of X or G that a thread has in hand
-  int64_t table_bytes = 0;        // of the divisions
+  int64_t most_rows = kRowBlock;  // of X or G that a thread works on at once
+  int64_t table_bytes = 0;        // memory of the divisions
 };
 
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads);

@@ -50,7 +50,7 @@ Bytes allocate(int64_t bytes) {
   return Bytes(static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, aligned(bytes)))));
 }
 
-// Of the finite elements of a chunk's diagonal.
+// The sum and the number of the finite elements of a chunk's diagonal.
 struct DiagonalSum {
   double sum = 0;
   int64_t count = 0;

@@ -21,7 +21,7 @@ constexpr int kPartElements = 16384;  // of one channel, channels first
 constexpr int kPartRows = 256;        // pixels, channels last
 constexpr int kVectors = 4;           // of the division, a thread
 constexpr int kFinishThreads = 1024;
-constexpr float kSmallest = 1e-6f;  // added to v under the maximum, METHOD 1.8
+constexpr float kSmallest = 1e-6f;  // added to v under the maximum
 
 // [outer, a, b], b contiguous.
 struct Layout {

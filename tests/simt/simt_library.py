@@ -86,6 +86,11 @@ def operators_stats() -> Stats:
     return library.simt_stats()
 
 
+def tune_operators(rung: int = AUTOMATIC, ctas: int = 0) -> int:
+    """How the operators of build_operators launch the correction from now on; 0, or an error code."""
+    return ctypes.CDLL(str(build_operators())).co_set_cuda_tuning(rung, ctas)
+
+
 def link(
     kind: str,
     root: Path,

@@ -4,7 +4,6 @@ The ordinary tests of the operators run on them too, as ``[simt-...]``.
 """
 
 import shutil
-from pathlib import Path
 
 import pytest
 import simt_library
@@ -20,6 +19,12 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++
 def simt():
     with behind_the_operators("simt"):
         yield torch.ops.consistency_ops_simt
+
+
+@pytest.fixture
+def tune():
+    yield simt_library.tune_operators
+    simt_library.tune_operators()
 
 
 def refuses_float64():
@@ -45,12 +50,13 @@ def test_the_library_is_back_afterwards():
 
 
 def test_every_operator_has_a_binding(simt):
-    """Under the same schema, so that one line of ops.cpp serves all devices."""
+    """Under the same schema, so that one paragraph of schemas.inc serves all devices."""
     for name in (*OPERATORS, "modulus_complex_backward"):
         ours, theirs = getattr(simt, name).default, getattr(torch.ops.consistency_ops, name).default
         assert str(ours._schema).replace("_simt::", "::") == str(theirs._schema)
-    compiled = (Path(__file__).parents[2] / "csrc" / "bindings" / "ops.cpp").read_text()
-    assert compiled.count("m.def(") == len(OPERATORS) + 1
+    found = [s.name.partition("::") for s in torch._C._jit_get_all_schemas()]
+    names = {name for namespace, _, name in found if namespace == "consistency_ops_simt"}
+    assert names == {*OPERATORS, "modulus_complex_backward"}
 
 
 def test_a_refused_call_changes_nothing(simt):
@@ -63,29 +69,30 @@ def test_a_refused_call_changes_nothing(simt):
 
 
 @pytest.mark.parametrize("rung", [1, 2, 3])
-def test_every_rung_is_reached_and_agrees(simt, rung):
+def test_every_rung_is_reached_and_agrees(simt, tune, rung):
     grad, rows = torch.randn(20, 40), torch.randn(60, 40)
     want, got = grad.clone(), grad.clone()
     results = []
-    for tensor, chosen, ctas in ((want, 0, 0), (got, rung, 2)):
+    for tensor, chosen in ((want, (0, 0)), (got, (rung, 2))):
+        tune(*chosen)
         lists = ([], [rows], [], [], [], [], [], [0], [8])
-        results.append(simt.foreach_precondition_([tensor], *lists, 0.1, True, 16, 100, 0, 0, False, chosen, ctas))
+        results.append(simt.foreach_precondition_([tensor], *lists, 0.1, True, 16, 100, 0, 0))
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
     assert torch.equal(results[0][0], results[1][0])
-    with pytest.raises(RuntimeError, match="rung must be in"):
-        simt.foreach_precondition_([got], *lists, 0.1, True, 16, 100, 0, 0, False, 4)
+    assert simt_library.tune_operators(4) != 0 and simt_library.tune_operators(1, 1025) != 0
 
 
 @pytest.mark.parametrize("rung", [1, 2, 3])
-def test_offsets_beyond_2_to_the_31_elements(simt, tmp_path, rung):
+def test_offsets_beyond_2_to_the_31_elements(simt, tune, tmp_path, rung):
     """Strides whose products need 64 bits, over a sparse file; only the pages that are used exist."""
+    tune(rung, 2)
     wide, generator = 2**31 + 17, torch.Generator().manual_seed(0)
     store = torch.from_file(str(tmp_path / "sparse"), shared=True, size=8 * wide, dtype=torch.bfloat16)
     grad, inputs = (torch.randn(n, 5, generator=generator).bfloat16() for n in (3, 7))
 
     def run(g, x):
         lists = ([], [x], [], [], [], [], [], [0], [1])
-        simt.foreach_precondition_([g], *lists, 0.1, False, 2, 100, 0, 0, False, rung, 2)
+        simt.foreach_precondition_([g], *lists, 0.1, False, 2, 100, 0, 0)
         return g
 
     want = run(grad.clone(), inputs)
@@ -95,8 +102,9 @@ def test_offsets_beyond_2_to_the_31_elements(simt, tmp_path, rung):
         assert torch.equal(run(grad.clone(), store.as_strided((7, 5), strides, 128).copy_(inputs)), want)
 
 
-def test_one_input_given_several_times_is_one_covariance(simt):
+def test_one_input_given_several_times_is_one_covariance(simt, tune):
     """Neighbours with one tensor and one layer number share it, and no others; counted in CTAs, one per chunk."""
+    tune(simt_library.ONE_CTA)
     x, counts = torch.randn(30, 40), [torch.tensor([20]), torch.tensor([20])]
     orders = [torch.randperm(40), torch.randperm(40)]
 
@@ -104,7 +112,7 @@ def test_one_input_given_several_times_is_one_covariance(simt):
         lists = [torch.randn(len(biases), 6).unbind(), inputs, orders, counts, biases]
         lists += [range(len(orders)), range(len(counts)), numbers, groups]
         grads = torch.randn(len(inputs), *shape).unbind()
-        simt.foreach_precondition_(grads, *map(list, lists), 0.1, False, 16, 100, 0, 0, False, 1)
+        simt.foreach_precondition_(grads, *map(list, lists), 0.1, False, 16, 100, 0, 0)
         return simt_library.operators_stats().ctas
 
     assert ctas() == ctas(biases=(0, 1, 2)) == 3

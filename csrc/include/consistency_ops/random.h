@@ -60,7 +60,7 @@ struct Division {
   int64_t groups;  // full groups, the ones that are permuted
   int64_t offset;  // cyclic offset, in units
   int32_t group;
-  int32_t right_bits, left_bits;  // of the Feistel halves; 2^(right + left) >= groups
+  int32_t right_bits, left_bits;  // lengths of the Feistel halves; 2^(right + left) >= groups
   uint32_t key[8];
 };
 
