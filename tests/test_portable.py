@@ -28,6 +28,7 @@ from support.samples import (
 )
 
 CASES, BATCH = 300, 50
+DEVICE = second_device.set_up()  # while the tests are collected: autograd counts the devices at its first backward pass
 
 
 @pytest.fixture
@@ -178,8 +179,6 @@ def test_a_layer_too_wide_for_one_chunk_is_refused():
 
 
 def test_a_training_on_a_device_without_kernels_goes_as_on_the_cpu():
-    device = second_device.set_up()
-
     def train(device):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 3)).to(device)
@@ -197,7 +196,7 @@ def test_a_training_on_a_device_without_kernels_goes_as_on_the_cpu():
         return torch.stack([loss.cpu() for loss in losses])
 
     here = train("cpu")
-    torch.testing.assert_close(train(device), here, rtol=1e-5, atol=0)
+    torch.testing.assert_close(train(DEVICE), here, rtol=1e-5, atol=0)
     assert here[-1] < here[0]
 
 
@@ -234,7 +233,7 @@ def test_a_captured_graph_computes_again():
 
 def test_rows_that_do_not_count_are_zero_on_a_device():
     """The masked sum beside the sum of the rows that count."""
-    device = second_device.set_up()
+    device = DEVICE
     grad, inputs = layer(units=60, rows=200)
     inputs[120:] = float("nan")
     for max_rows in (300, 50):
