@@ -146,7 +146,7 @@ def lipschitz_bound(
     if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
         raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {rules!r}")
     if type(model).__name__ == "OptimizedModule":  # what torch.compile returns: the same function
-        model = model._orig_mod
+        model = model.get_submodule("_orig_mod")
     ruled = has_rule(model) or isinstance(model, tuple(rules or ()))
     if ruled and not isinstance(model, nn.Sequential):
         mode = model.training
@@ -196,7 +196,7 @@ def _visit(
         factor, tight = _factors(network, node, signals[0])
         plain[node] = plain[signals[0]] + _log(factor.value)
         folded[node] = folded[signals[0]] + _log(tight.value)
-        name = node.target if node.op == "call_module" else node.name
+        name = str(node.target) if node.op == "call_module" else node.name
         kind = type(network.target(node)).__name__ if node.op == "call_module" else name_of(node)
         note = "; ".join(dict.fromkeys(n for n in (factor.note, tight.note) if n))
         factors.append(LipschitzFactor(name, kind, _log(factor.value), _log(tight.value), factor.exact, note))
@@ -240,7 +240,7 @@ def _with_constant(network: Network, node: fx.Node, signal: fx.Node) -> float:
     """signal (+, -, *, /) a number; parameters and buffers only where they are added to a signal of their shape."""
     name = name_of(node)
     operands = _operands(node)
-    other = next((operand for operand in operands if operand is not signal), None)
+    other: Any = next((operand for operand in operands if operand is not signal), None)
     if isinstance(other, fx.Node):
         fits = network.shape(signal) is not None and network.shape(signal) == network.shape(node)
         if "mul" in name or "div" in name or not fits:
@@ -263,7 +263,8 @@ def _alpha(node: fx.Node, signal: Any, position: int | None = None) -> float:
     operands = _operands(node)
     position = (1 if operands[1] is signal else 0) if position is None else position
     scaled = 0 if name_of(node) == "rsub" else 1
-    return float(abs(node.kwargs.get("alpha", 1))) if position == scaled else 1.0
+    alpha: Any = node.kwargs.get("alpha", 1)
+    return float(abs(alpha)) if position == scaled else 1.0
 
 
 def _join(

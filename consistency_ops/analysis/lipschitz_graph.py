@@ -96,7 +96,7 @@ class Network:
         return any(isinstance(x, complex) or (isinstance(x, torch.dtype) and x.is_complex) for x in dtypes)
 
     def _attribute(self, node: fx.Node) -> Any:
-        owner, _, name = node.target.rpartition(".")
+        owner, _, name = str(node.target).rpartition(".")
         return getattr(self.traced.get_submodule(owner), name)
 
     def _is_ruled(self, module: nn.Module) -> bool:
@@ -108,8 +108,9 @@ class Network:
         new = kind is not None and kind not in SHARES_MEMORY and type(module).__name__ != "OrthogonalFilter"
         return new and not self._is_ruled(module)
 
-    def target(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[node.target] if node.op == "call_module" else None
+    def target(self, node: fx.Node) -> Any:
+        """The module that a node calls, or None."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def shape(self, node: Any) -> tuple[int, ...] | None:
         return node.meta["signal"][0] if isinstance(node, fx.Node) and "signal" in node.meta else None
@@ -125,7 +126,7 @@ class Network:
 
     def _fold(self, node: fx.Node, factors: Tensor) -> None:
         """Into the weights just before, which is exact, or into the next ones behind operations that let it pass."""
-        source = node.args[0]
+        source: Any = node.args[0]
         rank = self.shapes.rank(node)
         if rank is None:  # which dimension the channels are is not known
             return
@@ -212,9 +213,9 @@ class Network:
         name = node.args[1] if name_of(node) == "getattr" else name_of(node)
         if name in FUNCTIONS and name not in _REARRANGEMENTS and len(node.all_input_nodes) > 1:
             raise Unbounded("an argument beside the signal is computed in forward")
-        return function_factor(name, lambda i, key, default: argument(node, i, key, default), site)
+        return function_factor(str(name), lambda i, key, default: argument(node, i, key, default), site)
 
-    def _is_precise(self, node: fx.Node) -> bool:
+    def _is_precise(self, node: Any) -> bool:
         """Whether a tensor, or the type of one, rounds to nothing coarser than float32."""
         if name_of(node) == "getattr":
             if node.args[1] == "device":
@@ -235,6 +236,6 @@ def _checked(node: fx.Node, value: Any) -> float:
     return float(value)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.split(". ")[0].rstrip(".")

@@ -50,22 +50,23 @@ class Unbounded(Exception):
 # ---- per-channel scalings: vectors that can be folded into neighbouring weights
 
 
-def scaling(module: nn.Module) -> Tensor | None:
+def scaling(module: Any) -> Tensor | None:
     """|factor| of every channel of a normalisation that is frozen in evaluation mode; None for other modules."""
     kind = table_type(module, MODULES)
     if kind is BatchRMSNorm:
         ones = torch.ones(1, module.num_features, device=module.running_ms.device, dtype=module.running_ms.dtype)
         with torch.no_grad():
-            return module.forward(ones)[0].double()
+            scale: Tensor = module.forward(ones)[0].double()
+        return scale
     if kind is not None and issubclass(kind, batchnorm._NormBase) and module.running_var is not None:
         if issubclass(kind, instancenorm._InstanceNorm) and not module.track_running_stats:
             return None  # its statistics are not used
-        factors = (module.running_var.double() + module.eps).rsqrt()
+        factors: Tensor = (module.running_var.double() + module.eps).rsqrt()
         return factors if module.weight is None else factors * module.weight.detach().double().abs()
     return None
 
 
-def _frozen(module: nn.Module, site: Site) -> Factor:
+def _frozen(module: Any, site: Site) -> Factor:
     factors = scaling(module)
     if factors is None:
         raise Unbounded("it has no running statistics, so that samples influence each other in evaluation, too")
@@ -75,7 +76,7 @@ def _frozen(module: nn.Module, site: Site) -> Factor:
 # ---- layers with weights
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: Any) -> Tensor:
     """The weight that the next forward pass computes with, in double precision."""
     weight = module.weight.detach()
     if weight.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
@@ -92,7 +93,7 @@ def _linear(module: nn.Linear, site: Site) -> Factor:
     return Factor(*matrix_norm(weight))
 
 
-def _convolution(module: nn.Module, site: Site) -> Factor:
+def _convolution(module: Any, site: Site) -> Factor:
     weight, dims, groups = _weight(module), module.weight.dim() - 2, module.groups
     before, after = site.before, site.after
     if isinstance(module, conv._ConvTransposeNd):  # the adjoint of a convolution with the same kernel: the same norm
@@ -129,7 +130,7 @@ def _repeats(mode: str, flat: Sequence[int]) -> int:
     return count
 
 
-def _whole(module: nn.Module, shape: tuple[int, ...]) -> bool:
+def _whole(module: Any, shape: tuple[int, ...]) -> bool:
     """Whether every output of a circular convolution appears exactly once."""
     dims = module.weight.dim() - 2
     padding = _pairs(module._reversed_padding_repeated_twice)
@@ -207,12 +208,12 @@ def adaptive_max_pool(output: Any, indices: bool, dims: int) -> Factor:
     return Factor(1.0)
 
 
-def _dims(module: nn.Module, kind: type | None = None) -> int:
+def _dims(module: Any, kind: type[Any] | None = None) -> int:
     name = (kind or table_type(module, MODULES) or type(module)).__name__
     return int(name[-2])
 
 
-def _avg_pooling(m: nn.Module, site: Site) -> Factor:
+def _avg_pooling(m: Any, site: Site) -> Factor:
     divisor = getattr(m, "divisor_override", None)
     return avg_pool(m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, _dims(m))
 
@@ -220,7 +221,7 @@ def _avg_pooling(m: nn.Module, site: Site) -> Factor:
 # ---- normalisations by the sample itself
 
 
-def _instance_scale(module: nn.Module, site: Site) -> Factor:
+def _instance_scale(module: Any, site: Site) -> Factor:
     """Their slope is largest where the sample is constant."""
     weight, eps = getattr(module, "weight", None), module.eps
     if eps is None:  # RMSNorm: that of the signal's precision
@@ -232,7 +233,7 @@ def _instance_scale(module: nn.Module, site: Site) -> Factor:
     )
 
 
-def _instance_norm(module: nn.Module, site: Site) -> Factor:
+def _instance_norm(module: Any, site: Site) -> Factor:
     return _frozen(module, site) if scaling(module) is not None else _instance_scale(module, site)
 
 
@@ -303,7 +304,9 @@ _ELEMENTWISE: list[tuple[type | None, str, float]] = [
     (nn.Mish, "mish", _MISH), (nn.Hardswish, "hardswish", _HARDSWISH), (Modulus, "modulus abs abs_", 1),
     (None, "sin sin_ cos cos_ neg neg_ negative pos", 1),
 ]  # fmt: skip
-_TURNED = {  # activations whose slope depends on their numbers: (names, (attribute, position, default) ..., constant)
+Numbers = list[tuple[str, int, float]]  # attribute, position in a call and default
+# Activations whose slope depends on their numbers: names, numbers, constant.
+_TURNED: dict[type[nn.Module], tuple[str, Numbers, Callable[..., Factor]]] = {
     nn.ELU: ("elu elu_", [("alpha", 1, 1.0)], _at_least_one),
     nn.CELU: ("celu celu_", [("alpha", 1, 1.0)], _celu),
     nn.LeakyReLU: ("leaky_relu leaky_relu_", [("negative_slope", 1, 0.01)], _at_least_one),
@@ -315,11 +318,11 @@ _TURNED = {  # activations whose slope depends on their numbers: (names, (attrib
 Get = Callable[[int, str, Any], Any]  # an argument of a call by position, name and default
 
 
-def _module_slope(numbers: list, constant: Callable[..., Factor]) -> Callable[[nn.Module, Site], Factor]:
+def _module_slope(numbers: Numbers, constant: Callable[..., Factor]) -> Callable[[nn.Module, Site], Factor]:
     return lambda module, site: constant(*(getattr(module, name) for name, _, _ in numbers))
 
 
-def _function_slope(numbers: list, constant: Callable[..., Factor]) -> Callable[[Get, Site], Factor]:
+def _function_slope(numbers: Numbers, constant: Callable[..., Factor]) -> Callable[[Get, Site], Factor]:
     return lambda get, site: constant(*(get(position, name, default) for name, position, default in numbers))
 
 
@@ -382,18 +385,24 @@ def _function_tables() -> dict[str, Callable[[Get, Site], Factor]]:
     table["log_softmax"] = lambda g, s: _log_softmax(g(1, "dim", None), s.shape)
     table.update(glu=_glu, mean=_mean, view=_view, getitem=_index)
     for d in (1, 2, 3):
-        table[f"max_pool{d}d"] = lambda g, s, d=d: max_pool(
+        table.update(_pooling_functions(d))
+    return table
+
+
+def _pooling_functions(d: int) -> dict[str, Callable[[Get, Site], Factor]]:
+    return {
+        f"max_pool{d}d": lambda g, s: max_pool(
             g(1, "kernel_size", 1), g(2, "stride", None), g(4, "dilation", 1), g(6, "return_indices", False), d
-        )
-        table[f"avg_pool{d}d"] = lambda g, s, d=d: avg_pool(
+        ),
+        f"avg_pool{d}d": lambda g, s: avg_pool(
             g(1, "kernel_size", 1), g(2, "stride", None), g(3, "padding", 0), g(4, "ceil_mode", False),
             g(5, "count_include_pad", True), g(6, "divisor_override", None), d,
-        )  # fmt: skip
-        table[f"adaptive_avg_pool{d}d"] = lambda g, s, d=d: adaptive_avg_pool(g(1, "output_size", 1), d, s.shape)
-        table[f"adaptive_max_pool{d}d"] = lambda g, s, d=d: adaptive_max_pool(
+        ),
+        f"adaptive_avg_pool{d}d": lambda g, s: adaptive_avg_pool(g(1, "output_size", 1), d, s.shape),
+        f"adaptive_max_pool{d}d": lambda g, s: adaptive_max_pool(
             g(1, "output_size", 1), g(2, "return_indices", False), d
-        )
-    return table
+        ),
+    }  # fmt: skip
 
 
 def _of(prefix: str, home: Any = nn) -> list[type]:
@@ -413,24 +422,30 @@ def _module_table() -> dict[type, Callable[[Any, Site], Factor]]:
     table.update(dict.fromkeys((nn.Softmax, nn.Softmin, nn.Softmax2d), _constant(_SOFTMAX)))
     table[nn.LogSoftmax] = lambda m, s: _log_softmax(m.dim, s.shape)
     table.update(dict.fromkeys(SHARES_MEMORY, _constant(1.0)))
-    for mode in ("Reflection", "Replication", "Circular"):
-        word = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}[mode]
-        pads = dict.fromkeys(_of(f"{mode}Pad"), lambda m, s, word=word: Factor(math.sqrt(_repeats(word, m.padding))))
-        table.update(pads)
+    for mode, word in (("Reflection", "reflect"), ("Replication", "replicate"), ("Circular", "circular")):
+        table.update(dict.fromkeys(_of(f"{mode}Pad"), _padding(word)))
     table[OrthogonalFilter] = _orthogonal
     table[nn.Linear] = _linear
     table.update(dict.fromkeys([*_of("Conv"), *_of("ConvTranspose")], _convolution))
     table.update(dict.fromkeys([*_of("BatchNorm"), nn.SyncBatchNorm, BatchRMSNorm], _frozen))
     table.update(dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), _instance_scale))
     table.update(dict.fromkeys(_of("InstanceNorm"), _instance_norm))
-    for d, kind in enumerate(_of("MaxPool"), 1):
-        table[kind] = lambda m, s, d=d: max_pool(m.kernel_size, m.stride, m.dilation, m.return_indices, d)
     table.update(dict.fromkeys(_of("AvgPool"), _avg_pooling))
-    for d, kind in enumerate(_of("AdaptiveAvgPool"), 1):
-        table[kind] = lambda m, s, d=d: adaptive_avg_pool(m.output_size, d, s.shape)
-    for d, kind in enumerate(_of("AdaptiveMaxPool"), 1):
-        table[kind] = lambda m, s, d=d: adaptive_max_pool(m.output_size, m.return_indices, d)
+    for d in (1, 2, 3):
+        table.update(_pooling_modules(d))
     return table
+
+
+def _padding(word: str) -> Callable[[Any, Site], Factor]:
+    return lambda m, s: Factor(math.sqrt(_repeats(word, m.padding)))
+
+
+def _pooling_modules(d: int) -> dict[type, Callable[[Any, Site], Factor]]:
+    return {
+        getattr(nn, f"MaxPool{d}d"): lambda m, s: max_pool(m.kernel_size, m.stride, m.dilation, m.return_indices, d),
+        getattr(nn, f"AdaptiveAvgPool{d}d"): lambda m, s: adaptive_avg_pool(m.output_size, d, s.shape),
+        getattr(nn, f"AdaptiveMaxPool{d}d"): lambda m, s: adaptive_max_pool(m.output_size, m.return_indices, d),
+    }
 
 
 # Rearrangements, whose result may be their input.
