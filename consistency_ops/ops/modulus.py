@@ -72,7 +72,7 @@ def modulus(x: Tensor) -> Tensor:
     if _transforming() or forward_ad._current_level >= 0:
         if torch.compiler.is_compiling():
             return reference.modulus(x)  # registered formulas know no transforms
-        return _complex_modulus(x) if is_complex else _Modulus.apply(x, 0, None)[0]
+        return _complex_modulus(x) if is_complex else _modulus_and_signs(x, 0, None)[0]
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return _forward(x)[0] if needs_grad and not is_complex else _modulus(x)
@@ -123,7 +123,10 @@ class _Modulus(Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], x: Tensor, batch_dims: int, _: None
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _Modulus.apply(x.movedim(in_dims[0], 0), batch_dims + 1, None), (0, 0)
+        return _modulus_and_signs(x.movedim(in_dims[0], 0), batch_dims + 1, None), (0, 0)
+
+
+_modulus_and_signs: Callable[[Tensor, int, None], tuple[Tensor, Tensor]] = _Modulus.apply
 
 
 # Without the Python wrapper of apply, which looks for transforms and takes as long as all the rest of a small call.
@@ -135,7 +138,8 @@ def _flip(grad: Tensor, signs: Tensor, strides: tuple[int, ...]) -> Tensor:
     if torch.compiler.is_compiling():  # compiled autograd of an eager forward
         return _backward(grad, signs, strides)
     if torch.is_grad_enabled() or _transforming() or forward_ad._current_level >= 0:
-        return _Flip.apply(grad, signs, strides)
+        flipped: Tensor = _Flip.apply(grad, signs, strides)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return flipped
     return _flip_now(grad, signs, strides)
 
 
