@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .distributed.placement import Placements
-from .distributed.pooling import Pooling
-from .engine.capture import Capture, CaptureStates
+from .attachment import Attachment, held_weights, remove_hooks
+from .engine.capture_states import RowMask
 from .engine.correction import Correction, CorrectionOptions, check, is_int
-from .engine.discovery import find_layers, find_ties
-from .engine.layer import Layer
-from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unseen
-from .engine.notices import Notices, some
-from .engine.ownership import Ownership
+from .engine.discovery import OWN_FORWARD, UNKNOWN, find_layers, find_new_layers
+from .engine.failed_forward import FailedForward
+from .engine.notices import Notices, end, some
+from .engine.optimizers import find_optimizers, refuse_private_model, type_name
 from .engine.state import StateStore, on_host
 from .engine.whitening import WhiteningCorrection
 from .ops.arguments import Scaling
 from .ops.checks import check_module, check_names
-from .reporting.stats import Stats, notice_failures, stats, write_scalars
-from .reporting.summary import summary
+from .reporting.stats import Stats, stats, write_scalars
+from .reporting.summary import LayerFacts, summary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +89,7 @@ class Preconditioner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | Any | None = None,
         *,
         mode: Literal["correct", "whiten"] | None = None,
         damping: float | Callable[[int], float] = 0.1,
@@ -108,67 +105,62 @@ class Preconditioner:
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("Preconditioner", model)
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
-        optimizer = _unwrap(optimizer)
-        check(not isinstance(optimizer, LBFGS), "optimizer", "one that evaluates the gradient once a step", optimizer)
+        refuse_private_model(model)
+        attached = [None] if optimizer is None else find_optimizers(optimizer)
         check(mode in (None, "correct", "whiten"), "mode", "None, 'correct' or 'whiten'", mode)
         check(mode != "whiten" or optimizer is not None, "optimizer", "given with mode='whiten'", optimizer)
         self.mode: Literal["correct", "whiten"] = mode or "correct"
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
         options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
-        self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
-        self._optimizer = optimizer
+        self.skip = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
-        self._store = StateStore(optimizer)
         self._notices = Notices()
-        self._ownership = Ownership(optimizer)
-        self._correction = self._make_correction(options)
-        self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
         self._layers = find_layers(model, self.skip, bias)
-        for layer in self._layers:
-            if layer.reason is None:
-                layer.reason = self._correction.declines(layer)
-        self._states = CaptureStates(len(self._layers))
-        self._placements = Placements(
-            self._layers,
-            self._model,
-            self._ownership.owns,
-            process_group,
-            None if self._correction.pools else type(optimizer).__name__,
-            self._correction.exchanges_units,
-            self._store,
-            self._notices,
-        )
-        self._pooling = Pooling(self._correction, self._placements)
+        self._attachments: list[Attachment] = []
         handles: list[RemovableHandle] = []
-        self._handles = handles
         try:
-            self._attach()
-            self._refuse_a_second_one()
-            if not any(layer.capture for layer in self._layers):
-                raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{self.summary()}")
+            for one in attached:
+                attachment = Attachment(
+                    self._layers,
+                    self._model,
+                    one,
+                    lambda store, stepping: self._make_correction(options, store, stepping),
+                    process_group,
+                    self._notices,
+                    None if one is None else self._find_new_layers,
+                )
+                attachment.handles, attachment.owner = handles, None if one is None else self
+                self._attachments.append(attachment)
+            for layer in self._layers:
+                if layer.reason is None:
+                    layer.reason = self._correction.declines(layer)
+            for attachment in self._attachments:
+                attachment.attach()
+            own = any((layer.reason or "").startswith(OWN_FORWARD) for layer in self._layers)
+            if not own and not any(layer.capture for layer in self._layers):
+                table = self.summary() + self._unknown_types()
+                raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{table}")
+            watch = FailedForward([part.states for part in self._attachments], self._layers)
+            handles.append(model.register_forward_hook(watch, always_call=True))
+            for attachment in self._attachments:
+                attachment.hook_optimizer()
+                attachment.resume()
         except BaseException:
-            _detach(self._layers, handles)
+            remove_hooks(self._layers, handles)
             raise
-        if optimizer is not None:
-            handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_load_state_dict_pre_hook(self._store.before_load),
-                optimizer.register_load_state_dict_post_hook(self._after_load),
-            ]
-        self._detach = weakref.finalize(self, _detach, self._layers, handles)
+        self._notice_what_is_left()
+        vigils = [attachment.vigil for attachment in self._attachments]
+        self._detach = weakref.finalize(self, end, vigils, remove_hooks, self._layers, handles)
         self._detach.atexit = False
 
-    def _make_correction(self, options: CorrectionOptions) -> Correction:
+    def _make_correction(
+        self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer | None
+    ) -> Correction:
         """The arithmetic; a subclass may divide or solve in another way."""
-        if self.mode == "whiten" and self._optimizer is not None:
-            return WhiteningCorrection(options, self._store, self._optimizer)
-        return Correction(options, self._store)
+        if self.mode == "whiten" and optimizer is not None:
+            return WhiteningCorrection(options, store, optimizer)
+        return Correction(options, store)
 
     # The options, and how far it is
 
@@ -179,53 +171,77 @@ class Preconditioner:
 
     @damping.setter
     def damping(self, value: float | Callable[[int], float]) -> None:
-        self._correction.options = replace(self._correction.options, damping=value)
+        for attachment in self._attachments:
+            attachment.correction.options = replace(attachment.correction.options, damping=value)
 
     @property
     def steps(self) -> int:
-        """Number of finished steps."""
-        return self._correction.step
+        """Number of finished steps; of the optimizer that has made most, where there are several."""
+        return max(attachment.correction.step for attachment in self._attachments)
+
+    @property
+    def _correction(self) -> Correction:
+        return self._attachments[0].correction
+
+    @staticmethod
+    def of(optimizer: Any) -> list[Preconditioner]:
+        """The preconditioners that are attached to an optimizer, or to those inside of it.
+
+        For instance to :meth:`remove` one that was made in an earlier cell of a notebook.
+
+        Raises:
+            TypeError: ``optimizer`` is no optimizer, and has none in it.
+        """
+        found: list[Preconditioner] = []
+        for attached in find_optimizers(optimizer):
+            for hook in attached.stepping._optimizer_step_pre_hooks.values():
+                owner = getattr(getattr(hook, "__self__", None), "owner", None)
+                if isinstance(owner, Preconditioner) and owner not in found:
+                    found.append(owner)
+        return found
 
     # What is covered
 
-    def _attach(self) -> None:
-        """Hook the layers whose weight the optimizer holds; again when it holds others."""
-        self._ownership.refresh()
-        find_ties(self._layers)
-        tied = [layer.name for layer in self._layers if layer.tied and layer.capture is not None]
-        if tied:
+    def _find_new_layers(self) -> None:
+        """Cover modules that came after the constructor: a new head, a second adapter."""
+        model = self._model()
+        if model is None:
+            return
+        for layer in find_new_layers(model, self._layers, self.skip, self._correction.options.bias):
+            if layer.reason is None:
+                layer.reason = self._correction.declines(layer)
+
+    def _unknown_types(self) -> str:
+        """How to cover what is not known."""
+        left = [layer for layer in self._layers if layer.reason is not None]
+        left = [layer for layer in left if layer.reason == UNKNOWN or layer.reason.startswith(OWN_FORWARD)]
+        kinds = sorted({type_name(module) for layer in left if (module := layer.module()) is not None})
+        if not kinds:
+            return ""
+        return (
+            f"\nLinear layers of other types are covered by consistency_ops.layers.register; here: {', '.join(kinds)}"
+        )
+
+    def _notice_what_is_left(self) -> None:
+        """Say which layers a reader of the model would expect to be corrected, and why they are not."""
+        own = [layer for layer in self._layers if layer.reason is not None and layer.reason.startswith(OWN_FORWARD)]
+        if own:
+            if not any(layer.capture for layer in self._layers):
+                self._attachments[0].vigil.silence()
+            kinds = sorted({type_name(module) for layer in own if (module := layer.module()) is not None})
             self._notices.once(
-                "tied",
-                f"weights were tied after the Preconditioner was constructed, their gradients are left as they are: "
-                f"{some(tied)}. Tie weights first to keep this quiet.",
+                "own forward",
+                f"{', '.join(kinds)} have a forward of their own, so nobody knows what their weight multiplies; their "
+                f"gradients are left as they are: {some(layer.name for layer in own)}. If the weight multiplies the "
+                "first argument of forward, call consistency_ops.layers.register(the class) first.",
             )
-        options = self._correction.options
-        for layer in self._layers:
-            module, weight = layer.module(), layer.weight
-            if layer.capture is not None or module is None or weight is None or layer.reason is not None or layer.tied:
-                continue
-            if self._ownership.owns(weight):
-                layer.capture = Capture(module, layer.kind, self._states, layer.index, options.max_rows, options.seed)
-                self._handles += self._correction.attach(layer)
-        self._states.new_weights = False
-
-    def _refuse_a_second_one(self) -> None:
-        """A gradient must not be corrected twice; two preconditioners may share an optimizer but no layer."""
-        taken = {id(layer.module()) for layer in self._layers_of_others()}
-        for layer in self._layers:
-            if layer.capture is not None and id(layer.module()) in taken:
-                raise ValueError(
-                    "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
-                    f"remove() first), got one for {layer.name!r}"
-                )
-
-    def _layers_of_others(self) -> list[Layer]:
-        """The layers that other preconditioners of the same optimizer correct."""
-        if self._optimizer is None:
-            return []
-        owners = [getattr(hook, "__self__", None) for hook in self._optimizer._optimizer_step_pre_hooks.values()]
-        others = [owner for owner in owners if isinstance(owner, Preconditioner) and owner is not self]
-        return [layer for other in others for layer in other._layers if layer.capture is not None]
+        weights = held_weights(self._layers)
+        if weights and not any(weight.requires_grad for weight in weights):
+            self._notices.once(
+                "frozen",
+                "all weights that could be corrected are frozen, so nothing is corrected until one of them is not; "
+                "summary() lists all layers.",
+            )
 
     # The step
 
@@ -235,102 +251,48 @@ class Preconditioner:
         Raises:
             RuntimeError: an optimizer was given; its own step does this.
         """
-        if self._optimizer is not None:
+        if self._attachments[0].optimizer is not None:
             raise RuntimeError("Preconditioner.step: must be called only when no optimizer was given, got one")
-        self._correct()
-        self._correction.finish_step(self._layers)
-
-    @_disable_dynamo
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._correct()
-            return None
-        calls = 0
-
-        def corrected_closure() -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                raise RuntimeError(
-                    "Preconditioner: optimizer must call its closure once a step, got a second call by "
-                    f"{type(optimizer).__name__}"
-                )
-            loss = closure()
-            self._correct()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": corrected_closure}
-        return (args[0], corrected_closure, *args[2:]), kwargs
-
-    @_disable_dynamo
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._correction.finish_step(self._layers)
+        self._attachments[0].correct()
+        self._attachments[0].finish_step()
 
     @torch.no_grad()
-    def _correct(self) -> None:
-        correction, states = self._correction, self._states
-        # The optimizer has broken off the last step after its correction.
-        correction.step = max(correction.step, states.step)
-        if self._ownership.refresh() or correction.step == 0:
-            self._attach()
-        correction.begin_step()
-        for layer in self._layers:
-            layer.info_slice = None
-        pooled = self._pooling.correct()
-        steps = self._layer_steps(pooled)
-        if states.new_weights:  # seen while the steps were made
-            self._attach()
-            steps = self._layer_steps(pooled)
-        first = False
-        if not (self._hooks_fire or states.paused):
-            self._hooks_fire = first = notice_unseen(steps, self._notices)
-        for batch in by_precision(steps):
-            correction.run(batch)
-            for step in batch:
-                step.write_back()
-        finished = not states.paused
-        for layer in self._layers:
-            if layer.capture is not None:
-                layer.capture.begin_step(finished)
-        states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
-        if first:
-            notice_failures(correction, self._layers, self._notices)
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Choose which input rows count from the next forward pass on, until the next call: not those of padding.
 
-    def _layer_steps(self, pooled: set[int]) -> list[LayerStep]:
-        """What this step has of the layers that no other rank shares."""
-        layers = (layer for layer in self._layers if layer.index not in pooled and layer.capture is not None)
-        steps = (layer_step(layer, self._ownership.owns, self._notices) for layer in layers)
-        return [step for step in steps if step is not None]
+        Args:
+            mask: True where a row counts. Inputs whose leading dimensions have its shape, (batch, tokens) for instance,
+                are masked; inputs of other shapes count as they are. ``None``: all rows count. A mask on the CPU costs
+                no wait for the device.
+
+        Raises:
+            TypeError: ``mask`` is not a tensor of bool.
+        """
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.dim() > 0):
+            got = f"dtype {mask.dtype}, {mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"Preconditioner.mask_rows: mask must be a bool tensor or None, got {got}")
+        rows = None if mask is None else RowMask(mask)
+        for attachment in self._attachments:
+            attachment.states.mask = rows
+
+    def drop_rows(self) -> None:
+        """Forget the input rows that were captured since the last step.
+
+        Call it when a forward pass is thrown away without a backward pass: one that is tried again with a smaller
+        batch, a metric that is computed in training mode, ``generator(noise).detach()``. A forward pass of the model
+        that raises is noticed without it.
+        """
+        for attachment in self._attachments:
+            attachment.drop_rows()
 
     # State
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._store.after_load(optimizer)
-        self._resume()
-
-    def _resume(self) -> None:
-        """Continue from what the store holds."""
-        dropped = self._correction.resume(self._layers)
-        if dropped:
-            self._notices.once(
-                "dropped",
-                "the loaded state was saved with another seed, chunk, group or every, or with other layers before "
-                f"these, so it was dropped and their statistics start anew: {some(dropped)}. Construct the "
-                "Preconditioner as it was then.",
-            )
-        step = self._correction.step
-        self._states.reset(step, paused=not self._correction.refreshes(step), finished=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Step counter, running covariances and inverses, by layer name.
 
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
-        layers = {layer.name: dict(self._store.get(layer)) for layer in self._layers if layer.capture}
+        layers = {layer.name: dict(part.store.get(layer)) for part in self._attachments for layer in part.own_layers()}
         return {
             "version": _VERSIONS[-1],
             "step": self.steps,
@@ -348,7 +310,8 @@ class Preconditioner:
             ValueError: a version from the future, no step, or a layer that is not covered here.
             RuntimeError: an optimizer was given that has no state yet, and would take ours for its own.
         """
-        if self._optimizer is not None and not self._optimizer.state:
+        attached = [part.optimizer for part in self._attachments if part.optimizer is not None]
+        if attached and not any(optimizer.saving.state or optimizer.parts for optimizer in attached):
             raise RuntimeError(
                 "Preconditioner.load_state_dict: the optimizer must have its state first, got none; "
                 "optimizer.load_state_dict restores the preconditioner, too"
@@ -361,21 +324,26 @@ class Preconditioner:
         check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
         check(is_int(step, 0), "state_dict step", "an integer >= 0", step)
         check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
-        covered = {layer.name: layer for layer in self._layers if layer.capture is not None}
+        covered = {layer.name: (layer, part) for part in self._attachments for layer in part.own_layers()}
         unknown = sorted(set(saved) - set(covered))
         check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
-            if (weight := covered[name].weight) is not None:
+            layer, part = covered[name]
+            if (weight := layer.weight) is not None:
                 for key, value in entries.items():
-                    device = "cpu" if on_host(key) else weight.device
-                    self._store.put(covered[name], key, value.to(device, copy=True))
-        self._store.count_step(step)
-        self._resume()
+                    part.store.put(layer, key, value.to("cpu" if on_host(key) else weight.device, copy=True))
+        for part in self._attachments:
+            part.store.count_step(step)
+            part.resume()
 
     def remove(self) -> None:
-        """Take out all hooks and all state; the optimizer then steps as if there had been no preconditioner."""
+        """Take out all hooks and all state; the optimizers then step as if there had been no preconditioner."""
+        for part in self._attachments:
+            part.vigil.silence()
         self._detach()
-        self._store.clear({layer.weight for layer in self._layers_of_others() if layer.weight is not None})
+        for part in self._attachments:
+            others = self.of(part.optimizer.stepping) if part.optimizer is not None else []
+            part.store.clear(set().union(*(held_weights(other._layers) for other in others)))
         self._layers.clear()
 
     # Reports
@@ -392,12 +360,14 @@ class Preconditioner:
         Args:
             condition: whether to compute the condition numbers, which takes about as long as the correction of a step.
         """
-        return stats(self._correction, self._layers, self._parameters(), self._notices, condition)
+        parts = [(part.correction, part.own_layers()) for part in self._attachments]
+        return stats(parts, self._layers, self._parameters(), self._notices, condition)
 
     def _parameters(self) -> Iterable[Tensor]:
-        """The parameters of the optimizer; without one, those of the model."""
-        if self._optimizer is not None:
-            return [p for group in self._optimizer.param_groups for p in group["params"]]
+        """The parameters of the optimizers; without one, those of the model."""
+        attached = [part.optimizer for part in self._attachments if part.optimizer is not None]
+        if attached:
+            return [p for optimizer in attached for p in optimizer.parameters]
         model = self._model()
         return [] if model is None else model.parameters()
 
@@ -413,8 +383,10 @@ class Preconditioner:
 
     def summary(self) -> str:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
-        title, owns = repr(self), self._ownership.owns
-        return summary(title, self._correction, self._layers, owns, self._placements.reason)
+        parts = self._attachments
+        facts = [LayerFacts(part.correction, part.ownership.owns, part.placements.reason) for part in parts]
+        part_of = {layer.index: i for i, part in enumerate(parts) for layer in part.own_layers()}
+        return summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
 
     def __repr__(self) -> str:
         covered = sum(layer.capture is not None for layer in self._layers)
@@ -424,20 +396,9 @@ class Preconditioner:
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("Preconditioner: must be constructed anew for a copied model, got a copy; use state_dict()")
+    # A copy of a module that holds its preconditioner, for an average of the weights or for another machine, has none.
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
 
-
-def _detach(layers: list[Layer], handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    for layer in layers:
-        if layer.capture is not None:
-            layer.capture.remove()
-
-
-def _unwrap(optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer inside the wrapper of a training framework (Accelerate, Lightning): the one whose hooks fire."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+    def __reduce__(self) -> tuple:
+        return type(None), ()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from consistency_ops import reference
-from consistency_ops.engine.capture import STATE_SIZE
+from consistency_ops.engine.capture_states import STATE_SIZE
 
 capture = torch.ops.consistency_ops.capture_rows_.default
 mark = torch.ops.consistency_ops.capture_mark_.default

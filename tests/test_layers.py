@@ -8,7 +8,7 @@ from torch import nn
 
 from consistency_ops import layers
 from consistency_ops.engine import layer_types
-from consistency_ops.engine.capture import STATE_SIZE
+from consistency_ops.engine.capture_states import STATE_SIZE
 from consistency_ops.preconditioner import Preconditioner
 from support.training import DAMPING, dense
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from consistency_ops.engine.capture import CaptureStates
+from consistency_ops.engine.capture_states import CaptureStates
 from consistency_ops.preconditioner import Preconditioner
 from support.training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 

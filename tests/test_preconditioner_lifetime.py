@@ -50,8 +50,7 @@ def test_deepcopy_neither_copies_nor_feeds_the_preconditioner():
     backward(model, *data())
     optimizer.step()
     assert pre.stats()["layers"] == 3
-    with pytest.raises(TypeError, match="must be constructed anew for a copied model"):
-        copy.deepcopy(pre)
+    assert copy.deepcopy(pre) is None  # of a module that holds it
 
 
 def test_torch_save_of_the_whole_model():

@@ -229,7 +229,7 @@ def test_a_recurrent_cell_called_hundreds_of_times():
         for x in torch.randn(300, 4, 6):
             h = project(cell(x, h))
         head(h).square().sum().backward()
-        assert len(pre._states.inputs) <= 2 * len(pre._layers) + 1
+        assert len(pre._attachments[0].states.inputs) <= 2 * len(pre._layers) + 1
         optimizer.step()
     stats = pre.stats()
     assert stats["rows_seen"]["2"] == 1200 and 32 <= stats["rows"]["2"] <= 64 and stats["rows"]["1"] == 4

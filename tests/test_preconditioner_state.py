@@ -77,8 +77,8 @@ def test_inverses_are_made_and_kept_only_where_they_are_used_again(decay):
     """``every=1``: one launch inverts and corrects, with the bits of inverting and correcting apart."""
 
     class InStages(Preconditioner):
-        def _make_correction(self, options):
-            return CorrectionInStages(options, self._store)
+        def _make_correction(self, options, store, optimizer):
+            return CorrectionInStages(options, store)
 
     class CorrectionInStages(Correction):
         def from_covariances(self, steps, covariances):

@@ -8,7 +8,7 @@ import torch
 
 import consistency_ops as co
 from consistency_ops import ops
-from consistency_ops.engine.capture import STATE_SIZE
+from consistency_ops.engine.capture_states import STATE_SIZE
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from consistency_ops.engine.capture import STATE_SIZE
+from consistency_ops.engine.capture_states import STATE_SIZE
 
 SHAPE = (64, 256, 56, 56)  # an early map of ResNet-50, several times the L2 of any device
 TARGET = 0.9

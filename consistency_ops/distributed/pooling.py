@@ -132,6 +132,7 @@ class Pooling:
             bias_grad = kind.local_bias_view(torch.zeros_like(bias) if bias.grad is None else bias.grad)
         layer.lost_rows = capture.lost
         source = capture.source or capture
+        source.settle(weight.grad, capture)
         assert source.rows is not None and source.count is not None
         count = torch.zeros_like(source.count) if layer.lost_rows else source.count
         return LayerStep(layer, weight, grad, bias_grad, source.rows, count)

@@ -6,21 +6,25 @@ once. The columns of the state tensor are the fields of ``CaptureState`` in ``cs
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ..ops.registration import register_fake
-from .dtensors import Group, is_dtensor, local_input
+from .capture_states import MARK, NEW, STRIDE, USED, CaptureStates, empty
+from .dtensors import Group, as_plain, is_dtensor, local_input
 from .layer_types import LayerType
+from .pickles import nothing, reduce_to_nothing
 
+_CHECKPOINT = torch.utils.checkpoint.__file__
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-USED, SEEN, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 6, 7, 8, 10
+_VAIN = 3  # gradients made anew within a step, all for nothing, before their rows are kept no longer
 
 _capture_rows: Any = torch.ops.consistency_ops.capture_rows_.default
 _capture_mark = torch.ops.consistency_ops.capture_mark_.default
@@ -62,58 +66,6 @@ def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
     return None
 
 
-def _no_capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What a copied or unpickled model carries in place of a capture hook."""
-
-
-def _unpickle() -> Callable[..., None]:
-    return _no_capture
-
-
-class CaptureStates:
-    """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self.step: int = 0
-        self.paused: bool = False
-        self.new_weights: bool = False  # a layer has another weight than before: it may be tied
-        # Inputs of this step by id: who captured it in which of its calls, and the version it had.
-        self.inputs: dict[int, tuple[weakref.ref[Tensor], int, Capture, int]] = {}
-        self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}  # with the views that reset needs
-
-    def on(self, device: torch.device) -> Tensor:
-        if device not in self._tensors:
-            state = torch.zeros(self.layers, STATE_SIZE, dtype=torch.int64, device=device)
-            views = state[:, : FORWARD + 1], state[:, STEP], state[:, PAUSED]
-            state[:, STEP], state[:, PAUSED] = self.step, int(self.paused)
-            self._tensors[device] = state, torch.zeros_like(state), *views
-        return self._tensors[device][0]
-
-    def last_count(self, device: torch.device, index: int) -> Tensor:
-        """Rows in the buffer of a layer: of this step, or if there are none yet, of the last one that captured."""
-        state, last = self._tensors[device][:2]
-        count = state[index, USED : USED + 1]
-        return torch.where(count > 0, count, last[index, USED : USED + 1])
-
-    def last_step(self, device: torch.device, index: int) -> list[int]:
-        """The state of a layer at the end of the last step that captured; waits for the device."""
-        return self._tensors[device][1][index].tolist()
-
-    def reset(self, step: int, paused: bool, finished: bool) -> None:
-        """Forget all rows and begin ``step``; ``finished``: the rows forgotten are those of a finished step."""
-        pauses = paused != self.paused
-        self.step, self.paused = step, paused
-        self.inputs.clear()
-        for state, last, pattern, steps, pausing in self._tensors.values():
-            if finished:
-                last.copy_(state)
-            pattern.zero_()
-            steps.fill_(step)
-            if pauses or not finished:
-                pausing.fill_(int(paused))
-
-
 class Capture:
     """The rows of one layer: a forward pre-hook, and a hook on the weight that notices abandoned gradients.
 
@@ -152,6 +104,14 @@ class Capture:
         self._place: tuple[torch.device, torch.dtype, torch.Size] | None = None  # of that weight, as the buffer fits it
         self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
         self._mark_handle: RemovableHandle | None = None
+        self._module = weakref.ref(module)
+        self._plain = False  # called outside of a backward pass, in this step
+        self._marked_calls = 0  # `calls` at the last backward pass of this step
+        self._restarted = 0  # `calls` when a backward pass began a new gradient
+        self._before_handle: RemovableHandle | None = None
+        self._adds = False  # the running backward pass adds to the gradient that the last one made
+        self._kept: list[tuple[Tensor, Tensor]] = []  # rows of gradients that were taken away in this step
+        self._vain = 0  # steps in a row in which such rows were not needed
         weight = kind.parameter(module)
         if not torch.nn.parameter.is_lazy(weight):
             self.follow(module, weight)
@@ -186,7 +146,7 @@ class Capture:
         self._units, self._all_units, rows = self.kind.units(module), self.kind.all_units(module), self.rows
         width = self._width if self._width in (self._units, self._all_units) else self._units
         if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != width:
-            self.rows = torch.empty(self.max_rows, width, dtype=dtype, device=weight.device)
+            self.rows = empty(self.max_rows, width, dtype, weight.device)
             self.state = self.states.on(weight.device)
             self.count = self.state[self.index, USED : USED + 1]
             self.count.zero_()
@@ -201,10 +161,15 @@ class Capture:
         if self._mark_handle is not None:
             self._mark_handle.remove()
             self._mark_handle = None
+        if self._before_handle is not None:
+            self._before_handle.remove()
+            self._before_handle = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weight = module._parameters.get(self.weight_name)
         if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
+            if weight is None and module.training and module.__dict__.get("_is_replica"):
+                self._capture_replica(self._input(args, kwargs))
             return
         x = self._input(args, kwargs)
         if is_dtensor(x):
@@ -213,22 +178,42 @@ class Capture:
                 self.same_rows = same_rows
         elif self.same_rows is None and not torch.compiler.is_compiling():
             self.same_rows = frozenset()
-        if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
+        if type(x) not in (Tensor, Parameter):
+            x = as_plain(x)
+        if x is None or x.layout is not torch.strided:
             return
         if torch.compiler.is_compiling():
-            if self._takes(x):
+            if self._takes(x) and not torch.compiler.is_exporting():
+                mask = self.states.mask
+                x = x if mask is None else mask.select(x, self.unit_dim)
                 _capture_traced_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
             return
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if self.states.stopped or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing():
             return
         if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
             self.follow(module, weight)
         self._make_room(module, weight, x)
         if self._takes(x) and not self._shares(x):
             in_backward = torch._C._current_graph_task_id() != -1
+            if not in_backward:
+                self._plain = True
+            elif self._plain and not _is_recomputed():
+                in_backward = False  # a part under reentrant checkpointing, whose first pass nobody saw
+            mask = self.states.mask
+            x = x if mask is None else mask.select(x, self.unit_dim)
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _capture_replica(self, x: object) -> None:
+        """An input of a copy that ``nn.DataParallel`` made for one pass; its weight is no parameter."""
+        x, rows = as_plain(x), self.rows
+        if x is None or rows is None or not torch.is_grad_enabled() or self.states.stopped:
+            return
+        mask = self.states.mask
+        x = x.detach().to(rows.device) if mask is None else mask.select(x.detach(), self.unit_dim).to(rows.device)
+        if self._takes(x):
+            _capture_rows(rows, self.state, x, self.index, self.unit_dim, self.seed, False)
+
+    def _input(self, args: tuple, kwargs: dict) -> object:
         kind = self.kind
         if len(args) > kind.position:
             return args[kind.position]
@@ -242,7 +227,7 @@ class Capture:
         self._width = x.shape[dim]
         if rows is not None and self._width != rows.shape[1]:
             if self._width in (self._units, self._all_units):
-                self.rows = rows.new_empty(self.max_rows, self._width)
+                self.rows = empty(self.max_rows, self._width, rows.dtype, rows.device)
             elif self._follows(weight):  # fully_shard puts another one in its place during the forward pass
                 self.follow(module, weight)
 
@@ -252,7 +237,7 @@ class Capture:
             self._width = self.rows.shape[1]
             if self.count is not None and int(self.count) == 0:
                 self._width, self.same_rows = self._all_units, frozenset()
-                self.rows = self.rows.new_empty(self.max_rows, self._width)
+                self.rows = empty(self.max_rows, self._width, self.rows.dtype, self.rows.device)
 
     def _takes(self, x: Tensor) -> bool:
         """Where this is false, the layer itself will say what is wrong with its input."""
@@ -300,25 +285,125 @@ class Capture:
         return self._lost
 
     def _mark(self, weight: Tensor) -> None:
-        if (grad := weight.grad) is None:
-            return  # another hook has taken it
-        restart = self._grad is not None and self._grad() is not grad
+        states, grad = self.states, weight.grad
+        if states.stopped:
+            return
+        if grad is None:  # another hook has taken it
+            states.taken += 1
+            states.wait(NEW)
+            return
+        last = self._grad
+        restart = last is not None and last() is not grad
+        if torch.is_grad_enabled():  # create_graph=True: a sum is a new tensor
+            restart = not self._is_sum(weight, grad) and restart
+        states.wait(NEW if restart or last is None else 1)
         self._grad = weakref.ref(grad)
-        _capture_mark(self.rows, self.state, self.index, restart)
+        source = self.source or self
+        self._marked_calls, source._marked_calls = self.calls, source.calls
+        if restart and source.calls and source._restarted == source.calls:
+            restart = False  # another layer that shares these rows was first
+        if restart:
+            source._restarted = source.calls
+            source._keep_rows()
+        _capture_mark(source.rows, source.state, source.index, restart)
+
+    def _is_sum(self, weight: Tensor, grad: Tensor) -> bool:
+        """Whether a backward pass with ``create_graph=True`` has added to the gradient that the last one made."""
+        if self._before_handle is not None:
+            return self._adds
+        self._before_handle = weight.register_hook(self._before_grad)  # from the next pass on it is known
+        function = grad.grad_fn
+        return function is not None and bool(function.next_functions) and function.next_functions[0][0] is None
+
+    def _before_grad(self, grad: Tensor) -> None:
+        module = self._module()
+        weight = None if module is None else module._parameters.get(self.weight_name)
+        old = None if weight is None else weight.grad
+        self._adds = old is not None and self._grad is not None and self._grad() is old
+
+    def _keep_rows(self) -> None:
+        """Keep the rows of a gradient that was taken away: of a skipped step, or to be added up by hand."""
+        rows, state = self.rows, self.state
+        if self._vain >= _VAIN or rows is None or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        mark, used = state[self.index, MARK], state[self.index, USED]
+        count = torch.where(mark < used, mark, 0)  # without new rows the same forward pass is differentiated again
+        size = len(rows) if rows.is_cuda else int(count)
+        if size:
+            self._kept.append((rows[:size].clone(), count))
+
+    def settle(self, grad: Tensor | None, maker: Capture) -> None:
+        """Decide about the rows of gradients that were taken away within this step, before it uses the rows.
+
+        Args:
+            grad: of the weight of ``maker``, as the step finds it. If no backward pass made it, then it was added up by
+                hand from those that were taken away, and their rows count.
+            maker: the capture of that weight, which has the same rows.
+        """
+        made = grad is None or maker._grad is None or maker._grad() is grad
+        if not made and self._restarted:
+            self._vain = 0
+        if not self._kept:
+            return
+        kept, self._kept = self._kept, []
+        if made:
+            self._vain += 1
+            return
+        state = self.state[self.index]
+        used = int(state[USED])
+        rows = torch.cat([*(part[: int(count)] for part, count in kept), self.rows[:used]])
+        if len(rows) > len(self.rows):
+            thinned = -(-len(rows) // len(self.rows))
+            rows = rows[torch.arange(len(self.rows), device=rows.device) * len(rows) // len(self.rows)]
+            state[STRIDE] *= thinned
+        self.rows[: len(rows)] = rows
+        state[USED] = state[MARK] = len(rows)
+
+    def drop_unmarked(self) -> None:
+        """A forward pass has failed: forget its calls. The rows are in :meth:`CaptureStates.drop_unmarked`."""
+        self.calls = self._marked_calls
+        if self.calls == 0:
+            self.source, self._lost, self._plain = None, False, False
 
     def begin_step(self, finished: bool = False) -> None:
         if finished:
             self.last_source = self.index if self.source is None else self.source.index
         self.calls, self.source, self._lost = 0, None, False
         self._grad = None
+        self._plain, self._marked_calls, self._restarted = False, 0, 0
+        if self._kept:
+            self._kept = []
+
+    def take_state(self) -> None:
+        """After the states have grown."""
+        if self.state is not None:
+            self.state = self.states.on(self.state.device)
+            self.count = self.state[self.index, USED : USED + 1]
 
     def remove(self) -> None:
         self._handle.remove()
         self._mark_nothing()
 
     # A copy of the model must not write into the original's buffers, nor carry a copy of them.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _no_capture
+    def __deepcopy__(self, memo: dict) -> object:
+        return nothing
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, ()
+    def __reduce__(self) -> tuple:
+        return reduce_to_nothing()
+
+
+def _is_recomputed() -> bool:
+    """Whether non-reentrant checkpointing runs this call again in a backward pass: it was captured already.
+
+    Under reentrant checkpointing the first pass has no gradients, and this call is the only one that is seen.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _CHECKPOINT:
+            if code.co_name == "unpack_hook":
+                return True
+            if code.co_name == "backward":
+                return False
+        frame = frame.f_back
+    return False

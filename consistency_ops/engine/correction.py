@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..ops.arguments import Scaling
 from ..ops.correction import launch_correction
 from .digests import digest
+from .dtensors import is_dtensor
 from .layer import Layer
 from .layer_step import LayerStep, in_order_of_input
 from .state import StateStore
@@ -241,6 +243,7 @@ class Correction:
         old, weight = state.get("covariance"), state.get("weight")
         if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
+        old, weight = old.to(covariance), weight.to(covariance)  # the layer may have had another dtype
         finite = largest([covariance, *step.gradients]).isfinite()
         enters = finite & (count > 0)
         weight = torch.where(enters, decay * weight + (1 - decay), weight)
@@ -298,7 +301,9 @@ class Correction:
         inverse, info = state.get("inverse"), state.get("info")
         if inverse is None or info is None or not step.units_unchanged:
             return None
-        return (inverse, info) if len(inverse) == self.num_chunks(step) else None
+        if len(inverse) != self.num_chunks(step):
+            return None
+        return inverse.to(step.rows.dtype), info.to(torch.int32)  # where a load has cast them, or the model changed
 
     def damping(self) -> float:
         """The damping of this step; call it once for every inversion, because reports show the last one.
@@ -339,24 +344,46 @@ class Correction:
         """Continue from what the store holds.
 
         Returns:
-            Names of the layers whose stored matrices were dropped, because they were divided otherwise.
+            Names of the layers whose stored matrices were dropped, because they were divided otherwise, or are those
+            of another network.
         """
         self.step = self._store.counted_steps()
         dropped = []
         for layer in layers:
             layer.pending.clear()
-            if layer.capture is None:
+            if layer.capture is None or layer.weight is None or is_lazy(layer.weight):
                 continue
-            layer.capture.begin_step()
             layer.inverse_units = None
-            if (division := self._store.get(layer).get("division")) is not None:
-                key, layer.inverse_units = division.tolist()
-                if key != self.division_digest(layer):
+            state = self._store.get(layer)
+            if (division := state.get("division")) is not None:
+                layer.inverse_units = self._stored_units(layer, division)
+                matrices = [state[key] for key in ("covariance", "inverse") if key in state]
+                if layer.inverse_units is None or not self._fits(layer, layer.inverse_units, matrices):
+                    layer.inverse_units = None
                     self._store.drop(layer)
                     dropped.append(layer.name)
             if self.options.every == 1:  # saved with a larger one
                 self._store.drop(layer, "inverse", "info")
         return dropped
+
+    def _stored_units(self, layer: Layer, division: Tensor) -> int | None:
+        """Units of the stored matrices; None if they were divided otherwise."""
+        here = [self.division_digest(layer), layer.units]
+        # A load before the preconditioner was constructed has cast it to the dtype of the weight.
+        cast = torch.tensor(here, device="cpu").to(division.dtype).tolist()
+        key, units = division.tolist()
+        if key != cast[0]:
+            return None
+        return here[1] if units == cast[1] else int(units)
+
+    def _fits(self, layer: Layer, units: int, matrices: list[Tensor]) -> bool:
+        """Whether stored matrices can be those of this layer, with its bias or without."""
+        module, weight = layer.module(), layer.weight
+        assert module is not None
+        if not is_dtensor(weight) and abs(units - layer.units) > 1:
+            return False
+        chunks = layer.kind.num_groups(module) * -(-units // self.chunk_of(units))
+        return all(matrix.dim() == 3 and len(matrix) == chunks for matrix in matrices)
 
 
 def largest(tensors: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -10,10 +11,13 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .capture import Capture
 from .dtensors import is_dtensor
 from .layer import Layer
-from .layer_types import UNSUPPORTED, LayerType, layer_types
+from .layer_types import UNSUPPORTED, LayerType, has_own_forward, layer_types
 
+OWN_FORWARD = "forward of its own"
+UNKNOWN = "unsupported type"
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 
 
@@ -50,7 +54,63 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
                 fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
                 layer.joins_bias = bias and fits and len(owners[id(own_bias)]) == 1
             layers.append(layer)
-    return layers
+    return layers + _other_matrices(modules, types, len(layers))
+
+
+def _other_matrices(
+    modules: list[tuple[str, nn.Module]], types: dict[int, tuple[LayerType, ...]], first: int
+) -> list[Layer]:
+    """Matrices beside the weight of a known type, as loralib has them: never corrected, but listed."""
+    found: list[Layer] = []
+    for name, module in modules:
+        known = {kind.weight for kind in types[id(module)]}
+        for key, parameter in module._parameters.items() if known else ():
+            if key in known or parameter is None or is_lazy(parameter) or parameter.dim() < 2:
+                continue
+            kind, full = LayerType(-1, key, None, part=key), ".".join(filter(None, (name, key)))
+            found.append(Layer(full, weakref.ref(module), kind, first + len(found), UNKNOWN))
+    return found
+
+
+def find_new_layers(model: nn.Module, layers: list[Layer], skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
+    """Add to ``layers`` what :func:`find_layers` finds and they have not; one that has the name of an old one takes its
+    place.
+
+    Returns:
+        The new layers.
+    """
+    known = {(id(module), layer.kind.weight, layer.kind.part) for layer in layers if (module := layer.module())}
+    places = {layer.name: layer.index for layer in layers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of skip patterns: said before
+        found = find_layers(model, skip, bias)
+    new = []
+    for layer in found:
+        if (id(layer.module()), layer.kind.weight, layer.kind.part) in known:
+            continue
+        layer.index = layer.division_id = places.get(layer.name, len(layers))
+        if layer.index == len(layers):
+            layers.append(layer)
+        else:
+            old, layers[layer.index] = layers[layer.index], layer
+            if old.capture is not None:
+                old.capture.remove()
+        new.append(layer)
+    return new
+
+
+def find_twins(module: nn.Module, kind: LayerType, weight: Tensor) -> bool:
+    """Whether the same weight of a module is captured for the steps of an optimizer that is still there."""
+
+    def captured() -> bool:
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Capture)]
+        hooks = [hook for hook in hooks if hook.kind.weight == kind.weight and hook.kind.part == kind.part]
+        owners = [hook.states.ownership() for hook in hooks if hook.states.ownership is not None]
+        return any(owner is not None and owner.holds(weight) for owner in owners)
+
+    if captured():
+        gc.collect()  # one of an optimizer that was thrown away
+    return captured()
 
 
 def find_ties(layers: list[Layer]) -> None:
@@ -78,7 +138,9 @@ def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | typ
     if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in skip):
         return "skipped"
     if kind is UNSUPPORTED:
-        return "unsupported type"
+        return UNKNOWN
+    if has_own_forward(module):
+        return f"{OWN_FORWARD}, not registered"
     weight = module._parameters.get(kind.weight)
     if weight is None:
         return f"{kind.weight} is not a parameter of the module"

@@ -1,4 +1,4 @@
-"""What a rank holds of a ``DTensor``: its shard, its rows of it, its groups of ranks."""
+"""Tensors that are no plain ones: what a rank holds of a ``DTensor``, and subclasses that carry something along."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +23,18 @@ Group = tuple[int, ...]
 def is_dtensor(tensor: object) -> TypeIs[DTensor]:
     """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
     return type(tensor) is not Tensor and hasattr(tensor, "placements")
+
+
+def as_plain(x: object) -> Tensor | None:
+    """A subclass of Tensor that only carries something along as a plain tensor; None for what is more, or no tensor."""
+    if type(x) is Tensor or type(x) is Parameter:
+        return x
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or is_dtensor(x):
+        return None
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .capture import USED, Capture
+from .capture import Capture
+from .capture_states import USED
 from .layer_types import LayerType
 
 Slice = tuple[Tensor, int, int]  # a tensor that one launch wrote for all layers; first and last entry of this layer

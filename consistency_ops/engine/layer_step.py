@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
+from .dtensors import as_plain
 from .layer import Layer
 from .notices import Notices, some
 
@@ -70,7 +71,9 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
         return None
     capture.follow(module, weight)
     grad = weight.grad
-    layer.unfit_gradient = grad is not None and not is_plain(grad)
+    if grad is not None and type(grad) is not Tensor:
+        grad = as_plain(grad)
+    layer.unfit_gradient = weight.grad is not None and (grad is None or not is_plain(grad))
     if (lost := capture.lost) != layer.lost_rows:
         layer.lost_rows = lost
         if lost:
@@ -78,6 +81,7 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
         return None
     source = capture.source or capture
+    source.settle(weight.grad, capture)
     bias = module._parameters.get(kind.bias) if layer.joins_bias and kind.bias else None
     bias_grad = bias.grad if bias is not None and owns(bias) else None
     if bias_grad is not None:
@@ -96,7 +100,8 @@ def _notice_lost_rows(layer: Layer, notices: Notices) -> None:
 
 def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
     """Say which layers have a gradient although their hook never fired; returns False if it is too early to tell."""
-    if not any(not step.grad.is_meta and bool(step.grad.count_nonzero()) for step in steps):
+    steps = [step for step in steps if not step.grad.is_meta and bool(step.grad.count_nonzero())]  # not idle experts
+    if not steps:
         return False
     unseen = []
     for step in steps:

@@ -188,19 +188,39 @@ _BY_NAME = {
     f"{module}.Conv1D": LayerType(-1, "weight", "bias", lambda weight: weight.T)  # a linear layer: (in, out)
     for module in ("transformers.pytorch_utils", "transformers.modeling_utils")
 }
+_BY_NAME["torch_geometric.nn.dense.linear.Linear"] = LayerType(-1, "weight", "bias")
 
 
 def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
     """What is registered for a module, or for its nearest base class; empty if nothing is."""
+    base = _known_base(module)
+    if base is None:
+        return ()
+    if base in _TYPES:
+        return (_TYPES[base],)
+    if base is nn.MultiheadAttention:
+        return _in_projections(module)
+    return (_BY_NAME[_full_name(base)],)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's class computes in another way than the class that is registered.
+
+    Its weight may then multiply something else than the input: the normalised input, a quantised one.
+    """
+    base = _known_base(module)
+    return base is not None and type(module).forward is not base.forward
+
+
+def _known_base(module: nn.Module) -> type[nn.Module] | None:
     for base in type(module).__mro__:
-        if base in _TYPES:
-            return (_TYPES[base],)
-        if isinstance(module, nn.MultiheadAttention) and base is nn.MultiheadAttention:
-            return _in_projections(module)
-        name = f"{base.__module__}.{base.__qualname__}"
-        if name in _BY_NAME:
-            return (_BY_NAME[name],)
-    return ()
+        if base in _TYPES or base is nn.MultiheadAttention or _full_name(base) in _BY_NAME:
+            return base
+    return None
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.optim import Optimizer
+
+from .optimizers import AttachedOptimizer
 
 
 class Ownership:
     """Tells whether a parameter belongs to the optimizer. Without an optimizer every parameter counts as owned."""
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
+    def __init__(self, optimizer: AttachedOptimizer | None) -> None:
         self._optimizer = optimizer
         self._in_order: list[int] = []  # ids of the optimizer's parameters
         self._ids: frozenset[int] = frozenset()
@@ -18,7 +19,7 @@ class Ownership:
         """Look at the optimizer's parameters again; returns whether others have come or gone."""
         if self._optimizer is None:
             return False
-        now = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        now = [id(p) for p in self._optimizer.parameters]
         if now == self._in_order:
             return False
         self._in_order, self._ids = now, frozenset(now)
@@ -26,3 +27,7 @@ class Ownership:
 
     def owns(self, parameter: Tensor) -> bool:
         return self._optimizer is None or id(parameter) in self._ids
+
+    def holds(self, parameter: Tensor) -> bool:
+        """As :meth:`owns`, for an optimizer that may have been given others since the last look."""
+        return self._optimizer is None or any(p is parameter for p in self._optimizer.parameters)

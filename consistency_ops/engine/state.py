@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from .dtensors import local
 if TYPE_CHECKING:
     from .dtensors import Shards
     from .layer import Layer
+    from .optimizers import AttachedOptimizer
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
+_STEPS: set[int] = set()  # ids of the step tensors that the stores of this process write
 
 
 class StateStore:
@@ -37,12 +40,14 @@ class StateStore:
     other chunks.
     """
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
+    def __init__(self, optimizer: AttachedOptimizer | None) -> None:
         self.shards: dict[int, Shards] = {}  # by index of the layer, where chunks differ from rank to rank
         self._optimizer = optimizer
         self._own: dict[str, dict[str, Tensor]] = {}
         # A tensor: a compiled optimizer would guard on a number.
         self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
+        _STEPS.add(id(self._step))
+        weakref.finalize(self, _STEPS.discard, id(self._step)).atexit = False
         self._loading: Mapping[str, Any] = {}
 
     def get(self, layer: Layer) -> dict[str, Tensor]:
@@ -57,27 +62,20 @@ class StateStore:
         shards = self.shards.get(layer.index)
         if shards is not None and not on_host(key):
             key, value = f"{key}_of_{shards.count}", shards.assemble(value)
-        weight = layer.weight
-        assert weight is not None
-        self._optimizer.state[weight][_prefix(layer) + key] = value
+        self._optimizer.state_of(layer.weight)[_prefix(layer) + key] = value
 
     def drop(self, layer: Layer, *names: str) -> None:
         """Forget these entries of a layer, or all of them."""
-        weight = layer.weight
-        if self._optimizer is None:
-            entries, ours = self._own.get(layer.name, {}), {key: key for key in self._own.get(layer.name, {})}
-        else:
-            entries = {} if weight is None else self._optimizer.state.get(weight, {})
-            ours = {key: _name(layer, key) for key in self._entries(layer)}
-        for key, name in ours.items():
-            if not names or name in names:
+        own = self._optimizer is None
+        entries = self._own.get(layer.name, {}) if own else self._optimizer.known_state_of(layer.weight)
+        for key in list(entries if own else self._entries(layer)):
+            if not names or (key if own else _name(layer, key)) in names:
                 del entries[key]
 
     def _entries(self, layer: Layer) -> dict[str, Tensor]:
         """By their keys in the optimizer's state."""
-        weight, prefix = layer.weight, _prefix(layer)
-        optimizer = self._optimizer
-        entries = {} if weight is None or optimizer is None else optimizer.state.get(weight, {})
+        prefix = _prefix(layer)
+        entries = self._optimizer.known_state_of(layer.weight)
         return {k: v for k, v in entries.items() if _is_ours(k) and k.startswith(prefix) and k != _STEP}
 
     def count_step(self, step: int) -> None:
@@ -89,28 +87,54 @@ class StateStore:
         self._step.fill_(step)
         if self._optimizer is None:
             return
-        state = self._optimizer.state
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
+        if not self._optimizer.parts:
+            state = self._optimizer.saving.state
+            for parameter in self._optimizer.parameters:
                 if parameter.grad is not None or parameter in state:
                     state[parameter][_STEP] = self._step
+            return
+        for parameter in self._optimizer.parameters:
+            if parameter.grad is not None or self._optimizer.has_state(parameter):
+                self._optimizer.state_of(parameter)[_STEP] = self._step
 
     def counted_steps(self) -> int:
         if self._optimizer is None:
             return int(self._step)
-        return max((int(entries[_STEP]) for entries in self._optimizer.state.values() if _STEP in entries), default=0)
+        return max((int(entries[_STEP]) for entries in self._counted()), default=0)
+
+    def adopt(self) -> None:
+        """Go on counting from a step that was loaded."""
+        self._step.fill_(self.counted_steps())
+        for entries in self._counted():
+            entries[_STEP] = self._step
+
+    def _counted(self) -> list[dict[str, Any]]:
+        """The entries of all parameters that have a step of ours."""
+        states = [] if self._optimizer is None else self._optimizer.states()
+        found = [entries for state in states for entries in state.values()]
+        return [entries for entries in found if isinstance(entries, dict) and _STEP in entries]
 
     def clear(self, others: Set[Tensor]) -> None:
         """Forget everything but the entries of these weights, which are another preconditioner's."""
         self._own.clear()
         if self._optimizer is not None:
-            for parameter, entries in list(self._optimizer.state.items()):
-                if parameter in others:
-                    continue
-                for key in [key for key in entries if _is_ours(key)]:
-                    del entries[key]
-                if not entries:
-                    del self._optimizer.state[parameter]
+            for state in self._optimizer.states():
+                for parameter in [p for p in state if not any(p is other for other in others)]:
+                    _clear(state, parameter)
+
+    def forget_strangers(self) -> None:
+        """Take our entries from parameters that the optimizer holds no longer: its ``state_dict`` cannot name them."""
+        if self._optimizer is None:
+            return
+        held = {id(parameter) for parameter in self._optimizer.parameters}
+        for state in self._optimizer.states():
+            for parameter in [p for p in state if id(p) not in held]:
+                _clear(state, parameter)
+
+    def is_foreign(self, layer: Layer) -> bool:
+        """Whether the step beside a layer's weight was written by no store of this process: it was loaded."""
+        step = None if self._optimizer is None else self._optimizer.known_state_of(layer.weight).get(_STEP)
+        return step is not None and id(step) not in _STEPS
 
     def before_load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         self._loading = state_dict
@@ -118,13 +142,26 @@ class StateStore:
     def after_load(self, optimizer: Optimizer) -> None:
         """Take our tensors as they were saved: ``load_state_dict`` has cast them to the dtype of the weight."""
         saved, self._loading = self._loading, {}
+        if self._optimizer is None or "param_groups" not in saved or "state" not in saved:
+            return  # an optimizer with a format of its own
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for key, parameter in zip(keys, parameters, strict=False):
-            for name, value in saved["state"].get(key, {}).items():
+            for name, value in (saved["state"].get(key) or {}).items():
                 if _is_ours(name):
                     device = "cpu" if on_host(name) else parameter.device
-                    optimizer.state[parameter][name] = value.detach().to(device, copy=True)
+                    self._optimizer.state_of(parameter)[name] = value.detach().to(device, copy=True)
+
+
+def _clear(state: dict[Tensor, dict[str, Any]], parameter: Tensor) -> None:
+    """Take our entries of a parameter out of an optimizer's state."""
+    entries = state[parameter]
+    if not (isinstance(entries, dict) and any(map(_is_ours, entries))):
+        return
+    for key in [key for key in entries if _is_ours(key)]:
+        del entries[key]
+    if not entries:
+        del state[parameter]
 
 
 def on_host(key: str) -> bool:

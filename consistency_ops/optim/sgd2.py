@@ -144,8 +144,10 @@ class _WholeLayerPreconditioner(Preconditioner):
         self._choices = max_size, divide, conv_mean
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
 
-    def _make_correction(self, options: CorrectionOptions) -> Correction:
-        return _WholeLayerCorrection(options, self._store, *self._choices)
+    def _make_correction(
+        self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer | None
+    ) -> Correction:
+        return _WholeLayerCorrection(options, store, *self._choices)
 
 
 class _WholeLayerCorrection(Correction):

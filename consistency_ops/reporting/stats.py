@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..engine.capture import SEEN, USED
+from ..engine.capture_states import SEEN, USED
 from ..engine.correction import Correction
 from ..engine.layer import Layer
 from ..engine.notices import Notices, some
@@ -35,38 +35,47 @@ class Stats(TypedDict):
 
 
 def stats(
-    correction: Correction, layers: list[Layer], parameters: Iterable[Tensor], notices: Notices, condition: bool
+    parts: list[tuple[Correction, list[Layer]]],
+    layers: list[Layer],
+    parameters: Iterable[Tensor],
+    notices: Notices,
+    condition: bool,
 ) -> Stats:
     """Read what the last step did from the device.
 
     Args:
-        correction: the one that made the step.
+        parts: for each optimizer the correction that made the step, and the layers that it captures.
         layers: all layers, corrected or not.
         parameters: those whose numbers count for the coverage.
         notices: told of chunks that could not be inverted.
         condition: whether to compute condition numbers.
     """
     rows, seen, damping = {}, {}, {}
+    failed, numbers = {}, {}
     chunks, corrected = 0, []
-    for layer in layers:
-        if layer.capture is None or layer.weight is None:
-            continue
-        state = layer.last_state()
-        rows[layer.name], seen[layer.name] = (0, 0) if state is None else (state[USED], state[SEEN])
-        info = layer.info
-        if info is not None and correction.was_corrected(layer):
-            if bool((info == 0).any()):
-                corrected.append(layer)
-            chunks += len(info)
-            if layer.damping is not None:
-                damping[layer.name] = float(layer.damping.max())
-    failed = notice_failures(correction, layers, notices)
-    numbers = condition_numbers(correction, layers, corrected) if condition else {}
+    for correction, own in parts:
+        here = []
+        for layer in own:
+            if layer.weight is None:
+                continue
+            state = layer.last_state()
+            rows[layer.name], seen[layer.name] = (0, 0) if state is None else (state[USED], state[SEEN])
+            info = layer.info
+            if info is not None and correction.was_corrected(layer):
+                if bool((info == 0).any()):
+                    here.append(layer)
+                chunks += len(info)
+                if layer.damping is not None:
+                    damping[layer.name] = float(layer.damping.max())
+        failed.update(notice_failures(correction, own, notices))
+        if condition and not math.isnan(correction.last_damping):  # else all inverses were loaded
+            numbers.update(condition_numbers(correction, layers, here))
+        corrected += here
     return {
-        "steps": correction.step,
+        "steps": max(correction.step for correction, _ in parts),
         "layers": len(corrected),
         "uncorrected": len(layers) - len(corrected),
-        "coverage": _coverage(parameters, corrected),
+        "coverage": _coverage(list(parameters), corrected),
         "chunks": chunks,
         "failed_chunks": sum(failed.values()),
         "max_damping": max(damping.values(), default=math.nan),
@@ -97,8 +106,9 @@ def notice_failures(correction: Correction, layers: list[Layer], notices: Notice
     for layer in layers:
         info = layer.info
         if layer.capture is not None and layer.weight is not None and info is not None:
+            # Without rows there was nothing to invert: an expert without tokens is no alarm.
             bad = int(info.count_nonzero()) if correction.was_corrected(layer) else 0
-            if bad:
+            if bad and layer.captured_rows():
                 failed[layer.name] = bad
     if failed:
         notices.once(
@@ -110,9 +120,9 @@ def notice_failures(correction: Correction, layers: list[Layer], notices: Notice
     return failed
 
 
-def _coverage(parameters: Iterable[Tensor], corrected: list[Layer]) -> float:
+def _coverage(parameters: list[Tensor], corrected: list[Layer]) -> float:
     """The share of the trainable numbers that were corrected."""
-    total = sum(p.numel() for p in parameters if p.requires_grad and not is_lazy(p))
+    sizes = {id(p): p.numel() for p in parameters if p.requires_grad and not is_lazy(p)}
     seen: dict[int, int] = {}
     for layer in corrected:
         module = layer.module()
@@ -120,6 +130,6 @@ def _coverage(parameters: Iterable[Tensor], corrected: list[Layer]) -> float:
             continue
         for name in (layer.kind.weight, layer.kind.bias if layer.joins_bias else None):
             parameter = None if name is None else module._parameters.get(name)
-            if parameter is not None:
+            if parameter is not None and id(parameter) in sizes:  # the bias may be another optimizer's
                 seen[id(parameter)] = parameter.numel()
-    return sum(seen.values()) / total if total else 0.0
+    return sum(seen.values()) / sum(sizes.values()) if sizes else 0.0

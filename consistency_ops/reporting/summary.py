@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -13,23 +14,27 @@ from ..engine.layer import Layer
 _LEFT = "; gradient left as it is"
 
 
-def summary(
-    title: str,
-    correction: Correction,
-    layers: list[Layer],
-    owns: Callable[[Tensor], bool],
-    placement_reason: Callable[[Layer], str | None],
-) -> str:
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the rows of one optimizer's layers are made from."""
+
+    correction: Correction  # the one that made the last step
+    owns: Callable[[Tensor], bool]  # whether the optimizer updates a parameter
+    placement_reason: Callable[[Layer], str | None]  # why ranks leave a layer alone, or None
+
+
+def summary(title: str, layers: list[Layer], facts_of: Callable[[Layer], LayerFacts]) -> str:
     """The table.
 
     Args:
         title: its first line.
-        correction: the one that made the last step.
         layers: one row each.
-        owns: whether the optimizer updates a parameter.
-        placement_reason: why ranks leave a layer alone, or None.
+        facts_of: what is known of a layer.
     """
-    rows = [_row(correction, layer, owns, placement_reason(layer)) for layer in layers]
+    rows = []
+    for layer in layers:
+        facts = facts_of(layer)
+        rows.append(_row(facts.correction, layer, facts.owns, facts.placement_reason(layer)))
     return "\n".join([title, *_table(rows)])
 
 

@@ -279,7 +279,7 @@ def _go_alone(who, options, change=None, sharing=None) -> str:
     model = mlp()
     optimizer = sgd(model)
     pre = Preconditioner(model, optimizer, chunk=8, process_group=dist.group.WORLD, **options)
-    pre._pooling.shares_factorisation = sharing
+    pre._attachments[0].pooling.shares_factorisation = sharing
 
     def step(i):
         optimizer.zero_grad()
@@ -554,7 +554,7 @@ def shared(name="default"):
         model = DDP(mlp()) if mesh is None else _sharded(mlp(), mesh)
         optimizer = sgd(model)
         pre = Preconditioner(model, optimizer, chunk=8, **OPTIONS[name])
-        pre._pooling.shares_factorisation = True
+        pre._attachments[0].pooling.shares_factorisation = True
         with Traffic() as traffic:
             train(model, optimizer, [dist.get_rank()])
         stats = pre.stats()
@@ -576,7 +576,7 @@ def shared_convolutions():
     model = DDP(_conv_net())
     optimizer = sgd(model)
     pre = Preconditioner(model, optimizer, chunk=8)
-    pre._pooling.shares_factorisation = True
+    pre._attachments[0].pooling.shares_factorisation = True
     _conv_step(model, optimizer, ranks=(dist.get_rank(),))
     return result(model)
 
@@ -595,7 +595,7 @@ def one_unit_not_finite():
                 layer = nn.Linear(64, 8, bias=False).double()
                 group = None if sharing is None else dist.group.WORLD
                 pre = Preconditioner(layer, chunk=16, group=1, scaling=scaling, process_group=group)
-                pre._pooling.shares_factorisation = sharing
+                pre._attachments[0].pooling.shares_factorisation = sharing
                 for x in xs:
                     layer(x)
                 layer.weight.grad = grad.clone()

@@ -1,0 +1,286 @@
+"""One optimizer with the layers whose weights it holds: the hooks on both, and what happens in one step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .distributed.placement import Placements
+from .distributed.pooling import Pooling
+from .engine.capture import Capture
+from .engine.capture_states import CaptureStates
+from .engine.correction import Correction
+from .engine.discovery import find_ties, find_twins
+from .engine.layer import Layer
+from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unseen
+from .engine.notices import Notices, Vigil, some
+from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_private
+from .engine.ownership import Ownership
+from .engine.state import StateStore
+from .reporting.stats import notice_failures
+
+
+class Attachment:
+    """Captures the inputs of the layers that an optimizer updates, and corrects their gradients before its step.
+
+    Args:
+        layers: all layers of the model; several attachments share them, and each takes those that its optimizer holds.
+        model: weak reference to the model.
+        optimizer: the one that is attached to; ``None``: every layer counts as held, and the user calls the step.
+        make_correction: the arithmetic, given the store that it keeps its tensors in, and the optimizer.
+        process_group: see :class:`consistency_ops.Preconditioner`.
+        notices: where warnings go.
+        find_new_layers: called when the optimizer holds other parameters than before.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        model: weakref.ref[nn.Module],
+        optimizer: AttachedOptimizer | None,
+        make_correction: Callable[[StateStore, Optimizer | None], Correction],
+        process_group: Any,
+        notices: Notices,
+        find_new_layers: Callable[[], None] | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.layers = layers
+        self.ownership = Ownership(optimizer)
+        self.store = StateStore(optimizer)
+        self.correction = make_correction(self.store, None if optimizer is None else optimizer.stepping)
+        self.states = CaptureStates(len(layers), None if optimizer is None else weakref.ref(self.ownership))
+        self.vigil = Vigil(notices, self.states, optimizer is not None)
+        self.placements = Placements(
+            layers,
+            model,
+            self.ownership.owns,
+            process_group,
+            None if self.correction.pools or optimizer is None else type(optimizer.stepping).__name__,
+            self.correction.exchanges_units,
+            self.store,
+            notices,
+        )
+        self.pooling = Pooling(self.correction, self.placements)
+        self._notices = notices
+        self._find_new_layers = find_new_layers
+        self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
+        self.handles: list[RemovableHandle] = []
+        self.owner: object = None  # the preconditioner, which lives as long as the optimizer
+
+    # What is covered
+
+    def own_layers(self) -> list[Layer]:
+        """The layers that are captured for this optimizer."""
+        return [layer for layer in self.layers if layer.capture is not None and layer.capture.states is self.states]
+
+    def attach(self) -> None:
+        """Hook the layers whose weight the optimizer holds; again when it holds others."""
+        self.ownership.refresh()
+        if self.states.grow(len(self.layers)):
+            for layer in self.own_layers():
+                layer.capture.take_state()
+        find_ties(self.layers)
+        tied = [layer.name for layer in self.layers if layer.tied and layer.capture is not None]
+        if tied:
+            self._notices.once(
+                "tied",
+                f"weights were tied after the Preconditioner was constructed, their gradients are left as they are: "
+                f"{some(tied)}. Tie weights first to keep this quiet.",
+            )
+        options = self.correction.options
+        for layer in self.layers:
+            module, weight = layer.module(), layer.weight
+            if layer.capture is not None or module is None or weight is None or layer.reason is not None or layer.tied:
+                continue
+            if self.ownership.owns(weight):
+                if self.optimizer is not None:
+                    _refuse_a_second_one(module, layer, weight)
+                refuse_private(weight, layer.name)
+                layer.capture = Capture(module, layer.kind, self.states, layer.index, options.max_rows, options.seed)
+                self.handles += self.correction.attach(layer)
+        self.states.new_weights = False
+
+    def hook_optimizer(self) -> None:
+        """Follow the optimizer's steps and loads."""
+        if self.optimizer is None:
+            return
+        stepping, saving = self.optimizer.stepping, self.optimizer.saving
+        self.handles += [
+            stepping.register_step_pre_hook(self._before_step),
+            stepping.register_step_post_hook(self._after_step),
+            saving.register_load_state_dict_pre_hook(self.store.before_load),
+            saving.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    # The step
+
+    @_disable_dynamo
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self.correct()
+            return None
+        calls = 0
+
+        def corrected_closure() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise RuntimeError(
+                    "Preconditioner: optimizer must call its closure once a step, got a second call by "
+                    f"{type(optimizer).__name__}"
+                )
+            loss = closure()
+            self.correct()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": corrected_closure}
+        return (args[0], corrected_closure, *args[2:]), kwargs
+
+    @_disable_dynamo
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.finish_step()
+
+    def finish_step(self) -> None:
+        """Count the step and store what it left."""
+        self.correction.finish_step(self.own_layers())
+
+    @torch.no_grad()
+    def correct(self) -> None:
+        """Correct the gradients of this step."""
+        correction, states = self.correction, self.states
+        # The optimizer has broken off the last step after its correction.
+        correction.step = max(correction.step, states.step)
+        if self.ownership.refresh() or correction.step == 0:
+            self.store.forget_strangers()
+            if self._find_new_layers is not None:
+                self._find_new_layers()
+            self.attach()
+            self._take_what_was_loaded()
+        correction.begin_step()
+        own = self._leave_if_private(self.own_layers())
+        if own and (self.optimizer is not None) and self._was_loaded(own):
+            self._take_what_was_loaded()
+        for layer in own:
+            layer.info_slice = None
+        pooled = self.pooling.correct()
+        steps = self._layer_steps(own, pooled)
+        if states.new_weights:  # seen while the steps were made
+            self.attach()
+            own = self.own_layers()
+            steps = self._layer_steps(own, pooled)
+        first = False
+        if not (self._hooks_fire or states.paused):
+            self._hooks_fire = first = notice_unseen(steps, self._notices)
+        for batch in by_precision(steps):
+            correction.run(batch)
+            for step in batch:
+                step.write_back()
+        held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
+        self.vigil.step(held, bool(steps or pooled))
+        finished = not states.paused
+        for layer in own:
+            layer.capture.begin_step(finished)
+        states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
+        if first:
+            notice_failures(correction, own, self._notices)
+
+    def _leave_if_private(self, own: list[Layer]) -> list[Layer]:
+        """Leave a model alone that turns out to be trained with differential privacy; all parameters have the mark."""
+        if not own or not is_private(own[0].weight):
+            return own
+        self._notices.once(
+            "private", PRIVATE.format("model", "parameters with per-sample gradients") + "; it is left alone"
+        )
+        self.vigil.silence()
+        for layer in own:
+            layer.capture.remove()
+            layer.capture, layer.reason = None, "trained with differential privacy"
+        return []
+
+    def _layer_steps(self, own: list[Layer], pooled: set[int]) -> list[LayerStep]:
+        """What this step has of the layers that no other rank shares."""
+        layers = (layer for layer in own if layer.index not in pooled)
+        steps = (layer_step(layer, self.ownership.owns, self._notices) for layer in layers)
+        return [step for step in steps if step is not None]
+
+    # Rows
+
+    def drop_rows(self) -> None:
+        """Forget all rows of this step."""
+        for layer in self.own_layers():
+            layer.capture.begin_step()
+        self.states.reset(self.states.step, paused=self.states.paused, finished=False)
+
+    # State
+
+    def _was_loaded(self, own: list[Layer]) -> bool:
+        """Whether the optimizer has another state than this attachment wrote, and no hook told of it."""
+        assert self.optimizer is not None
+        return self.optimizer.state_was_replaced() or self.store.is_foreign(own[0])
+
+    def _take_what_was_loaded(self) -> None:
+        """Continue from a state that was loaded unseen; the rows of this step stay."""
+        if self.optimizer is None or self.store.counted_steps() in (0, self.correction.step):
+            return
+        self.store.adopt()
+        self._drop_misfits()
+        self.states.move_to(self.correction.step)
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self.store.after_load(optimizer)
+        self.resume()
+
+    def resume(self) -> None:
+        """Continue from what the store holds. Rows captured so far are dropped."""
+        if self.optimizer is not None:
+            self.optimizer.state_was_replaced()
+        self.store.adopt()
+        self._drop_misfits()
+        for layer in self.own_layers():
+            layer.capture.begin_step()
+        step = self.correction.step
+        self.states.reset(step, paused=not self.correction.refreshes(step), finished=False)
+
+    def _drop_misfits(self) -> None:
+        dropped = self.correction.resume(self.own_layers())
+        if dropped:
+            self._notices.once(
+                "dropped",
+                "the loaded state was saved with another seed, chunk, group or every, with other layers before these, "
+                f"or by another network, so it was dropped and their statistics start anew: {some(dropped)}. Construct "
+                "the Preconditioner as it was then.",
+            )
+
+
+def _refuse_a_second_one(module: nn.Module, layer: Layer, weight: Tensor) -> None:
+    """A gradient must not be corrected twice, whatever the number of preconditioners and optimizers."""
+    if find_twins(module, layer.kind, weight):
+        raise ValueError(
+            "Preconditioner: optimizer must not have another Preconditioner for the same layer (call its "
+            f"remove() first), got one for {layer.name!r}"
+        )
+
+
+def remove_hooks(layers: list[Layer], handles: list[RemovableHandle]) -> None:
+    """Take out everything that was hooked."""
+    for handle in handles:
+        handle.remove()
+    for layer in layers:
+        if layer.capture is not None:
+            layer.capture.remove()
+
+
+def held_weights(layers: list[Layer]) -> set[Tensor]:
+    """The weights of the layers that are captured."""
+    return {layer.weight for layer in layers if layer.capture is not None and layer.weight is not None}

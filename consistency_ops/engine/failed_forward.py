@@ -1,0 +1,34 @@
+"""A forward pass that raises: what it has captured is forgotten."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from .capture_states import CaptureStates
+from .layer import Layer
+from .pickles import nothing, reduce_to_nothing
+
+
+class FailedForward:
+    """Forward hook of the model, called even if the pass raises: then the rows that it has left are forgotten."""
+
+    def __init__(self, states: list[CaptureStates], layers: list[Layer]) -> None:
+        self._states, self._layers = states, layers
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        if output is not None or torch.compiler.is_compiling() or sys.exc_info()[0] is None:
+            return
+        for states in self._states:
+            states.drop_unmarked()
+        for layer in self._layers:
+            if layer.capture is not None:
+                layer.capture.drop_unmarked()
+
+    def __deepcopy__(self, memo: dict) -> object:
+        return nothing
+
+    def __reduce__(self) -> tuple:
+        return reduce_to_nothing()
