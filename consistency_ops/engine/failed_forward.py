@@ -21,6 +21,8 @@ class FailedForward:
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         if output is not None or torch.compiler.is_compiling() or sys.exc_info()[0] is None:
             return
+        if torch._C._current_graph_task_id() != -1:
+            return  # checkpointing breaks off a recomputation as soon as it has what it needs
         for states in self._states:
             states.drop_unmarked()
         for layer in self._layers:
