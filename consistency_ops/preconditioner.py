@@ -52,8 +52,9 @@ class Preconditioner:
 
     Args:
         model: the module whose layers are corrected. Only weak references to it are kept.
-        optimizer: any ``torch.optim.Optimizer`` over its parameters; it keeps the preconditioner alive. ``None``: call
-            :meth:`step` before the optimizer's.
+        optimizer: any ``torch.optim.Optimizer`` over its parameters, an object that wraps or contains such, or a list
+            of them: every layer belongs to the one that holds its weight. It keeps the preconditioner alive. ``None``:
+            call :meth:`step` before the optimizer's.
         mode: ``"correct"`` multiplies the gradients, as in the paper. ``"whiten"`` lets the optimizer work in whitened
             coordinates of each layer's inputs: it is given ``G L^-T`` with ``L L^T = A_c + damping``, and what it adds
             to the weight is multiplied by ``L^-1`` after its step, and scaled to the norm that it had. (With

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.deterministic
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .capture import Capture
     from .ownership import Ownership
 
 USED, SEEN, STRIDE, NEXT, MARK, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 2, 3, 4, 6, 7, 8, 10
@@ -46,7 +45,7 @@ class CaptureStates:
         self.alarm: Callable[[], None] = lambda: None  # called when too many are waiting
         self.mask: RowMask | None = None  # rows that count
         # Inputs of this step by id: who captured it in which of its calls, and the version it had.
-        self.inputs: dict[int, tuple[weakref.ref[Tensor], int, Capture, int]] = {}
+        self.inputs: dict[int, tuple[weakref.ref[Tensor], int, Any, int]] = {}
         self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}  # with the views that reset needs
 
     def on(self, device: torch.device) -> Tensor:
