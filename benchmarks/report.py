@@ -190,7 +190,19 @@ def measured_tasks() -> list[str]:
     return [task for task in TASKS if (RESULTS / "peers" / f"{task}.jsonl").exists()]
 
 
+def kernel_model() -> str:
+    """One chunk of the correction's kernel by the model, after each step of its redesign."""
+    lines = ["| kernel | X^T X | factor and inverse | G | latency of factor and inverse, us | of the CTA, us |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for step_ in read("kernel-model")["steps"]:
+        chunk = step_["one_chunk"]
+        counts = " | ".join(str(chunk["instructions"][name]) for name in ("gram", "factor", "apply"))
+        lines.append(f"| {step_['step']} | {counts} | {chunk['factor_inverse_us']:.1f} | {chunk['us']:.1f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kernel-model": kernel_model,
     "step": step,
     "precondition": precondition,
     "cuda": cuda,

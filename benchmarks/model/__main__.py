@@ -1,0 +1,213 @@
+"""A model of the correction's speed on an H200, from its compiled code and the launcher's own plan.  No GPU is needed.
+
+    python -m benchmarks.model               print the table
+    python -m benchmarks.model --json FILE   and write it
+
+The machine code is run on the CPU (emulator.py) on small launches, alone on an SM (timing.py).  Two sizes of each give
+the instructions a row of X and of G, and what does not depend on the rows; the plan of every workload says how many
+rows and tasks there are.  Nothing of it was measured on a GPU.  What bounds a workload:
+
+issue   warp instructions, one a cycle and sub-partition on 132 SMs
+memory  X read once, G read and written once, at 4.3 TB/s
+passes  through shared memory and the first-level cache, one of 128 bytes a cycle and SM
+tensor  matrix instructions, at the rate of mma.sync (62 % of the peak)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.model import launch as launching
+from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, Launch, Layer, plan
+from benchmarks.model.timing import CLOCK_MHZ, OCCUPIES, SMS, Trace
+
+BYTES_A_US = 4.3e6
+CHUNK = 128
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a CTA or a row: warp instructions, passes through shared memory and cache, matrix instructions, sectors."""
+
+    instructions: float = 0.0
+    passes: float = 0.0
+    matrix: float = 0.0
+    sectors: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(*(a * factor for a in dataclasses.astuple(self)))
+
+
+def cost(trace: Trace) -> Cost:
+    return Cost(trace.instructions, trace.passes, trace.matrix, trace.sectors)
+
+
+@dataclasses.dataclass
+class Shape:
+    """Costs of chunks of 128 units of one pair of dtypes: a row of X and of G, and a task of either beside its rows."""
+
+    x_row: Cost
+    g_row: Cost
+    gram_task: Cost
+    apply_task: Cost
+
+
+@functools.cache
+def shape(x_dtype: int, g_dtype: int, taps: int = 1) -> Shape:
+    """From two sizes of a gram task (64 and 96 rows) and of an apply task (64 and 128 rows)."""
+    outputs = 128 if taps == 1 else 2 * -(-64 // taps)
+    rows = 128, 192
+    small, large = (
+        Launch(2 * CHUNK, rows[n], outputs * (1 + n), taps, x_dtype, g_dtype, TASK_QUEUE, ctas=2) for n in (0, 1)
+    )
+    gram, more_gram = cost(small.run(0)), cost(large.run(0))
+    first_apply = 2 * 2 + 2  # after two gram tasks and a factor task of each of the two chunks
+    apply, more_apply = cost(small.run(first_apply)), cost(large.run(first_apply))
+    x_row = (more_gram + gram * -1) * (1 / 32)
+    g_rows = outputs * taps / 2
+    g_row = (more_apply + apply * -1) * (1 / g_rows)
+    return Shape(x_row, g_row, gram + x_row * -64, apply + g_row * -g_rows)
+
+
+@functools.cache
+def alone() -> Trace:
+    """One CTA that does everything for a chunk of 128 units: 128 rows of X, 64 of G, float32."""
+    return Launch(2 * CHUNK, 128, 64).run(0)
+
+
+@functools.cache
+def factor_task() -> Cost:
+    """Factor and inverse of a chunk of 128 units, and the beginning of a CTA."""
+    of = shape(FLOAT32, FLOAT32)
+    return cost(alone()) + of.x_row * -128 + of.g_row * -64
+
+
+def workloads() -> dict[str, tuple[str, float, list[tuple[int, int, int]], int, int, int]]:
+    """Name -> (what it is, target in us, layers as (outputs, units, taps), rows, dtype of X, dtype of G)."""
+    resnet, channels = [(64, 3, 49)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            resnet += [(width, channels, 1), (width, width, 9), (4 * width, width, 1)]
+            resnet += [(4 * width, channels, 1)] if block == 0 else []
+            channels = 4 * width
+    vit = [(2304, 768, 1), (768, 768, 1), (3072, 768, 1), (768, 3072, 1)] * 12
+    llama = [(4096, 4096, 1)] * 4 + [(11008, 4096, 1)] * 2 + [(4096, 11008, 1)]
+    mlp = [(100, 784, 1), (100, 100, 1), (100, 100, 1), (10, 100, 1)]
+    return {
+        "i": ("MLP 784-100-100-100-10", 25, mlp, 128, FLOAT32, FLOAT32),
+        "ii": ("3 x Linear 512", 25, [(512, 512, 1)] * 3, 1024, FLOAT32, FLOAT32),
+        "iii": ("ResNet-50", 130, resnet, 4096, BFLOAT16, FLOAT32),
+        "iv": ("ViT-B/16", 400, vit, 4096, BFLOAT16, FLOAT32),
+        "v": ("Linear 4096", 40, [(4096, 4096, 1)], 4096, BFLOAT16, BFLOAT16),
+        "vi": ("Llama-7B block", 360, llama, 4096, BFLOAT16, BFLOAT16),
+    }
+
+
+def model(name: str) -> dict:
+    """The bounds of one workload, in us."""
+    title, target, layers, rows, x_dtype, g_dtype = workloads()[name]
+    x_bytes, g_bytes = launching.BYTES[x_dtype], launching.BYTES[g_dtype]
+    described = [
+        Layer(4096, rows, units, 4096, outputs, taps, x_dtype, g_dtype, 32 // g_bytes, 0)
+        for outputs, units, taps in layers
+    ]
+    planned, _ = plan(described, workspace=4096)
+    total, moved = Cost(), planned.workspace * 2.0
+    for row in planned.tasks[: len(layers)]:
+        layer, chunks, units, gram_tasks, apply_tasks = row[:5]
+        outputs, _, taps = layers[layer]
+        padded = (units + 31) // 32 * 32
+        of = shape(x_dtype, g_dtype, min(taps, 9))
+        wide = padded / CHUNK  # of the cost of a row of 128 units
+        total += of.x_row * (wide * rows * chunks) + of.g_row * (wide * outputs * taps * chunks)
+        total += factor_task() * (chunks * planned.cluster * wide * wide)
+        total += of.gram_task * (chunks * gram_tasks * wide) + of.apply_task * (chunks * apply_tasks * wide)
+        moved += (rows * x_bytes + 2 * outputs * taps * g_bytes) * layers[layer][1]
+    cycles = 1 / (SMS * CLOCK_MHZ)
+    bounds = {
+        "issue_us": total.instructions / 4 * cycles,
+        "memory_us": moved / BYTES_A_US,
+        "passes_us": total.passes * cycles,
+        "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
+    }
+    result = {"title": title, "ctas": planned.ctas, "waves": planned.ctas / (2 * SMS), "sectors": total.sectors}
+    if name == "i":
+        bounds["latency_us"] = Launch(784, 128, 100).run(0).cycles / CLOCK_MHZ
+    if name == "ii":  # one of the eight CTAs of a cluster; what these exchange is not in it
+        bounds["latency_us"] = alone().cycles / CLOCK_MHZ
+    largest = max(bounds, key=bounds.get)
+    return result | bounds | {"bound_us": bounds[largest], "bound_by": largest[:-3], "target_us": target}
+
+
+def one_chunk() -> dict:
+    """A CTA that does everything for one chunk of 128 units: 64 rows of X, 64 of G, float32."""
+    trace = Launch(2 * CHUNK, 64, 64).run(0)
+    begin, end = trace.span["factor.cuh"]
+    return {
+        "us": trace.cycles / CLOCK_MHZ,
+        "factor_inverse_us": (end - begin) / CLOCK_MHZ,
+        "instructions": {name: trace.issued[f"{name}.cuh"] for name in ("gram", "factor", "apply")},
+    }
+
+
+def model_all() -> dict:
+    """All figures: what ``--json`` writes."""
+    found = {name: model(name) for name in workloads()}
+    begin, end = alone().span["factor.cuh"]
+    per_32 = {
+        "x16": shape(BFLOAT16, FLOAT32).x_row,
+        "x32": shape(FLOAT32, FLOAT32).x_row,
+        "g32": shape(BFLOAT16, FLOAT32).g_row,
+        "g32_taps": shape(BFLOAT16, FLOAT32, 9).g_row,
+        "g16": shape(BFLOAT16, BFLOAT16).g_row,
+    }
+    return {
+        "kind": "model",
+        "one_chunk": one_chunk(),
+        "workloads": found,
+        "factor_inverse_128_us": (end - begin) / CLOCK_MHZ,
+        "factor_task_instructions": factor_task().instructions,
+        "apply_task_instructions": shape(BFLOAT16, BFLOAT16).apply_task.instructions,
+        "instructions_per_32": {name: row.instructions * 32 / CHUNK for name, row in per_32.items()},
+        "passes_per_32": {name: row.passes * 32 / CHUNK for name, row in per_32.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--cubin", type=Path, help="an older kernel, with the same parameter; else this one is compiled"
+    )
+    arguments = parser.parse_args()
+    np.seterr(all="ignore")  # what a GPU says nothing about: 1 / 0, overflow, NaN
+    if arguments.cubin:
+        launching.use_cubin(arguments.cubin)
+    result = model_all()
+    found = result["workloads"]
+    print("model (nothing was measured on a GPU), us:")
+    columns = ("issue_us", "memory_us", "passes_us", "tensor_us", "latency_us", "bound_us", "target_us")
+    print(f"{'':28}{'CTAs':>6}" + "".join(f"{column[:-3]:>9}" for column in columns))
+    for name, row in found.items():
+        cells = "".join(f"{row[column]:9.0f}" if column in row else f"{'-':>9}" for column in columns)
+        print(f"{name:5}{row['title']:23}{row['ctas']:6}{cells}  {row['bound_by']}")
+    for key, value in result.items():
+        if key in ("kind", "one_chunk", "workloads"):
+            continue
+        shown = {k: round(v, 1) for k, v in value.items()} if isinstance(value, dict) else round(value, 1)
+        print(f"{key}: {shown}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
