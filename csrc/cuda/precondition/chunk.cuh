@@ -151,10 +151,15 @@ CO_DEVICE bool rows_are_fast(int64_t row_stride, int64_t row_size, int64_t unit_
   return row_size > 1 && row < unit;
 }
 
-// value = high + low to 2^-22 of value, both TF32.
+// value = high + low to 2^-22 of value, as the tensor cores read them: high is the nearest TF32 number, and of low,
+// which has 13 bits, they drop the last two.  Integer instructions, because cvt.rna.tf32 is four on sm_90.  NaN stays
+// NaN in low; a value that rounds to infinity gives NaN in the sum of products.
 struct SplitFloat {
   float high, low;
-  CO_DEVICE explicit SplitFloat(float value) : high(to_tf32(value)), low(to_tf32(value - high)) {}
+  CO_DEVICE explicit SplitFloat(float value) {
+    high = __uint_as_float((__float_as_uint(value) + 0x1000u) & 0xffffe000u);
+    low = value - high;
+  }
 };
 
 }  // namespace consistency_ops
