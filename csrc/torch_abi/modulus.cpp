@@ -135,7 +135,7 @@ bool is_plain_case(PyObject* object) {
   if (!THPVariable_CheckExact(object) || !at::GradMode::is_enabled()) return false;
   const Tensor& x = THPVariable_Unpack(object);
   const at::ScalarType type = x.scalar_type();
-  return x.requires_grad() &&
+  return x.requires_grad() && x.layout() == at::kStrided && !x.is_nested() &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) && !transforming() &&
          !has_tangent(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !at::impl::torch_function_mode_enabled() && !at::tracer::impl::is_dispatch_enabled();
