@@ -19,7 +19,7 @@ from .engine.capture_states import CaptureStates
 from .engine.correction import Correction
 from .engine.discovery import find_ties, find_twins
 from .engine.layer import Layer
-from .engine.layer_step import LayerStep, by_precision, layer_step, notice_unseen
+from .engine.layer_step import LayerStep, by_launch, layer_step, notice_unseen
 from .engine.notices import Notices, Vigil, some
 from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_private
 from .engine.ownership import Ownership
@@ -182,7 +182,7 @@ class Attachment:
         first = False
         if not (self._hooks_fire or states.paused):
             self._hooks_fire = first = notice_unseen(steps, self._notices)
-        for batch in by_precision(steps):
+        for batch in by_launch(steps, correction.chunk_of):
             correction.run(batch)
             for step in batch:
                 step.write_back()

@@ -63,7 +63,9 @@ class Preconditioner:
         damping: number >= 0, or a function of the step (0, 1, ...) that returns one.
         scaling: ``"trace"`` divides ``A`` by its mean diagonal entry first, so that the gradient keeps its scale;
             ``"absolute"`` is the paper's rule.
-        chunk: largest number of units inverted together, 1 to 256.
+        chunk: largest number of units inverted together, 1 to 16 384, or ``None`` for whole layers. The kernels invert
+            up to 256; larger chunks are inverted by ``torch.linalg``, which is dear, so use ``every`` and ``decay``
+            with them.
         group: consecutive units that stay together in the random division; ``None``: as many as fill 32 bytes.
         max_rows: input rows of a layer that are used in a step, a uniform sample where there are more. A layer's
             buffer takes ``max_rows`` x units x 4 bytes (8 in float64).
@@ -95,7 +97,7 @@ class Preconditioner:
         mode: Literal["correct", "whiten"] | None = None,
         damping: float | Callable[[int], float] = 0.1,
         scaling: Scaling = "trace",
-        chunk: int = 128,
+        chunk: int | None = 128,
         group: int | None = None,
         max_rows: int = 4096,
         decay: float | None = None,

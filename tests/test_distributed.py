@@ -415,3 +415,10 @@ def test_whitened_coordinates_on_ranks_equal_one_process(results, name):
     for result in of(results, name):
         assert difference(result["parameters"], want) < TOLERANCE
         assert result["same"]
+
+
+def test_whole_layers_on_ranks_equal_one_process(results):
+    want = scenarios.single(dict(chunk=None))
+    for result in of(results, "ddp_wide"):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _STRIDE = 2  # column of CaptureState in csrc/include/consistency_ops/capture.h
-Bucket = tuple[tuple[Group, ...], torch.device, bool]  # groups to pool over, device, whether it is float64
+# Groups to pool over, device, whether it is float64, and the largest chunk.
+Bucket = tuple[tuple[Group, ...], torch.device, bool, int]
 
 
 class Pooling:
@@ -70,7 +71,10 @@ class Pooling:
                 layer = self._placements.layers[index]
                 weight = layer.weight
                 assert weight is not None
-                key = placement.groups, weight.device, weight.dtype == torch.float64
+                # Placement decides whether the bias is a unit; the layer itself may still count it.
+                units = layer.units - layer.joins_bias + placement.joins_bias
+                chunk = self._correction.chunk_of(units)
+                key = placement.groups, weight.device, weight.dtype == torch.float64, chunk
                 buckets.setdefault(key, []).append(layer)
         for key, layers in buckets.items():
             self._correct_bucket(key, layers)
@@ -167,7 +171,7 @@ class Pooling:
             return False
         shares = self.shares_factorisation
         if shares is None:
-            chunk = self._correction.options.chunk
+            chunk = self._correction.chunk_of(steps[0].units)
             units = max(-(-step.units // -(-step.units // chunk)) for step in steps)
             chunks, first = sum(map(len, covariances)), covariances[0]
             shares = cost_model.is_cheaper(first.device.type, len(groups[0]), chunks, units, first.dtype.itemsize)
@@ -187,12 +191,10 @@ class Pooling:
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """As ``foreach_inverse`` of the pooled covariances; each rank of the first group makes a share of it."""
         options, first = self._correction.options, self._placements.process_group(groups[0])
-        lengths = [len(covariance) for covariance in covariances]
+        lengths, chunk = [len(covariance) for covariance in covariances], self._correction.chunk_of(steps[0].units)
         key = tuple(step.units for step in steps), tuple(lengths), rows.device, groups[0]
         if key not in self._dealt_triangles:
-            self._dealt_triangles[key] = DealtTriangles(
-                key[0], key[1], options.chunk, first.size(), first.rank(), rows.device
-            )
+            self._dealt_triangles[key] = DealtTriangles(key[0], key[1], chunk, first.size(), first.rank(), rows.device)
         dealt = self._dealt_triangles[key]
         sums = torch.cat(covariances) * rows[dealt.layer_of_chunk, None, None]
         # Whole diagonals, not their sums: an entry that is not finite on one rank must not count on any.
@@ -209,7 +211,7 @@ class Pooling:
             units=dealt.my_units,
             damping=self._correction.damping(),
             scaling="absolute",
-            chunk=options.chunk,
+            chunk=chunk,
         )
         triangles = dealt.triangles(torch.cat(inverses))
         mine = torch.cat([triangles, info[:, None].to(triangles.dtype), used[:, None].to(triangles.dtype)], 1)
@@ -237,7 +239,8 @@ class Pooling:
             return [torch.where(n > 0, covariance, math.nan) for covariance, n in pairs], rows, broken
         key = tuple(step.units for step in steps), tuple(map(len, covariances)), rows.device
         if key not in self._triangles:
-            self._triangles[key] = Triangles(key[0], list(key[1]), self._correction.options.chunk, rows.device)
+            chunk = self._correction.chunk_of(steps[0].units)
+            self._triangles[key] = Triangles(key[0], list(key[1]), chunk, rows.device)
         triangles = self._triangles[key]
         flat = triangles.flatten([covariance * n for covariance, n in zip(covariances, rows, strict=True)])
         pooled = check.pool(*flat, rows, broken)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..ops.arguments import Scaling
+from ..ops.checks import MAX_WIDTH
 from ..ops.correction import launch_correction
 from .digests import digest
 from .dtensors import is_dtensor
@@ -39,7 +40,7 @@ class CorrectionOptions:
 
     damping: float | Callable[[int], float]
     scaling: Scaling
-    chunk: int
+    chunk: int | None
     group: int | None
     max_rows: int
     decay: float
@@ -51,9 +52,11 @@ class CorrectionOptions:
         if not callable(self.damping):
             check_damping(self.damping)
         check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
-        check(is_int(self.chunk, 1, ops.MAX_CHUNK), "chunk", f"in [1, {ops.MAX_CHUNK}]", self.chunk)
-        allowed = self.group is None or is_int(self.group, 1, self.chunk)
-        check(allowed, "group", f"None or in [1, {self.chunk}]", self.group)
+        allowed = self.chunk is None or is_int(self.chunk, 1, MAX_WIDTH)
+        check(allowed, "chunk", f"None or in [1, {MAX_WIDTH}]", self.chunk)
+        largest_group = self.chunk or MAX_WIDTH
+        allowed = self.group is None or is_int(self.group, 1, largest_group)
+        check(allowed, "group", f"None or in [1, {largest_group}]", self.group)
         check(is_int(self.max_rows, 1), "max_rows", "an integer >= 1", self.max_rows)
         check(isinstance(self.decay, int | float) and 0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
         check(is_int(self.every, 1), "every", "an integer >= 1", self.every)
@@ -99,8 +102,17 @@ class Correction:
         return []
 
     def chunk_of(self, units: int) -> int:
-        """Largest chunk for a layer of so many units, the bias included."""
-        return self.options.chunk
+        """Largest chunk for a layer of so many units, the bias included. Layers of one launch must have the same.
+
+        The kernels have one size of chunk for all layers. Wider matrices are as large as the layer, not padded.
+        """
+        chunk = self.options.chunk
+        return chunk if chunk is not None and chunk <= ops.MAX_CHUNK else min(chunk or units, units)
+
+    def _launch(self, steps: list[LayerStep]) -> tuple[int, int | None]:
+        """Chunk and group of a launch for these layers."""
+        chunk, group = self.chunk_of(steps[0].units), self.options.group
+        return chunk, None if group is None else min(group, chunk)
 
     def refreshes(self, step: int) -> bool:
         """Whether a step captures and inverts. Its number alone decides: ranks, resumed and compiled models agree."""
@@ -120,7 +132,7 @@ class Correction:
         """Everything that decides which units stand where in the stored matrices of a layer, but their number."""
         options, weight = self.options, layer.weight
         assert weight is not None
-        group = ops.default_group(weight.dtype, options.chunk) if options.group is None else options.group
+        group = ops.default_group(weight.dtype, options.chunk or 0) if options.group is None else options.group
         return digest((options.seed, options.chunk, group, layer.index, 0 if options.decay > 0 else options.every))
 
     def was_corrected(self, layer: Layer) -> bool:
@@ -130,9 +142,9 @@ class Correction:
     # The whole correction
 
     def run(self, steps: list[LayerStep]) -> None:
-        """Correct the gradients of layers that are on one device, in one precision."""
+        """Correct the gradients of layers that are on one device, in one precision, with one :meth:`chunk_of`."""
         if not self.stores_matrices:
-            self.fused(steps, self.options.chunk)
+            self.fused(steps, *self._launch(steps))
             return
         if not self.refreshes(self.step):
             self.apply_stored(steps)
@@ -146,7 +158,7 @@ class Correction:
                 covariances[i] = torch.where(step.count.view(1, 1, 1) > 0, covariances[i], math.nan)
         self.from_covariances(steps, covariances)
 
-    def fused(self, steps: list[LayerStep], chunk: int) -> None:
+    def fused(self, steps: list[LayerStep], chunk: int, group: int | None) -> None:
         """Covariance, factor and correction of this step's rows in one launch; nothing is kept."""
         captures = (step.layer.capture for step in steps)
         if any(capture is not None and capture.source is not None for capture in captures):
@@ -166,7 +178,7 @@ class Correction:
             damping=self.damping(),
             scaling=options.scaling,
             chunk=chunk,
-            group=options.group,
+            group=group,
             max_rows=options.max_rows,
             seed=options.seed,
             step=self.step,
@@ -179,14 +191,15 @@ class Correction:
             self.remember_inverses(steps, *self.invert(steps, covariances))
             self.apply_stored(steps)
             return
+        chunk, group = self._launch(steps)
         info, used = ops.foreach_correct_(
             [step.grad for step in steps],
             covariances,
             bias_grads=[step.bias_grad for step in steps],
             damping=self.damping(),
             scaling=self.options.scaling,
-            chunk=self.options.chunk,
-            group=self.options.group,
+            chunk=chunk,
+            group=group,
             seed=self.options.seed,
             step=self.division_step,
             layers=[step.layer.index for step in steps],
@@ -204,7 +217,7 @@ class Correction:
             biases=[step.bias_grad is not None for step in steps],
             division_step=self.division_step,
             division_ids=[step.layer.index for step in steps],
-            chunk=self.options.chunk,
+            chunk=self._launch(steps)[0],
         )
 
     def covariances_of(
@@ -218,12 +231,13 @@ class Correction:
         chunk: int,
     ) -> list[Tensor]:
         """The second moments of any rows, in any division: those of a step that is over, for reports."""
+        group = self.options.group
         return ops.foreach_covariance(
             rows,
             grads=matrices,
             bias=biases,
             chunk=chunk,
-            group=self.options.group,
+            group=None if group is None else min(group, chunk),
             max_rows=self.options.max_rows,
             seed=self.options.seed,
             step=division_step,
@@ -264,7 +278,7 @@ class Correction:
             units=[step.units for step in steps],
             damping=self.damping(),
             scaling=self.options.scaling,
-            chunk=self.options.chunk,
+            chunk=self._launch(steps)[0],
         )
 
     def remember_inverses(self, steps: list[LayerStep], inverses: Sequence[Tensor], info: Tensor, used: Tensor) -> None:
@@ -283,13 +297,14 @@ class Correction:
                 step.layer.info_slice = info, 0, len(info)
                 ready.append((step, inverse, info))
         if ready:
+            chunk, group = self._launch(steps)
             ops.foreach_apply_(
                 [step.grad for step, _, _ in ready],
                 [inverse for _, inverse, _ in ready],
                 torch.cat([info for _, _, info in ready]),
                 bias_grads=[step.bias_grad for step, _, _ in ready],
-                chunk=self.options.chunk,
-                group=self.options.group,
+                chunk=chunk,
+                group=group,
                 seed=self.options.seed,
                 step=self.division_step,
                 layers=[step.layer.index for step, _, _ in ready],

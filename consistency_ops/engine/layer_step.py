@@ -118,11 +118,14 @@ def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
     return True
 
 
-def by_precision(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
-    """The layers that one launch can correct: those on one device whose rows have one dtype."""
-    found: dict[tuple[torch.device, torch.dtype], list[LayerStep]] = {}
+def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int], int]) -> list[list[LayerStep]]:
+    """The layers that one launch can correct: those on one device whose rows have one dtype, with chunks of one size.
+
+    ``chunk_of``: the largest chunk for a layer of so many units.
+    """
+    found: dict[tuple[torch.device, torch.dtype, int], list[LayerStep]] = {}
     for step in steps:
-        found.setdefault((step.rows.device, step.rows.dtype), []).append(step)
+        found.setdefault((step.rows.device, step.rows.dtype, chunk_of(step.units)), []).append(step)
     return list(found.values())
 
 

@@ -95,7 +95,7 @@ class WhiteningCorrection(Correction):
             units=[step.units for step in steps],
             damping=self.damping(),
             scaling=self.options.scaling,
-            chunk=self.options.chunk,
+            chunk=self._launch(steps)[0],
             triangular=True,
         )
 
@@ -198,18 +198,19 @@ class WhiteningCorrection(Correction):
 
     def _multiply(self, whitened: list[_Whitened], tensors: list[list[Tensor]], matrices: list[Tensor]) -> None:
         """Multiply weight-shaped (and bias-shaped) ``tensors`` of every layer by ``matrices``, chunk by chunk."""
-        batches: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+        batches: dict[tuple[torch.device, torch.dtype, torch.dtype, int], list[int]] = {}
         for i, (w, matrix) in enumerate(zip(whitened, matrices, strict=True)):
-            batches.setdefault((matrix.device, matrix.dtype, w.step.grad.dtype), []).append(i)
-        for (_, _, dtype), some in batches.items():
+            chunk = self.chunk_of(w.step.units)
+            batches.setdefault((matrix.device, matrix.dtype, w.step.grad.dtype, chunk), []).append(i)
+        for (_, _, dtype, chunk), some in batches.items():
             # The division depends on the dtype of the gradient, whatever the dtype of the tensors here.
-            group = ops.default_group(dtype, self.options.chunk) if self.options.group is None else self.options.group
+            group = ops.default_group(dtype, chunk) if self.options.group is None else min(self.options.group, chunk)
             ops.foreach_apply_(
                 [tensors[i][0] for i in some],
                 [matrices[i] for i in some],
                 torch.cat([whitened[i].info for i in some]),
                 bias_grads=[tensors[i][1] if len(tensors[i]) > 1 else None for i in some],
-                chunk=self.options.chunk,
+                chunk=chunk,
                 group=group,
                 seed=self.options.seed,
                 step=self.division_step,

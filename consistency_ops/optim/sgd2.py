@@ -196,7 +196,7 @@ class _WholeLayerCorrection(Correction):
             by_chunk.setdefault(self.chunk_of(step.units), []).append(step)
         for chunk, batch in by_chunk.items():
             if chunk <= MAX_CHUNK:
-                self.fused(batch, chunk)
+                self.fused(batch, chunk, None)
             else:
                 for step in batch:
                     self._solve(step)

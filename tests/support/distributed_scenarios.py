@@ -70,7 +70,7 @@ def single(options: dict, dtype=torch.float64, steps=STEPS, name="sgd") -> list[
     """One process with the data of all ranks."""
     model = mlp(dtype)
     optimizer = sgd(model, name)
-    Preconditioner(model, optimizer, chunk=8, **options)
+    Preconditioner(model, optimizer, **{"chunk": 8, **options})
     train(model, optimizer, range(len(SHARES)), steps=steps, dtype=dtype)
     return [p.detach() for p in model.parameters()]
 
@@ -103,6 +103,11 @@ def ddp_every():
 
 
 WHITEN = {"mode": "whiten", "every": 2}
+
+
+def ddp_wide():
+    """Whole layers: matrices of three sizes, each with an all-reduce of its own."""
+    return averaged_by_hand(chunk=None)
 
 
 def ddp_whiten():
@@ -207,11 +212,11 @@ def single_missing_layer() -> list[torch.Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-def averaged_by_hand(group=...):
+def averaged_by_hand(group=..., chunk=8):
     """No wrapper: gradients are averaged in the script, and the group is given."""
     model = mlp()
     optimizer = sgd(model)
-    Preconditioner(model, optimizer, chunk=8, process_group=dist.group.WORLD if group is ... else group)
+    Preconditioner(model, optimizer, chunk=chunk, process_group=dist.group.WORLD if group is ... else group)
     for step in range(STEPS):
         optimizer.zero_grad()
         x, y = share(step, dist.get_rank())
