@@ -402,8 +402,10 @@ class Correction:
 
 
 def largest(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude in several tensors, in float64; NaN if one is in them. One pass over each."""
+    """The largest magnitude in several tensors, in float64; NaN if one is in them, 0 if they are empty. One pass."""
     ends = [end for t in tensors if t.numel() for end in torch.aminmax(t)]
+    if not ends:  # a rank may hold no rows of a layer
+        return tensors[0].new_zeros((), dtype=torch.float64)
     return torch.stack([end.double() for end in ends]).abs().max()
 
 
