@@ -84,8 +84,8 @@ class Attachment:
         """Hook the layers whose weight the optimizer holds; again when it holds others."""
         self.ownership.refresh()
         if self.states.grow(len(self.layers)):
-            for layer in self.own_layers():
-                layer.capture.take_state()
+            for capture in _captures(self.own_layers()):
+                capture.take_state()
         find_ties(self.layers)
         tied = [layer.name for layer in self.layers if layer.tied and layer.capture is not None]
         if tied:
@@ -189,8 +189,8 @@ class Attachment:
         held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
         self.vigil.step(held, bool(steps or pooled))
         finished = not states.paused
-        for layer in own:
-            layer.capture.begin_step(finished)
+        for capture in _captures(own):
+            capture.begin_step(finished)
         states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
         if first:
             notice_failures(correction, own, self._notices)
@@ -203,8 +203,9 @@ class Attachment:
             "private", PRIVATE.format("model", "parameters with per-sample gradients") + "; it is left alone"
         )
         self.vigil.silence()
+        for capture in _captures(own):
+            capture.remove()
         for layer in own:
-            layer.capture.remove()
             layer.capture, layer.reason = None, "trained with differential privacy"
         return []
 
@@ -218,8 +219,8 @@ class Attachment:
 
     def drop_rows(self) -> None:
         """Forget all rows of this step."""
-        for layer in self.own_layers():
-            layer.capture.begin_step()
+        for capture in _captures(self.own_layers()):
+            capture.begin_step()
         self.states.reset(self.states.step, paused=self.states.paused, finished=False)
 
     # State
@@ -247,8 +248,8 @@ class Attachment:
             self.optimizer.state_was_replaced()
         self.store.adopt()
         self._drop_misfits()
-        for layer in self.own_layers():
-            layer.capture.begin_step()
+        for capture in _captures(self.own_layers()):
+            capture.begin_step()
         step = self.correction.step
         self.states.reset(step, paused=not self.correction.refreshes(step), finished=False)
 
@@ -261,6 +262,10 @@ class Attachment:
                 f"or by another network, so it was dropped and their statistics start anew: {some(dropped)}. Construct "
                 "the Preconditioner as it was then.",
             )
+
+
+def _captures(layers: list[Layer]) -> list[Capture]:
+    return [layer.capture for layer in layers if layer.capture is not None]
 
 
 def _refuse_a_second_one(module: nn.Module, layer: Layer, weight: Tensor) -> None:

@@ -216,8 +216,7 @@ class Preconditioner:
 
     def _unknown_types(self) -> str:
         """How to cover what is not known."""
-        left = [layer for layer in self._layers if layer.reason is not None]
-        left = [layer for layer in left if layer.reason == UNKNOWN or layer.reason.startswith(OWN_FORWARD)]
+        left = [layer for layer in self._layers if (layer.reason or "").startswith((UNKNOWN, OWN_FORWARD))]
         kinds = sorted({type_name(module) for layer in left if (module := layer.module()) is not None})
         if not kinds:
             return ""
@@ -400,8 +399,8 @@ class Preconditioner:
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 
     # A copy of a module that holds its preconditioner, for an average of the weights or for another machine, has none.
-    def __deepcopy__(self, memo: dict) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -203,7 +204,7 @@ class Capture:
             x = x if mask is None else mask.select(x, self.unit_dim)
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
 
-    def _capture_replica(self, x: object) -> None:
+    def _capture_replica(self, x: Any) -> None:
         """An input of a copy that ``nn.DataParallel`` made for one pass; its weight is no parameter."""
         x, rows = as_plain(x), self.rows
         if x is None or rows is None or not torch.is_grad_enabled() or self.states.stopped:
@@ -213,7 +214,7 @@ class Capture:
         if self._takes(x):
             _capture_rows(rows, self.state, x, self.index, self.unit_dim, self.seed, False)
 
-    def _input(self, args: tuple, kwargs: dict) -> object:
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = self.kind
         if len(args) > kind.position:
             return args[kind.position]
@@ -311,7 +312,8 @@ class Capture:
         """Whether a backward pass with ``create_graph=True`` has added to the gradient that the last one made."""
         if self._before_handle is not None:
             return self._adds
-        self._before_handle = weight.register_hook(self._before_grad)  # from the next pass on it is known
+        register: Any = weight.register_hook
+        self._before_handle = register(self._before_grad)  # from the next pass on it is known
         function = grad.grad_fn
         return function is not None and bool(function.next_functions) and function.next_functions[0][0] is None
 
@@ -324,7 +326,12 @@ class Capture:
     def _keep_rows(self) -> None:
         """Keep the rows of a gradient that was taken away: of a skipped step, or to be added up by hand."""
         rows, state = self.rows, self.state
-        if self._vain >= _VAIN or rows is None or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if (
+            self._vain >= _VAIN
+            or rows is None
+            or state is None
+            or (rows.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
             return
         mark, used = state[self.index, MARK], state[self.index, USED]
         count = torch.where(mark < used, mark, 0)  # without new rows the same forward pass is differentiated again
@@ -349,14 +356,14 @@ class Capture:
         if made:
             self._vain += 1
             return
-        state = self.state[self.index]
-        used = int(state[USED])
-        rows = torch.cat([*(part[: int(count)] for part, count in kept), self.rows[:used]])
-        if len(rows) > len(self.rows):
-            thinned = -(-len(rows) // len(self.rows))
-            rows = rows[torch.arange(len(self.rows), device=rows.device) * len(rows) // len(self.rows)]
+        assert self.state is not None and self.rows is not None
+        state, buffer = self.state[self.index], self.rows
+        rows = torch.cat([*(part[: int(count)] for part, count in kept), buffer[: int(state[USED])]])
+        if len(rows) > len(buffer):
+            thinned = -(-len(rows) // len(buffer))
+            rows = rows[torch.arange(len(buffer), device=rows.device) * len(rows) // len(buffer)]
             state[STRIDE] *= thinned
-        self.rows[: len(rows)] = rows
+        buffer[: len(rows)] = rows
         state[USED] = state[MARK] = len(rows)
 
     def drop_unmarked(self) -> None:
@@ -385,10 +392,10 @@ class Capture:
         self._mark_nothing()
 
     # A copy of the model must not write into the original's buffers, nor carry a copy of them.
-    def __deepcopy__(self, memo: dict) -> object:
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
         return nothing
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return reduce_to_nothing()
 
 
@@ -397,7 +404,7 @@ def _is_recomputed() -> bool:
 
     Under reentrant checkpointing the first pass has no gradients, and this call is the only one that is seen.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_filename == _CHECKPOINT:

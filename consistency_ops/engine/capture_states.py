@@ -22,7 +22,7 @@ NEW, _LIMIT = 100, 1000  # weight of a new gradient, and of one that is added to
 
 def empty(rows: int, units: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that is written before it is read: deterministic mode need not fill it, and it stays untouched."""
-    mode = torch.utils.deterministic
+    mode: Any = torch.utils.deterministic
     fills, mode.fill_uninitialized_memory = mode.fill_uninitialized_memory, False
     try:
         return torch.empty(rows, units, dtype=dtype, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ class FailedForward:
     def __init__(self, states: list[CaptureStates], layers: list[Layer]) -> None:
         self._states, self._layers = states, layers
 
-    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if output is not None or torch.compiler.is_compiling() or sys.exc_info()[0] is None:
             return
         if torch._C._current_graph_task_id() != -1:
@@ -29,8 +30,8 @@ class FailedForward:
             if layer.capture is not None:
                 layer.capture.drop_unmarked()
 
-    def __deepcopy__(self, memo: dict) -> object:
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
         return nothing
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return reduce_to_nothing()

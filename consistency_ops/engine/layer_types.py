@@ -198,7 +198,7 @@ def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
         return ()
     if base in _TYPES:
         return (_TYPES[base],)
-    if base is nn.MultiheadAttention:
+    if isinstance(module, nn.MultiheadAttention) and base is nn.MultiheadAttention:
         return _in_projections(module)
     return (_BY_NAME[_full_name(base)],)
 

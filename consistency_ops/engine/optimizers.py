@@ -103,31 +103,31 @@ def _search(
             raise TypeError("Preconditioner: optimizer must be at least one optimizer, got an empty list")
         return
     _refuse(at)
-    is_optimizer = isinstance(at, Optimizer)
     inner = _inner(at)
-    if not is_optimizer and not inner:
+    if not isinstance(at, Optimizer) and not inner:
         raise TypeError(
             f"Preconditioner: optimizer must be a torch.optim.Optimizer, got {type_name(at)}"
             f"{f' in a {type_name(given)}' if at is not given else ''}, which has none. A list of optimizers, or "
             "an object that wraps one, will do, too."
         )
-    if is_optimizer and inner and not _covers(inner, at):
+    if isinstance(at, Optimizer) and inner and not _covers(inner, at):
         # ZeroRedundancyOptimizer: each rank updates its share, so the outer one knows all parameters.
         _check_hooks(at)
         parts = tuple(i for i in inner if isinstance(i, Optimizer))
         found.append(AttachedOptimizer(at, at, parts))
     elif inner:
         # torch's own state_dict saves the state of the wrapper itself, and not of what it wraps.
-        if is_optimizer and saving is None and type(at).state_dict is Optimizer.state_dict and "state" in vars(at):
+        own_state = isinstance(at, Optimizer) and type(at).state_dict is Optimizer.state_dict and "state" in vars(at)
+        if own_state and isinstance(at, Optimizer) and saving is None:
             saving = at
         for item in inner:
             _search(given, item, saving, found, seen)
-    else:
+    elif isinstance(at, Optimizer):
         _check_hooks(at)
         if saving is not None and not _has_load_hooks(saving):
             saving = None
-        own = saving is None or saving.state is at.state
-        found.append(AttachedOptimizer(at, at if own else saving))
+        shares_state = saving is None or saving.state is at.state
+        found.append(AttachedOptimizer(at, at if saving is None or shares_state else saving))
 
 
 def _inner(at: object) -> list[object]:
@@ -154,7 +154,9 @@ def _is_optimizer(value: object) -> bool:
 def _covers(inner: Iterable[object], outer: Optimizer) -> bool:
     """Whether the inner optimizers update every parameter of the outer one."""
     held = {id(p) for i in inner for group in getattr(i, "param_groups", ()) for p in group["params"]}
-    held |= {id(p) for i in inner for deeper in _inner(i) for g in deeper.param_groups for p in g["params"]}
+    held |= {
+        id(p) for i in inner for deeper in _inner(i) for g in getattr(deeper, "param_groups", ()) for p in g["params"]
+    }
     return all(id(p) in held for group in outer.param_groups for p in group["params"])
 
 

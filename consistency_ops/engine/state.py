@@ -62,19 +62,27 @@ class StateStore:
         shards = self.shards.get(layer.index)
         if shards is not None and not on_host(key):
             key, value = f"{key}_of_{shards.count}", shards.assemble(value)
-        self._optimizer.state_of(layer.weight)[_prefix(layer) + key] = value
+        weight = layer.weight
+        assert weight is not None
+        self._optimizer.state_of(weight)[_prefix(layer) + key] = value
 
     def drop(self, layer: Layer, *names: str) -> None:
         """Forget these entries of a layer, or all of them."""
-        own = self._optimizer is None
-        entries = self._own.get(layer.name, {}) if own else self._optimizer.known_state_of(layer.weight)
-        for key in list(entries if own else self._entries(layer)):
-            if not names or (key if own else _name(layer, key)) in names:
+        if self._optimizer is None:
+            own = self._own.get(layer.name, {})
+            for key in list(own):
+                if not names or key in names:
+                    del own[key]
+            return
+        entries = self._optimizer.known_state_of(layer.weight)
+        for key in list(self._entries(layer)):
+            if not names or _name(layer, key) in names:
                 del entries[key]
 
     def _entries(self, layer: Layer) -> dict[str, Tensor]:
         """By their keys in the optimizer's state."""
         prefix = _prefix(layer)
+        assert self._optimizer is not None
         entries = self._optimizer.known_state_of(layer.weight)
         return {k: v for k, v in entries.items() if _is_ours(k) and k.startswith(prefix) and k != _STEP}
 
