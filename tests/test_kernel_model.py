@@ -51,6 +51,16 @@ def test_the_emulated_machine_code_gives_the_result():
 
 @pytest.mark.slow
 @needs_tools
+def test_tasks_of_the_queue_are_emulated():
+    """A task finds what it waits for through a table of jumps, which lies in a constant bank of its own."""
+    queued = launch.Launch(64, 8, 8, rung=launch.TASK_QUEUE, ctas=2)
+    roles = [queued.run(ticket).issued for ticket in (0, queued.plan.ctas - 1)]
+    assert roles[0]["gram.cuh"] > 1000 > roles[1]["gram.cuh"]
+    assert roles[1]["apply.cuh"] > 1000 > roles[0]["apply.cuh"]
+
+
+@pytest.mark.slow
+@needs_tools
 def test_figures_of_the_model_do_not_grow():
     """Against the stored ones of one chunk, with 3 % for another release of the compiler."""
     from benchmarks.model.__main__ import one_chunk

@@ -46,7 +46,16 @@ class Memory:
 class Cta:
     """What the warps of a CTA share."""
 
-    def __init__(self, memory: Memory, parameters: bytes, block: int, grid: int, threads: int, shared_bytes: int):
+    def __init__(
+        self,
+        memory: Memory,
+        parameters: bytes,
+        block: int,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        jump_tables: bytes = b"",
+    ):
         self.memory, self.threads = memory, threads
         self.constants = np.zeros(1 << 16, np.uint8)
         self.constants[0:4].view(U32)[0] = threads
@@ -55,6 +64,8 @@ class Cta:
         self.shared = np.zeros(max(shared_bytes, 232448) + 2048, np.uint8)
         self.shared.view(U32)[: self.shared.size // 4] = 0x7FC00000  # NaN where nothing was written
         self.block = block
+        self.jump_tables = np.zeros(1 << 16, np.uint8)
+        self.jump_tables[: len(jump_tables)] = np.frombuffer(jump_tables, np.uint8)
 
 
 class Warp:
@@ -173,7 +184,7 @@ def constant(text: str, size: int) -> Callable:
     def read(w: Warp):
         if bank == 4:
             return 0  # addresses of the library's own device memory, which the launches here do not use
-        table = w.cta.constants
+        table = w.cta.jump_tables if bank == 2 else w.cta.constants
         if register is None:
             at = offset & 0xFFFF
             return int.from_bytes(table[at : at + size].tobytes(), "little")
@@ -318,10 +329,10 @@ BRANCHES = {"BRA", "BRX", "CALL", "RET", "EXIT", "BSYNC", "BREAK", "BSSY"}
 
 
 class Code:
-    """The instructions of a kernel, made executable."""
+    """The instructions of a kernel, made executable, and its jump tables."""
 
-    def __init__(self, instructions: list[Instruction]):
-        self.instructions = instructions
+    def __init__(self, instructions: list[Instruction], jump_tables: bytes = b""):
+        self.instructions, self.jump_tables = instructions, jump_tables
         self.index = {instruction.address: i for i, instruction in enumerate(instructions)}
         self.steps: list[Callable | None] = [None] * len(instructions)
         self.branches = [i.opcode.partition(".")[0] in BRANCHES for i in instructions]

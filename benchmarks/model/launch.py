@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.model.emulator import Code, Cta, Memory
-from benchmarks.model.sass import ROOT, compile_kernels, read_kernel
+from benchmarks.model.sass import ROOT, compile_kernels, read_jump_tables, read_kernel
 from benchmarks.model.timing import Trace, run_cta
 
 BUILD = ROOT / "build" / "model"
@@ -85,7 +85,7 @@ def kernel(threads: int = 256) -> Code:
     """The compiled correction for CTAs of this many threads (256: chunks up to 128 units)."""
     if threads not in _codes:
         cubin = _cubin[0] if _cubin else compile_kernels(SOURCES[0], BUILD / f"precondition-{digest()}.cubin")
-        _codes[threads] = Code(read_kernel(cubin, f"ILi{threads}E"))
+        _codes[threads] = Code(read_kernel(cubin, f"ILi{threads}E"), read_jump_tables(cubin, f"ILi{threads}E"))
     return _codes[threads]
 
 
@@ -130,8 +130,9 @@ class Launch:
         counters[:] = 1 << 20
         counters[0], counters[1] = ticket, 0
         plan = self.plan
-        cta = Cta(self.memory, self.parameter, ticket, plan.ctas, plan.threads, plan.shared_bytes)
-        return run_cta(kernel(plan.threads), cta)
+        code = kernel(plan.threads)
+        cta = Cta(self.memory, self.parameter, ticket, plan.ctas, plan.threads, plan.shared_bytes, code.jump_tables)
+        return run_cta(code, cta)
 
     def gradient(self) -> np.ndarray:
         return self.memory.read(self.g_address, self.shape)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -84,6 +85,20 @@ def source_files(cubin: Path) -> dict[str, dict[int, str]]:
             found[kernel][int(match[1], 16)] = file
             in_comment = False
     return found
+
+
+def read_jump_tables(cubin: Path, pattern: str) -> bytes:
+    """Constant bank 2 of the kernel whose name contains ``pattern``: the tables of its BRX instructions."""
+    elf = cubin.read_bytes()
+    (at,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<3H", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, at + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in sections:
+        begin = sections[names][4] + name
+        text = elf[begin : elf.index(b"\0", begin)].decode()
+        if text.startswith(".nv.constant2.") and pattern in text:
+            return elf[offset : offset + length]
+    return b""
 
 
 def read_kernel(cubin: Path, pattern: str) -> list[Instruction]:
