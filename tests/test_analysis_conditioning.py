@@ -33,7 +33,7 @@ def test_linear_layers_equal_dense_covariances(samples):
     first, second = monitor.result().layers
     hidden = model[:2](x).detach()
     logits = model[2](hidden).detach().requires_grad_()
-    (g,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)  # of one sample: no 1/m
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)  # per sample: no 1/m
     close(first.input[0], spectrum(x))
     close(second.input[0], spectrum(hidden))
     close(second.gradient[0], spectrum(g))

@@ -101,7 +101,7 @@ def test_foof_averages_and_keeps_its_inverse():
         torch.testing.assert_close(model.weight.grad.double(), (gradient @ inverse)[:, :4], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("unit", [0, 11])  # of small and of large variance: the correction lengthens and shortens
+@pytest.mark.parametrize("unit", [0, 11])  # units of small and of large variance
 @pytest.mark.parametrize("graft", ["norm", "clip", "metric"])
 def test_grafts_set_the_norm_of_the_corrected_gradient(graft, unit):
     torch.manual_seed(0)

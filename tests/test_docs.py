@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "docs" / "conf.py").exists(), reason
 
 
 def anchors(text):
-    """What ``#...`` may name in a page: its headings as GitHub and MyST write them, and explicit labels."""
+    """Return what ``#...`` may name in a page: headings as GitHub and MyST write them, and explicit labels."""
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -60,7 +60,7 @@ def test_the_readme_is_short():
 
 
 def test_every_public_name_is_on_an_api_page():
-    """By a directive of its own, or by that of its module, which takes all of ``__all__``."""
+    """A name has its own directive, or its module has one that takes all of ``__all__``."""
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     for module in (co.nn, co.optim, co.analysis, experimental):
         assert f".. automodule:: {module.__name__}\n   :members:" in pages, module.__name__
@@ -109,7 +109,7 @@ def test_the_manual_is_built_without_a_warning(tmp_path):
 
 
 def quoted_messages():
-    """What the first column of the troubleshooting page quotes; an ellipsis stands for what differs."""
+    """Return the messages in the first column of the troubleshooting page; an ellipsis stands for what differs."""
     rows = re.findall(r"^\| (.*?) \|", documents.read("docs/troubleshooting.md"), re.MULTILINE)
     spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row) if " " in span]
     return [part for span in spans for part in re.split(r" ?\.\.\. ?", span) if part]

@@ -17,7 +17,7 @@ NAMESPACES = {
     "co.ops": ops,
 }
 REFERENCE = re.compile(r":(?:func|class|meth):`[~.]?(?:[\w.]*\.)?(\w+)`")
-USUAL = {"self", "device", "dtype"}  # as of every torch module: where its parameters are, and what
+USUAL = {"self", "device", "dtype"}  # every torch module has them: where its parameters are, and their type
 
 
 def public_names():
@@ -71,6 +71,27 @@ def test_every_parameter_is_named(name):
         for method, function in methods_of(value).items():
             assert inspect.getdoc(function), method
             assert unnamed(function, value) == [], method
+
+
+def misread(text):
+    """What Sphinx would take for emphasis or for a substitution: ``*name`` and ``|x|`` outside of literals."""
+    text = re.sub(r"``.*?``|:math:`.*?`|(?<!\w)\*\w[^*]*\w\*(?!\w)", "", text, flags=re.DOTALL)
+    text = re.sub(r"::\n\s*\n((?:[ ]+.*\n?|\s*\n)+)", "\n", text + "\n")  # literal blocks are indented
+    return re.findall(r"(?<![\w*\\])\*\w+|(?<![\w|])\|[^\s|][^|\n]*\|", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_taken_for_markup(name):
+    value = NAMES[name]
+    texts = [value, *(methods_of(value).values() if inspect.isclass(value) else ())]
+    assert [found for text in texts for found in misread(inspect.getdoc(text) or "")] == []
+
+
+def test_markup_would_be_noticed():
+    assert misread("Shapes (N, *spatial), |x| of it, ``(N, *spatial)``, ``|x|``, the *old* value.") == [
+        "*spatial",
+        "|x|",
+    ]
 
 
 def test_a_missing_name_would_be_noticed():

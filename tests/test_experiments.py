@@ -8,7 +8,7 @@ import torch
 
 import consistency_ops as co
 from benchmarks.training import __main__ as command
-from benchmarks.training import contractive, fit, frame, glorot, init_tolerance, roa_depth, tasks
+from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_depth, runner, tasks
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
@@ -37,9 +37,9 @@ def chosen(name, experiment):
     return [names[0], *wanted]
 
 
-@pytest.mark.parametrize("name", frame.EXPERIMENTS)
+@pytest.mark.parametrize("name", runner.EXPERIMENTS)
 def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, capsys):
-    experiment = frame.load(name)
+    experiment = runner.load(name)
     runs = chosen(name, experiment)
     calls = []
     original = experiment.run
@@ -67,7 +67,7 @@ def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, ca
     command.main([*arguments, "--plot", "--seeds", "5"])
     assert len(calls) == 2 * len(runs)
     size = {**experiment.SIZE, **{key: TINY[key] for key in experiment.SIZE if key in TINY}}
-    store = frame.Store(tmp_path / f"{name}.json")
+    store = runner.Store(tmp_path / f"{name}.json")
     first = experiment.SETTINGS[runs[0]]
     assert store.find(runs[0], first, size, 1) is not None
     assert store.find(runs[0], {**first, "other": 1}, size, 0) is None
@@ -75,7 +75,7 @@ def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, ca
 
 
 def test_same_seed_same_result():
-    experiment = frame.load("deep-mlp")
+    experiment = runner.load("deep-mlp")
     size = {**TINY, "epochs": 1}
     curves = [
         experiment.run(experiment.SETTINGS["sgd2"], size, seed, images("mnist"), lambda text: None)["train_loss"]
@@ -86,27 +86,27 @@ def test_same_seed_same_result():
 
 def test_a_store_replaces_a_run_and_is_never_half_written(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    store = frame.Store(path)
+    store = runner.Store(path)
     for value in (1, 2):
         store.put({"run": "a", "settings": {"k": (1, 2)}, "size": {}, "seed": 0, "value": value})
     store.put({"run": "b", "settings": {}, "size": {}, "seed": 0, "value": 3})
-    assert [r["value"] for r in frame.Store(path).records] == [2, 3]
-    assert frame.Store(path).find("a", {"k": (1, 2)}, {}, 0)["value"] == 2
-    assert list(frame.Store(path).results(["b", "a", "c"])) == ["b", "a"]
+    assert [r["value"] for r in runner.Store(path).records] == [2, 3]
+    assert runner.Store(path).find("a", {"k": (1, 2)}, {}, 0)["value"] == 2
+    assert list(runner.Store(path).results(["b", "a", "c"])) == ["b", "a"]
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(frame.os, "replace", killed)
+    monkeypatch.setattr(runner.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         store.put({"run": "c", "settings": {}, "size": {}, "seed": 0})
-    assert [r["value"] for r in frame.Store(path).records] == [2, 3]
+    assert [r["value"] for r in runner.Store(path).records] == [2, 3]
 
 
 def test_command_line(capsys, tmp_path):
     command.main([])
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == list(frame.EXPERIMENTS)
+    assert [line.split()[0] for line in listed] == list(runner.EXPERIMENTS)
     with pytest.raises(SystemExit, match=r"deep-mlp.json: holds no finished run of deep-mlp; run it without --plot"):
         command.main(["deep-mlp", "--plot", "--out", str(tmp_path)])
     for arguments, message in (

@@ -82,7 +82,7 @@ def matrix(kind, n, dtype, rng):
         grade = 10.0 ** -(6 * np.arange(n) / max(1, n - 1))
         a = a * grade[:, None] * grade[None, :]
     if kind in ("tiny", "huge"):
-        # As slatb4: SMALL = SHRINK * safe minimum / precision with SHRINK = 0.25, LARGE = 1 / SMALL.
+        # As in slatb4: SMALL = SHRINK * safe minimum / precision with SHRINK = 0.25, LARGE = 1 / SMALL.
         small = 0.25 * float(information.tiny) / float(information.eps)
         a = a * (small if kind == "tiny" else 1 / small)
     a = np.tril(a) + np.tril(a, -1).T

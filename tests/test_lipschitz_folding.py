@@ -1,5 +1,7 @@
 """Normalisations that are folded into weights, and what stands between: exact where it is done, and done only there."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -255,3 +257,55 @@ def test_complex_weights_are_projected():
     torch.testing.assert_close(sigma, torch.linalg.svdvals(before).clamp_max(0.3))
     least = (torch.linalg.svdvals(before) - sigma).norm()
     torch.testing.assert_close((layer.weight - before).norm(), least)
+
+
+# ---- random ones
+
+
+def random_sequential(rng, depth=5):
+    """Layers for samples (4, 6) or (4,), norms among them, also in places where they cannot be folded."""
+    pixels = rng.random() < 0.6
+    layers = [nn.Conv1d(4, 4, 1) if pixels else nn.Linear(4, 4)]
+    between = [
+        nn.ReLU(), co.nn.Modulus(), nn.LeakyReLU(0.3), nn.Tanh(), nn.Dropout(), nn.Identity(), nn.PReLU(4),
+        nn.MaxPool1d(3, 1, 1), nn.AvgPool1d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.AdaptiveAvgPool1d(4),
+        nn.Sequential(nn.ReLU(), nn.Dropout()),
+    ]  # fmt: skip
+    width = 6 if pixels else 4
+    for _ in range(depth):
+        layers += [norm4()] * (rng.random() < 0.6)
+        layers += [rng.choice(between)] * rng.randint(0, 2)
+        layers.append(rng.choice([layers[0], nn.Conv1d(4, 4, 1), nn.Linear(width, width)]))
+    return nn.Sequential(*layers).double().eval(), ((4, 6) if pixels else (4,))
+
+
+def test_random_networks_are_folded_rightly_or_refused():
+    counts = {"folded": 0, "refused": 0}
+    for seed in range(400):
+        rng = random.Random(seed)
+        model, shape = random_sequential(rng)
+        x = torch.randn(3, *shape, dtype=torch.float64)
+        try:
+            expected = model(x)
+        except (RuntimeError, ValueError):  # does not fit
+            continue
+        try:
+            folded = fold_rms_norm(model)
+        except ValueError:
+            counts["refused"] += 1
+            continue
+        counts["folded"] += 1
+        torch.testing.assert_close(folded(x), expected, rtol=1e-9, atol=1e-9)
+    print(counts)
+    assert counts["folded"] >= 40 and counts["refused"] >= 40
+
+
+def test_after_clipping_every_linear_layer_computes_with_a_small_matrix():
+    for seed in range(20):
+        model, _ = random_sequential(random.Random(seed))
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data.mul_(5)
+        clip_spectral_norms_(model, 0.3)
+        norms = [matrix_norm(module.weight)[0] for module in model.modules() if isinstance(module, nn.Linear)]
+        assert all(norm <= 0.3 * (1 + 1e-9) for norm in norms)

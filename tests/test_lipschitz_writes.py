@@ -141,6 +141,18 @@ def test_a_branch_on_the_type_of_the_input_is_the_one_that_a_tensor_takes():
     assert co.analysis.lipschitz_bound(model).bound == pytest.approx(10)
 
 
+def test_attributes_are_those_of_tensors():
+    model = Function(lambda x: x if hasattr(x, "logits") or getattr(x, "sample", None) is not None else 10 * x)
+    assert co.analysis.lipschitz_bound(model).bound == pytest.approx(10)
+
+
+@pytest.mark.parametrize("f", [lambda x: x if type(x) is int else 3 * x, lambda x: x if x.__class__ is int else 3 * x])
+def test_a_branch_on_an_exact_type_needs_an_example(f):
+    with pytest.raises(NotImplementedError, match="it asks for the type of a value; pass an example input"):
+        co.analysis.lipschitz_bound(Function(f))
+    assert co.analysis.lipschitz_bound(Function(f), torch.randn(1, 3)).bound == pytest.approx(3)
+
+
 class Gated(nn.Module):
     def forward(self, x, gate=None, scale=2.0):
         return x * scale if gate is not None else 10 * x

@@ -173,7 +173,7 @@ def test_chunked_covariance_against_float64():
         want = reference.chunked_covariance(inputs.double(), seed=index, **keywords)
         assert got.shape == want.shape == (-(-units // chunk), chunk, chunk)
         assert got.dtype in (torch.float32, dtype)
-        # Of a sum of n products, |error| <= n eps sum |x_i x_j| <= n eps of the largest diagonal entry, and 1 / n.
+        # For a sum of n products, |error| <= n eps sum |x_i x_j| <= n eps of the largest diagonal entry, and 1 / n.
         eps = torch.finfo(got.dtype).eps
         bound = eps * (rows**0.5 + 10) * want.diagonal(dim1=1, dim2=2).amax()
         assert (got.double() - want).abs().max() <= bound, (index, dtype)

@@ -66,7 +66,7 @@ def test_torch_save_of_the_whole_model():
     x, y = data()
     assert torch.equal(loaded(x), model(x))
     backward(loaded, x, y)
-    assert [int(layer.capture.count) for layer in pre._layers] == [40, 40, 40]  # of model(x) alone
+    assert [int(layer.capture.count) for layer in pre._layers] == [40, 40, 40]  # only the rows of model(x)
 
 
 def attributes(model):

@@ -122,7 +122,7 @@ def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path):
             assert not isinstance(found, str), found
             assert found["same"] and found["steps"] == 6 and found["messages"] == []
             assert (set(found["rows"].values()), found["layers"]) == ({rows[name][0]}, rows[name][1])
-            assert found.get("difference", 0.0) < 1e-4  # of fully_shard from DistributedDataParallel, float32
+            assert found.get("difference", 0.0) < 1e-4  # between fully_shard and DistributedDataParallel, in float32
 
 
 EXAMPLES = [

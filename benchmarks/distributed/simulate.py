@@ -55,7 +55,7 @@ class Cluster:
         self._random = np.random.default_rng(seed)
         self._pool = np.exp(DEVIATION * self._random.standard_normal(4 * ranks + 4096))
         crosses = (np.arange(ranks) + 1) % MACHINE.node == 0 if ranks > MACHINE.node else np.zeros(ranks, bool)
-        self._latency = np.where(crosses, MACHINE.net_latency, MACHINE.node_latency)  # of the hop that i sends over
+        self._latency = np.where(crosses, MACHINE.net_latency, MACHINE.node_latency)  # per sending rank
         per_ring = np.where(crosses, MACHINE.bandwidth, NVLINK) / MACHINE.node
         self._seconds_a_byte = 1 / per_ring
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import DATA
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 
 
 def main(arguments: list[str]) -> None:
@@ -25,15 +25,15 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=not arguments or arguments[0] not in frame.EXPERIMENTS,
+        add_help=not arguments or arguments[0] not in runner.EXPERIMENTS,
     )
-    parser.add_argument("name", nargs="?", choices=frame.EXPERIMENTS)
+    parser.add_argument("name", nargs="?", choices=runner.EXPERIMENTS)
     name = parser.parse_known_args(arguments)[0].name
     if name is None:
-        for name in frame.EXPERIMENTS:
-            print(f"{name:<16} {frame.load(name).TITLE}")
+        for name in runner.EXPERIMENTS:
+            print(f"{name:<16} {runner.load(name).TITLE}")
         return
-    run(name, frame.load(name), arguments[1:])
+    run(name, runner.load(name), arguments[1:])
 
 
 def run(name: str, experiment, arguments: list[str]) -> None:
@@ -53,18 +53,18 @@ def run(name: str, experiment, arguments: list[str]) -> None:
     )
     parser.add_argument("--again", action="store_true", help="repeat runs that are stored")
     parser.add_argument("--plot", action="store_true", help="run nothing, draw the figure of what is stored")
-    parser.add_argument("--out", type=Path, default=frame.RESULTS, help="folder of the JSON and the figure")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS, help="folder of the JSON and the figure")
     options = parser.parse_args(arguments)
     size = {key: getattr(options, key) for key in experiment.SIZE}
     torch.set_num_threads(1)  # results, and process times, that do not depend on the machine's cores
-    store = frame.Store(options.out / f"{name}.json")
+    store = runner.Store(options.out / f"{name}.json")
     if not options.plot:
         data = partial(fit.load, experiment.DATA, size, options.data_dir or DATA / str(experiment.DATA))
-        frame.run(experiment, store, options.runs, options.seeds, size, data, options.again)
+        runner.run(experiment, store, options.runs, options.seeds, size, data, options.again)
     results = store.results(experiment.SETTINGS)
     if not results:
         sys.exit(f"{store.path}: holds no finished run of {name}; run it without --plot")
-    frame.draw(experiment, results, options.out / f"{name}.png")
+    runner.draw(experiment, results, options.out / f"{name}.png")
     print("\n".join(experiment.lines(results)))
 
 

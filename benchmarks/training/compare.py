@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.optim.learning_rate import CANDIDATES
 
 
@@ -21,7 +21,7 @@ def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split
 
 
 def curves(
-    figure, results: frame.Results, published: dict[str, dict[int, float]] | None = None, source: str = ""
+    figure, results: runner.Results, published: dict[str, dict[int, float]] | None = None, source: str = ""
 ) -> None:
     """Training loss and test error against epochs; ``published`` test errors by run and epoch as crosses."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -32,7 +32,7 @@ def curves(
             for record in records:
                 values = record[key]
                 axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.8)
-            values = frame.mean(records, key)
+            values = runner.mean(records, key)
             label = name.replace("sgd2", "SGD2").replace("sgd", "SGD").replace("adam", "Adam")
             axis.plot(range(1, len(values) + 1), values, color=f"C{i}", label=label)
         if published and name in published:
@@ -52,11 +52,11 @@ def curves(
         axis.grid(alpha=0.3)
 
 
-def lines(results: frame.Results) -> list[str]:
+def lines(results: runner.Results) -> list[str]:
     text = []
     for name, records in results.items():
         first, last, best = (
-            frame.spread(choose(r["test_error"]) for r in records) for choose in (lambda e: e[0], lambda e: e[-1], min)
+            runner.spread(choose(r["test_error"]) for r in records) for choose in (lambda e: e[0], lambda e: e[-1], min)
         )
         rates = [r["rates"] or r["settings"]["rate"] for r in records]
         text.append(f"{name}: test error {first} after one epoch, {last} at the end, best {best}; rates {rates}")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 
 TITLE = "layer-wise conditioning of a ResNet, with and without a last BatchNorm"
 DATA = "cifar10"
@@ -110,9 +110,9 @@ def lines(results):
     for name, records in results.items():
         last = [r["layers"][-1] for r in records]
         figures = ", ".join(
-            f"{label} {frame.spread((x[key][-1] for x in last), '{:.3g}')}"
+            f"{label} {runner.spread((x[key][-1] for x in last), '{:.3g}')}"
             for key, label in (("kappa_x", "kappa"), ("lambda_max_x", "lambda max"), ("lambda_max_g", "of gradients"))
         )
-        error, loss = (frame.spread((r[k][-1] for r in records), "{:.3f}") for k in ("test_error", "train_loss"))
+        error, loss = (runner.spread((r[k][-1] for r in records), "{:.3f}") for k in ("test_error", "train_loss"))
         text.append(f"{name}: last linear layer {figures}; training loss {loss}, test error {error}")
     return text

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import consistency_ops as co
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import clip_spectral_norms_, deep_mlp, fold_rms_norm
 
 TITLE = "contractive networks on MNIST: bound, accuracy, certified accuracy"
@@ -132,8 +132,8 @@ def plot(figure, results):
 def lines(results):
     text = []
     for name, records in results.items():
-        last = frame.spread(r["test_error"][-1] for r in records)
-        plain, folded = (frame.spread((r[key] for r in records), "{:.2f}") for key in ("plain", "folded"))
+        last = runner.spread(r["test_error"][-1] for r in records)
+        plain, folded = (runner.spread((r[key] for r in records), "{:.2f}") for key in ("plain", "folded"))
         certified = [f"{x:.1%}" for x in records[0]["certified_folded"]]
         run = f"{name}, {records[0]['size']['train']} images"
         bounds = f"log10 bound {plain}, folded {folded}"

@@ -6,7 +6,7 @@ counts; both activations get the same trials.  The settings of arXiv 1708.00631 
 released" is its network C made narrow and deep (RMS norms, small weights, raw pixels), found not to train before.
 """
 
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import deep_mlp
 
 TITLE = "deep and narrow MLPs on MNIST, modulus against ReLU"
@@ -70,7 +70,7 @@ def plot(figure, results):
             for i, depth in enumerate(DEPTHS):
                 records = results.get(f"{activation}, {optimizer}, depth {depth}")
                 if records:
-                    losses = frame.mean(records, "train_loss")
+                    losses = runner.mean(records, "train_loss")
                     label = f"{activation}, depth {depth}"
                     axis.plot(range(1, len(losses) + 1), losses, line, color=f"C{i}", label=label)
         axis.set(
@@ -108,7 +108,7 @@ def plot(figure, results):
 
 def lines(results):
     return [
-        f"{name}: loss {frame.spread((r['train_loss'][-1] for r in records), '{:.3f}')}, best test error "
-        f"{frame.spread(min(r['test_error']) for r in records)}, rate {[r['rate'] for r in records]}"
+        f"{name}: loss {runner.spread((r['train_loss'][-1] for r in records), '{:.3f}')}, best test error "
+        f"{runner.spread(min(r['test_error']) for r in records)}, rate {[r['rate'] for r in records]}"
         for name, records in results.items()
     ]

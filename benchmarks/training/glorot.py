@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import deep_mlp
 
 TITLE = "monitors of Glorot and Bengio, by activation and initial weights"
@@ -92,12 +92,12 @@ def plot(figure, results):
 def lines(results):
     text = []
     for name, records in results.items():
-        error = frame.spread(min(r["test_error"]) for r in records)
+        error = runner.spread(min(r["test_error"]) for r in records)
         first = [sum(r["jacobian"][0]) / len(r["jacobian"][0]) for r in records]
         shrink = [r["layers"][0]["gradient_std"][0] / r["layers"][-1]["gradient_std"][0] for r in records]
         paper = f" (paper {PAPER[name]} %)" if name in PAPER else ""
         text.append(
             f"{name}: best test error {error}{paper}; before training: mean singular value "
-            f"{frame.spread(first, '{:.3f}')}, gradient of layer 1 over layer 5 {frame.spread(shrink, '{:.3f}')}"
+            f"{runner.spread(first, '{:.3f}')}, gradient of layer 1 over layer 5 {runner.spread(shrink, '{:.3f}')}"
         )
     return text

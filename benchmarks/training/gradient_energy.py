@@ -8,7 +8,7 @@ If E_l falls from input to output, the depth reduces the error; if it falls from
 import math
 
 import consistency_ops as co
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import deep_mlp
 from consistency_ops.optim.learning_rate import CANDIDATES
 
@@ -58,7 +58,7 @@ def lines(results):
     text = []
     for name, records in results.items():
         decades = [[math.log10(e[1] / e[-2]) if e[1] and e[-2] else math.inf for e in r["energy"]] for r in records]
-        first, last = (frame.spread((d[i] for d in decades), "{:+.2f}") for i in (0, -1))
-        error = frame.spread(r["test_error"][-1] for r in records)
+        first, last = (runner.spread((d[i] for d in decades), "{:+.2f}") for i in (0, -1))
+        error = runner.spread(r["test_error"][-1] for r in records)
         text.append(f"{name}: layer 2 over last hidden layer, log10: {first} at first, {last} at last; error {error}")
     return text

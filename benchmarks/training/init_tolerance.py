@@ -12,7 +12,7 @@ implementation in numpy.  Where both exist, anything between them counts as agre
 
 from __future__ import annotations
 
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import deep_mlp
 from consistency_ops.optim.learning_rate import CANDIDATES
 
@@ -103,7 +103,7 @@ def _reference() -> list[dict]:
 def lines(results):
     text = []
     for name, records in results.items():
-        first, last = (frame.spread(r["test_error"][i] for r in records) for i in (0, -1))
+        first, last = (runner.spread(r["test_error"][i] for r in records) for i in (0, -1))
         line = f"{name}: test error {first} after one epoch, {last} at the end; rates {[r['rates'] for r in records]}"
         if records[0]["settings"] in _reference():
             wrong = [f"seed {r['seed']}, {x}" for r in records for x in outside(r)]

@@ -5,7 +5,7 @@ one rate.  Noise is added to the parameter gradients (before the correction) or 
 needs none.
 """
 
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.experimental import ResidualNoise
 from consistency_ops.nn import deep_mlp
 from consistency_ops.optim import GradientNoise
@@ -65,6 +65,6 @@ def lines(results):
     for name, records in results.items():
         losses = [r["train_loss"][-1] for r in records]
         shown = ", ".join("not finite" if x is None else f"{x:.3f}" for x in losses)
-        error = frame.spread(min(r["test_error"]) for r in records)
+        error = runner.spread(min(r["test_error"]) for r in records)
         text.append(f"{name}: training loss {shown}; best test error {error}")
     return text

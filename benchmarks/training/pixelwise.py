@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import consistency_ops as co
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.experimental import decorrelate_fft, decorrelate_im2col
 
 TITLE = "pixel-wise decorrelation by im2col and FFT against channels only, a small convnet"
@@ -95,7 +95,7 @@ def run(settings, size, seed, data, tick):
 def plot(figure, results):
     axes = figure.subplots(1, 3)
     for i, (name, records) in enumerate(results.items()):
-        loss, error = frame.mean(records, "train_loss"), frame.mean(records, "test_error")
+        loss, error = runner.mean(records, "train_loss"), runner.mean(records, "test_error")
         epoch = sum(r["seconds_per_epoch"] for r in records) / len(records)
         epochs = range(1, len(loss) + 1)
         axes[0].plot(epochs, loss, color=f"C{i}", label=name)
@@ -113,9 +113,9 @@ def plot(figure, results):
 def lines(results):
     text = []
     for name, records in results.items():
-        loss = frame.spread((r["train_loss"][-1] for r in records), "{:.3f}")
-        error = frame.spread(min(r["test_error"]) for r in records)
-        seconds = frame.spread((r["seconds_per_epoch"] for r in records), "{:.2f}")
+        loss = runner.spread((r["train_loss"][-1] for r in records), "{:.3f}")
+        error = runner.spread(min(r["test_error"]) for r in records)
+        seconds = runner.spread((r["seconds_per_epoch"] for r in records), "{:.2f}")
         rates = [r["rates"] for r in records]
         text.append(f"{name}: training loss {loss}, best test error {error}, {seconds} s per epoch; rates {rates}")
     return text

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.training import fit, frame
+from benchmarks.training import fit, runner
 from consistency_ops.nn import ROAFeedForward
 
 TITLE = "roaFNN of up to 5000 layers against a plain MLP, digits"
@@ -99,7 +99,7 @@ def plot(figure, results):
 
 def lines(results):
     return [
-        f"{name}: gradient ratio {frame.spread((r['gradient'] for r in records), '{:.3g}')}, best test error "
-        f"{frame.spread(min(r['test_error']) for r in records)}, {records[0]['cpu_seconds']:.0f} s"
+        f"{name}: gradient ratio {runner.spread((r['gradient'] for r in records), '{:.3g}')}, best test error "
+        f"{runner.spread(min(r['test_error']) for r in records)}, {records[0]['cpu_seconds']:.0f} s"
         for name, records in results.items()
     ]

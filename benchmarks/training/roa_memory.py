@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.training import frame, tasks
+from benchmarks.training import runner, tasks
 from consistency_ops.nn import ROARNN
 
 TITLE = "roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
@@ -123,7 +123,7 @@ def plot(figure, results):
             records = results.get(f"{task}, {name}", [])
             if records:
                 size = records[0]["size"]
-                values = frame.mean(records, key)
+                values = runner.mean(records, key)
                 unit = 1 if task == "psmnist" else size["iterations"] // len(values)
                 axis.plot(
                     [unit * (k + 1) for k in range(len(values))], values, color=f"C{i}", marker=".", label=LABELS[name]
@@ -145,5 +145,5 @@ def lines(results):
     text = []
     for name, records in results.items():
         key = "test_error" if "psmnist" in name else "loss"
-        text.append(f"{name}: last {key} {frame.spread((r[key][-1] for r in records), '{:.4f}')}")
+        text.append(f"{name}: last {key} {runner.spread((r[key][-1] for r in records), '{:.4f}')}")
     return text

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-SYMBOLS, LENGTH = 8, 10  # of the copying task
+SYMBOLS, LENGTH = 8, 10  # of the copying task: symbols, and length of a sequence
 BLANK, DELIMITER = SYMBOLS, SYMBOLS + 1
 
 

@@ -169,7 +169,7 @@ class ConditioningRecorder(Recorder):
         self.scaling: str = scaling
         self.chunk: int = chunk
         self.reduction: str = reduction
-        self._open: dict[int, dict[tuple[int, str], SecondMoment]] = {}  # by the point's step
+        self._open: dict[int, dict[tuple[int, str], SecondMoment]] = {}  # by the step of the point
         self._closed: dict[int, dict[tuple[int, str], list[float]]] = {}
         self._groups: dict[int, int] = {}
         self._unit_dims: dict[int, int] = {}

@@ -124,16 +124,25 @@ def lipschitz_bound(
     transposed: through the Fourier transform of the kernel, exact for circular padding with a known image size, else
     for images of any size and at most some per cent too large (2 % for 64 channels and 3x3 kernels, 40 % for 512).
     BatchNorm and BatchRMSNorm: frozen at their running statistics. LayerNorm and its kin: their worst case, which is
-    large. The folded bound multiplies frozen normalisations into weights.
+    large. The folded bound multiplies frozen normalisations into weights. Writes into tensors (``h += x``,
+    ``h.mul_(2)``, ``out=``, in-place activations) count wherever the tensor is used afterwards.
+
+    Inputs are batches: their first dimension counts samples. Signals are real unless a parameter, a number or the
+    example is complex. The bound is that of exact arithmetic: rounding to float32 and finer is not counted, and coarser
+    types are refused.
 
     Args:
         model: the module; its mode does not matter.
-        example: optional example inputs, which tell image sizes (for means, adaptive pooling, circular padding).
-        rules: ``{Type: function}``: function(module) gives the constant of modules of this type; they come first.
+        example: optional example inputs. They tell shapes and types (for means, adaptive pooling, circular padding,
+            broadcasting, folding), and the trace is compared with a call of the model. Arguments that are left out have
+            their defaults.
+        rules: ``{Type: function}``: function(module) gives the constant of modules of this type, which must not write
+            into their input; they come first.
 
     Raises:
-        NotImplementedError: an operation without a known constant, with its name and the reason; a model that cannot be
-            traced.
+        NotImplementedError: what the bound cannot vouch for, by its name and with the reason: an operation without a
+            known constant, a module with hooks or a replaced forward, a write that cannot be followed, a function
+            that differs from call to call, a model that cannot be traced.
         TypeError, ValueError: ``model`` is not a module; ``rules`` or ``example`` do not fit.
 
     Example::

@@ -8,11 +8,15 @@ refused.
 from __future__ import annotations
 
 import builtins
+import dis
+import functools
 import inspect
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,6 +28,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..nn.plain_layers import objection
 from ..ops.modulus import modulus
 from .recorder import unrecorded
+
+# Where the standard library is: its functions may ask for types.
+_STANDARD = (os.path.dirname(os.__file__), "<frozen")
 
 
 class Refused(NotImplementedError):
@@ -88,6 +95,11 @@ class _Writes:
             raise _refuse(f"{name} = ...", "an attribute of a tensor is assigned, which cannot be followed")
         object.__setattr__(self, name, value)
 
+    def __getattr__(self: Any, name: str) -> _Attribute:
+        if not hasattr(Tensor, name):  # hasattr() in the model's code is answered as for a tensor
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return _Attribute(self, name)
+
 
 def _writing(name: str) -> Callable[..., Any]:
     function = getattr(operator, f"i{name}")
@@ -104,13 +116,11 @@ for _each in _OPERATORS:
 
 
 class _Value(_Writes, fx.Proxy):
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    pass
 
 
 class _Attribute(_Writes, fx.proxy.Attribute):
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    pass
 
 
 class _Tracer(fx.Tracer):
@@ -180,6 +190,34 @@ def _inputs(function: Callable[..., Any], example: tuple[Any, ...]) -> list[tupl
 def _is_number(node: fx.Node) -> bool:
     """Whether a value is made of sizes alone."""
     return is_size(node) or (bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes)))
+
+
+@functools.cache
+def _asks_for_type(code: CodeType) -> bool:
+    """Whether a function calls ``type()`` or reads ``__class__``, which say that a traced value is no tensor."""
+    asked = [i.argval for i in dis.get_instructions(code) if i.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME"))]
+    return "type" in asked or "__class__" in code.co_names
+
+
+@contextmanager
+def _no_type_asked() -> Iterator[None]:
+    """Refuses a model whose own code asks for exact types; only a call with real tensors shows what it does then."""
+    asking: list[CodeType] = []
+    before, package = sys.getprofile(), __name__.partition(".")[0]
+
+    def seen(frame: FrameType, event: str, value: Any) -> None:
+        home = frame.f_globals.get("__name__", "").partition(".")[0]
+        if event == "call" and home not in ("torch", package) and _asks_for_type(frame.f_code):
+            asking.append(frame.f_code)
+
+    sys.setprofile(seen)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    outside = [code for code in asking if not code.co_filename.startswith(_STANDARD)]
+    if outside:
+        raise _refuse(outside[0].co_name, "it asks for the type of a value; pass an example input")
 
 
 @contextmanager
@@ -276,7 +314,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], leaves: set[nn.Module]) ->
     """The graph of ``model`` in evaluation mode. Two traces must agree: nothing is random or remembered."""
     check_called(model, "", False)
     found = []
-    with _unchanged(model), _typed():
+    with _unchanged(model), _typed(), nullcontext() if example else _no_type_asked():
         for _ in range(2):
             found.append(fx.GraphModule(model, _Tracer(leaves, example).trace(model)))
             for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:

@@ -25,7 +25,7 @@ class SecondMoment:
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
-        self.gram: Tensor | None = None  # of all rows, not divided
+        self.gram: Tensor | None = None  # sum over all rows, not divided by their number
         self.count: int = 0
 
     def add(self, rows: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""The commands ``train`` and ``analyse``, and what they need; nothing in the library imports it."""
+"""The commands ``train``, ``analyse`` and ``verify``, and what they need; nothing in the library imports it."""

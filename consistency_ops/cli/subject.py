@@ -114,7 +114,7 @@ def _call(path: str) -> Any:
     name, colon, attribute = path.partition(":")
     if not colon or not name or not attribute:
         raise UserError(f"--import: must be package.module:callable, got {path!r}.")
-    sys.path.insert(0, os.getcwd())  # as python -m does
+    sys.path.insert(0, os.getcwd())  # python -m does the same
     try:
         module = importlib.import_module(name)
         maker: Any = module

@@ -58,8 +58,8 @@ def fold_rms_norm(model: nn.Sequential) -> nn.Sequential:
     norms of its weights, the "folded" bound, is smaller than that of ``model``, where the smallest D of each norm
     counts for all channels. The copy is in evaluation mode; a layer that stands at two places becomes two layers.
 
-    Inputs are batches: Linear layers see (N, C), convolutions (N, C, *spatial). Between a norm and its weights may
-    stand modulus, ReLU, LeakyReLU, PReLU, dropout, pooling over the pixels, and Flatten of 1x1 images.
+    Inputs are batches: Linear layers see ``(N, C)``, convolutions ``(N, C, *spatial)``. Between a norm and its weights
+    may stand modulus, ReLU, LeakyReLU, PReLU, dropout, pooling over the pixels, and Flatten of 1x1 images.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Sequential``, or has a forward of its own.

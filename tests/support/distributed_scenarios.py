@@ -613,7 +613,7 @@ def one_unit_not_finite():
 
 
 def placements():
-    """What the log says at debug level about who holds what: of DDP and of fully_shard."""
+    """Return the debug log of who holds what under DDP and fully_shard."""
     log, found = logging.getLogger("consistency_ops"), {}
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

@@ -360,6 +360,8 @@ def traps():
         "gate": (_Gate, (3,)),
         "type": (lambda: Program(lambda s, x: 10 * x if isinstance(x, torch.Tensor) else x), (3,)),
         "exact type": (lambda: Program(lambda s, x: 10 * x if type(x) is torch.Tensor else x), (3,)),
+        "class": (lambda: Program(lambda s, x: 10 * x if x.__class__ is torch.Tensor else x), (3,)),
+        "attribute": (lambda: Program(lambda s, x: x if hasattr(x, "sample") else 10 * x), (3,)),
         "jump": (lambda: nn.Sequential(nn.Threshold(0.0, -50.0)), (24,)),
         "celu": (lambda: nn.Sequential(nn.CELU(-1.0)), (24,)),
         "indices": (

@@ -29,8 +29,8 @@ class Case:
 
     index: int
     outputs: int
-    units: int  # of one convolution group, without the bias
-    rows: int  # of a linear layer or a (rows, in) convolution; a convolution's N and spatial sizes otherwise decide
+    units: int  # units of one convolution group, without the bias
+    rows: int  # rows of a linear layer or a (rows, in) convolution; else N and the spatial sizes decide
     chunk: int
     damping: float
     scaling: str
