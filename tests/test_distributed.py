@@ -36,6 +36,7 @@ SCENARIOS = [
         "placements",
         "ddp_whiten",
         "fsdp_whiten",
+        "ddp_wide",
     ),
 ]
 SLOW = [

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consistency_ops as co
-from consistency_ops import preconditioner
+from consistency_ops import attachment
 from consistency_ops.engine import layer_step
 
 NETWORKS = {
@@ -55,8 +55,9 @@ class Names(TorchDispatchMode):
 def device(request, monkeypatch):
     # Subclasses of Tensor keep their gradient; the fake ones stand for plain tensors here.
     monkeypatch.setattr(layer_step, "is_plain", lambda grad: type(grad) is FakeTensor)
+    monkeypatch.setattr(layer_step, "as_plain", lambda grad: grad)
     # Reads on purpose, in the first step that has gradients: whether all their layers have seen inputs.
-    monkeypatch.setattr(preconditioner, "notice_unseen", lambda *_: False)
+    monkeypatch.setattr(attachment, "notice_unseen", lambda *_: False)
     with FakeTensorMode(), torch.device(request.param):
         yield request.param
 

@@ -276,7 +276,7 @@ def test_unknown_command_and_help(capsys):
         ("--init -1", "must be a number above 0, got '-1'"),
         ("--device tpu", "must be cpu or cuda"),
         ("--device cuda:99", "cuda:99 cannot be used here"),
-        ("--chunk 1000", r"sgd\+pre: .*chunk must be in \[1, 256\], got 1000"),
+        ("--chunk 20000", r"sgd\+pre: .*chunk must be None or in \[1, 16384\], got 20000"),
         ("--batch-size 2000", "--batch-size: must be at most 1437"),
         ("--limit 20", "--batch-size: must be at most 20"),
         ("--limit 100", "--batch-size: must be at most 80, as the rate search holds out a fifth of the images"),

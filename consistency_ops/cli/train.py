@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..preconditioner import Preconditioner
 from . import data, download, models, options, results
 from .errors import UserError
 from .optimizers import Method, choose_methods
@@ -130,4 +131,8 @@ def _describe(method: Method, network: nn.Module) -> str:
         keep = Contestant.start(method, method.rates[0], network).keep
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{method.name}: {error}") from None
-    return method.text if keep is None else f"{method.text}: {keep!r}"
+    if not isinstance(keep, Preconditioner):
+        return method.text
+    text = f"{method.text}: {keep!r}"
+    keep.remove()  # it ends without having corrected anything, which would be a warning
+    return text

@@ -47,6 +47,7 @@ class Vigil:
     def __init__(self, notices: Notices, captures: Watched, has_optimizer: bool) -> None:
         self._notices, self._captures, self._has_optimizer = notices, captures, has_optimizer
         self._silent = False
+        self.may_end = False  # it belongs to an optimizer that is thrown away as a whole
         self._idle_steps = 0  # steps in a row that found no gradient although there were some in the backward pass
         captures.alarm = self.no_step
 
@@ -100,7 +101,7 @@ class Vigil:
     @property
     def ended_in_vain(self) -> bool:
         """Whether nothing was corrected, and nothing was said of it."""
-        return not self._silent
+        return not (self._silent or self.may_end)
 
 
 def end(vigils: list[Vigil], clean_up: Callable[..., None], *args: object) -> None:

@@ -143,6 +143,8 @@ class _WholeLayerPreconditioner(Preconditioner):
     ) -> None:
         self._choices = max_size, divide, conv_mean
         super().__init__(model, optimizer, scaling="absolute", chunk=MAX_CHUNK, decay=0.0, every=1, **options)
+        for attachment in self._attachments:
+            attachment.vigil.may_end = True
 
     def _make_correction(
         self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer | None
