@@ -52,12 +52,14 @@ class Attachment:
     ) -> None:
         self.optimizer = optimizer
         self.layers = layers
-        self.ownership = Ownership(optimizer)
-        self.store = StateStore(optimizer)
-        self.correction = make_correction(self.store, None if optimizer is None else optimizer.stepping)
-        self.states = CaptureStates(len(layers), None if optimizer is None else weakref.ref(self.ownership))
-        self.vigil = Vigil(notices, self.states, optimizer is not None)
-        self.placements = Placements(
+        self.ownership: Ownership = Ownership(optimizer)
+        self.store: StateStore = StateStore(optimizer)
+        self.correction: Correction = make_correction(self.store, None if optimizer is None else optimizer.stepping)
+        self.states: CaptureStates = CaptureStates(
+            len(layers), None if optimizer is None else weakref.ref(self.ownership)
+        )
+        self.vigil: Vigil = Vigil(notices, self.states, optimizer is not None)
+        self.placements: Placements = Placements(
             layers,
             model,
             self.ownership.owns,
@@ -67,7 +69,7 @@ class Attachment:
             self.store,
             notices,
         )
-        self.pooling = Pooling(self.correction, self.placements)
+        self.pooling: Pooling = Pooling(self.correction, self.placements)
         self._notices = notices
         self._find_new_layers = find_new_layers
         self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell

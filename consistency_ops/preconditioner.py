@@ -116,7 +116,7 @@ class Preconditioner:
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
         options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
-        self.skip = check_names("Preconditioner", "skip", skip)
+        self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
         self._notices = Notices()
         self._layers = find_layers(model, self.skip, bias)

@@ -34,14 +34,16 @@ class CaptureStates:
     """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
 
     def __init__(self, layers: int, ownership: weakref.ref[Ownership] | None = None) -> None:
-        self.layers = layers
-        self.ownership = ownership  # of the optimizer whose steps they are; None: they are the user's calls
-        self.step = 0
-        self.paused = False
-        self.new_weights = False  # a layer has another weight than before: it may be tied
-        self.stopped = False  # nothing is captured, because nothing is corrected; eager mode
-        self.taken = 0  # gradients of this step that other hooks had taken when they were to be marked
-        self.waiting = 0  # gradients since the last correction, weighted
+        self.layers: int = layers
+        self.ownership: weakref.ref[Ownership] | None = (
+            ownership  # of the optimizer whose steps they are; None: they are the user's calls
+        )
+        self.step: int = 0
+        self.paused: bool = False
+        self.new_weights: bool = False  # a layer has another weight than before: it may be tied
+        self.stopped: bool = False  # nothing is captured, because nothing is corrected; eager mode
+        self.taken: int = 0  # gradients of this step that other hooks had taken when they were to be marked
+        self.waiting: int = 0  # gradients since the last correction, weighted
         self.alarm: Callable[[], None] = lambda: None  # called when too many are waiting
         self.mask: RowMask | None = None  # rows that count
         # Inputs of this step by id: who captured it in which of its calls, and the version it had.
@@ -118,7 +120,7 @@ class RowMask:
     """Which rows of the inputs count, by the leading dimensions of the inputs."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.shape = mask.shape
+        self.shape: torch.Size = mask.shape
         self._rows = mask.flatten().nonzero().flatten()  # once a batch, where the mask is
 
     def select(self, x: Tensor, unit_dim: int) -> Tensor:

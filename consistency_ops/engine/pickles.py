@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 # What a copied or unpickled model carries in place of a hook: a function of the standard library that takes anything
 # and does nothing, so that the model loads where this package is not installed. (With ``weights_only=True`` the reader
 # must allow it, and the model's own classes, by ``torch.serialization.safe_globals``: we open no door for others.)
-nothing = contextlib.nullcontext.__exit__
+nothing: Callable[..., None] = contextlib.nullcontext.__exit__
 
 
 def reduce_to_nothing() -> tuple[Any, ...]:
