@@ -176,7 +176,7 @@ def test_a_device_without_code_in_the_build_computes_the_portable_way(monkeypatc
 def test_native_on_a_device_without_kernels_says_what_helps():
     device = second_device.set_up()
     co.set_backend("native")
-    with pytest.raises(NotImplementedError, match=r'modulus: .*no kernels for second.*set_backend\("auto"\)'):
+    with pytest.raises(NotImplementedError, match=r'modulus: .*no kernels for second_device.*set_backend\("auto"\)'):
         co.modulus(torch.ones(3).to(device))
 
 

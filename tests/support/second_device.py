@@ -1,4 +1,4 @@
-"""A second device for torch, in Python: ``second``, whose memory is the host's under another name.
+"""A second device for torch, in Python: ``second_device``, whose memory is the host's under another name.
 
 It has no kernel of its own, so whatever runs on it runs out of torch's own operations, one by one.  ``waits`` names the
 operators for which the host would have to wait on a real device: those that look at values.
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-NAME = "second"
+# torch gives every tensor and module a method of this name, which hides a layer of that name: none is called so.
+NAME = "second_device"
 waits: list[str] = []
 
 _LOOKING = {
@@ -99,7 +100,7 @@ def _run(op: torch._ops.OpOverload, *args, **kwargs):
 
 
 class _Module:
-    """What ``torch.second`` is.  Code that looks for an accelerator finds none, so that other tests do not notice."""
+    """What ``torch.second_device`` is.  Code that looks for an accelerator finds none: other tests notice nothing."""
 
     def is_initialized(self) -> bool:
         return True
