@@ -118,7 +118,8 @@ CO_DEVICE void load_stage(const PreconditionLayer& layer, const Chunk& chunk, in
   });
 }
 
-// And back: the first `rows` rows of the stage of `stage`.  A row that must not be written is there as it was loaded.
+// And back: the first `rows` rows of the stage of `stage`, except those that must not be written: a 16-bit NaN would
+// come back from float as another one.
 template <int kWarps, typename Raw>
 CO_DEVICE void store_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows, int stage) {
   Raw* const g = global_memory(static_cast<Raw*>(layer.g));
@@ -126,7 +127,7 @@ CO_DEVICE void store_stage(const PreconditionLayer& layer, const Chunk& chunk, i
   const DType dtype = layer.g_dtype;
   const int pitch = g_pitch(chunk.padded());
   LaneOfG<kWarps> lane(layer, chunk, rows);
-  if (lane.fixed && rows == stage) {
+  if (lane.fixed && rows == stage && chunk.scratch.any_not_finite == 0) {
     lane.for_each_unit(chunk, [&](int32_t unit, int position) {
       const float* const from = chunk.arena + lane.first * pitch + position;
       if (unit < 0) return;
@@ -139,7 +140,7 @@ CO_DEVICE void store_stage(const PreconditionLayer& layer, const Chunk& chunk, i
     return;
   }
   for_each_g<kWarps>(chunk, lane.tall, rows, [&](int row, int32_t unit, int at) {
-    if (unit < 0) return;
+    if (unit < 0 || chunk.scratch.not_finite[row] != 0) return;
     g[chunk.scratch.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
   });
 }
@@ -254,6 +255,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
           strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
       chunk.scratch.bias_offset[thread] = output * layer.bias_stride;
       chunk.scratch.not_finite[thread] = 0;
+      if (thread == 0) chunk.scratch.any_not_finite = 0;
       if (bias_position >= 0) {
         chunk.arena[thread * pitch + bias_position] =
             load_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[thread]);
@@ -276,6 +278,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
       bool is_written = true;
       product.for_each([&](int, int, float value) { is_written = is_written && fabs(value) < limit; });
       if (!is_written) {
+        atomicOr(&chunk.scratch.any_not_finite, 1);
         product.for_each([&](int row, int, float value) {
           if (!(fabs(value) < limit)) atomicOr(&chunk.scratch.not_finite[half * 32 + row], 1);
         });

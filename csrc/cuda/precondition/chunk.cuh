@@ -56,6 +56,7 @@ struct Scratch {
   int32_t gram_block[kMaxGramBlocks];  // first row + 65536 * first column of the blocks of 16 x 32 (gram.cuh)
   float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
   int32_t not_finite[kMaxApplyRows];   // 1: the result of this row of the stage must not be written
+  int32_t any_not_finite;              // 1: there is such a row in the stage
   float warp_sum[32];
   int32_t warp_count[32];
   int32_t bias_position, last_unit;    // permute.cuh

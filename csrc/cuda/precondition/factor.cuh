@@ -97,7 +97,17 @@ CO_DEVICE void store_tile(TileProduct<kTile>& product, float* tile, float sign) 
   product.for_each([&](int row, int column, float value) { tile[row * kTilePitch + column] = sign * value; });
 }
 
-// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete.
+// high low + low high is not low high + high low in floats, so the two triangles differ by rounding; of a matrix in
+// device memory the lower one is kept (store_matrix), and who goes on with the tiles must have the same bits.
+CO_DEVICE void store_symmetric_tile(TileProduct<kTile>& product, float* tile) {
+  product.for_each([&](int row, int column, float value) {
+    if (row < column) return;
+    tile[row * kTilePitch + column] = value;
+    tile[column * kTilePitch + row] = value;
+  });
+}
+
+// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete and symmetric.
 template <int kWarps>
 CO_DEVICE void invert(const Chunk& chunk) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -149,7 +159,8 @@ CO_DEVICE void invert(const Chunk& chunk) {
       sum.template add<3>(lower_tile(chunk.tiles, m, i), 1, kTilePitch, lower_tile(chunk.tiles, m, j), kTilePitch, 1);
     }
     __syncthreads();  // these rows of W have been read, and no later row of the result needs them
-    if (busy) store_tile(sum, lower_tile(chunk.tiles, i, j), 1.0f);
+    if (busy && i != j) store_tile(sum, lower_tile(chunk.tiles, i, j), 1.0f);
+    if (busy && i == j) store_symmetric_tile(sum, lower_tile(chunk.tiles, i, i));
   }
   __syncthreads();
 }
