@@ -14,7 +14,8 @@ from torch import nn
 
 import consistency_ops as co
 from consistency_ops.analysis import lipschitz, lipschitz_graph, lipschitz_rules, lipschitz_shapes, lipschitz_trace
-from consistency_ops.analysis.lipschitz_rules import FUNCTIONS, MODULES, Factor
+from consistency_ops.analysis.lipschitz_factor import Factor
+from consistency_ops.analysis.lipschitz_rules import FUNCTIONS, MODULES
 from consistency_ops.nn import plain_layers
 from support.lipschitz_cases import function_cases, module_cases, traps
 from support.lipschitz_networks import Function

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops.checks import check_module
+from .lipschitz_factor import Factor, Rule, Unbounded
 from .lipschitz_graph import Network
-from .lipschitz_rules import Factor, Rule, Unbounded, has_rule
+from .lipschitz_rules import has_rule
 from .lipschitz_trace import BINARY, is_known, name_of
 from .recorder import unrecorded
 from .results import COLOURS, Result, figure, over_layers

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..nn.plain_layers import table_type
+from .lipschitz_factor import Factor, Rule, Site, Unbounded
 from .lipschitz_rules import (
     ELEMENTWISE,
     ELEMENTWISE_NAMES,
     FUNCTIONS,
     MODULES,
     SHARES_MEMORY,
-    Factor,
-    Rule,
-    Site,
-    Unbounded,
     function_factor,
     has_rule,
     module_factor,

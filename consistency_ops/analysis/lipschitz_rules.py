@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +16,8 @@ from torch.nn.modules import batchnorm, conv, dropout, instancenorm
 
 from ..nn import BatchRMSNorm, Modulus, OrthogonalFilter
 from ..nn.plain_layers import refresh_weights, table_type, unreadable_weight
+from .lipschitz_factor import Factor, Shape, Site, Unbounded
 from .operator_norm import convolution_norm, matrix_norm, wide
-
-Shape = tuple[int, ...] | None
-Rule = Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What one operation multiplies the bound by."""
-
-    value: float
-    exact: bool = True  # the operation's own constant, and not only an upper bound of it
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an operation stands: what is known of its input, and the scalings that are folded into its weights."""
-
-    shape: Shape = None
-    dtype: torch.dtype | None = None
-    may_be_complex: bool = False
-    before: Tensor | None = None  # a factor for every input channel
-    after: Tensor | None = None  # a factor for every output channel
-
-
-class Unbounded(Exception):
-    """An operation without a Lipschitz constant that is known here; the message says which and why."""
-
 
 # ---- per-channel scalings: vectors that can be folded into neighbouring weights
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import portable, portable_capture, portable_elementwise
+from . import portable, portable_capture, portable_elementwise, portable_memory
 from .checks import MAX_CHUNK
 from .library import build_config
 from .registration import NAMESPACE, PORTABLE_NAMESPACE
@@ -76,7 +76,7 @@ def _with_a_cure(name: str, error: RuntimeError, args: tuple[Any, ...]) -> Runti
     text = str(error)
     if "MiB of workspace" in text or not ("out of memory" in text or "allocate memory" in text):
         return error
-    needed = portable.workspace_bytes(name, args)
+    needed = portable_memory.workspace_bytes(name, args)
     if needed is None:
         return torch.OutOfMemoryError(f"{name}: out of memory ({text.splitlines()[0]})")
     return torch.OutOfMemoryError(
