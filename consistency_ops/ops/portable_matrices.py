@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference import MAX_TRIES, trace_scale
 from .division import divisions
 
-MAX_TRIES = 3  # damping, x 10, x 100
 # Units up to which the CPU's cholesky_inverse is the faster one.  It is half of the work, in very many short parallel
 # regions: with 768 units and two threads on a busy machine it took a hundred times as long as with one.
 _FEW = 256
@@ -194,8 +194,7 @@ class Matrices:
         counts = torch.cat([ok.sum(1) for ok in finite]).to(self.dtype)
         total = torch.zeros(2, self._families, dtype=self.dtype, device=self.device)
         total.index_add_(1, family, torch.stack([sums, counts]))
-        tau = total[0] / total[1].clamp(min=1)
-        tau = torch.where(tau > 0, tau, 1).index_select(0, family)
+        tau = trace_scale(total[0], total[1]).index_select(0, family)
         for matrices, scale in zip(self.of_size.values(), self._split(tau), strict=True):
             matrices.div_(scale[:, None, None])
 
