@@ -72,6 +72,7 @@ class Attachment:
         self.pooling: Pooling = Pooling(self.correction, self.placements)
         self._notices = notices
         self._find_new_layers = find_new_layers
+        self._own: list[Layer] = []
         self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
         self.handles: list[RemovableHandle] = []
         self.owner: object = None  # the preconditioner, which lives as long as the optimizer
@@ -79,8 +80,8 @@ class Attachment:
     # What is covered
 
     def own_layers(self) -> list[Layer]:
-        """The layers that are captured for this optimizer."""
-        return [layer for layer in self.layers if layer.capture is not None and layer.capture.states is self.states]
+        """The layers that are captured for this optimizer, in the order of the model."""
+        return self._own
 
     def attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when it holds others."""
@@ -107,6 +108,7 @@ class Attachment:
                 refuse_private(weight, layer.name)
                 layer.capture = Capture(module, layer.kind, self.states, layer.index, options.max_rows, options.seed)
                 self.handles += self.correction.attach(layer)
+        self._own = [layer for layer in self.layers if layer.capture and layer.capture.states is self.states]
         self.states.new_weights = False
 
     def hook_optimizer(self) -> None:
@@ -209,13 +211,14 @@ class Attachment:
             capture.remove()
         for layer in own:
             layer.capture, layer.reason = None, "trained with differential privacy"
-        return []
+        self._own = []
+        return self._own
 
     def _layer_steps(self, own: list[Layer], pooled: set[int]) -> list[LayerStep]:
         """What this step has of the layers that no other rank shares."""
-        layers = (layer for layer in own if layer.index not in pooled)
-        steps = (layer_step(layer, self.ownership.owns, self._notices) for layer in layers)
-        return [step for step in steps if step is not None]
+        layers = [layer for layer in own if layer.index not in pooled] if pooled else own
+        owned, notices = self.ownership.owned, self._notices
+        return [step for layer in layers if (step := layer_step(layer, owned, notices)) is not None]
 
     # Rows
 

@@ -347,6 +347,8 @@ class Capture:
                 hand from those that were taken away, and their rows count.
             maker: the capture of that weight, which has the same rows.
         """
+        if not (self._kept or self._restarted):
+            return
         made = grad is None or maker._grad is None or maker._grad() is grad
         if not made and self._restarted:
             self._vain = 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor
@@ -14,25 +13,36 @@ from .layer import Layer
 from .notices import Notices, some
 
 
-@dataclass(eq=False, slots=True)
 class LayerStep:
     """What a correction needs of a layer in this step."""
 
-    layer: Layer
-    weight: Parameter
-    grad: Tensor  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
-    bias_grad: Tensor | None  # (out,)
-    rows: Tensor  # (max_rows, in); only the first `count` rows hold data
-    count: Tensor  # int64, (1,), on the device
-    division_id: int = field(init=False)  # third argument of the random division, next to seed and step
-    units: int = field(init=False)  # of one convolution group, the bias included
-    convolution_groups: int = field(init=False)
+    # Written by hand: one is made a layer and a step, and a generated constructor takes twice the time.
+    __slots__ = (
+        "bias_grad",
+        "convolution_groups",
+        "count",
+        "division_id",
+        "grad",
+        "layer",
+        "rows",
+        "units",
+        "weight",
+    )
 
-    def __post_init__(self) -> None:
-        self.division_id = self.layer.index
-        width = self.grad.shape[1]
-        self.units = width if self.bias_grad is None else width + 1
-        self.convolution_groups = self.rows.shape[1] // width
+    def __init__(
+        self, layer: Layer, weight: Parameter, grad: Tensor, bias_grad: Tensor | None, rows: Tensor, count: Tensor
+    ) -> None:
+        width = grad.shape[1]
+        self.layer: Layer = layer
+        self.weight: Parameter = weight
+        self.grad: Tensor = grad  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
+        self.bias_grad: Tensor | None = bias_grad  # (out,)
+        self.rows: Tensor = rows  # (max_rows, in); only the first `count` rows hold data
+        self.count: Tensor = count  # int64, (1,), on the device
+        # Third argument of the random division, next to seed and step.
+        self.division_id: int = layer.index
+        self.units: int = width if bias_grad is None else width + 1  # of one convolution group, the bias included
+        self.convolution_groups: int = rows.shape[1] // width
 
     @property
     def units_unchanged(self) -> bool:
@@ -45,18 +55,21 @@ class LayerStep:
 
     def write_back(self) -> None:
         """Copy ``grad`` to ``weight.grad`` where it is a copy and not a view."""
-        kind, module = self.layer.kind, self.layer.module()
+        kind = self.layer.kind
+        if kind.groups is None:  # the only layers that have copies
+            return
+        module = self.layer.module()
         if module is not None and kind.copies(module):
             assert self.weight.grad is not None
             kind.write_back(module, self.grad, self.weight.grad)
 
 
-def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -> LayerStep | None:
+def layer_step(layer: Layer, owned: Container[int], notices: Notices) -> LayerStep | None:
     """What this step has of a layer that one process holds alone.
 
     Args:
         layer: one that captures.
-        owns: whether the optimizer updates a parameter.
+        owned: ids of the parameters that the optimizer updates.
         notices: told when rows of the layer were lost.
 
     Returns:
@@ -67,13 +80,13 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     if module is None or capture is None:
         return None
     weight = module._parameters.get(kind.weight)
-    if weight is None or layer.tied or not owns(weight) or is_lazy(weight):
+    if weight is None or layer.tied or id(weight) not in owned or is_lazy(weight):
         return None
     capture.follow(module, weight)
-    grad = weight.grad
+    grad = gradient = weight.grad
     if grad is not None and type(grad) is not Tensor:
         grad = as_plain(grad)
-    layer.unfit_gradient = weight.grad is not None and (grad is None or not is_plain(grad))
+    layer.unfit_gradient = gradient is not None and (grad is None or not is_plain(grad))
     if (lost := capture.lost) != layer.lost_rows:
         layer.lost_rows = lost
         if lost:
@@ -81,9 +94,9 @@ def layer_step(layer: Layer, owns: Callable[[Tensor], bool], notices: Notices) -
     if grad is None or layer.unfit_gradient or layer.lost_rows or not weight.requires_grad:
         return None
     source = capture.source or capture
-    source.settle(weight.grad, capture)
+    source.settle(gradient, capture)
     bias = module._parameters.get(kind.bias) if layer.joins_bias and kind.bias else None
-    bias_grad = bias.grad if bias is not None and owns(bias) else None
+    bias_grad = bias.grad if bias is not None and id(bias) in owned else None
     if bias_grad is not None:
         bias_grad = kind.bias_view(bias_grad) if is_plain(bias_grad) else None
     assert source.rows is not None and source.count is not None

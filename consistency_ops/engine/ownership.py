@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import Tensor
 
 from .optimizers import AttachedOptimizer
@@ -13,7 +15,7 @@ class Ownership:
     def __init__(self, optimizer: AttachedOptimizer | None) -> None:
         self._optimizer = optimizer
         self._in_order: list[int] = []  # ids of the optimizer's parameters
-        self._ids: frozenset[int] = frozenset()
+        self.owned: Container[int] = _Everything() if optimizer is None else frozenset()  # ids of the parameters
 
     def refresh(self) -> bool:
         """Look at the optimizer's parameters again; returns whether others have come or gone."""
@@ -22,12 +24,19 @@ class Ownership:
         now = [id(p) for p in self._optimizer.parameters]
         if now == self._in_order:
             return False
-        self._in_order, self._ids = now, frozenset(now)
+        self._in_order, self.owned = now, frozenset(now)
         return True
 
     def owns(self, parameter: Tensor) -> bool:
-        return self._optimizer is None or id(parameter) in self._ids
+        return id(parameter) in self.owned
 
     def holds(self, parameter: Tensor) -> bool:
         """As :meth:`owns`, for an optimizer that may have been given others since the last look."""
         return self._optimizer is None or any(p is parameter for p in self._optimizer.parameters)
+
+
+class _Everything:
+    """Contains all ids."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
