@@ -355,22 +355,37 @@ def test_autocast_changes_nothing(dtype):
         assert same_bits(co.precondition(grad, inputs), want)
 
 
-def correct_in_child(queue):
-    torch.set_num_threads(1)
-    grad, inputs = layer(64, 200, 300)
-    queue.put(co.precondition(grad, inputs).numpy().tobytes())
+def results(grad, inputs):
+    """Of operators that use several threads at these sizes."""
+    found = co.precondition(grad, inputs), co.modulus(inputs), co.chunked_covariance(inputs, chunk=64)
+    return [tensor.numpy().tobytes() for tensor in found]
 
 
-def test_after_fork():
-    """A forked worker, such as a DataLoader's, can use the op after its parent has."""
-    grad, inputs = layer(64, 200, 300)
-    want = co.precondition(grad, inputs).numpy().tobytes()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=correct_in_child, args=(queue,))
-    child.start()
-    got = queue.get(timeout=60)
-    child.join(60)
+def correct_in_child(queue, threads, grad, inputs):
+    if threads is not None:
+        torch.set_num_threads(threads)
+    queue.put(results(grad, inputs))
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_after_fork(threads):
+    """A forked worker can use the operators after its parent has, with the parent's threads: they are gone in it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        grad, inputs = layer(256, 512, 2000)
+        want = results(grad, inputs)
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=correct_in_child, args=(queue, threads, grad, inputs))
+        child.start()
+        try:
+            got = queue.get(timeout=60)
+            child.join(60)
+        finally:
+            child.kill()
+    finally:
+        torch.set_num_threads(before)
     assert child.exitcode == 0
     assert got == want
 

@@ -6,6 +6,7 @@ accelerator against torch's unstable C++ interface (`csrc/torch_abi`), or None: 
 
 import ctypes
 import importlib
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,18 @@ def _load_torch_abi() -> ModuleType | None:
 
 library: ctypes.CDLL = _load()
 torch_abi: ModuleType | None = _load_torch_abi()
+
+
+def _after_fork() -> None:
+    """In a forked child: without the threads that its parent used, torch's operations, ours among them, would hang."""
+    import torch
+
+    if library.consistency_ops_torch_lost_its_threads():
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def build_config() -> dict[str, str]:
