@@ -2,18 +2,21 @@
 
 Every optimizer gets eight trials (half of the steps, seed 0, judged on held-out training examples), then the best
 setting is run with three other seeds, judged on test examples.  One thread; seconds are CPU seconds of the steps alone.
+
+These are the first hundred steps. ``python -m benchmarks.peers full --help``: whole trainings with warm-up and decay.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 
 from benchmarks import DATA
-from benchmarks.peers import tables
+from benchmarks.peers import full, tables
 from benchmarks.peers.optimizers import MISSING, PEERS
 from benchmarks.peers.runs import RESULTS, Store, compete
 from benchmarks.peers.tasks import TASKS
@@ -22,6 +25,9 @@ QUICK = Path("runs", "peers")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["full"]:  # whole trainings
+        full.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,6 +13,7 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
+import consistency_ops as co
 from benchmarks.peers import ideas
 from benchmarks.peers.references import Foof, Isaac
 
@@ -70,32 +71,44 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr)
 
 
-class FlatMuon:
-    """torch.optim.Muon on every weight matrix, convolutions through flat views; AdamW at the same rate on the rest.
+class MatrixMuon(torch.optim.Optimizer):
+    """torch.optim.Muon for weights of any number of dimensions: convolutions through flat views of their weights.
 
-    ``match_rms_adamw`` is torch's own rule that makes one rate fit both.  Embeddings get AdamW, as its authors advise.
+    ``match_rms_adamw`` is torch's own rule that makes one rate fit Muon and AdamW.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": 0.0})
+        self._views = [(p, nn.Parameter(p.detach().flatten(1)) if p.dim() > 2 else p) for p in parameters]
+        flat = [view for _, view in self._views]
+        self._muon = torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        for parameter, view in self._views:
+            if view is not parameter:
+                view.grad = parameter.grad.flatten(1)
+        self._muon.step()
+
+
+class FlatMuon:
+    """Muon on every weight matrix and convolution; AdamW at the same rate on the rest.
+
+    Embeddings get AdamW, as Muon's authors advise.
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in tables]
         rest = [p for p in model.parameters() if p.dim() < 2 or id(p) in tables]
-        self.views = [(p, nn.Parameter(p.detach().flatten(1)) if p.dim() > 2 else p) for p in matrices]
-        flat = [view for _, view in self.views]
-        self.parts = [torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        self.parts: list[torch.optim.Optimizer] = [MatrixMuon(matrices, lr)]
         if rest:
             self.parts.append(torch.optim.AdamW(rest, lr=lr))
 
     def step(self) -> None:
-        for parameter, view in self.views:
-            if view is not parameter:
-                view.grad = parameter.grad.flatten(1)
         for part in self.parts:
             part.step()
-
-    @property
-    def state(self) -> dict:
-        return {key: value for part in self.parts for key, value in part.state.items()}
 
 
 BASES = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": FlatMuon}
@@ -122,6 +135,20 @@ def corrected(base: str) -> Callable[..., Step]:
         correct, parts = ideas.actions(model, **options)
         step = stepper(model, *correct, optimizer.step)
         step.keep = [optimizer, parts]
+        return step
+
+    return build
+
+
+def whitened(base: str) -> Callable[..., Step]:
+    """Return a builder of ``base`` in whitened coordinates; settings other than ``options`` are the defaults."""
+
+    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
+        optimizer = BASES[base](model, lr)
+        parts = getattr(optimizer, "parts", [optimizer])
+        pre = co.Preconditioner(model, parts, mode="whiten", **options)
+        step = stepper(model, *(part.step for part in parts))
+        step.keep = [*parts, pre]
         return step
 
     return build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,35 @@ def characters(directory: Path) -> Split:
     return Split(*((x[cut], y[cut]) for cut in cuts))
 
 
+BYTES_CONTEXT = 128
+
+
+def source_bytes(directory: Path) -> Split:
+    """Load the sources of Python's standard library as bytes, in pieces of 129; every tenth file is the test.
+
+    It is the largest text that comes with every Python. The text depends on the version of Python.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(folder.rglob("*.py")) if not _foreign(path.relative_to(folder))]
+    x, y = (
+        [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in some]
+        for some in ([path for i, path in enumerate(files) if i % 10], files[::10])
+    )
+    train, test = (
+        torch.cat(some)[: sum(map(len, some)) // (BYTES_CONTEXT + 1) * (BYTES_CONTEXT + 1)]
+        .view(-1, BYTES_CONTEXT + 1)
+        .long()[torch.randperm(sum(map(len, some)) // (BYTES_CONTEXT + 1), generator=torch.Generator().manual_seed(0))]
+        for some in (x, y)
+    )
+    cuts = train[100:], train[:100], test[:100]
+    return Split(*((cut[:, :-1], cut[:, 1:]) for cut in cuts))
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file below the standard library is a test, or was installed."""
+    return bool({"site-packages", "dist-packages", "test", "tests", "__pycache__"} & set(path.parts))
+
+
 def mlp(widths: list[int], activation: type[nn.Module], gain: float) -> Callable[[int], nn.Module]:
     """Return a builder of an MLP; its weights have variance ``gain`` / fan-in, its biases are 0."""
 
@@ -185,15 +215,17 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT: characters (n, t) to logits (n, t, characters); embedding and head are not tied."""
+    """A GPT: symbols (n, t) to logits (n, t, symbols); embedding and head are not tied."""
 
-    def __init__(self, width: int = 64, heads: int = 4, blocks: int = 2, context: int = CONTEXT) -> None:
+    def __init__(
+        self, width: int = 64, heads: int = 4, blocks: int = 2, context: int = CONTEXT, symbols: int = CHARACTERS
+    ) -> None:
         super().__init__()
-        self.embedding, self.position = nn.Embedding(CHARACTERS, width), nn.Embedding(context, width)
+        self.embedding, self.position = nn.Embedding(symbols, width), nn.Embedding(context, width)
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, 0, 0.02)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CHARACTERS, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x) + self.position.weight[: x.shape[1]]

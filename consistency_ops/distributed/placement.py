@@ -164,6 +164,7 @@ class Placements:
                 if held & ours:
                     self.wrappers.append(weakref.ref(wrapper))
                     self._wrapper_ranks.update(dict.fromkeys(held, self._ranks_of(wrapper.process_group)))
+        layers = [layer for layer in layers if self._concerns(layer)]  # another optimizer may have the rest
         alone = [layer.name for layer in layers if self._place(layer) is None]
         if alone and dist.get_world_size() > 1:
             self._notices.once(
@@ -184,10 +185,17 @@ class Placements:
         self._process_groups.setdefault(ranks, group)
         return ranks
 
+    def _concerns(self, layer: Layer) -> bool:
+        """Whether this optimizer updates the weight of the layer."""
+        weight = layer.weight
+        return not (
+            weight is None or is_lazy(weight) or not self._owns(weight) or not weight.requires_grad or layer.tied
+        )
+
     def _place(self, layer: Layer) -> Placement | None:
         """None: the layer is this rank's own affair."""
         weight = layer.weight
-        if weight is None or is_lazy(weight) or not self._owns(weight) or not weight.requires_grad or layer.tied:
+        if weight is None or not self._concerns(layer):
             return None
         if weight.dim() < 2:
             return Placement(layer.name, reason=FLATTENED)

@@ -1,0 +1,224 @@
+"""The family of whitened coordinates in plain torch, for the search (``search``): the product has one member of it.
+
+For a layer with input rows X and weight gradient G (bias joined), by chunks of units that are drawn once:
+
+    M = A / tau + damping I,   A: running average of X^T X / n
+    G <- G M^-inner            before the optimizer's step
+    D <- D M^-outer            its displacement, after the step; then scaled to a norm
+
+With ``root="cholesky"`` and both powers 1/2, M^-1/2 is L^-T on the way in and L^-1 on the way out.  ``output`` does the
+same from the left with the second moment of the gradients of the layer's outputs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 20  # steps at the start in which the factors are renewed each time
+MAX_ROWS = 4096
+
+
+class CoveredLayer:
+    """One layer: its parameters as a matrix (rows, units), its averages and its factors."""
+
+    def __init__(self, module: nn.Module, bias: bool, chunk: int | None, generator: torch.Generator) -> None:
+        self.module = module
+        self.conv = isinstance(module, nn.Conv2d)
+        self.parameters = [module.weight, *([module.bias] if bias and module.bias is not None else [])]
+        self.units = module.weight.shape[1] + len(self.parameters) - 1
+        self.division = Division(self.units, chunk, generator)
+        self.left = Division(module.weight.shape[0], chunk, generator)
+        self.rows: Tensor | None = None
+        self.signals: Tensor | None = None
+        self.moment: Tensor | None = None
+        self.left_moment: Tensor | None = None
+        self.count = 0
+        self.factors: tuple[Tensor | None, Tensor | None] | None = None
+        self.left_factor: Tensor | None = None
+
+    def matrix(self, tensors: list[Tensor]) -> Tensor:
+        """Return weight (and bias) as rows; of a convolution every output channel and tap is a row, with its bias."""
+        weight = tensors[0]
+        if self.conv:
+            weight = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+        if len(tensors) == 1:
+            return weight
+        bias = tensors[1].repeat(len(weight) // len(tensors[1]))
+        return torch.cat([weight, bias[:, None]], 1)
+
+    def tensors(self, matrix: Tensor) -> list[Tensor]:
+        shape = self.module.weight.shape
+        found = [matrix[:, : shape[1]], *([matrix[:, -1]] if len(self.parameters) > 1 else [])]
+        if self.conv:
+            found[0] = found[0].reshape(*shape[2:], *shape[:2]).permute(2, 3, 0, 1)
+            found[1:] = [bias.view(-1, shape[0]).mean(0) for bias in found[1:]]
+        return found
+
+
+class Division:
+    """Units dealt to chunks of equal size, the last one padded."""
+
+    def __init__(self, units: int, chunk: int | None, generator: torch.Generator) -> None:
+        self.units = units
+        self.count = 1 if chunk is None else -(-units // chunk)
+        self.size = -(-units // self.count)
+        self.order = torch.randperm(units, generator=generator) if self.count > 1 else torch.arange(units)
+        self.back = self.order.argsort()
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(rows, units) to (chunks, rows, size)."""
+        x = nn.functional.pad(x[:, self.order], (0, self.count * self.size - self.units))
+        return x.view(len(x), self.count, self.size).transpose(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape(x.shape[1], -1)[:, : self.units][:, self.back]
+
+
+class Family:
+    """Steps optimizers in whitened coordinates of the layers of ``model``.
+
+    Args:
+        optimizers: step in between; together they hold all parameters.
+        inner, outer: powers of M in front of and behind the step; 0 leaves that side out.
+        root: ``"cholesky"`` (both powers 1/2) or ``"symmetric"``.
+        damping: in units of the mean eigenvalue, or with ``relative="largest"`` of the largest one.
+        decay: of the averages, corrected for their start at 0.
+        every: steps between two factors.
+        norm: of the mapped displacement of a layer: ``"keep"`` the optimizer's, ``"clip"`` to it, or ``"free"``.
+        chunk: largest number of units together; None: whole layers.
+        bias: whether the bias is a unit.
+        skip: patterns of names.
+        output: power on the output side, in front and behind (symmetric root, same damping, average and chunk).
+        output_inner: whether the output side acts in front, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        inner: float = 0.5,
+        outer: float = 0.5,
+        root: str = "cholesky",
+        damping: float = 0.1,
+        relative: str = "mean",
+        decay: float = 0.95,
+        every: int = 1,
+        norm: str = "keep",
+        chunk: int | None = 128,
+        bias: bool = True,
+        skip: tuple[str, ...] = (),
+        output: float = 0.0,
+        output_inner: bool = True,
+    ) -> None:
+        self.optimizers, self.inner, self.outer, self.root = optimizers, inner, outer, root
+        self.damping, self.relative, self.decay, self.every, self.norm = damping, relative, decay, every, norm
+        self.output, self.output_inner = output, output_inner
+        self.steps = 0
+        self.layers: list[CoveredLayer] = []
+        generator = torch.Generator().manual_seed(0)
+        for name, module in model.named_modules():
+            covered = isinstance(module, nn.Linear | nn.Conv2d)
+            if covered and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+                layer = CoveredLayer(module, bias, chunk, generator)
+                self.layers.append(layer)
+                module.register_forward_pre_hook(lambda module, args, layer=layer: self._keep(layer, args[0]))
+                if output:
+                    module.register_full_backward_hook(lambda m, i, o, layer=layer: self._keep_signals(layer, o[0]))
+
+    def _keep(self, layer: CoveredLayer, x: Tensor) -> None:
+        if layer.module.training:
+            layer.rows = sampled(x.detach(), layer.conv)
+
+    def _keep_signals(self, layer: CoveredLayer, signals: Tensor) -> None:
+        layer.signals = sampled(signals.detach(), layer.conv)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = {id(p): group for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        before = []
+        for layer in self.layers:
+            self._renew(layer)
+            gradient = layer.matrix([p.grad for p in layer.parameters])
+            for p, new in zip(layer.parameters, layer.tensors(self._mapped(layer, gradient, 0)), strict=True):
+                p.grad.copy_(new)
+            decays = [1 - (group := groups[id(p)])["lr"] * group.get("weight_decay", 0.0) for p in layer.parameters]
+            before.append([p * decay for p, decay in zip(layer.parameters, decays, strict=True)])
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for layer, old in zip(self.layers, before, strict=True):
+            moved = layer.matrix([p - b for p, b in zip(layer.parameters, old, strict=True)])
+            new = self._mapped(layer, moved, 1)
+            if self.norm != "free":
+                ratio = moved.norm() / new.norm().clamp(min=1e-30)
+                new = new * (ratio.clamp(max=1) if self.norm == "clip" else ratio)
+            for p, b, change in zip(layer.parameters, old, layer.tensors(new), strict=True):
+                p.copy_(b + change)
+        self.steps += 1
+
+    def _mapped(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
+        factor = layer.factors[side]
+        if factor is not None:
+            matrix = layer.division.join(layer.division.cut(matrix) @ factor)
+        if layer.left_factor is not None and (side == 1 or self.output_inner):
+            taps = matrix.view(-1, layer.left.units, matrix.shape[1])
+            parts = [layer.left.join(layer.left.cut(tap.T) @ layer.left_factor).T for tap in taps]
+            matrix = torch.cat(parts)
+        return matrix
+
+    def _renew(self, layer: CoveredLayer) -> None:
+        x = layer.rows
+        if len(layer.parameters) > 1:
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+        layer.count += 1
+        weight = (1 - self.decay) / (1 - self.decay**layer.count)
+        layer.moment = averaged(layer.moment, moments(layer.division.cut(x)), weight)
+        if self.output:
+            signals = layer.left.cut(layer.signals)
+            layer.left_moment = averaged(layer.left_moment, moments(signals), weight)
+        if layer.factors is not None and self.steps >= WARM_UP and self.steps % self.every:
+            return
+        damped = self._damped(layer.moment, layer.units)
+        if self.root == "cholesky":
+            eye = torch.eye(damped.shape[1])
+            lower = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(damped)[0], eye, upper=False)
+            layer.factors = lower.mT, lower
+        else:
+            values, vectors = torch.linalg.eigh(damped)
+            layer.factors = tuple(power(values, vectors, -p) for p in (self.inner, self.outer))
+        if self.output:
+            layer.left_factor = power(
+                *torch.linalg.eigh(self._damped(layer.left_moment, layer.left.units)), -self.output
+            )
+
+    def _damped(self, moment: Tensor, units: int) -> Tensor:
+        """M; padding has the eigenvalue of the damping."""
+        mean = moment.diagonal(dim1=1, dim2=2).sum() / units
+        scaled = moment / mean.clamp(min=1e-30)
+        damping = self.damping
+        if self.relative == "largest":
+            damping = damping * float(torch.linalg.eigvalsh(scaled).max())
+        return scaled + damping * torch.eye(scaled.shape[1])
+
+
+def sampled(x: Tensor, conv: bool) -> Tensor:
+    """Return at most ``MAX_ROWS`` rows (n, units), evenly spread."""
+    x = (x.movedim(1, -1) if conv else x).reshape(-1, x.shape[1] if conv else x.shape[-1])
+    return x[:: -(-len(x) // MAX_ROWS)]
+
+
+def moments(x: Tensor) -> Tensor:
+    return x.mT @ x / x.shape[1]
+
+
+def averaged(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
+    return new if old is None else old.lerp(new, weight)
+
+
+def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor | None:
+    if exponent == 0:
+        return None
+    return (vectors * values.clamp(min=1e-6).pow(exponent)[:, None, :]) @ vectors.mT

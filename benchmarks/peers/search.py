@@ -1,0 +1,141 @@
+"""The search for the best member of the family of whitened coordinates, one change at a time.
+
+    python -m benchmarks.peers.search [TASK ...] [--bases NAME ...] [--changes NAME ...] [--rates F ...] [--seeds N]
+
+Every run has the schedule of the whole trainings on fewer steps (``STEPS``) and the rate at which the product's own
+default does best there (``RATES``), times each of ``--rates``. It is judged at the end and after the first tenth.
+Every run is a JSON line in ``benchmarks/results/peers/full/search.jsonl``; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import DATA
+from benchmarks.micro.timing import command
+from benchmarks.peers.family import Family
+from benchmarks.peers.full import FOLDER, FULL, train
+from benchmarks.peers.optimizers import BASES, Step, corrected, plain, stepper
+from benchmarks.peers.runs import Store, versions
+
+STEPS = {"deep-mlp": 200, "autoencoder": 300, "char-gpt": 240, "fashion-convnet": 240}
+RATES = {  # the middle of the rates at which base and whitened base do best
+    ("deep-mlp", "adamw"): 0.017,
+    ("deep-mlp", "muon"): 0.018,
+    ("autoencoder", "adamw"): 0.01,
+    ("autoencoder", "muon"): 0.017,
+    ("char-gpt", "adamw"): 0.01,
+    ("char-gpt", "muon"): 0.03,
+    ("fashion-convnet", "adamw"): 0.01,
+    ("fashion-convnet", "muon"): 0.01,
+}
+OUTER: dict[str, object] = {"inner": 0.0, "root": "symmetric"}
+CHANGES: dict[str, dict[str, object]] = {
+    "whitened": {},
+    "outer half alone": OUTER,
+    "outer half alone, damping 0.3": OUTER | {"damping": 0.3},
+    "outer half alone, damping 1": OUTER | {"damping": 1.0},
+    "outer half alone, every 10": OUTER | {"every": 10},
+    "inner half alone": {"outer": 0.0, "root": "symmetric"},
+    "symmetric root": {"root": "symmetric"},
+    **{f"damping {value:g}": {"damping": value} for value in (0.003, 0.01, 0.03, 0.3, 1.0)},
+    **{f"damping {value:g} of the largest": {"damping": value, "relative": "largest"} for value in (0.001, 0.01)},
+    **{f"decay {value:g}": {"decay": value} for value in (0.0, 0.9, 0.98, 0.99)},
+    "every 10": {"every": 10},
+    "every 32": {"every": 32},
+    "norm clipped": {"norm": "clip"},
+    "norm free": {"norm": "free"},
+    "chunk 64": {"chunk": 64},
+    "whole layers": {"chunk": None},
+    "bias left alone": {"bias": False},
+    "powers 1/4": {"inner": 0.25, "outer": 0.25, "root": "symmetric"},
+    "outer power 3/4, inner 1/4": {"inner": 0.25, "outer": 0.75, "root": "symmetric"},
+    "outer power 1/4 alone": {"inner": 0.0, "outer": 0.25, "root": "symmetric"},
+    "first layer left out": {"skip": ("1", "blocks.0.qkv")},
+    "head left out": {"skip": ("head",)},
+    "down projections left out": {"skip": ("*.down",)},
+    "output side too": {"output": 0.5, "root": "symmetric"},
+    "output side too, power 1/4": {"output": 0.25, "root": "symmetric"},
+    "outer halves of both sides": OUTER | {"output": 0.5, "output_inner": False},
+    "outer halves of both sides, output 1/4": OUTER | {"output": 0.25, "output_inner": False},
+}
+REFERENCES = {"base": plain, "corrected": corrected}
+
+
+def build_family(base: str):
+    """Return a builder of ``base`` in the family's coordinates."""
+
+    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
+        optimizer = BASES[base](model, lr)
+        parts = getattr(optimizer, "parts", [optimizer])
+        family = Family(model, parts, **options)
+        step = stepper(model, family.step)
+        step.keep = [*parts, family]
+        return step
+
+    return build
+
+
+def main() -> None:
+    names = [*REFERENCES, *CHANGES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(STEPS), metavar="TASK", help=", ".join(STEPS))
+    parser.add_argument("--bases", nargs="+", choices=("adamw", "muon"), default=["muon", "adamw"])
+    parser.add_argument("--changes", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0], help="factors of the rate")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
+    parser.add_argument("--data-dir", type=Path, default=DATA)
+    parser.add_argument("--out", type=Path, default=FOLDER / "search.jsonl")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    store = Store(options.out)
+    deadline = time.time() + 60 * options.minutes
+    for task in options.tasks:
+        split = FULL[task].load(options.data_dir)
+        for base in options.bases:
+            for name in options.changes:
+                for share in options.rates:
+                    for seed in range(options.first_seed, options.first_seed + options.seeds):
+                        if time.time() > deadline:
+                            return
+                        run(store, task, base, name, float(f"{RATES[task, base] * share:.2g}"), seed, split)
+
+
+def run(store: Store, task: str, base: str, name: str, lr: float, seed: int, split) -> dict:
+    """Return the stored run, or make and store a new one."""
+    change = CHANGES.get(name, {})
+    setting = {"lr": lr, **change}
+    steps = STEPS[task]
+    key = dict(task=task, optimizer=base, phase=name, setting=setting, seed=seed, steps=steps)
+    if found := store.find(**(key | {"setting": _plain(setting)})):
+        return found
+    build = REFERENCES[name](base) if name in REFERENCES else build_family(base)
+    record = train(task, FULL[task], build, setting, split, seed, steps, trial=False)
+    made = (key | {"setting": _plain(setting)}) | record | {"batch": FULL[task].batch}
+    made["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    made["machine"], made["command"] = versions(), command()
+    store.add(made)
+    print(
+        f"{time.strftime('%H:%M:%S')} {task} {base} {name} {lr:g} seed {seed}: tenth {record['curve'][2:3]}, "
+        f"end {record['curve'][-1]}, train {record.get('train_loss')} {record['failure'] or ''}",
+        flush=True,
+    )
+    return made
+
+
+def _plain(setting: dict) -> dict:
+    """``setting`` as JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in setting.items()}
+
+
+if __name__ == "__main__":
+    main()
