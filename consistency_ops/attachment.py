@@ -24,6 +24,7 @@ from .engine.notices import Notices, Vigil, some
 from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_private
 from .engine.ownership import Ownership
 from .engine.state import StateStore
+from .ops.checks import type_name
 from .reporting.stats import notice_failures
 
 
@@ -141,7 +142,7 @@ class Attachment:
             if calls > 1:
                 raise RuntimeError(
                     "Preconditioner: optimizer must call its closure once a step, got a second call by "
-                    f"{type(optimizer).__name__}"
+                    f"{type_name(optimizer)}"
                 )
             loss = closure()
             self.correct()

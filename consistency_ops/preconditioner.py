@@ -18,11 +18,11 @@ from .engine.correction import Correction, CorrectionOptions, check, is_int
 from .engine.discovery import OWN_FORWARD, UNKNOWN, find_layers, find_new_layers
 from .engine.failed_forward import FailedForward
 from .engine.notices import Notices, end, some
-from .engine.optimizers import find_optimizers, refuse_private_model, type_name
+from .engine.optimizers import find_optimizers, refuse_private_model
 from .engine.state import StateStore, on_host
 from .engine.whitening import WhiteningCorrection
 from .ops.arguments import Scaling
-from .ops.checks import check_module, check_names
+from .ops.checks import check_module, check_names, type_name
 from .reporting.stats import Stats, stats, write_scalars
 from .reporting.summary import LayerFacts, summary
 
@@ -271,7 +271,7 @@ class Preconditioner:
             TypeError: ``mask`` is not a tensor of bool.
         """
         if mask is not None and not (isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.dim() > 0):
-            got = f"dtype {mask.dtype}, {mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+            got = f"dtype {mask.dtype}, {mask.dim()} dimensions" if isinstance(mask, Tensor) else type_name(mask)
             raise TypeError(f"Preconditioner.mask_rows: mask must be a bool tensor or None, got {got}")
         rows = None if mask is None else RowMask(mask)
         for attachment in self._attachments:
@@ -319,7 +319,7 @@ class Preconditioner:
                 "optimizer.load_state_dict restores the preconditioner, too"
             )
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"Preconditioner: state_dict must be a dict, got {type(state_dict).__name__}")
+            raise TypeError(f"Preconditioner: state_dict must be a dict, got {type_name(state_dict)}")
         version: Any = state_dict.get("version")
         step: Any = state_dict.get("step")
         saved: Any = state_dict.get("layers")

@@ -6,8 +6,10 @@ import hashlib
 import http.server
 import io
 import pickle
+import struct
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -157,6 +159,96 @@ def test_images_in_an_archive_and_a_limit(tmp_path):
         assert match.sum() == 1 and whole.train_y[match] == y
 
 
+def test_grey_images_of_16_bits_keep_their_upper_byte(tmp_path):
+    """Pillow's own conversion clips at 255, so that x-rays and depth maps would be white."""
+    rng = np.random.default_rng(0)
+    images = {
+        f"{part}/{name}/{i}.png": rng.integers(0, 65536, (28, 28)).astype(np.uint16)
+        for part in ("train", "test")
+        for name in ("cat", "dog")
+        for i in range(3)
+    }
+    for file, pixels in images.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    loaded = data.load("mnist", tmp_path)
+    wanted = np.stack([images[f"train/{name}/{i}.png"] >> 8 for name in ("cat", "dog") for i in range(3)])
+    assert np.array_equal(loaded.train_x[:, 0].numpy(), wanted)
+    (tmp_path / "train/cat/0.png").write_bytes(png(random_images(1, (1, 28, 28))[0][0]))  # depths may be mixed
+    assert data.load("mnist", tmp_path).train_x[1:].equal(loaded.train_x[1:])
+    path = tmp_path / "train/cat/0.png"
+    for mode in ("LA", "RGBA"):
+        grey = Image.fromarray(np.full((28, 28), 200, np.uint8)).convert("L")
+        grey.convert(mode).save(path)
+        assert (data.load("mnist", tmp_path).train_x[0] == 200).all(), mode
+    wide = Image.fromarray(np.full((28, 28), 200 << 8, np.int32))  # what older versions of Pillow open
+    assert wide.mode == "I" and np.asarray(formats.eight_bits(wide, "a.png")).max() == 200
+    with pytest.raises(DataError, match=r"a\.png: pixels must have 8 or 16 bits, got values from 70000 to 70000"):
+        formats.eight_bits(Image.fromarray(np.full((28, 28), 70_000, np.int32)), "a.png")
+
+
+def png_of_16_bits(pixels):
+    """Colours (H, W, 3), uint16, which Pillow reads and does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(raw)) + kind + raw + struct.pack(">I", zlib.crc32(kind + raw)) for kind, raw in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_colours_of_16_bits_and_grey_of_16_bits_as_colour(tmp_path):
+    rng = np.random.default_rng(0)
+    grey, colours = (rng.integers(0, 65536, (32, 32, *last)).astype(np.uint16) for last in ((), (3,)))
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.fromarray(grey).save(tmp_path / part / "cat" / "0.png")
+        (tmp_path / part / "cat" / "1.png").write_bytes(png_of_16_bits(colours))
+    loaded = data.load("cifar10", tmp_path).train_x.numpy()
+    assert np.array_equal(loaded[0], np.stack([grey >> 8] * 3))
+    assert np.array_equal(loaded[1], (colours >> 8).transpose(2, 0, 1))
+
+
+CLUTTER = {  # what other systems leave in a folder
+    "train/.DS_Store": b"\0\0\0\1Bud1",
+    "train/class0/.DS_Store": b"\0\0\0\1Bud1",
+    "train/class0/._0000.png": b"\0\5\x16\7\0\2\0\0Mac OS X",
+    "train/class0/Thumbs.db": b"\xd0\xcf\x11\xe0",
+    "train/class0/desktop.ini": b"[.ShellClassInfo]",
+    "train/.ipynb_checkpoints/0000-checkpoint.png": b"",
+    "test/@eaDir/0000.png": b"",
+    "__MACOSX/train/class0/._0000.png": b"\0\5\x16\7",
+    "__MACOSX/train/class0/0000.png": b"\0\5\x16\7",
+    "._images.tar.xz": b"\0\5\x16\7",
+    "readme.txt": b"images",
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_that_other_systems_leave_behind_are_no_images(tmp_path, packed):
+    folder = tmp_path / ".cache" / "data"  # hidden itself, which is nobody's concern
+    folder.mkdir(parents=True)
+    train, test = random_images(6, (3, 32, 32)), random_images(4, (3, 32, 32), seed=1)
+    train[1][:], test[1][:] = np.arange(6) % 2, np.arange(4) % 2
+    files = CLUTTER | image_files(train, test)
+    if packed:
+        write_tar(folder / "images.tar.xz", {f"./{name}": raw for name, raw in files.items()}, "w:xz")
+        (folder / "._images.tar.xz").write_bytes(b"\0\5\x16\7")
+    else:
+        for file, raw in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(raw)
+    orders = [np.argsort(labels, kind="stable") for _, labels in (train, test)]
+    wanted = [(x[order], y[order]) for (x, y), order in zip((train, test), orders, strict=True)]
+    assert_holds(data.load("cifar10", folder), *wanted)
+
+
 def test_limit_keeps_the_same_images_every_time(tmp_path):
     write_idx(tmp_path, random_images(50, (1, 28, 28)), random_images(20, (1, 28, 28)))
     first, again = (data.load("mnist", tmp_path, limit=12) for _ in range(2))
@@ -198,6 +290,7 @@ def damaged_idx():
         "a label of 10": (1, idx([10, 0, 1, 2, 3, 4]), r"must be in \[0, 10\), got 0 to 10"),
         "too few labels": (1, idx([0, 1]), "2 labels for 6 images"),
         "no images": (0, idx(np.zeros((0, 28, 28))), "6 labels for 0 images"),
+        "no pixels": (0, idx(np.zeros((6, 0, 28))), "images must have pixels, got 0 x 28"),
     }
 
 
@@ -320,9 +413,11 @@ def test_damaged_images(tmp_path):
     data.load("cifar10", tmp_path)
     broken = tmp_path / "train" / "cat" / "0001.png"
     whole = broken.read_bytes()
-    broken.write_bytes(whole[:100])
-    with pytest.raises(DataError, match=r"0001\.png: is not a readable image"):
-        data.load("cifar10", tmp_path)
+    for raw in (whole[:100], b"", b"GIF"):
+        broken.write_bytes(raw)
+        with pytest.raises(DataError, match=r"0001\.png: is not a readable image") as caught:
+            data.load("cifar10", tmp_path)
+        assert str(caught.value).count(str(tmp_path)) == 1
     broken.write_bytes(png(random_images(1, (3, 16, 16))[0][0]))
     with pytest.raises(DataError, match=r"0001\.png: images must be 32 x 32 pixels, got 16 x 16"):
         data.load("cifar10", tmp_path)

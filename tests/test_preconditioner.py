@@ -193,7 +193,9 @@ def test_several_calls_of_the_closure_are_refused():
     model = mlp()
     optimizer = Twice(model.parameters(), lr=0.1)
     Preconditioner(model, optimizer)
-    with pytest.raises(RuntimeError, match="must call its closure once a step, got a second call by Twice"):
+    with pytest.raises(
+        RuntimeError, match="must call its closure once a step, got a second call by test_preconditioner.Twice"
+    ):
         optimizer.step(lambda: backward(model, *data()))
     with pytest.raises(ValueError, match="optimizer must be one that evaluates the gradient once a step"):
         Preconditioner(mlp(), torch.optim.LBFGS(mlp().parameters()))

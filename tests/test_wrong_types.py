@@ -12,6 +12,7 @@ from consistency_ops import nn as conn
 from consistency_ops import optim
 from consistency_ops.engine import layer_types
 from consistency_ops.experimental import ResidualNoise, decorrelate_fft, decorrelate_im2col
+from consistency_ops.ops.checks import shown
 
 GRAD, INPUTS = torch.randn(5, 20), torch.randn(30, 20)
 KERNEL, IMAGES = torch.randn(4, 3, 3, 3), torch.randn(2, 3, 8, 8)
@@ -144,10 +145,10 @@ TENSORS = {  # name in the message: a call with the argument under test
 
 @pytest.mark.parametrize("argument", TENSORS)
 def test_tensors(argument):
-    for value in (3, "x", [[1.0, 2.0]], np.ones((2, 3))):
+    for value, got in ((3, "int"), ("x", "str"), ([[1.0, 2.0]], "list"), (np.ones((2, 3)), "numpy.ndarray")):
         with pytest.raises(TypeError) as caught:
             TENSORS[argument](value)
-        assert str(caught.value) == f"{argument} must be a Tensor, got {type(value).__name__}"
+        assert str(caught.value) == f"{argument} must be a Tensor, got {got}"
 
 
 MODULES = {
@@ -167,10 +168,10 @@ MODULES = {
 
 @pytest.mark.parametrize("owner", MODULES)
 def test_modules(owner):
-    for value in (None, 3, "model", nn.Linear):
+    for value, got in ((None, "NoneType"), (3, "int"), ("model", "str"), (nn.Linear, "the class Linear")):
         with pytest.raises(TypeError) as caught:
             MODULES[owner](value)
-        assert str(caught.value) == f"{owner}: model must be a torch.nn.Module, got {type(value).__name__}"
+        assert str(caught.value) == f"{owner}: model must be a torch.nn.Module, got {got}"
 
 
 NAMES = {
@@ -186,3 +187,25 @@ def test_names(argument):
         with pytest.raises(TypeError) as caught:
             NAMES[argument](value)
         assert str(caught.value).startswith(f"{argument} must be names, patterns or types, got "), caught.value
+
+
+def test_a_message_names_the_class_of_what_was_given_and_never_prints_it():
+    model, optimizer = mlp(), sgd(mlp())
+    given = (model, optimizer, torch.ones(50, 50), [model] * 3, {"a": model}, np.ones((30, 30)), "x" * 500)
+    for value in given:
+        for owner, (call, numbers, integers) in CALLS.items():
+            for name in (*numbers.split(), *integers.split()):
+                with pytest.raises((TypeError, ValueError)) as caught:
+                    call(**{name: value})
+                assert "\n" not in str(caught.value) and len(str(caught.value)) < 250, (owner, name, caught.value)
+        calls = {} if isinstance(value, torch.Tensor) else TENSORS
+        if not isinstance(value, str | dict):  # a name is allowed there, and so are the names of a dict
+            calls = calls | NAMES
+        for argument, call in calls.items():
+            with pytest.raises((TypeError, ValueError)) as caught:
+                call(value)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 250, (argument, caught.value)
+    assert shown(model) == "Sequential" and shown(sgd) == "function" and shown(nn.Linear) == "the class Linear"
+    assert shown(co.nn.Modulus()) == "consistency_ops.nn.modulus.Modulus"
+    assert shown((1, "a")) == "tuple (1, 'a')" and shown([model] * 20) == "list of 20"
+    assert len(shown("x" * 500)) == 80 and shown({"a": optimizer}) == "dict ('a': SGD)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import layer_type
-from ..ops.checks import check_integers, check_numbers
+from ..ops.checks import check_integers, check_numbers, shown
 from .recorder import Layers, Point, Recorder, weighted
 from .results import COLOURS, Result, figure, log_scale, over_layers
 from .second_moment import SecondMoment, chunks_of, unit_rows
@@ -65,7 +65,7 @@ class LayerConditioning(Result):
 
     def spectrum(self, which: str = "input", point: int = -1) -> list[float]:
         if which not in SPECTRA:
-            raise ValueError(f"conditioning: spectrum must be one of {', '.join(SPECTRA)}, got {which!r}")
+            raise ValueError(f"conditioning: spectrum must be one of {', '.join(SPECTRA)}, got {shown(which)}")
         spectra: list[list[float]] = getattr(self, which)
         return spectra[point]
 
@@ -158,11 +158,11 @@ class ConditioningRecorder(Recorder):
         if not 0 <= damping < math.inf:
             raise ValueError(f"conditioning: damping must be finite and at least 0, got {damping}")
         if scaling not in ("absolute", "trace"):
-            raise ValueError(f"conditioning: scaling must be 'absolute' or 'trace', got {scaling!r}")
+            raise ValueError(f"conditioning: scaling must be 'absolute' or 'trace', got {shown(scaling)}")
         if chunk < 1:
             raise ValueError(f"conditioning: chunk must be at least 1, got {chunk}")
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"conditioning: reduction must be 'mean' or 'sum', got {reduction!r}")
+            raise ValueError(f"conditioning: reduction must be 'mean' or 'sum', got {shown(reduction)}")
         super().__init__(model, layers, every, average, weighted)
         self.max_rows: int | None = max_rows
         self.damping: float = damping

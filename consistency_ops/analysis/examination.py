@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import type_name
 from .activation_statistics import activation_statistics
 from .conditioning import conditioning
 from .findings import Finding, Measurements, find
@@ -79,7 +80,7 @@ def analyse(
         output = model(*inputs)
         value = loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            got = tuple(value.shape) if isinstance(value, Tensor) else type_name(value)
             raise TypeError(f"analyse: loss must return a tensor with one element, got {got}")
         value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     tensor = first_tensor(output)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..ops.checks import check_module
+from ..ops.checks import check_module, shown, type_name
 from .lipschitz_factor import Factor, Rule, Unbounded
 from .lipschitz_graph import Network
 from .lipschitz_rules import has_rule
@@ -154,7 +154,7 @@ def lipschitz_bound(
     check_module("lipschitz_bound", model)
     given = rules.items() if isinstance(rules, Mapping) else [(rules, None)] * (rules is not None)
     if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
-        raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {rules!r}")
+        raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {shown(rules)}")
     if type(model).__name__ == "OptimizedModule":  # what torch.compile returns: the same function
         model = model.get_submodule("_orig_mod")
     ruled = has_rule(model) or isinstance(model, tuple(rules or ()))
@@ -337,10 +337,10 @@ def certified_radius(
     """
     for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor) and not (name == "targets" and value is None):
-            raise TypeError(f"certified_radius: {name} must be a Tensor, got {type(value).__name__}")
+            raise TypeError(f"certified_radius: {name} must be a Tensor, got {type_name(value)}")
     bound = lipschitz_bound(model, inputs[:1]) if bound is None else bound
     if not isinstance(bound, LipschitzBound | int | float):
-        raise TypeError(f"certified_radius: bound must be a LipschitzBound or a number, got {type(bound).__name__}")
+        raise TypeError(f"certified_radius: bound must be a LipschitzBound or a number, got {type_name(bound)}")
     if not isinstance(bound, LipschitzBound) and not bound > 0:
         raise ValueError(f"certified_radius: bound must be positive, got {bound}")
     log_bound = bound.log_folded if isinstance(bound, LipschitzBound) else math.log(bound)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..nn.plain_layers import table_type
+from ..ops.checks import shown
 from .lipschitz_factor import Factor, Rule, Site, Unbounded
 from .lipschitz_rules import (
     ELEMENTWISE,
@@ -61,7 +62,7 @@ class Network:
             except NotImplementedError:
                 raise
             except RuntimeError as error:
-                shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in example)
+                shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else shown(x) for x in example)
                 reason = _first_line(error.__cause__ or error)
                 raise ValueError(f"lipschitz_bound: example must fit the model, got {shapes} ({reason})") from error
         self.nodes: list[fx.Node] = list(graph.nodes)
@@ -229,7 +230,9 @@ class Network:
 
 def _checked(node: fx.Node, value: Any) -> float:
     if not isinstance(value, float | int) or not value >= 0:
-        raise ValueError(f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {value!r}")
+        raise ValueError(
+            f"lipschitz_bound: rules: the constant of {node.target} must be at least 0, got {shown(value)}"
+        )
     return float(value)
 
 

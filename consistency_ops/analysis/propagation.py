@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn import BatchRMSNorm
-from ..ops.checks import check_integers, check_numbers
+from ..ops.checks import check_integers, check_numbers, shown, type_name
 from .jacobian import Block
 from .recorder import Layers, choose, first_tensor, unrecorded, weighted
 from .results import COLOURS, Result, figure, log_scale, over_layers
@@ -145,7 +145,7 @@ class _Tape:
         self.output = output
         end = first_tensor(output)
         if end is None:
-            raise TypeError(f"propagation: the model must return a floating-point tensor, got {type(output).__name__}")
+            raise TypeError(f"propagation: the model must return a floating-point tensor, got {type_name(output)}")
         self.end = end
 
     def _keep(self, name: str, tensor: Tensor) -> None:
@@ -209,7 +209,7 @@ def propagation(
     """
     chosen = choose("propagation", model, layers, weighted)
     if to not in ("next", "output"):
-        raise ValueError(f"propagation: to must be 'next' or 'output', got {to!r}")
+        raise ValueError(f"propagation: to must be 'next' or 'output', got {shown(to)}")
     if not inputs:
         raise TypeError("propagation: inputs are missing; call propagation(model, x, ...)")
     check_integers("propagation", samples=samples, exact=exact, steps=steps, seed=seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import layer_type
-from ..ops.checks import check_module
+from ..ops.checks import check_module, shown
 
 Layers = Sequence[str | type[nn.Module]] | None
 Self = TypeVar("Self", bound="Recorder")  # typing's own from Python 3.11 on
@@ -60,12 +60,12 @@ def choose(what: str, model: nn.Module, layers: Layers, default: Callable[[nn.Mo
     found = {}
     for rule in layers if isinstance(layers, Iterable) else (layers,):
         if not isinstance(rule, str | type):
-            raise TypeError(f"{what}: layers must be names, patterns or types, got {rule!r}")
+            raise TypeError(f"{what}: layers must be names, patterns or types, got {shown(rule)}")
         fits = {
             n: m for n, m in named.items() if (isinstance(m, rule) if isinstance(rule, type) else fnmatchcase(n, rule))
         }
         if not fits:
-            raise ValueError(f"{what}: layers: {rule!r} matches no module of the model")
+            raise ValueError(f"{what}: layers: {shown(rule)} matches no module of the model")
         found |= fits
     return {name: module for name, module in named.items() if name in found}
 
@@ -158,7 +158,7 @@ class Recorder:
     ) -> None:
         for name, value in (("every", every), ("average", average)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self.what}: {name} must be a whole number, at least 1, got {value!r}")
+                raise ValueError(f"{self.what}: {name} must be a whole number, at least 1, got {shown(value)}")
         chosen = choose(self.what, model, layers, default)
         self.names: list[str] = list(chosen)
         self.kinds: list[str] = [type(module).__name__ for module in chosen.values()]

@@ -200,10 +200,10 @@ def _batch_member(archive: Path, files: dict[str, bytes], name: str) -> bytes:
 
 def _image_folder(directory: Path, shape: tuple[int, int, int], limit: int | None) -> tuple[Arrays, Arrays, str] | None:
     names = [
-        str(path.relative_to(directory))
+        name
         for part in ("train", "test")
         for path in sorted(directory.glob(f"{part}/*/*"))
-        if formats.image_entry(str(path))
+        if formats.image_entry(name := str(path.relative_to(directory)))
     ]
     if not names:
         return None
@@ -213,7 +213,11 @@ def _image_folder(directory: Path, shape: tuple[int, int, int], limit: int | Non
 def _image_archive(
     directory: Path, shape: tuple[int, int, int], limit: int | None
 ) -> tuple[Arrays, Arrays, str] | None:
-    archives = ((path, formats.read_tar(path, formats.image_entry)) for path in sorted(directory.glob("*.tar*")))
+    archives = (
+        (path, formats.read_tar(path, formats.image_entry))
+        for path in sorted(directory.glob("*.tar*"))
+        if not formats.is_hidden(path.name)
+    )
     archive, files = next((pair for pair in archives if pair[1]), (directory, {}))
     if not files:
         return None

@@ -13,10 +13,11 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..ops.checks import type_name
 from .errors import DataError
 
 try:
@@ -33,6 +34,9 @@ _IDX_MAGIC = {3: 0x00000803, 1: 0x00000801}  # unsigned bytes; the last byte is 
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and blue planes
 _AGAIN = "delete it and fetch it again"
+_LEFT_BEHIND = frozenset(
+    {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
+)
 
 
 def check_labels(labels: np.ndarray, count: int, classes: int, source: object) -> np.ndarray:
@@ -64,6 +68,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             f"in {len(raw)} bytes; {_AGAIN}."
         )
     shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, offset=4))
+    if 0 in shape[1:]:
+        raise DataError(f"{path}: images must have pixels, got {shape[1]} x {shape[2]}; {_AGAIN}.")
     expected = int(np.prod(shape, dtype=object))
     if len(raw) - header != expected:
         raise DataError(f"{path}: the header promises {expected} bytes of data, got {len(raw) - header}; {_AGAIN}.")
@@ -116,7 +122,7 @@ def parse_cifar_pickle(raw: bytes, source: object, classes: int = 10) -> Arrays:
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(f"{source}: is not a CIFAR-10 python batch ({error}); {_AGAIN}.") from None
     if not isinstance(batch, dict):
-        raise DataError(f"{source}: a CIFAR-10 python batch is a dictionary, got {type(batch).__name__}; {_AGAIN}.")
+        raise DataError(f"{source}: a CIFAR-10 python batch is a dictionary, got {type_name(batch)}; {_AGAIN}.")
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
     if not {"data", "labels"} <= fields.keys():
         raise DataError(
@@ -124,7 +130,7 @@ def parse_cifar_pickle(raw: bytes, source: object, classes: int = 10) -> Arrays:
         )
     data = fields["data"]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_CIFAR_RECORD - 1,):
-        what = f"{data.dtype} of shape {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        what = f"{data.dtype} of shape {data.shape}" if isinstance(data, np.ndarray) else type_name(data)
         raise DataError(f"{source}: data must be uint8 of shape (N, {_CIFAR_RECORD - 1}), got {what}; {_AGAIN}.")
     try:
         labels = np.asarray(fields["labels"])
@@ -177,9 +183,33 @@ def read_tar(path: Path, wanted: Callable[[str], object]) -> dict[str, bytes]:
 def image_entry(name: str) -> tuple[str, str] | None:
     """Return ``(part, class)`` of a path that ends in ``train|test/class/file.jpg|png``, else None."""
     pieces = Path(name).parts
-    if len(pieces) >= 3 and pieces[-3] in ("train", "test") and pieces[-1].lower().endswith(IMAGE_SUFFIXES):
-        return pieces[-3], pieces[-2]
-    return None
+    if len(pieces) < 3 or pieces[-3] not in ("train", "test") or any(map(is_hidden, (*pieces[-2:], *pieces[:-3]))):
+        return None
+    return (pieces[-3], pieces[-2]) if pieces[-1].lower().endswith(IMAGE_SUFFIXES) else None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that other systems leave beside the data: ``._1.png``, ``__MACOSX`` and so on.
+
+    ``.DS_Store``, ``.ipynb_checkpoints`` and the ``._`` files of macOS begin with a dot; ``Thumbs.db`` and
+    ``desktop.ini`` of Windows, ``@eaDir`` of network disks do not.
+    """
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _LEFT_BEHIND
+
+
+def eight_bits(image: Any, name: str) -> Any:
+    """An image of 16 bits a pixel as one of 8: the upper byte. Pillow's own conversion would clip it, mostly to white.
+
+    Pillow opens grey PNG files of 16 bits as I;16, and older versions of it as I; colours of 16 bits it halves itself.
+    """
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise DataError(f"{name}: pixels must have 8 or 16 bits, got values from {values.min()} to {values.max()}.")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def decode_images(
@@ -197,9 +227,12 @@ def decode_images(
     for i, (name, class_name, open_file) in enumerate(files):
         try:
             with Image.open(open_file()) as image:
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+                pixels = np.asarray(eight_bits(image, name).convert("L" if channels == 1 else "RGB"))
+        except DataError:
+            raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
-            raise DataError(f"{name}: is not a readable image ({error}); {_AGAIN}.") from None
+            reason = str(error).partition(" <_io.")[0].partition(" '/")[0]  # the file is named already
+            raise DataError(f"{name}: is not a readable image ({reason}); {_AGAIN}.") from None
         if pixels.shape[:2] != (height, width):
             raise DataError(
                 f"{name}: images must be {width} x {height} pixels, got {pixels.shape[1]} x {pixels.shape[0]}; "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..analysis.recorder import first_tensor
+from ..ops.checks import type_name
 from . import data, models
 from .errors import UserError
 
@@ -92,7 +93,7 @@ def _imported(args: Namespace) -> Subject:
     if not isinstance(model, nn.Module):
         raise UserError(
             f"--import: {args.import_} must return a torch.nn.Module, or (module, inputs[, targets]), "
-            f"got {type(model).__name__}."
+            f"got {type_name(model)}."
         )
     inputs = rest[0] if rest else _inputs(args)
     targets = rest[1] if len(rest) > 1 else None
@@ -167,7 +168,7 @@ def _restore(model: nn.Module, path: Path) -> None:
             state = state[key]
             break
     if not isinstance(state, dict):
-        raise UserError(f"--checkpoint: {path}: must hold a state_dict, got {type(state).__name__}.")
+        raise UserError(f"--checkpoint: {path}: must hold a state_dict, got {type_name(state)}.")
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     try:
         model.load_state_dict(state)

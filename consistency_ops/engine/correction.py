@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..ops.arguments import Scaling
-from ..ops.checks import MAX_WIDTH
+from ..ops.checks import MAX_WIDTH, shown
 from ..ops.correction import launch_correction
 from .digests import digest
 from .dtensors import is_dtensor
@@ -411,7 +411,7 @@ def largest(tensors: list[Tensor]) -> Tensor:
 
 def check(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"Preconditioner: {name} must be {requirement}, got {value!r}")
+        raise ValueError(f"Preconditioner: {name} must be {requirement}, got {shown(value)}")
 
 
 def check_damping(value: float, where: str = "") -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from ..ops.checks import check_integers
+from ..ops.checks import check_integers, shown
 from .dtensors import is_dtensor, local, local_rows, shards_rows
 
 if TYPE_CHECKING:
@@ -169,15 +169,15 @@ def register(
             co.layers.register(Conv1D, matrix=lambda weight: weight.T)
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"register: module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+        raise TypeError(f"register: module_type must be a subclass of torch.nn.Module, got {shown(module_type)}")
     check_integers("register", unit_dim=unit_dim)
     for name, value in (("weight", weight), ("bias", bias)):
         if not isinstance(value, str) and not (name == "bias" and value is None):
-            raise TypeError(f"register: {name} must be the name of a parameter, got {value!r}")
+            raise TypeError(f"register: {name} must be the name of a parameter, got {shown(value)}")
     if not (groups is None or isinstance(groups, str)):
-        raise TypeError(f"register: groups must be the name of an attribute, got {groups!r}")
+        raise TypeError(f"register: groups must be the name of an attribute, got {shown(groups)}")
     if not (matrix is None or callable(matrix)):
-        raise TypeError(f"register: matrix must be a function of the weight, got {matrix!r}")
+        raise TypeError(f"register: matrix must be a function of the weight, got {shown(matrix)}")
     if unit_dim >= 0:
         raise ValueError(f"register: unit_dim must be negative (it counts from the last dimension), got {unit_dim}")
     _TYPES[module_type] = LayerType(unit_dim, weight, bias, matrix, groups=groups)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ..ops.checks import type_name
+
 # Where wrappers keep the optimizer that they wrap, and containers those that they hold.
 _INNER = "optimizer", "base_optimizer", "_base_optimizer", "original_optimizer", "optim", "opt", "_optimizer", "base"
 _CONTAINED = "optimizers", "optimizer_dict"
@@ -199,13 +201,6 @@ def refuse_private(parameter: Tensor, name: str) -> None:
 def is_private(parameter: Tensor | None) -> bool:
     """Whether opacus has marked a parameter."""
     return parameter is not None and ("grad_sample" in parameter.__dict__ or "_norm_sample" in parameter.__dict__)
-
-
-def type_name(value: object) -> str:
-    """Module and name of the type, or the name alone for types of torch."""
-    kind = type(value)
-    own = kind.__module__.split(".")[0] in ("torch", "builtins")
-    return kind.__qualname__ if own else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _has_load_hooks(optimizer: Optimizer) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.checks import check_integers, check_numbers, check_tensor
+from ..ops.checks import check_integers, check_numbers, check_tensor, shown
 
 
 @torch.no_grad()
@@ -130,5 +130,5 @@ def _compute(grad: Tensor) -> torch.dtype:
 def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{op}: {name} must be an integer or a pair of integers, at least {least}, got {value!r}")
+        raise ValueError(f"{op}: {name} must be an integer or a pair of integers, at least {least}, got {shown(value)}")
     return pair[0], pair[1]

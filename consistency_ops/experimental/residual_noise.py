@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from ..ops.checks import check_module, check_names, check_numbers
+from ..ops.checks import check_module, check_names, check_numbers, shown, type_name
 
 
 class ResidualNoise:
@@ -51,7 +51,7 @@ class ResidualNoise:
         wanted = check_names("ResidualNoise", "layers", layers)
         meant = [module for name, module in model.named_modules() if _is_meant(name, module, wanted)]
         if not meant:
-            raise ValueError(f"ResidualNoise: layers must name modules of the model, got {wanted}")
+            raise ValueError(f"ResidualNoise: layers must name modules of the model, got {shown(wanted)}")
         self._handles = [module.register_forward_hook(self._after_forward) for module in meant]
 
     def remove(self) -> None:
@@ -61,7 +61,7 @@ class ResidualNoise:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
-            raise TypeError(f"ResidualNoise: outputs must be a Tensor, got {type(output).__name__}")
+            raise TypeError(f"ResidualNoise: outputs must be a Tensor, got {type_name(output)}")
         if not (module.training and output.requires_grad and torch.is_grad_enabled()):
             return output
         return _noisy_backward(output, self.scale)

@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from ..ops.checks import shown
 from .modulus import Modulus
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -27,5 +28,5 @@ GAINS = {name: math.sqrt(2.0) if name == "relu" else 1.0 for name in ACTIVATIONS
 def make_activation(owner: str, name: str) -> nn.Module:
     """Return a new activation module; ``owner`` is named in the error."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"{owner}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise ValueError(f"{owner}: activation must be one of {', '.join(ACTIVATIONS)}, got {shown(name)}")
     return ACTIVATIONS[name]()

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..ops.checks import check_integers, check_numbers, check_sizes
+from ..ops.checks import check_integers, check_numbers, check_sizes, shown
 from .activations import GAINS, make_activation
 from .batch_rms_norm import BatchRMSNorm
 
@@ -103,7 +103,7 @@ def initialise(model: Model, init: float | str, gain: float = 1.0, seed: int = 0
     if isinstance(init, str):
         if init not in INITS:
             raise ValueError(
-                f"initialise: init must be a standard deviation or one of {', '.join(INITS)}, got {init!r}"
+                f"initialise: init must be a standard deviation or one of {', '.join(INITS)}, got {shown(init)}"
             )
     else:
         check_numbers("initialise", init=init)
@@ -144,7 +144,9 @@ def _pieces(
     """What makes an activation, and what makes the normalisation of so many units, or nothing."""
     make_activation(owner, name)  # raises where there is none of this name
     if normalization not in NORMALIZATIONS:
-        raise ValueError(f"{owner}: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+        raise ValueError(
+            f"{owner}: normalization must be one of {', '.join(NORMALIZATIONS)}, got {shown(normalization)}"
+        )
     norms: dict[str, Callable[[int], nn.Module] | None] = {"rms": BatchRMSNorm, "batch": batch_norm, "none": None}
     norm = norms[normalization]
     return (lambda: make_activation(owner, name)), (lambda units: [] if norm is None else [norm(units)])

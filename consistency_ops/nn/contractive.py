@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import conv
 from torch.nn.parameter import UninitializedParameter
 
-from ..ops.checks import check_module, check_numbers
+from ..ops.checks import check_module, check_numbers, type_name
 from .batch_rms_norm import BatchRMSNorm
 from .modulus import Modulus
 from .plain_layers import derived_weight, objection, recomputing_hooks, table_type
@@ -69,11 +69,9 @@ def fold_rms_norm(model: nn.Sequential) -> nn.Sequential:
             weight is recomputed (weight_norm, spectral_norm, parametrizations, pruning).
     """
     if not isinstance(model, nn.Sequential):
-        raise TypeError(f"fold_rms_norm: model must be an nn.Sequential, got {type(model).__name__}")
+        raise TypeError(f"fold_rms_norm: model must be an nn.Sequential, got {type_name(model)}")
     if table_type(model, _KNOWN) is not nn.Sequential:
-        raise TypeError(
-            f"fold_rms_norm: model must be a plain nn.Sequential, got {type(model).__name__} with a forward"
-        )
+        raise TypeError(f"fold_rms_norm: model must be a plain nn.Sequential, got {type_name(model)} with a forward")
     folded: list[nn.Module] = []
     gain = None  # 1 / D of the last norm, until a layer with weights takes it
     spatial = None  # spatial dimensions of the signal; None where no layer has told

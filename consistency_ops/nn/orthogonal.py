@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..ops.checks import check_sizes
+from ..ops.checks import check_sizes, shown, type_name
 
 FILTERS = ("permutation", "shift", "householder", "hadamard", "dense", "identity")
 _FACTOR = 64  # largest Hadamard matrix that is multiplied as a matrix
@@ -60,7 +60,7 @@ class OrthogonalFilter(nn.Module):
         super().__init__()
         check_sizes("OrthogonalFilter", features=features, reflections=reflections)
         if kind not in FILTERS:
-            raise ValueError(f"OrthogonalFilter: kind must be one of {', '.join(FILTERS)}, got {kind!r}")
+            raise ValueError(f"OrthogonalFilter: kind must be one of {', '.join(FILTERS)}, got {shown(kind)}")
         self.features: int = features
         self.kind: str = kind
         dtype = dtype or torch.get_default_dtype()
@@ -87,7 +87,7 @@ class OrthogonalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f"OrthogonalFilter: x must be a Tensor, got {type(x).__name__}")
+            raise TypeError(f"OrthogonalFilter: x must be a Tensor, got {type_name(x)}")
         if not x.dim() or x.shape[-1] != self.features:
             raise ValueError(f"OrthogonalFilter: x must be (..., {self.features}), got {tuple(x.shape)}")
         if self.kind in ("permutation", "shift"):

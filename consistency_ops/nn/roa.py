@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_integers, check_numbers, check_sizes
+from ..ops.checks import check_integers, check_numbers, check_sizes, type_name
 from .activations import SLOPES, make_activation
 from .orthogonal import OrthogonalFilter
 
@@ -194,7 +194,7 @@ class ROARNN(nn.Module):
     def forward(self, u: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         for name, value in (("u", u), ("h_0", h_0)):
             if not isinstance(value, Tensor) and not (name == "h_0" and value is None):
-                raise TypeError(f"ROARNN: {name} must be a Tensor, got {type(value).__name__}")
+                raise TypeError(f"ROARNN: {name} must be a Tensor, got {type_name(value)}")
         if u.dim() != 3 or u.shape[-1] != self.input_size:
             order = "(N, T, input_size)" if self.batch_first else "(T, N, input_size)"
             raise ValueError(f"ROARNN: u must be {order} with input_size {self.input_size}, got {tuple(u.shape)}")

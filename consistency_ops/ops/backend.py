@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import portable, portable_capture, portable_elementwise, portable_memory
-from .checks import MAX_CHUNK
+from .checks import MAX_CHUNK, shown
 from .library import build_config
 from .registration import NAMESPACE, PORTABLE_NAMESPACE
 
@@ -183,7 +183,7 @@ def set_backend(name: Backend) -> None:
     """
     global _backend
     if name not in _BACKENDS:
-        raise ValueError(f"set_backend: name must be 'auto', 'native' or 'torch', got {name!r}")
+        raise ValueError(f"set_backend: name must be 'auto', 'native' or 'torch', got {shown(name)}")
     with _turn:
         _backend = name
         for key in _KEYS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from .checks import check_numbers
+from .checks import check_numbers, type_name
 from .registration import register_autograd, register_fake, register_vmap
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -91,7 +91,7 @@ def _check(x: Tensor, running_ms: Tensor, num_batches: Tensor | None, decay: flo
 
     for name, tensor in (("x", x), ("running_ms", running_ms), ("num_batches", num_batches)):
         if not isinstance(tensor, Tensor) and not (name == "num_batches" and tensor is None):
-            fail(TypeError, f"{name} must be a Tensor, got {type(tensor).__name__}")
+            fail(TypeError, f"{name} must be a Tensor, got {type_name(tensor)}")
     if x.dtype not in _FLOATS:
         error = NotImplementedError if x.is_complex() else TypeError
         fail(error, f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")

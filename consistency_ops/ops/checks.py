@@ -19,10 +19,38 @@ _INTEGERS = (int, torch.SymInt)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
+def type_name(value: object) -> str:
+    """Module and name of the type of a value, or the name alone for types of torch and of Python."""
+    kind = value if isinstance(value, type) else type(value)
+    own = kind.__module__.split(".")[0] in ("torch", "builtins")
+    short = kind.__qualname__.rpartition("<locals>.")[2]
+    name = short if own else f"{kind.__module__}.{short}"
+    return f"the class {name}" if kind is value else name
+
+
+def shown(value: object) -> str:
+    """What a message says of a value that does not fit: a number or a word as it is, of all else the class.
+
+    The ``repr`` of a model or an optimizer has many lines, and that of a tensor its numbers.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+        text = repr(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+    if not isinstance(value, tuple | list | set | frozenset | dict):
+        return type_name(value)
+    name = type_name(value)
+    if len(value) <= 8:
+        items = [f"{shown(k)}: {shown(v)}" for k, v in value.items()] if isinstance(value, dict) else map(shown, value)
+        text = f"{name} ({', '.join(items)})"
+        if len(text) <= 80:
+            return text
+    return f"{name} of {len(value)}"
+
+
 def check_tensor(op: str, name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a plain dense tensor of a floating dtype that the operators know."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type_name(tensor)}")
     if tensor.dtype not in _FLOATS:
         if tensor.is_complex():
             raise NotImplementedError(f"{op}: {name} must be real, got {tensor.dtype}")
@@ -30,9 +58,7 @@ def check_tensor(op: str, name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise NotImplementedError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
     if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
-        raise NotImplementedError(
-            f"{op}: {name} must be a plain tensor, got {type(tensor).__name__}; pass its to_local()"
-        )
+        raise NotImplementedError(f"{op}: {name} must be a plain tensor, got {type_name(tensor)}; pass its to_local()")
 
 
 def check_device(op: str, tensors: Sequence[Tensor]) -> None:
@@ -68,7 +94,7 @@ def check_options(
     if not 0 <= damping < math.inf:
         raise ValueError(f"{op}: damping must be finite and at least 0, got {damping}")
     if scaling not in ("absolute", "trace"):
-        raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {scaling!r}")
+        raise ValueError(f"{op}: scaling must be 'absolute' or 'trace', got {shown(scaling)}")
 
 
 def check_widths(op: str, chunk: int | None, units: Iterable[int]) -> None:
@@ -83,21 +109,21 @@ def check_integers(op: str, **values: int) -> None:
     """Raise unless every value is an integer, under ``torch.compile`` perhaps a symbolic one."""
     for name, value in values.items():
         if not isinstance(value, _INTEGERS):
-            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+            raise TypeError(f"{op}: {name} must be an integer, got {shown(value)}")
 
 
 def check_numbers(op: str, **values: float) -> None:
     """Raise unless every value is a real number, under ``torch.compile`` perhaps a symbolic one."""
     for name, value in values.items():
         if not isinstance(value, _NUMBERS):
-            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+            raise TypeError(f"{op}: {name} must be a number, got {shown(value)}")
 
 
 def check_list(op: str, name: str, values: Iterable[T], count: int | None = None) -> list[T]:
     """Return ``values`` as a list; raise unless they can be one, with an entry for each of the ``count`` layers."""
     # A list, the usual case, needs none of the other questions, which cost half a microsecond.
     if type(values) is not list and (isinstance(values, Tensor) or not isinstance(values, Iterable)):
-        raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
+        raise TypeError(f"{op}: {name} must be a list, got {type_name(values)}")
     values = list(values)
     if count is not None and len(values) != count:
         raise ValueError(f"{op}: {name} must have one entry for each of the {count} layers, got {len(values)}")
@@ -107,7 +133,7 @@ def check_list(op: str, name: str, values: Iterable[T], count: int | None = None
 def check_module(op: str, model: nn.Module) -> None:
     """Raise unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type_name(model)}")
 
 
 def check_names(op: str, name: str, values: str | type[Any] | Iterable[str | type[Any]]) -> tuple[str | type[Any], ...]:
@@ -116,7 +142,7 @@ def check_names(op: str, name: str, values: str | type[Any] | Iterable[str | typ
     found = (values,) if isinstance(values, str | type) or not isinstance(values, Iterable) else tuple(values)
     for one in found:
         if not isinstance(one, str | type):
-            raise TypeError(f"{op}: {name} must be names, patterns or types, got {one!r}")
+            raise TypeError(f"{op}: {name} must be names, patterns or types, got {shown(one)}")
     return found
 
 
@@ -161,7 +187,7 @@ def check_permutation(op: str, permutation: Tensor, units: int) -> Tensor:
     On CUDA its values are checked on the device, without waiting: a wrong one ends the process later.
     """
     if not isinstance(permutation, Tensor) or permutation.dtype not in (torch.int64, torch.int32):
-        kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
+        kind = permutation.dtype if isinstance(permutation, Tensor) else type_name(permutation)
         raise TypeError(f"{op}: permutation must be an int64 or int32 tensor, got {kind}")
     if permutation.shape != (units,):
         raise ValueError(f"{op}: permutation must have shape ({units},), got {tuple(permutation.shape)}")
@@ -178,7 +204,8 @@ def check_row_counts(op: str, row_counts: list[Tensor]) -> None:
     """Raise unless every count is a one-element int64 tensor."""
     for count in row_counts:
         if not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1:
-            raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {count!r}")
+            got = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type_name(count)
+            raise TypeError(f"{op}: row_counts must be one-element int64 tensors, got {got}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from torch.autograd import Function, forward_ad
 
 from .. import reference
 from . import library
+from .checks import type_name
 from .registration import register_autograd, register_fake
 
 _REAL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -61,7 +62,7 @@ def modulus(x: Tensor) -> Tensor:
         if y is not None:
             return y
     if not isinstance(x, Tensor):
-        raise TypeError(f"modulus: x must be a Tensor, got {type(x).__name__}")
+        raise TypeError(f"modulus: x must be a Tensor, got {type_name(x)}")
     if x.layout is not torch.strided or x.is_nested:
         raise NotImplementedError(f"modulus: x must be a dense tensor, got layout {x.layout}")
     is_complex = x.dtype in _COMPLEX

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..ops.checks import check_integers, check_module, check_numbers
+from ..ops.checks import check_integers, check_module, check_numbers, type_name
 
 CANDIDATES = (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005)
 
@@ -56,7 +56,7 @@ def select_learning_rate(
     op = "select_learning_rate"
     check_module(op, model)
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type_name(optimizer)}")
     check_integers(op, iterations=iterations)
     check_numbers(op, largest=math.inf if largest is None else largest)
     for rate in candidates:
@@ -102,7 +102,7 @@ def _last_loss(optimizer: Optimizer, loss_fn: Callable[[Batch], Tensor], trial: 
         optimizer.step(closure)  # type: ignore[arg-type]  # torch says float for a tensor
     loss = loss_fn(trial[-1])
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type_name(loss)
         raise TypeError(f"select_learning_rate: loss_fn must return a tensor with one element, got {got}")
     return float(loss.detach())
 

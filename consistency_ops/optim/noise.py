@@ -14,7 +14,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..ops.checks import check_integers, check_numbers
+from ..ops.checks import check_integers, check_numbers, type_name
 
 _STEP = "gradient_noise_step"
 
@@ -46,7 +46,7 @@ class GradientNoise:
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, gamma: float = 0.55, seed: int = 0) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"GradientNoise: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(f"GradientNoise: optimizer must be a torch.optim.Optimizer, got {type_name(optimizer)}")
         check_numbers("GradientNoise", eta=eta, gamma=gamma)
         check_integers("GradientNoise", seed=seed)
         for name, value in (("eta", eta), ("gamma", gamma)):

@@ -16,7 +16,7 @@ from ..engine.correction import Correction, CorrectionOptions
 from ..engine.layer import Layer
 from ..engine.layer_step import LayerStep
 from ..engine.state import StateStore
-from ..ops.checks import MAX_CHUNK, check_integers, check_module, check_numbers
+from ..ops.checks import MAX_CHUNK, check_integers, check_module, check_numbers, shown
 from ..preconditioner import Preconditioner
 
 
@@ -235,4 +235,4 @@ class _OutputPositions:
 
 def _check(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"SGD2: {name} must be {requirement}, got {value!r}")
+        raise ValueError(f"SGD2: {name} must be {requirement}, got {shown(value)}")
