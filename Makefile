@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-BENCH ?= modulus memory step precondition scaling peers decorrelation orthogonal
+BENCH ?= modulus memory step host precondition scaling peers decorrelation orthogonal
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -type f)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import report
-from benchmarks.micro import bench_scaling
+from benchmarks.micro import bench_host, bench_scaling
 from benchmarks.micro.workloads import LayerShape, useful_flops
 from benchmarks.peers import ablations, ideas, runs, tables
 from benchmarks.peers.optimizers import PEERS
@@ -354,6 +354,36 @@ def test_committed_results_follow_the_rules(task):
         assert len(trials) == 8 and all(run["setting"] == best for run in mine), peer
         seeds[peer] = sorted(run["seed"] for run in mine)
     assert len(set(map(tuple, seeds.values()))) == 1, seeds
+
+
+def test_microbenchmarks_run_under_pytest_benchmark(tmp_path):
+    target = tmp_path / "modulus.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "benchmarks/micro",
+        "-k",
+        "modulus-1000_",
+    ]
+    subprocess.run([*command, "--benchmark-only", f"--benchmark-json={target}"], cwd=ROOT, check=True)
+    found = json.loads(target.read_text())["benchmarks"]
+    assert {entry["group"] for entry in found} == {"modulus: 1000 elements"}
+    assert {entry["name"] for entry in found} == {"modulus", "abs", "python"}
+    assert all(entry["stats"]["median"] > 0 for entry in found)
+
+
+def test_host_benchmark_measures_every_phase_of_every_candidate():
+    threads = torch.get_num_threads()
+    rows = bench_host.measure(seconds=0, rounds=(4, 4))
+    assert threads == torch.get_num_threads()
+    assert {"hooks that do nothing", "preconditioner", "AdamW", "fused AdamW"} <= {row["name"] for row in rows}
+    # Not a speed: hooks and a step of ours cannot be free, even in the noise of four rounds.
+    ours = next(row for row in rows if row["name"] == "preconditioner")
+    assert ours["forward"] + ours["backward"] + ours["step"] > 0
 
 
 def test_slope_of_a_power_law():

@@ -13,7 +13,7 @@ import time
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, one_thread, save
+from benchmarks.micro.timing import Group, interleaved, medians, one_thread, save
 from consistency_ops.experimental import decorrelate_fft, decorrelate_im2col
 
 ROWS = 4096
@@ -26,16 +26,24 @@ LAYERS = (  # batch, in, out, image, kernel
 )
 
 
-def measure(batch: int, inputs: int, outputs: int, image: int, kernel: int, seconds: float) -> dict:
+def group(batch: int, inputs: int, outputs: int, image: int, kernel: int) -> Group:
     x, grad = torch.randn(batch, inputs, image, image), torch.randn(outputs, inputs, kernel, kernel)
     padding = kernel // 2
-    candidates = {
-        "channels": lambda: co.precondition(grad, x, damping=0.1, chunk=128, max_rows=ROWS),
-        "im2col": lambda: decorrelate_im2col(grad, x, damping=0.1, padding=padding, max_rows=ROWS),
-        "fft": lambda: decorrelate_fft(grad, x, damping=0.1, padding=padding),
-    }
-    clock = time.process_time
-    median = medians(interleaved(candidates, seconds=seconds, rounds=(5, 501), clock=clock))
+    return Group(
+        {
+            "channels": lambda: co.precondition(grad, x, damping=0.1, chunk=128, max_rows=ROWS),
+            "im2col": lambda: decorrelate_im2col(grad, x, damping=0.1, padding=padding, max_rows=ROWS),
+            "fft": lambda: decorrelate_fft(grad, x, damping=0.1, padding=padding),
+        }
+    )
+
+
+GROUPS = {"64 channels": lambda: group(16, 64, 64, 16, 3)}
+
+
+def measure(batch: int, inputs: int, outputs: int, image: int, kernel: int, seconds: float) -> dict:
+    candidates = group(batch, inputs, outputs, image, kernel).candidates
+    median = medians(interleaved(candidates, seconds=seconds, rounds=(5, 501), clock=time.process_time))
     return {
         "layer": f"{batch} x {inputs} x {image} x {image}, {outputs} kernels {kernel}x{kernel}",
         **{f"{name}_ms": value * 1e3 for name, value in median.items()},

@@ -18,7 +18,7 @@ import time
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import Group, interleaved, medians, save
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -44,15 +44,23 @@ def kept_bytes(function, x: torch.Tensor) -> int:
     return sum(sizes)
 
 
-def measure(size: int, dtype: torch.dtype, seconds: float) -> dict:
+def group(size: int, dtype: torch.dtype, repeats: int = 1) -> Group:
     x, grad = torch.randn(size).to(dtype).requires_grad_(), torch.randn(size).to(dtype)
-    repeats = max(1, 1_000_000 // (size + 25_000))
 
     def run(function):
         for _ in range(repeats):
             torch.autograd.grad(function(x), x, grad)
 
-    candidates = {name: lambda f=function: run(f) for name, function in FUNCTIONS.items()}
+    return Group({name: lambda f=function: run(f) for name, function in FUNCTIONS.items()})
+
+
+GROUPS = {f"{size} elements": lambda size=size: group(size, torch.float32) for size in (1_000, 1_000_000)}
+
+
+def measure(size: int, dtype: torch.dtype, seconds: float) -> dict:
+    x = torch.randn(size).to(dtype).requires_grad_()
+    repeats = max(1, 1_000_000 // (size + 25_000))
+    candidates = group(size, dtype, repeats).candidates
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     median = medians(interleaved(candidates, seconds=seconds, rounds=(11, 2001), clock=clock))
     return {

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks.micro.timing import interleaved, medians, one_thread, save
+from benchmarks.micro.timing import Group, interleaved, medians, one_thread, save
 from consistency_ops.nn import OrthogonalFilter
 from consistency_ops.nn.orthogonal import FILTERS
 
@@ -21,12 +21,18 @@ SIZES = (64, 256, 1024, 4096)
 KINDS = [kind for kind in FILTERS if kind != "identity"]
 
 
-def measure(features: int, seconds: float) -> dict:
+def group(features: int) -> Group:
     x = torch.randn(ROWS, features, requires_grad=True)
     grad = torch.randn(ROWS, features)
     filters = {kind: OrthogonalFilter(features, kind) for kind in KINDS}
-    candidates = {kind: lambda f=f: torch.autograd.grad(f(x), x, grad) for kind, f in filters.items()}
-    median = medians(interleaved(candidates, seconds=seconds, rounds=(5, 501), clock=time.process_time))
+    return Group({kind: lambda f=f: torch.autograd.grad(f(x), x, grad) for kind, f in filters.items()})
+
+
+GROUPS = {"256 features": lambda: group(256)}
+
+
+def measure(features: int, seconds: float) -> dict:
+    median = medians(interleaved(group(features).candidates, seconds=seconds, rounds=(5, 501), clock=time.process_time))
     return {"features": features, **{f"{kind}_us": value * 1e6 for kind, value in median.items()}}
 
 

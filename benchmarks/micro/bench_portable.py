@@ -17,7 +17,7 @@ import torch
 import consistency_ops as co
 from benchmarks.micro.bench_precondition import DAMPING, baselines, relative_difference
 from benchmarks.micro.compositions import divide
-from benchmarks.micro.timing import interleaved, medians, one_thread, save
+from benchmarks.micro.timing import Group, interleaved, medians, one_thread, save
 from benchmarks.micro.workloads import WORKLOADS
 
 CASES = (  # workload, chunk, rows
@@ -29,7 +29,8 @@ CASES = (  # workload, chunk, rows
 )
 
 
-def measure(name: str, chunk: int, rows: int, seconds: float) -> dict:
+def group(name: str, chunk: int, rows: int) -> tuple[Group, dict[str, float]]:
+    """The group, and how far the result of each composition is from the portable one."""
     workload = WORKLOADS[name]
     generator = torch.Generator().manual_seed(1)
     divisions = [divide(layer, chunk, workload.group, generator) for layer in workload.layers]
@@ -66,9 +67,17 @@ def measure(name: str, chunk: int, rows: int, seconds: float) -> dict:
     differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
     assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences
 
-    times = interleaved(candidates, before=restore, seconds=seconds, clock=time.process_time)
+    return Group(candidates, restore), differences
+
+
+GROUPS = {"mlp": lambda: group("mlp", 128, 512)[0]}
+
+
+def measure(name: str, chunk: int, rows: int, seconds: float) -> dict:
+    found, differences = group(name, chunk, rows)
+    times = interleaved(found.candidates, before=found.before, seconds=seconds, clock=time.process_time)
     median = medians(times)
-    strongest = min(compositions, key=median.get)
+    strongest = min(differences, key=median.get)
     return {
         "workload": name,
         "chunk": chunk,

@@ -24,10 +24,11 @@ import torch
 
 import consistency_ops as co
 from benchmarks.micro.compositions import batched, by_inverse, by_solve, compiled, divide, per_layer, sgemm
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import Group, interleaved, medians, save
 from benchmarks.micro.workloads import LARGE, WORKLOADS, LayerShape, useful_flops
 
 DAMPING = 0.1
+SGEMM = 2048  # rows and columns of the matrices whose product is the yardstick
 FEW = 8  # most layers that torch.compile gets at once, and most distinct shapes that are compiled at all
 
 
@@ -48,45 +49,54 @@ def relative_difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> fl
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, want, strict=True))
 
 
-def measure(name: str, chunk: int, row_counts: list[int], arguments: argparse.Namespace) -> list[dict]:
+def group(name: str, chunk: int, rows: int, compositions: dict) -> tuple[Group, dict[str, float]]:
+    """Ours, the compositions and two yardsticks, and how far the result of each composition is from ours."""
     workload = WORKLOADS[name]
     layers = workload.layers
     generator = torch.Generator().manual_seed(1)
     divisions = [divide(layer, chunk, workload.group, generator) for layer in layers]
+    pristine, inputs = workload.tensors(rows)
+    grads = [grad.clone() for grad in pristine]
+
+    def restore():
+        for grad, original in zip(grads, pristine, strict=True):
+            grad.copy_(original)
+
+    def ours(**keywords):
+        co.foreach_precondition_(grads, inputs, damping=DAMPING, chunk=chunk, **keywords)
+
+    candidates = {"ours": ours, "sgemm": sgemm(SGEMM)[0], "negate": lambda: torch._foreach_neg_(grads)}
+    for label, composition in compositions.items():
+        candidates[label] = lambda f=composition: f(pristine, inputs, divisions)
+
+    # All must have the same division and the same result, or the comparison means nothing.
+    ours(permutation=[d.permutation(layer.units) for d, layer in zip(divisions, layers, strict=True)])
+    differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
+    assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences
+    return Group(candidates, restore), differences
+
+
+GROUPS = {
+    f"{name}, chunk 128": lambda name=name: group(name, 128, 512, baselines(WORKLOADS[name].layers, "none"))[0]
+    for name in ("mlp", "wide-mlp")
+}
+
+
+def measure(name: str, chunk: int, row_counts: list[int], arguments: argparse.Namespace) -> list[dict]:
+    workload = WORKLOADS[name]
+    layers = workload.layers
     torch.compiler.reset()
     compositions = baselines(layers, arguments.compile)
     results = []
     for rows in row_counts:
-        pristine, inputs = workload.tensors(rows)
-        grads = [grad.clone() for grad in pristine]
-
-        def restore(grads=grads, pristine=pristine):
-            for grad, original in zip(grads, pristine, strict=True):
-                grad.copy_(original)
-
-        def ours(grads=grads, inputs=inputs, **keywords):
-            co.foreach_precondition_(grads, inputs, damping=DAMPING, chunk=chunk, **keywords)
-
-        product, product_flops = sgemm(2048)
-
-        def negate(grads=grads):
-            torch._foreach_neg_(grads)
-
-        candidates = {"ours": ours, "sgemm": product, "negate": negate}
-        for label, composition in compositions.items():
-            candidates[label] = lambda f=composition, g=pristine, x=inputs: f(g, x, divisions)
-
-        # All must have the same division and the same result, or the comparison means nothing.
-        ours(permutation=[d.permutation(layer.units) for d, layer in zip(divisions, layers, strict=True)])
-        differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
-        assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences
-
-        times = interleaved(candidates, before=restore, seconds=arguments.seconds, clock=arguments.clock)
+        found, differences = group(name, chunk, rows, compositions)
+        times = interleaved(found.candidates, before=found.before, seconds=arguments.seconds, clock=arguments.clock)
         median = medians(times)
         strongest = min(compositions, key=median.get)
         flops = useful_flops(layers, rows, chunk)
-        sgemm_rate = product_flops / median["sgemm"]
-        gradient_bytes = 2 * sum(grad.nbytes for grad in grads)
+        sgemm_rate = sgemm(SGEMM)[1] / median["sgemm"]
+        pristine, inputs = workload.tensors(rows)
+        gradient_bytes = 2 * sum(grad.nbytes for grad in pristine)
         moving = median["negate"] * (1 + sum(x.nbytes for x in inputs) / gradient_bytes)
         floor = max(flops / sgemm_rate, moving)
         results.append(

@@ -14,13 +14,13 @@ import time
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, one_thread, save
+from benchmarks.micro.timing import Group, interleaved, medians, one_thread, save
 
 CASES = ((3, 768, 768, 4096), (3, 256, 256, 4096), (2, 1024, 2816, 2048))  # layers, units, outputs, rows
 OPTIONS = dict(damping=0.1, scaling="trace", chunk=128)
 
 
-def measure(layers: int, units: int, outputs: int, rows: int, seconds: float) -> dict:
+def group(layers: int, units: int, outputs: int, rows: int) -> Group:
     x = torch.randn(rows, units)
     copies = [x.clone() for _ in range(layers)]
     grads = [torch.randn(outputs, units) for _ in range(layers)]
@@ -39,7 +39,17 @@ def measure(layers: int, units: int, outputs: int, rows: int, seconds: float) ->
         "apart": lambda: co.foreach_precondition_(work, copies, layers=[0] * layers, **OPTIONS),
         "concatenated": concatenated,
     }
-    times = interleaved(candidates, before=restore, seconds=seconds, rounds=(9, 501), clock=time.process_time)
+    return Group(candidates, restore)
+
+
+GROUPS = {"3 x 256 units": lambda: group(3, 256, 256, 1024)}
+
+
+def measure(layers: int, units: int, outputs: int, rows: int, seconds: float) -> dict:
+    found = group(layers, units, outputs, rows)
+    times = interleaved(
+        found.candidates, before=found.before, seconds=seconds, rounds=(9, 501), clock=time.process_time
+    )
     shape = {"layers": layers, "units": units, "outputs": outputs, "rows": rows}
     return {**shape, **{f"{name}_ms": 1e3 * value for name, value in medians(times).items()}}
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import Group, interleaved, medians, save
 
 CHUNK = 128
 EXPECTED = {"rows": 1, "width": 1, "layers": 1, "threads": -1}
@@ -69,6 +69,14 @@ def series(threads: int, cores: int) -> dict[str, list[Point]]:
     }
 
 
+def group(name: str, points: list[Point]) -> Group:
+    # From large to small: what follows a much larger point starts with cold caches, which a large one does not notice.
+    return Group({getattr(point, name): point.correction() for point in reversed(points)})
+
+
+GROUPS = {name: lambda name=name: group(name, series(1, 1)[name][:3]) for name in ("rows", "width", "layers")}
+
+
 def slope(x: list[float], y: list[float]) -> float | None:
     """Return the slope of the least-squares line through the logarithms; None for a single point."""
     if len(x) < 2:
@@ -77,8 +85,7 @@ def slope(x: list[float], y: list[float]) -> float | None:
 
 
 def measure(name: str, points: list[Point], seconds: float, clock: Callable[[], float]) -> dict:
-    # From large to small: what follows a much larger point starts with cold caches, which a large one does not notice.
-    corrections = {getattr(point, name): point.correction() for point in reversed(points)}
+    corrections = group(name, points).candidates
     # CPU time is the sum over threads and says nothing about them.
     clock = time.perf_counter if name == "threads" else clock
     median = medians(interleaved(corrections, seconds=seconds * len(points), clock=clock))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, medians, save
+from benchmarks.micro.timing import Group, interleaved, medians, save
 from consistency_ops.cli import models
 
 BATCH = 500
@@ -45,6 +45,15 @@ def step_of(options: dict | None, x: torch.Tensor, y: torch.Tensor):
     return step
 
 
+def group() -> Group:
+    torch.manual_seed(0)
+    x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    return Group({name: step_of(options, x, y) for name, options in SETTINGS.items()})
+
+
+GROUPS = {"deep MLP, batch 500": group}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -60,10 +69,7 @@ def main() -> None:
     parser.add_argument("--json", help="write here instead of benchmarks/results/step.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-    steps = {name: step_of(options, x, y) for name, options in SETTINGS.items()}
-    times = interleaved(steps, seconds=arguments.seconds, rounds=(20, 2000), clock=arguments.clock)
+    times = interleaved(group().candidates, seconds=arguments.seconds, rounds=(20, 2000), clock=arguments.clock)
     median = medians(times)
     results = []
     for name, seconds in median.items():

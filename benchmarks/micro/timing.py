@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,18 @@ import torch
 import consistency_ops as co
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is timed side by side: ours and its baselines, on the same data.
+
+    A module's ``GROUPS`` names the small groups that ``pytest benchmarks/micro`` times one candidate after the other;
+    its ``measure`` times groups of any size in turns, which gives the ratios of record.
+    """
+
+    candidates: dict[str, Callable[[], object]]
+    before: Callable[[], object] = lambda: None  # runs untimed before every candidate
 
 
 def interleaved(

@@ -1,0 +1,137 @@
+"""Host time that a covered layer adds to forward pass, backward pass and optimizer step, eager, in microseconds.
+
+    python -m benchmarks.micro.bench_host [--seconds 5] [--json FILE]
+
+The network is 50 small linear layers, so that nearly all of a step is Python, dispatcher and hooks.  In one run, one
+thread, interleaved:
+
+* ``hooks that do nothing``: torch's own price of the two hooks that a covered layer has;
+* ``preconditioner``: ours in front of SGD, with the accelerator ``csrc/torch_abi`` where it is built;
+* ``AdamW`` and ``fused AdamW`` instead of SGD, for scale;
+* ``kfac-pytorch`` in front of SGD, where that package is installed.
+
+Figures are medians of processor time, less those of the same network with plain SGD, divided by the number of layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import consistency_ops as co
+from benchmarks.micro.timing import Group, one_thread, save
+
+LAYERS, WIDTH, BATCH = 50, 8, 8
+PHASES = ("forward", "backward", "step")
+Step = Callable[[], object]
+
+
+class Candidate:
+    """A network with its optimizer; ``keep`` holds what must live as long."""
+
+    def __init__(
+        self,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        keep: Callable[..., object] | None = None,
+        **options,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-3, **options)
+        self.step: Step = self.optimizer.step
+        self.keep = None if keep is None else keep(self)
+
+    def run(self, x: torch.Tensor) -> list[float]:
+        """Seconds of each phase of one training step."""
+        self.optimizer.zero_grad()
+        times = [time.process_time()]
+        loss = self.model(x).sum()
+        times.append(time.process_time())
+        loss.backward()
+        times.append(time.process_time())
+        self.step()
+        times.append(time.process_time())
+        return [end - begin for begin, end in itertools.pairwise(times)]
+
+
+def hooks_that_do_nothing(candidate: Candidate) -> None:
+    for layer in candidate.model:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+        layer.weight.register_post_accumulate_grad_hook(lambda weight: None)
+
+
+def kfac_pytorch(candidate: Candidate) -> object:
+    from kfac.preconditioner import KFACPreconditioner
+
+    preconditioner = KFACPreconditioner(candidate.model, factor_update_steps=1, inv_update_steps=10)
+    candidate.step = lambda: (preconditioner.step(), candidate.optimizer.step())
+    return preconditioner
+
+
+def candidates() -> dict[str, Candidate]:
+    found = {
+        "plain": Candidate(foreach=True),
+        "hooks that do nothing": Candidate(keep=hooks_that_do_nothing, foreach=True),
+        "preconditioner": Candidate(keep=lambda c: co.Preconditioner(c.model, c.optimizer), foreach=True),
+        "AdamW": Candidate(torch.optim.AdamW, foreach=True),
+        "fused AdamW": Candidate(torch.optim.AdamW, fused=True),
+    }
+    if importlib.util.find_spec("kfac") is not None:
+        found["kfac-pytorch"] = Candidate(keep=kfac_pytorch, foreach=True)
+    return found
+
+
+def group() -> Group:
+    """Whole steps; :func:`measure` tells the phases apart."""
+    x = torch.randn(BATCH, WIDTH)
+    return Group({name: lambda c=candidate: c.run(x) for name, candidate in candidates().items()})
+
+
+GROUPS = {f"{LAYERS} small layers": group}
+
+
+def measure(seconds: float, rounds: tuple[int, int] = (50, 5000)) -> list[dict]:
+    """One row a candidate: what it adds to each phase, in microseconds a layer."""
+    x = torch.randn(BATCH, WIDTH)
+    found = candidates()
+    times: dict[str, list[list[float]]] = {name: [] for name in found}
+    end = time.perf_counter() + seconds
+    for turn in range(rounds[1]):
+        if turn >= rounds[0] and time.perf_counter() > end:
+            break
+        for name, candidate in found.items():
+            times[name].append(candidate.run(x))
+    warm = rounds[0] // 2
+    median = {
+        name: [statistics.median(phase) for phase in zip(*runs[warm:], strict=True)] for name, runs in times.items()
+    }
+    plain = median["plain"]
+    return [
+        {"name": name, **{p: 1e6 * (t - base) / LAYERS for p, t, base in zip(PHASES, phases, plain, strict=True)}}
+        for name, phases in median.items()
+        if name != "plain"
+    ]
+
+
+def main() -> None:
+    arguments = one_thread(__doc__, "host", 5.0, "the whole run")
+    rows = measure(arguments.seconds)
+    accelerator = co.build_info()["torch_abi"]
+    print(f"{'us a layer, over plain SGD':<28}" + "".join(f"{phase:>10}" for phase in PHASES))
+    for row in rows:
+        print(f"{row['name']:<28}" + "".join(f"{row[phase]:10.1f}" for phase in PHASES))
+    save(
+        "host",
+        {"layers": LAYERS, "width": WIDTH, "batch": BATCH, "accelerator": accelerator, "rows": rows},
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
