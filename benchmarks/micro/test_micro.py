@@ -50,7 +50,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     build.cache_clear()
     gc.collect()
     logging.disable(logging.NOTSET)
-    metafunc.parametrize(("module", "name", "candidate"), cases, ids=["-".join(map(str, case)).replace(" ", "_") for case in cases])
+    metafunc.parametrize(
+        ("module", "name", "candidate"), cases, ids=["-".join(map(str, case)).replace(" ", "_") for case in cases]
+    )
 
 
 @pytest.fixture(autouse=True)
