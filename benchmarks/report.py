@@ -201,8 +201,24 @@ def kernel_model() -> str:
     return "\n".join(lines)
 
 
+def kernel_bounds() -> str:
+    """The largest bound of every workload by the model, after each step, in us."""
+    steps = read("kernel-model")["steps"]
+    names = list(steps[0]["workloads"])
+    lines = ["| kernel | " + " | ".join(steps[0]["workloads"][name]["title"] for name in names) + " |"]
+    lines += ["| --- |" + " --- |" * len(names)]
+    for step_ in steps:
+        cells = [
+            f"{step_['workloads'][name]['bound_us']:.0f} ({step_['workloads'][name]['bound_by']})" for name in names
+        ]
+        lines.append(f"| {step_['step']} | " + " | ".join(cells) + " |")
+    lines.append("| target | " + " | ".join(str(steps[0]["workloads"][name]["target_us"]) for name in names) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kernel-model": kernel_model,
+    "kernel-bounds": kernel_bounds,
     "step": step,
     "precondition": precondition,
     "cuda": cuda,

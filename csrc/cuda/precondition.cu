@@ -2,9 +2,10 @@
 //
 // A chunk of units passes four steps: its share of X becomes X^T X (gram.cuh), which is factored and inverted in shared
 // memory (factor.cuh) and multiplied from the right on its columns of G (apply.cuh).  The factor is bound by latency: a
-// chunk of 128 has 128 dependent pivots, some 10 us with the inverse, whatever the device.  So chunks run side by side,
-// and 76 KiB of shared memory and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an
-// H200.  Everything else is bound by memory: the floor of a launch is the time to read X once and to read and write G.
+// chunk of 128 has 128 dependent pivots, whatever the device.  So chunks run side by side, and 76 KiB of shared memory
+// and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an H200.  The rest is bound by the
+// instructions that an SM can issue and by memory, whose floor is the time to read X once and to read and write G.
+// benchmarks/model counts both from the compiled code (docs/developer/kernel-model.md).
 //
 // Three rungs, one kernel.  They differ in how many CTAs work on a chunk and how these exchange what they have
 // (heuristics.h chooses).  All times here are estimates: nothing has been measured on a GPU.

@@ -110,6 +110,10 @@ void solve_row_backward(float* row, const float* factor, const float* inverse_pi
   }
 }
 
+void subtract(TileProduct<kTile>& product, float* tile) {
+  product.for_each([&](int row, int column, float sum) { tile[row * kTilePitch + column] -= sum; });
+}
+
 // B^T <- B^T L^-T L^-1, 32 right-hand sides at a time, each a row of `side` tiles after those of L.
 template <int kWarps>
 void solve_kernel(const SolveParams& params) {
@@ -134,9 +138,9 @@ void solve_kernel(const SolveParams& params) {
       }
       __syncthreads();
       for (int j = k + 1 + warp; j < side; j += kWarps) {
-        TileProduct product;
-        product.add<kTilePitch, 1, 1, kTilePitch>(mine, lower_tile(tiles, j, k));
-        product.for_each([&](int e, float sum) { rows[j * kTileFloats + e] -= sum; });
+        TileProduct<kTile> product;
+        product.add<3>(mine, kTilePitch, 1, lower_tile(tiles, j, k), 1, kTilePitch);
+        subtract(product, rows + j * kTileFloats);
       }
       __syncthreads();
     }
@@ -148,9 +152,9 @@ void solve_kernel(const SolveParams& params) {
       }
       __syncthreads();
       for (int j = warp; j < k; j += kWarps) {
-        TileProduct product;
-        product.add<kTilePitch, 1, kTilePitch, 1>(mine, lower_tile(tiles, k, j));
-        product.for_each([&](int e, float sum) { rows[j * kTileFloats + e] -= sum; });
+        TileProduct<kTile> product;
+        product.add<3>(mine, kTilePitch, 1, lower_tile(tiles, k, j), kTilePitch, 1);
+        subtract(product, rows + j * kTileFloats);
       }
       __syncthreads();
     }

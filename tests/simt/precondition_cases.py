@@ -323,6 +323,7 @@ SMALL = {
     "columns": Case([L(40, 6, layout="columns", rows=37)]),
     "nchw": Case([L(36, 5, rows=50, layout="nchw", taps=(3, 3), bias=True)]),
     "nhwc": Case([L(36, 5, rows=50, layout="nhwc", taps=(2, 2), x_dtype=B, g_dtype=B)]),
+    "whole stages of taps": Case([L(36, 15, taps=(3, 3), bias=True)]),
     "bfloat16": Case([L(40, 9, x_dtype=B, g_dtype=B, bias=True)]),
     "float16": Case([L(40, 9, x_dtype=H, g_dtype=H, layout="columns")]),
     "mixed types": Case([L(40, 9, x_dtype=B), L(40, 9, x_dtype=F, g_dtype=H, layer=1)]),

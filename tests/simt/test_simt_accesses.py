@@ -27,19 +27,19 @@ SHARED = [
     ("factor.cuh", "row[c] = tile[lane * kTilePitch + c]", 1.0),
     ("factor.cuh", "row[c] -= row[j] * tile[c * kTilePitch + j]", 1.0),
     ("factor.cuh", "sum -= x[m] * factor[j * kTilePitch + m]", 1.0),
-    ("factor.cuh", "left[x] = a[", 1.0),
-    ("factor.cuh", "right[y] = b[", 1.0),
-    ("factor.cuh", "target[at] -= sum", 1.0),
-    ("factor.cuh", "tile[at] = -value", 1.0),
-    ("apply.cuh", "const SplitFloat split(inverse[", 1.0),
-    ("apply.cuh", "const float value = half * 32", 1.1),  # past the last row some lanes read nothing
-    ("apply.cuh", "chunk.arena[at] = value;", 2.0),
+    ("factor.cuh", "target[row * kTilePitch + column] -= sum", 4.0),  # once in a product, whose rows lie in 8 lanes
+    ("factor.cuh", "tile[row * kTilePitch + column] = sign * value", 4.0),
+    ("tile_product.cuh", "const float value = a[", 1.0),
+    ("tile_product.cuh", "const float value = b[", 1.0),
+    ("apply.cuh", "*to = to_float<Raw>(dtype, raw[i])", 1.0),
+    ("apply.cuh", "from_float<Raw>(dtype, *from)", 1.0),
+    ("apply.cuh", "chunk.arena[row * pitch + column + at] = value", 2.0),
 ]
 # Sectors a request: 32 floats fill 4.  Rows of X and G begin on 64 bytes here, arrays where malloc puts them.
 GLOBAL = [
-    ("gram.cuh", "raw[i] = x[", 5.0),
-    ("apply.cuh", "value = to_float<Raw>(dtype, g[", 5.0),
-    ("apply.cuh", "g[chunk.scratch.row_offset[row]", 5.0),
+    ("gram.cuh", "raw[i] = column[", 5.0),
+    ("apply.cuh", "raw[i] = column[", 5.0),
+    ("apply.cuh", "column[row_offset[i * kStep]] = from_float", 5.0),
 ]
 
 
@@ -87,14 +87,20 @@ VECTORS = [
     ("shared", "const auto unit = *reinterpret_cast<const RowVector<uint16_t, kWidth>*>(work.table", 4.0),
     ("shared", "out.v[i] = work.slab[", 4.0),  # 32 random elements: 3.5 words in the fullest bank
 ]
-READS_OF_X, READS_AND_WRITES_OF_G = ("gram.cuh", "raw[i] = x["), ("apply.cuh", "g[chunk.scratch.row_offset[row]")
+READS_AND_WRITES = [  # of X and of G, by lanes that keep their unit and by others
+    ("gram.cuh", "raw[i] = column["),
+    ("gram.cuh", "raw[i] = x["),
+    ("apply.cuh", "raw[i] = column["),
+    ("apply.cuh", "column[row_offset[i * kStep]] = from_float"),
+    ("apply.cuh", "g[chunk.scratch.row_offset[row]"),
+]
 
 
 def moved_sectors(counted):
     """Return the sectors moved by the lines that read and write X and G."""
     total = 0
     permuted = [("permute.cuh", snippet) for space, snippet, _ in VECTORS if space == "global"]
-    for file, snippet in (READS_OF_X, READS_AND_WRITES_OF_G, *permuted):
+    for file, snippet in (*READS_AND_WRITES, *permuted):
         rows = [row for n in numbers_of(file, snippet) for row in counted.get((file, n), [])]
         total += sum(requests * sectors for space, requests, sectors, _ in rows if space == "global")
     return total

@@ -25,6 +25,7 @@ FILES = (
     "plan.cpp",
     "precondition.cu",
     "scheduler.cuh",
+    "tile_product.cuh",
 )
 RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
 RUNGS += ["same input@queue"]
@@ -35,7 +36,8 @@ HOST = ("return Status::kInvalidArgument;", "return false;", "return plan;", "re
 
 def test_every_line_runs(tmp_path):
     library = simt.build("lines")
-    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, "96", "256"]
+    large = ("96", "128 bfloat16", "256")
+    command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

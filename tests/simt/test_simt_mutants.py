@@ -28,7 +28,16 @@ CASES += (
 CASES += ("96", "128", "128@one_cta")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
 CASES += ("same input@queue", "same input, bias, trace@queue", "permuted, same input@packed")
-FILES = ("gram.cuh", "factor.cuh", "apply.cuh", "chunk_io.cuh", "permute.cuh", "scheduler.cuh", "precondition.cu")
+FILES = (
+    "gram.cuh",
+    "factor.cuh",
+    "tile_product.cuh",
+    "apply.cuh",
+    "chunk_io.cuh",
+    "permute.cuh",
+    "scheduler.cuh",
+    "precondition.cu",
+)
 
 
 def find(pattern, files=FILES):
@@ -108,8 +117,15 @@ PLANTED = [
     ),
     plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
-    plant("apply.cuh", "const bool lower = tile >= block / 2;", "const bool lower = true;"),
-    plant("apply.cuh", "if (chunk.scratch.not_finite[row] == 0) chunk", "chunk"),
+    plant("factor.cuh", "fma(-row[j], row[j], row[j + 1]), j + 1", "row[j + 1], j + 1"),
+    plant("factor.cuh", "while (j > i) j -= ++i;", "while (j > i + 1) j -= ++i;"),
+    plant("factor.cuh", "base = warp >> 2 * level << (level + 1)", "base = 0"),
+    plant("tile_product.cuh", "if (kProducts > 2) mma", "if (kProducts > 3) mma"),
+    plant("tile_product.cuh", "i / 2 * inner_a", "i % 2 * inner_a"),
+    plant("apply.cuh", "if (tile >= column) {", "if (true) {"),
+    plant("apply.cuh", "row < rows && chunk.scratch.not_finite[row] == 0", "row < rows"),
+    plant("apply.cuh", "unit == kNoUnit && i < lane.count", "i < lane.count"),
+    plant("gram.cuh", " && chunk.x_stage() * columns == kWarps * kLoads", ""),
     plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),

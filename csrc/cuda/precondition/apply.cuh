@@ -1,38 +1,148 @@
 // G[:, c] <- G[:, c] A_c^-1 for this CTA's part of the rows of G of one layer, in place.
 //
-// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 16
-// columns with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients are split as well (three
-// products), 16-bit gradients are TF32 numbers already (two products); with `tf32` both are rounded (one product).  A
-// row of the stage whose result has an element that is not finite in the gradient's own type is left as it was, in this
-// chunk only.
+// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 32
+// columns (16 in CTAs of 512 threads) with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients
+// are split as well (three products), 16-bit gradients are TF32 numbers already (two products); with `tf32` both are
+// rounded (one product).  A row of the stage whose result has an element that is not finite in the gradient's own type
+// is left as it was, in this chunk only.
 //
-// Not here, by calculation for an H200 (nothing has been measured): 16-bit products for 16-bit gradients.  A step of 8
-// k loads 12 x 128 bytes of float32 from shared memory, 12 cycles of an SM, for two TF32 products of some 13 cycles;
-// two bfloat16 products of half that would wait for the same loads.  So they pay only where the operands lie in 16
-// bits: high and low part of the whole inverse, 64 KiB instead of 41 for a chunk of 128 and 256 instead of 149 for 256,
-// which then streams.  That would be worth it for bfloat16 gradients of wide layers: the products of a Llama block take
-// some 310 us here beside 233 us of DRAM, and 130 at the peak of wgmma.  float32 gradients are bound by DRAM either way
-// (ViT-B/16: some 200 us of products beside 281).  It waits for a GPU that shows which of the two bounds.
+// What the loads and stores cost is addresses, so a lane keeps its units through a stage, and one address is a row's
+// offset and a unit's.  Figures of the model: docs/developer/kernel-model.md.
 #pragma once
 
 #include "cuda/precondition/scheduler.cuh"
+#include "cuda/precondition/tile_product.cuh"
 
 namespace consistency_ops {
 
-constexpr int kApplyJobs =
-    2;  // of a warp: (64 / 32 rows) * (128 / 16 columns) / 8 warps, or (32 / 32) * (256 / 16) / 16
+constexpr int kLoadsInFlight = 8;  // of a lane
+
+// How the lanes of a CTA cover a stage of G.  A warp takes 1 x 32 elements of a row where units are the fast dimension
+// in memory, 8 x 4 where rows are (taps of a convolution).  Where the blocks of a row divide evenly among the warps, a
+// lane has the same few units in all its rows, which `fixed` says; elsewhere StageWalk finds them anew.
+template <int kWarps>
+struct LaneOfG {
+  bool tall, fixed;
+  int columns, across, column;  // blocks along a row; warps that share a row; this warp's first block
+  int first, count;             // its first row, and how many: the next is 1 or, if tall, 8 further
+
+  CO_DEVICE LaneOfG(const PreconditionLayer& layer, const Chunk& chunk, int rows)
+      : tall(
+            rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1], layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride)),
+        columns(tall ? chunk.padded() / 4 : chunk.padded() / 32),
+        across(min(columns, kWarps)),
+        column(fresh_thread() / 32 % across),
+        count((tall ? rows / 8 : rows) / (kWarps / across)) {
+    first = fresh_thread() / 32 / across * count * (tall ? 8 : 1) + (tall ? fresh_thread() % 8 : 0);
+    fixed = columns % across == 0 && kWarps % across == 0 && count > 0 && count % kLoadsInFlight == 0;
+  }
+  // Calls f(unit, position) for the lane's units.
+  template <typename F>
+  CO_DEVICE void for_each_unit(const Chunk& chunk, F&& f) {
+    const int lane = fresh_thread() % 32;
+    CO_NO_UNROLL
+    for (int c = column; c < columns; c += across) {
+      const int position = tall ? c * 4 + lane / 8 : c * 32 + lane;
+      f(chunk.scratch.unit[position], position);
+    }
+  }
+};
 
 // Calls f(row, unit, position in the stage) for every element of the stage.
 template <int kWarps, typename F>
-CO_DEVICE void for_each_g(const PreconditionLayer& layer, const Chunk& chunk, int rows, F&& f) {
-  StageWalk<kWarps> walk(chunk.padded(), rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1],
-                                                       layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride));
+CO_DEVICE void for_each_g(const Chunk& chunk, bool tall, int rows, F&& f) {
+  StageWalk<kWarps> walk(chunk.padded(), tall);
   const int steps = walk.steps(rows);
-  CO_UNROLL_4
+  CO_NO_UNROLL
   for (int i = 0; i < steps; ++i) {
     const int row = walk.row(i), position = walk.position(i);
     if (row < rows) f(row, chunk.scratch.unit[position], row * g_pitch(chunk.padded()) + position);
   }
+}
+
+// `count` rows of one unit, `kStep` apart, from G to the stage and back.
+template <int kStep, typename Raw>
+CO_DEVICE void load_unit(const Raw* column, const int64_t* row_offset, DType dtype, float* to, int pitch, int count) {
+  CO_NO_UNROLL
+  for (; count > 0; count -= kLoadsInFlight) {
+    Raw raw[kLoadsInFlight];
+    CO_UNROLL
+    for (int i = 0; i < kLoadsInFlight; ++i) raw[i] = column[row_offset[i * kStep]];
+    CO_UNROLL
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      *to = to_float<Raw>(dtype, raw[i]);
+      to += kStep * pitch;
+    }
+    row_offset += kLoadsInFlight * kStep;
+  }
+}
+
+template <int kStep, typename Raw>
+CO_DEVICE void store_unit(Raw* column, const int64_t* row_offset, DType dtype, const float* from, int pitch,
+                          int count) {
+  CO_NO_UNROLL
+  for (; count > 0; count -= kLoadsInFlight) {
+    CO_UNROLL
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      column[row_offset[i * kStep]] = from_float<Raw>(dtype, *from);
+      from += kStep * pitch;
+    }
+    row_offset += kLoadsInFlight * kStep;
+  }
+}
+
+// arena <- the stage, `rows` of it, all of which may be read.  The place of the bias is left alone.
+template <int kWarps, typename Raw>
+CO_DEVICE void load_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+  const Raw* const g = global_memory(static_cast<const Raw*>(layer.g));
+  const int64_t unit_stride = layer.g_unit_stride;
+  const DType dtype = layer.g_dtype;
+  const int pitch = g_pitch(chunk.padded());
+  LaneOfG<kWarps> lane(layer, chunk, rows);
+  if (lane.fixed) {
+    lane.for_each_unit(chunk, [&](int32_t unit, int position) {
+      float* const to = chunk.arena + lane.first * pitch + position;
+      if (unit < 0) {
+        for (int i = 0; unit == kNoUnit && i < lane.count; ++i) to[i * (lane.tall ? 8 : 1) * pitch] = 0.0f;
+      } else if (lane.tall) {
+        load_unit<8>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, to, pitch, lane.count);
+      } else {
+        load_unit<1>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, to, pitch, lane.count);
+      }
+    });
+    return;
+  }
+  for_each_g<kWarps>(chunk, lane.tall, rows, [&](int row, int32_t unit, int at) {
+    if (unit == kBiasUnit) return;
+    chunk.arena[at] = unit < 0 ? 0.0f : to_float<Raw>(dtype, g[chunk.scratch.row_offset[row] + unit * unit_stride]);
+  });
+}
+
+// And back: the first `rows` rows of the stage of `stage`, except those that must not be written: a 16-bit NaN would
+// come back from float as another one.
+template <int kWarps, typename Raw>
+CO_DEVICE void store_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows, int stage) {
+  Raw* const g = global_memory(static_cast<Raw*>(layer.g));
+  const int64_t unit_stride = layer.g_unit_stride;
+  const DType dtype = layer.g_dtype;
+  const int pitch = g_pitch(chunk.padded());
+  LaneOfG<kWarps> lane(layer, chunk, rows);
+  if (lane.fixed && rows == stage && chunk.scratch.any_not_finite == 0) {
+    lane.for_each_unit(chunk, [&](int32_t unit, int position) {
+      const float* const from = chunk.arena + lane.first * pitch + position;
+      if (unit < 0) return;
+      if (lane.tall) {
+        store_unit<8>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, from, pitch, lane.count);
+      } else {
+        store_unit<1>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, from, pitch, lane.count);
+      }
+    });
+    return;
+  }
+  for_each_g<kWarps>(chunk, lane.tall, rows, [&](int row, int32_t unit, int at) {
+    if (unit < 0 || chunk.scratch.not_finite[row] != 0) return;
+    g[chunk.scratch.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
+  });
 }
 
 constexpr int kPrefetchRows = 256;  // 128 KiB of float32 a CTA, 34 MB in all: what L2 holds beside the rest
@@ -65,53 +175,29 @@ CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk, co
   }
 }
 
-// sum += rows [32 half, 32 half + 32) of the stage times columns [16 block, 16 block + 16) of A^-1.
-//
-// An mma sums over k in any order that both operands agree on.  Here the lanes with t = lane % 4 take k = 8 t + 2 s and
-// the next one in step s of a tile: so every load of the inverse, whose pitch is 1 modulo 32, lies in 32 banks, along
-// rows and along columns, and so does every load of G, whose pitch is odd.
-template <int kProducts>
-CO_DEVICE void multiply_block(float (&sum)[2][2][4], const Chunk& chunk, int half, int block, int rows) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int pitch = g_pitch(chunk.padded()), column = block % 2 * 16 + g;
-  const float* left = chunk.arena + (half * 32 + g) * pitch + 8 * t;
-  for (int tile = 0; tile < chunk.side(); ++tile) {
-    // Only lower tiles are stored: above the diagonal the transposed tile is read.
-    const bool lower = tile >= block / 2;
-    const float* inverse = lower ? lower_tile(chunk.tiles, tile, block / 2) : lower_tile(chunk.tiles, block / 2, tile);
-    const int k_stride = lower ? kTilePitch : 1, column_stride = lower ? 1 : kTilePitch;
-    CO_NO_UNROLL
-    for (int k = 0; k < 8; k += 2) {
-      float b[2][2], b_low[2][2];
-      CO_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        CO_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const SplitFloat split(inverse[(8 * t + k + i) * k_stride + (column + n * 8) * column_stride]);
-          b[n][i] = split.high;
-          b_low[n][i] = split.low;
-        }
-      }
-      CO_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        float a[4], a_low[4];
-        CO_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = m * 16 + i % 2 * 8;
-          const float value = half * 32 + g + row < rows ? left[row * pitch + tile * kTile + k + i / 2] : 0.0f;
-          const SplitFloat split(value);
-          a[i] = kProducts == 2 ? value : split.high;  // two: 16-bit gradients
-          a_low[i] = split.low;
-        }
-        CO_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          if (kProducts > 2) mma_m16n8k8_tf32(sum[m][n], a_low, b[n]);
-          if (kProducts > 1) mma_m16n8k8_tf32(sum[m][n], a, b_low[n]);
-          mma_m16n8k8_tf32(sum[m][n], a, b[n]);
-        }
-      }
+// sum += rows [32 half, 32 half + 32) of the stage times columns [first, first + kColumns) of A^-1, of which only lower
+// tiles are stored: above the diagonal the transposed tile is read.
+template <int kProducts, int kColumns>
+CO_DEVICE void multiply_block(TileProduct<kColumns>& product, const Chunk& chunk, int half, int first, int stage) {
+  const int pitch = g_pitch(chunk.padded()), column = first / kTile, within = first % kTile;
+  const float* left = chunk.arena + half * 32 * pitch;
+  CO_NO_UNROLL
+  for (int tile = 0; tile < chunk.side(); ++tile, left += kTile) {
+    if (tile >= column) {
+      product.template add<kProducts>(left, pitch, 1, lower_tile(chunk.tiles, tile, column) + within, kTilePitch, 1,
+                                      min(stage, kTile));
+    } else {
+      product.template add<kProducts>(left, pitch, 1, lower_tile(chunk.tiles, column, tile) + within * kTilePitch, 1,
+                                      kTilePitch, min(stage, kTile));
     }
   }
+}
+
+// A result is written where it is smaller than this: it is finite in the gradient's own type, and no sum of tensor
+// cores, which round toward zero, that stopped at the largest float32.
+CO_DEVICE float written_below(DType dtype) {
+  if (dtype == DType::kFloat32) return 0x1.fffff8p127f;
+  return dtype == DType::kBFloat16 ? 0x1.ffp127f : 65520.0f;  // half-way to what rounds to infinity
 }
 
 // Every tap of an output holds a corrected copy of its bias gradient; their mean goes back.  Sums run over the stages
@@ -145,12 +231,11 @@ struct BiasMean {
 template <int kWarps, typename Raw>
 CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const OutputRange& outputs, int stage) {
   constexpr int kProducts = sizeof(Raw) == 4 ? 3 : 2;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kColumns = kWarps == 8 ? 32 : 16;  // one block a warp: 64 rows x 128 columns, or 32 x 256
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int pitch = g_pitch(chunk.padded());
   const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
   const int last_row = static_cast<int>(outputs.end) * taps;
-  Raw* const g = static_cast<Raw*>(layer.g);
-  const int64_t unit_stride = layer.g_unit_stride;
   const DType dtype = layer.g_dtype;
   int bias_position = -1;
   for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
@@ -160,65 +245,54 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
 
   for (int first = static_cast<int>(outputs.begin) * taps; first < last_row; first += stage) {
     const int rows = min(stage, last_row - first);
-    __syncthreads();  // the last stage has been written back
-    if (const int thread = fresh_thread(); thread < rows) {
-      const uint32_t row = static_cast<uint32_t>(first + thread), output = row / static_cast<uint32_t>(taps);
+    __syncthreads();  // the last stage has been read and written back
+    // Rows of the last stage past the end are the last row again: they can be loaded, and nobody writes them.
+    if (const int thread = fresh_thread(); thread < stage) {
+      const uint32_t row = static_cast<uint32_t>(first + min(thread, rows - 1));
+      const uint32_t output = row / static_cast<uint32_t>(taps);
       chunk.scratch.row_offset[thread] =
           output * layer.g_output_stride +
           strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
       chunk.scratch.bias_offset[thread] = output * layer.bias_stride;
       chunk.scratch.not_finite[thread] = 0;
+      if (thread == 0) chunk.scratch.any_not_finite = 0;
+      if (bias_position >= 0) {
+        chunk.arena[thread * pitch + bias_position] =
+            load_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[thread]);
+      }
     }
     __syncthreads();
-    for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
-      float value = 0.0f;
-      if (unit >= 0) {
-        value = to_float<Raw>(dtype, g[chunk.scratch.row_offset[row] + unit * unit_stride]);
-      } else if (unit == kBiasUnit) {
-        value = load_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[row]);
-      }
-      chunk.arena[at] = value;
-    });
+    load_stage<kWarps, Raw>(layer, chunk, stage);
     __syncthreads();
 
-    const int blocks = chunk.padded() / 16, jobs = blocks * ((rows + 31) / 32);
-    float sum[kApplyJobs][2][2][4] = {};
-    const auto for_each_result = [&](auto&& f) {  // f(row, position in the stage, element)
-      CO_UNROLL
-      for (int j = 0; j < kApplyJobs; ++j) {
-        const int job = warp + j * kWarps;
-        if (job >= jobs) continue;
-        CO_UNROLL
-        for (int e = 0; e < 16; ++e) {
-          const int row = job / blocks * 32 + e / 8 * 16 + e / 2 % 2 * 8 + lane / 4;
-          const int position = job % blocks * 16 + e / 4 % 2 * 8 + lane % 4 * 2 + e % 2;
-          if (row < rows) f(row, row * pitch + position, sum[j][e / 8][e / 4 % 2][e % 4]);
-        }
-      }
-    };
-    CO_UNROLL
-    for (int j = 0; j < kApplyJobs; ++j) {
-      const int job = warp + j * kWarps;
-      if (job >= jobs) continue;
+    const int blocks = chunk.padded() / kColumns, half = warp / blocks, column = warp % blocks * kColumns;
+    const bool busy = half * 32 < rows;
+    TileProduct<kColumns> product;
+    if (busy) {
       if (chunk.task.tf32) {
-        multiply_block<1>(sum[j], chunk, job / blocks, job % blocks, rows);
+        multiply_block<1>(product, chunk, half, column, stage);
       } else {
-        multiply_block<kProducts>(sum[j], chunk, job / blocks, job % blocks, rows);
+        multiply_block<kProducts>(product, chunk, half, column, stage);
+      }
+      const float limit = written_below(dtype);
+      bool is_written = true;
+      product.for_each([&](int, int, float value) { is_written = is_written && fabs(value) < limit; });
+      if (!is_written) {
+        atomicOr(&chunk.scratch.any_not_finite, 1);
+        product.for_each([&](int row, int, float value) {
+          if (!(fabs(value) < limit)) atomicOr(&chunk.scratch.not_finite[half * 32 + row], 1);
+        });
       }
     }
-    for_each_result([&](int row, int, float& value) {
-      value = to_float<Raw>(dtype, from_float<Raw>(dtype, value));
-      if (!is_finite(value)) atomicOr(&chunk.scratch.not_finite[row], 1);
-    });
     __syncthreads();  // the stage has been read, and the flags are complete
-    for_each_result([&](int row, int at, float value) {
-      if (chunk.scratch.not_finite[row] == 0) chunk.arena[at] = value;
-    });
+    if (busy) {
+      product.for_each([&](int row, int at, float value) {
+        row += half * 32;
+        if (row < rows && chunk.scratch.not_finite[row] == 0) chunk.arena[row * pitch + column + at] = value;
+      });
+    }
     __syncthreads();
-    for_each_g<kWarps>(layer, chunk, rows, [&](int row, int32_t unit, int at) {
-      if (unit < 0 || chunk.scratch.not_finite[row] != 0) return;
-      g[chunk.scratch.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
-    });
+    store_stage<kWarps, Raw>(layer, chunk, rows, stage);
     if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
   }
 }

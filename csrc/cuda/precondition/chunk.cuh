@@ -56,6 +56,7 @@ struct Scratch {
   int32_t gram_block[kMaxGramBlocks];  // first row + 65536 * first column of the blocks of 16 x 32 (gram.cuh)
   float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
   int32_t not_finite[kMaxApplyRows];   // 1: the result of this row of the stage must not be written
+  int32_t any_not_finite;              // 1: there is such a row in the stage
   float warp_sum[32];
   int32_t warp_count[32];
   int32_t bias_position, last_unit;    // permute.cuh
@@ -151,10 +152,15 @@ CO_DEVICE bool rows_are_fast(int64_t row_stride, int64_t row_size, int64_t unit_
   return row_size > 1 && row < unit;
 }
 
-// value = high + low to 2^-22 of value, both TF32.
+// value = high + low to 2^-22 of value, as the tensor cores read them: high is the nearest TF32 number, and of low,
+// which has 13 bits, they drop the last two.  Integer instructions, because cvt.rna.tf32 is four on sm_90.  NaN stays
+// NaN in low; a value that rounds to infinity gives NaN in the sum of products.
 struct SplitFloat {
   float high, low;
-  CO_DEVICE explicit SplitFloat(float value) : high(to_tf32(value)), low(to_tf32(value - high)) {}
+  CO_DEVICE explicit SplitFloat(float value) {
+    high = __uint_as_float((__float_as_uint(value) + 0x1000u) & 0xffffe000u);
+    low = value - high;
+  }
 };
 
 }  // namespace consistency_ops

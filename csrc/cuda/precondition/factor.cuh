@@ -1,20 +1,17 @@
 // Cholesky factorisation and explicit inverse of one chunk, in place in the lower 32 x 32 tiles of shared memory.
 //
 // The factor is right-looking over tiles: one warp factors the diagonal tile with a row of it in every lane's registers
-// (a pivot costs one shuffle, one reciprocal root and one pass through shared memory; 32 pivots are the serial chain),
-// a thread a row solves the tiles below, and a warp a tile updates what is left.  Then L is inverted tile row by tile
-// row and A^-1 = L^-T L^-1 replaces it.  The inverse costs the same flops as two triangular solves and no accuracy that
-// the covariance has (the error of G A^-1 equals that of substitution), and turns the correction into one matrix
-// product.
+// (a pivot costs one shuffle and one reciprocal root; the rest of its update goes through shared memory meanwhile; 32
+// pivots are the serial chain), a thread a row solves the tiles below, and a warp a tile updates what is left.  Then L
+// is inverted, 32 x 32 blocks first and from two inverses the block below them, and A^-1 = L^-T L^-1 replaces it.  The
+// inverse costs the same flops as two triangular solves and no accuracy that the covariance has (the error of G A^-1
+// equals that of substitution), and turns the correction into one matrix product.
 //
-// Everything here is float32 FMA, so no pivot is lost to TF32: chunk^3 flops, 2.1 M for 128 units or 4 us of one SM at
-// its peak, beside a serial chain of four tiles.  In static schedules of sm_90 code a tile takes some 3200 cycles
-// or 1.6 us with the column through shared memory, as here, 2.2 us with every broadcast a shuffle and 1.3 us with two
-// pivots at a time, which is not built.  That is 10 to 12 us for a chunk of 128 on its own; a whole device has the
-// flops of the 181 chunks of ResNet-50 done in 5 us.  Calculated: nothing was measured.
+// Products of tiles are three TF32 products (tile_product.cuh), which is float32 accuracy; pivots, panels and the
+// inverses of diagonal tiles are float32 FMA.  What the whole costs by the model: docs/developer/kernel-model.md.
 #pragma once
 
-#include "cuda/precondition/chunk.cuh"
+#include "cuda/precondition/tile_product.cuh"
 
 namespace consistency_ops {
 
@@ -31,14 +28,16 @@ CO_DEVICE int factor_diagonal_tile(float* tile, float* inverse_pivot) {
   float row[kTile];
   CO_UNROLL
   for (int c = 0; c < kTile; ++c) row[c] = tile[lane * kTilePitch + c];
+  float pivot = __shfl_sync(0xffffffffu, row[0], 0);
   CO_UNROLL
   for (int j = 0; j < kTile; ++j) {
-    const float pivot = __shfl_sync(0xffffffffu, row[j], j);
     if (!(pivot > 0.0f && is_finite(pivot))) return j + 1;
     const float inverse = inverse_root(pivot);
     row[j] *= inverse;
     tile[lane * kTilePitch + j] = row[j];
     if (lane == j) inverse_pivot[j] = inverse;
+    // The next pivot's lane has what it needs, so its way through the warp begins before the rest of the update.
+    if (j + 1 < kTile) pivot = __shfl_sync(0xffffffffu, fma(-row[j], row[j], row[j + 1]), j + 1);
     __syncwarp();
     CO_UNROLL
     for (int c = j + 1; c < kTile; ++c) row[c] -= row[j] * tile[c * kTilePitch + j];
@@ -59,43 +58,6 @@ CO_DEVICE void solve_row(float* row, const float* factor, const float* inverse_p
   CO_UNROLL
   for (int j = 0; j < kTile; ++j) row[j] = x[j];
 }
-
-// One warp: a 32 x 32 product, 8 x 4 elements a lane: rows lane / 8 + 4 x, columns 4 (lane % 8) + y, which lie in 32
-// banks for every (x, y).
-struct TileProduct {
-  float sum[8][4] = {};
-
-  // sum += A B with A(r, k) = a[r * kRowA + k * kInnerA], B(k, c) = b[k * kInnerB + c * kColumnB].
-  template <int kRowA, int kInnerA, int kInnerB, int kColumnB>
-  CO_DEVICE void add(const float* a, const float* b) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    a += lane / 8 * kRowA;
-    b += lane % 8 * 4 * kColumnB;
-    CO_NO_UNROLL
-    for (int k = 0; k < kTile; ++k) {
-      float left[8], right[4];
-      CO_UNROLL
-      for (int x = 0; x < 8; ++x) left[x] = a[x * 4 * kRowA + k * kInnerA];
-      CO_UNROLL
-      for (int y = 0; y < 4; ++y) right[y] = b[y * kColumnB + k * kInnerB];
-      CO_UNROLL
-      for (int x = 0; x < 8; ++x) {
-        CO_UNROLL
-        for (int y = 0; y < 4; ++y) sum[x][y] = fma(left[x], right[y], sum[x][y]);
-      }
-    }
-  }
-
-  template <typename F>
-  CO_DEVICE void for_each(F&& f) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    CO_UNROLL
-    for (int x = 0; x < 8; ++x) {
-      CO_UNROLL
-      for (int y = 0; y < 4; ++y) f((lane / 8 + 4 * x) * kTilePitch + lane % 8 * 4 + y, sum[x][y]);
-    }
-  }
-};
 
 // All threads; what precedes the last step ends with a barrier.  tiles <- L; failed_minor <- 0 or the order of
 // the leading minor that is not positive definite.
@@ -122,16 +84,30 @@ CO_DEVICE void factor(const Chunk& chunk) {
       int i = 0;
       while (lower_tiles(i + 1) <= tile) ++i;
       const int j = tile - lower_tiles(i);
-      TileProduct product;
-      product.add<kTilePitch, 1, 1, kTilePitch>(lower_tile(chunk.tiles, k + 1 + i, k),
-                                                lower_tile(chunk.tiles, k + 1 + j, k));
+      TileProduct<kTile> product;
+      product.template add<3>(lower_tile(chunk.tiles, k + 1 + i, k), kTilePitch, 1,
+                              lower_tile(chunk.tiles, k + 1 + j, k), 1, kTilePitch);
       float* target = lower_tile(chunk.tiles, k + 1 + i, k + 1 + j);
-      product.for_each([&](int at, float sum) { target[at] -= sum; });
+      product.for_each([&](int row, int column, float sum) { target[row * kTilePitch + column] -= sum; });
     }
   }
 }
 
-// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete.
+CO_DEVICE void store_tile(TileProduct<kTile>& product, float* tile, float sign) {
+  product.for_each([&](int row, int column, float value) { tile[row * kTilePitch + column] = sign * value; });
+}
+
+// high low + low high is not low high + high low in floats, so the two triangles differ by rounding; of a matrix in
+// device memory the lower one is kept (store_matrix), and who goes on with the tiles must have the same bits.
+CO_DEVICE void store_symmetric_tile(TileProduct<kTile>& product, float* tile) {
+  product.for_each([&](int row, int column, float value) {
+    if (row < column) return;
+    tile[row * kTilePitch + column] = value;
+    tile[column * kTilePitch + row] = value;
+  });
+}
+
+// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete and symmetric.
 template <int kWarps>
 CO_DEVICE void invert(const Chunk& chunk) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -150,36 +126,41 @@ CO_DEVICE void invert(const Chunk& chunk) {
     CO_UNROLL
     for (int r = 0; r < kTile; ++r) tile[r * kTilePitch + lane] = column[r];
   }
-  for (int i = 1; i < chunk.side(); ++i) {  // W[i][j] = -W[i][i] sum_m L[i][m] W[m][j], a warp a tile
+  // Ever larger blocks: from W11 = L11^-1 and W22 = L22^-1 of `half` tiles follows W21 = -W22 (L21 W11), a warp a tile.
+  for (int level = 0; 1 << level < chunk.side(); ++level) {
+    const int half = 1 << level, base = warp >> 2 * level << (level + 1), middle = base + half;
+    const int i = middle + (warp >> level) % half, j = base + warp % half;
+    __syncthreads();  // the blocks are complete
+    TileProduct<kTile> sum;
+    for (int m = j; i < chunk.side() && m < middle; ++m) {
+      sum.template add<3>(lower_tile(chunk.tiles, i, m), kTilePitch, 1, lower_tile(chunk.tiles, m, j), kTilePitch, 1);
+    }
+    __syncthreads();  // L21 has been read
+    if (i < chunk.side()) store_tile(sum, lower_tile(chunk.tiles, i, j), 1.0f);
     __syncthreads();
-    TileProduct sum;
-    for (int m = warp; m < i; ++m) {
-      sum.add<kTilePitch, 1, kTilePitch, 1>(lower_tile(chunk.tiles, i, m), lower_tile(chunk.tiles, m, warp));
+    TileProduct<kTile> product;
+    for (int m = middle; i < chunk.side() && m <= i; ++m) {
+      product.template add<3>(lower_tile(chunk.tiles, i, m), kTilePitch, 1, lower_tile(chunk.tiles, m, j), kTilePitch,
+                              1);
     }
-    __syncthreads();  // row i of L has been read
-    if (warp < i) {
-      float* tile = lower_tile(chunk.tiles, i, warp);
-      sum.for_each([&](int at, float value) { tile[at] = value; });
-      __syncwarp();
-      TileProduct product;
-      product.add<kTilePitch, 1, kTilePitch, 1>(lower_tile(chunk.tiles, i, i), tile);
-      __syncwarp();
-      product.for_each([&](int at, float value) { tile[at] = -value; });
-    }
+    __syncthreads();  // L21 W11 has been read
+    if (i < chunk.side()) store_tile(product, lower_tile(chunk.tiles, i, j), -1.0f);
   }
   __syncthreads();
-  for (int i = 0; i < chunk.side(); ++i) {  // A^-1[i][j] = sum_m W[m][i]^T W[m][j], a warp a tile
-    TileProduct sum;
-    if (warp <= i) {
-      for (int m = i; m < chunk.side(); ++m) {
-        sum.add<1, kTilePitch, kTilePitch, 1>(lower_tile(chunk.tiles, m, i), lower_tile(chunk.tiles, m, warp));
-      }
+  // A^-1[i][j] = sum_m W[m][i]^T W[m][j], a warp a tile, as many rows at once as there are warps for.
+  for (int first = 0, last; first < chunk.side(); first = last) {
+    int tiles = 0;
+    for (last = first; last < chunk.side() && tiles + last + 1 <= kWarps; ++last) tiles += last + 1;
+    int i = first, j = warp;
+    while (j > i) j -= ++i;
+    const bool busy = warp < tiles;
+    TileProduct<kTile> sum;
+    for (int m = i; busy && m < chunk.side(); ++m) {
+      sum.template add<3>(lower_tile(chunk.tiles, m, i), 1, kTilePitch, lower_tile(chunk.tiles, m, j), kTilePitch, 1);
     }
-    __syncthreads();  // row i of W has been read, and no later row of the result needs it
-    if (warp <= i) {
-      float* tile = lower_tile(chunk.tiles, i, warp);
-      sum.for_each([&](int at, float value) { tile[at] = value; });
-    }
+    __syncthreads();  // these rows of W have been read, and no later row of the result needs them
+    if (busy && i != j) store_tile(sum, lower_tile(chunk.tiles, i, j), 1.0f);
+    if (busy && i == j) store_symmetric_tile(sum, lower_tile(chunk.tiles, i, i));
   }
   __syncthreads();
 }

@@ -24,10 +24,37 @@ namespace consistency_ops {
 
 constexpr int kPartialRows = 512;
 
+// Whether a lane has one unit in all its rows of a stage: load i of it is then row first_row + i.  That is so where
+// units are the fast dimension and a stage is full, with 1, 2, 4 or 8 blocks of 32 units in a row.
+template <int kWarps, int kLoads>
+struct LaneOfStage {
+  int position, first_row;
+  bool keeps_unit;
+
+  CO_DEVICE explicit LaneOfStage(const Chunk& chunk) {
+    const int warp = fresh_thread() / 32, columns = chunk.padded() / 32;
+    position = warp % columns * 32 + fresh_thread() % 32;
+    first_row = warp / columns * kLoads;
+    keeps_unit = !chunk.input.rows_are_fast && chunk.x_stage() * columns == kWarps * kLoads;
+  }
+};
+
 template <int kWarps, typename Raw, int kLoads>
 CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
   const Raw* x = global_memory(static_cast<const Raw*>(chunk.input.data));
   const uint32_t one = one_bits<Raw>(layer.x_dtype);
+  const LaneOfStage<kWarps, kLoads> lane(chunk);
+  if (lane.keeps_unit && rows == chunk.x_stage()) {
+    const int32_t unit = chunk.scratch.unit[lane.position];
+    const Raw* const column = x + max(unit, 0) * chunk.input.unit_stride;
+    const int64_t* const row_offset = chunk.scratch.row_offset + lane.first_row;
+    CO_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      raw[i] = unit == kBiasUnit ? one : 0;
+      if (unit >= 0) raw[i] = column[row_offset[i]];
+    }
+    return;
+  }
   StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
@@ -39,7 +66,21 @@ CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, 
 }
 
 template <int kWarps, typename Raw, int kLoads>
-CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk) {
+CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk, int rows) {
+  const LaneOfStage<kWarps, kLoads> lane(chunk);
+  if (lane.keeps_unit && rows == chunk.x_stage()) {
+    const int pitch = x_pitch(chunk.padded());
+    int at = lane.first_row * pitch + lane.position;
+    CO_UNROLL
+    for (int i = 0; i < kLoads; ++i, at += pitch) {
+      if constexpr (sizeof(Raw) == 2) {
+        reinterpret_cast<Raw*>(chunk.arena)[at] = static_cast<Raw>(raw[i]);
+      } else {
+        chunk.arena[at] = chunk.task.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
+      }
+    }
+    return;
+  }
   StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
   for (int i = 0; i < kLoads; ++i) {
@@ -167,7 +208,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
   CO_NO_UNROLL
   for (int next = 0;; next += chunk.x_stage()) {
     __syncthreads();  // stage t - 2 has been read, and the row offsets of stage t - 1
-    if (next > 0) stage_x<kWarps, Raw>(raw, chunk);
+    if (next > 0) stage_x<kWarps, Raw>(raw, chunk, min(chunk.x_stage(), chunk.x_rows() - next + chunk.x_stage()));
     locate(next);
     __syncthreads();
     if (next == 0 || next < chunk.x_rows())
