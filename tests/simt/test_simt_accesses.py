@@ -54,7 +54,7 @@ def count(folder, *case, script="run_cases.py"):
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    return count(tmp_path_factory.mktemp("accesses"), "64")
+    return count(tmp_path_factory.mktemp("accesses"), "64@one_cta")  # a stage of 64 rows of G, and one of 6
 
 
 @pytest.mark.parametrize(

@@ -91,15 +91,15 @@ CO_DEVICE void store_unit(Raw* column, const int64_t* row_offset, DType dtype, c
   }
 }
 
-// arena <- the stage, `rows` of it, all of which may be read.  The place of the bias is left alone.
+// arena <- the first `rows` rows of the stage of `stage`.  The place of the bias is left alone.
 template <int kWarps, typename Raw>
-CO_DEVICE void load_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+CO_DEVICE void load_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows, int stage) {
   const Raw* const g = global_memory(static_cast<const Raw*>(layer.g));
   const int64_t unit_stride = layer.g_unit_stride;
   const DType dtype = layer.g_dtype;
   const int pitch = g_pitch(chunk.padded());
   LaneOfG<kWarps> lane(layer, chunk, rows);
-  if (lane.fixed) {
+  if (lane.fixed && rows == stage) {
     lane.for_each_unit(chunk, [&](int32_t unit, int position) {
       float* const to = chunk.arena + lane.first * pitch + position;
       if (unit < 0) {
@@ -246,9 +246,8 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
   for (int first = static_cast<int>(outputs.begin) * taps; first < last_row; first += stage) {
     const int rows = min(stage, last_row - first);
     __syncthreads();  // the last stage has been read and written back
-    // Rows of the last stage past the end are the last row again: they can be loaded, and nobody writes them.
-    if (const int thread = fresh_thread(); thread < stage) {
-      const uint32_t row = static_cast<uint32_t>(first + min(thread, rows - 1));
+    if (const int thread = fresh_thread(); thread < rows) {
+      const uint32_t row = static_cast<uint32_t>(first + thread);
       const uint32_t output = row / static_cast<uint32_t>(taps);
       chunk.scratch.row_offset[thread] =
           output * layer.g_output_stride +
@@ -262,7 +261,7 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const O
       }
     }
     __syncthreads();
-    load_stage<kWarps, Raw>(layer, chunk, stage);
+    load_stage<kWarps, Raw>(layer, chunk, rows, stage);
     __syncthreads();
 
     const int blocks = chunk.padded() / kColumns, half = warp / blocks, column = warp % blocks * kColumns;
