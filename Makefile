@@ -13,12 +13,14 @@ BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -type f)
 # What the compilers say, without the command line of every file, which ninja prints.
-COMPILE = flock .build.lock python setup.py -q build_ext --inplace | sed -u '/^\[[0-9]*\/[0-9]*\] /d; /^ninja: no work/d'
+COMPILE = set -o pipefail; python setup.py -q build_ext --inplace | \
+	{ grep --line-buffered -vE '^\[[0-9]+/[0-9]+\] |^ninja: no work' || true; }
+# torch's libraries come with torch.  The tag is the lowest whose C library has every symbol that was linked.
+REPAIR = auditwheel repair --exclude 'libtorch*.so*' --exclude 'libc10*.so*'
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
 	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 
 SHELL := bash
-.SHELLFLAGS := -o pipefail -c
 export PATH := $(BIN):$(PATH)
 export MAX_JOBS ?= 2
 # OpenMP threads that spin while they wait make small steps many times slower on a busy machine.
@@ -54,10 +56,13 @@ bench: $(LIBRARY) ## speed and memory against torch, steps against other optimiz
 build: $(VENV)/.installed ## compile the extension in place, only what changed
 	@$(COMPILE)
 
-wheel: $(VENV)/.installed ## dist/*.whl: one abi3 wheel for every Python >= 3.10 and torch >= 2.10
-	@rm -rf build/lib* build/bdist*
-	@CONSISTENCY_OPS_TORCH_ABI=0 flock .build.lock python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist/*.whl
+wheel: $(VENV)/.release ## dist/*.whl: one abi3 wheel for every Python >= 3.10 and torch >= 2.10, checked as PyPI would
+	@rm -rf build/lib* build/bdist* build/wheel
+	@CONSISTENCY_OPS_TORCH_ABI=0 python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@mkdir -p dist
+	@if [ "$$(uname)" = Linux ]; then $(REPAIR) --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	@wheel=$$(ls -t dist/*.whl | head -n 1); twine check --strict "$$wheel" && abi3audit --strict "$$wheel" && \
+		check-wheel-contents "$$wheel" && ls "$$wheel"
 
 docs: $(LIBRARY) $(VENV)/.docs ## the manual as web pages, build/docs/index.html; a warning is an error
 	python -m sphinx -q -W --keep-going -j auto -b html docs build/docs
@@ -96,6 +101,10 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.installed
 	"$(BIN)/python" -m pip install -qq -r requirements-frameworks.txt
+	@touch $@
+
+$(VENV)/.release: requirements-release.txt $(VENV)/.installed
+	"$(BIN)/python" -m pip install -qq -r requirements-release.txt
 	@touch $@
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.installed

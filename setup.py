@@ -5,23 +5,28 @@
     make build                           # in place, for development
 
 CONSISTENCY_OPS_CUDA=0|1       never | always build the CUDA kernels (default: if a CUDA toolkit is found)
+CONSISTENCY_OPS_TORCH=PYTHON   the interpreter whose torch it is built with (default: build_backend.py finds one)
+CONSISTENCY_OPS_REPOSITORY=URL where the README's links lead to on a package index (default: git's origin)
 CONSISTENCY_OPS_TORCH_ABI=0|1  never | always build csrc/torch_abi, which serves one torch and one Python
                                (default: if this torch builds it; a wheel is tagged abi3 only with 0)
 TORCH_CUDA_ARCH_LIST           architectures to build, e.g. "9.0a;10.0+PTX"
 MAX_JOBS                       parallel compile jobs
 """
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
+from email.parser import Parser
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+from build_backend import torch_paths
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch the binary runs on
@@ -35,8 +40,8 @@ def fail(sentence: str) -> None:
 
 def torch_cpp_extension():
     """torch.utils.cpp_extension of the build environment, or of the environment that is being installed into."""
-    # pip's isolated build hides the latter; it goes last, so that it hides nothing of the build environment.
-    sys.path += [p for p in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if p not in sys.path]
+    # What pip's isolated build hides goes last, so that it hides nothing of the build environment.
+    sys.path += [path for path in torch_paths() or () if path not in sys.path]
     try:
         import torch
         from torch.utils import cpp_extension
@@ -98,8 +103,7 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
             problem = f"the CUDA toolkit in {home} is {older}: set CUDA_HOME to one that is 12.0 or newer"
     if wanted == "1":
         fail(f"CONSISTENCY_OPS_CUDA=1, but {problem}, or set CONSISTENCY_OPS_CUDA=0 to build for the CPU only.")
-    if headers:
-        print(f"consistency_ops: building for the CPU only: {problem}.", file=sys.stderr)
+    print(f"consistency_ops: building without CUDA kernels: {problem}.", file=sys.stderr)
     return None
 
 
@@ -176,10 +180,25 @@ def drop_interpreter_path(command: build_ext) -> None:
             setattr(command.compiler, name, [word for word in words if not word.startswith("-Wl,-rpath")])
 
 
+@contextlib.contextmanager
+def one_build_at_a_time():
+    """Builds of one checkout share build/: the second waits.  macOS has no flock command, so it is done here."""
+    import fcntl
+
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class BuildExt(build_ext):
     """torch's BuildExtension, imported only when something is really built."""
 
     def run(self) -> None:
+        with one_build_at_a_time():
+            self.compile()
+
+    def compile(self) -> None:
         check_compiler()
         cpp_extension = torch_cpp_extension()
         try:
@@ -217,7 +236,48 @@ class BuildExt(build_ext):
         command.run()
 
 
-setup(  # what is built and which files are shipped; all else is in pyproject.toml
+def version() -> str:
+    return re.search(r'__version__ = "(.+?)"', (ROOT / "consistency_ops" / "environment.py").read_text())[1]
+
+
+def repository() -> str:
+    """The address of this repository's web pages, or "": a copy of the code need not have one."""
+    address = os.getenv("CONSISTENCY_OPS_REPOSITORY", "")
+    if not address and (ROOT / "PKG-INFO").exists():  # a source distribution: its README has links already
+        urls = Parser().parsestr((ROOT / "PKG-INFO").read_text()).get_all("Project-URL", [])
+        address = next((url.split(", ", 1)[1] for url in urls if url.startswith("Repository, ")), "")
+    if not address and (ROOT / ".git").exists() and shutil.which("git"):
+        git = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+        address = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    # https://name:password@host/owner/name.git, git@host:owner/name
+    parts = re.fullmatch(r"(?:(?:https|ssh)://)?(?:[^@/]*@)?([\w-]+(?:\.[\w-]+)+)[:/](.+?)(?:\.git)?/?", address)
+    return f"https://{parts[1]}/{parts[2]}" if parts else ""
+
+
+def long_description(address: str) -> str:
+    """The README for a package index, which has no other file of ours: links lead to this version in the repository.
+
+    Without an address they become their text, which is better than a dead link.
+    """
+
+    def link(match: re.Match) -> str:
+        image, text, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        folder = "raw" if image else "blob"
+        return f"{image}[{text}]({address}/{folder}/v{version()}/{target})" if address else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+REPOSITORY = repository()
+URLS = {"Repository": "", "Documentation": f"/blob/v{version()}/docs/index.md"}
+URLS |= {"Changelog": f"/blob/v{version()}/CHANGELOG.md", "Issues": "/issues"}
+
+setup(  # what is built, which files are shipped, and what depends on the repository; all else is in pyproject.toml
+    long_description=long_description(REPOSITORY),
+    long_description_content_type="text/markdown",
+    project_urls={name: REPOSITORY + path for name, path in URLS.items()} if REPOSITORY else {},
     packages=[*find_packages(include=["consistency_ops", "consistency_ops.*"]), "consistency_ops.csrc"],
     package_dir={"consistency_ops.csrc": "csrc"},  # headers, sources and CMake files for C and C++ users
     package_data={

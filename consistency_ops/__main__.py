@@ -8,10 +8,10 @@ import sys
 
 # command: (module with main(argv) -> exit status, one line for the help); imported only when asked for
 COMMANDS = {
-    "analyse": ("consistency_ops.cli.analyse", "say what is wrong in a network, layer by layer, as a web page"),
-    "train": ("consistency_ops.cli.train", "train one network with several optimizers side by side on real data"),
+    "analyse": (".cli.analyse", "say what is wrong in a network, layer by layer, as a web page"),
+    "train": (".cli.train", "train one network with several optimizers side by side on real data"),
     "verify": (
-        "consistency_ops.cli.verify",
+        ".cli.verify",
         "run every operator on a device and compare what it computes with float64",
     ),
 }
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"error: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    status: int = importlib.import_module(COMMANDS[command][0]).main(rest)
+    status: int = importlib.import_module(COMMANDS[command][0], __package__).main(rest)
     return status
 
 

@@ -105,7 +105,8 @@ def format_report() -> str:
     info = build_info()
     lines: dict[str, object] = {**info}
     if info["cuda_toolkit"] is None:
-        lines["cuda_toolkit"] = lines["cuda_archs"] = "none: built without CUDA kernels"
+        lines["cuda_toolkit"] = "none: built without CUDA kernels"
+        lines["cuda_archs"] = "none: on a GPU torch's own operations compute; for kernels set CUDA_HOME, reinstall"
     lines["gpus"] = ", ".join(info["gpus"]) or "none: no CUDA device"
     lines["omp_wait_policy"] = info["omp_wait_policy"] or "not set (PASSIVE helps on a busy machine)"
     return "\n".join(f"{key:16} {value}" for key, value in lines.items())

@@ -1,18 +1,23 @@
 """Every problem of a build or import is answered by one sentence that says what to do, never by a traceback."""
 
 import ctypes
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
-from consistency_ops.ops import library
+import consistency_ops as co
+from consistency_ops.ops import backend, library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,14 +35,14 @@ def checkout(tmp_path):
     shutil.copy(ROOT / "csrc" / "flags.txt", target / "csrc")
     for name in ("module.cpp", "schemas.inc"):
         shutil.copy(ROOT / "csrc" / "bindings" / name, target / "csrc" / "bindings")
-    for name in ("setup.py", "README.md", "pyproject.toml", "build_backend.py"):
+    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml", "build_backend.py"):
         shutil.copy(ROOT / name, target)
     return target
 
 
 def python(checkout, *arguments, **environment):
-    ours = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONSISTENCY_OPS_CUDA", "CONSISTENCY_OPS_TORCH_ABI")
-    clean = {k: v for k, v in os.environ.items() if k not in ours}
+    ours = ("CXX", "CUDA_HOME", "CUDA_PATH")
+    clean = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("CONSISTENCY_OPS_")}
     return subprocess.run(
         [sys.executable, *arguments], cwd=checkout, env={**clean, **environment}, capture_output=True, text=True
     )
@@ -182,7 +187,7 @@ def test_old_toolkit_builds_for_the_cpu_and_says_so(checkout, tmp_path):
     home = fake_toolkit(tmp_path / "cuda", OLD_NVCC)
     done = build(checkout, CUDA_HOME=home)
     assert done.returncode == 0, done.stderr
-    assert "building for the CPU only" in done.stderr and "is 11.8" in done.stderr
+    assert "building without CUDA kernels" in done.stderr and "is 11.8" in done.stderr
     assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
 
 
@@ -242,8 +247,6 @@ def test_import_of_a_library_of_other_sources(checkout):
 
 
 def test_the_library_was_compiled_with_the_list_of_operators_beside_it():
-    import torch
-
     found = [s.name.partition("::") for s in torch._C._jit_get_all_schemas()]
     registered = {name for namespace, _, name in found if namespace == "consistency_ops"} - {"capture_traced_rows_"}
     text = (ROOT / "csrc" / "bindings" / "schemas.inc").read_text()
@@ -252,13 +255,232 @@ def test_the_library_was_compiled_with_the_list_of_operators_beside_it():
     assert library.library.co_schemas().decode() == text.strip().removeprefix('R"(').removesuffix(')"')
 
 
-def test_backend_downloads_torch_only_where_none_is_installed(checkout, tmp_path):
+ASK = (
+    "import build_backend as b; b.build_meta.get_requires_for_build_wheel = lambda settings: []; "
+    "print(b.get_requires_for_build_wheel())"
+)
+
+
+def torch_in(folder, version="2.10.0+cu130"):
+    """What an installation of torch leaves for others to see, without torch."""
+    fake_torch(folder, f"__version__ = {version!r}\n")
+    (folder / f"torch-{version}.dist-info").mkdir()
+    (folder / f"torch-{version}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment without packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)
+    return tmp_path / "environment"
+
+
+def site_packages(environment):
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def requirements(interpreter, folder=None, **variables):
+    """What the backend asks for in pip's isolated build: setuptools comes by PYTHONPATH, all else is hidden by it."""
+    variables = {"PYTHONPATH": f"{ROOT}:{isolated(folder)}", **variables}
+    clean = {k: v for k, v in os.environ.items() if k not in ("UV", "VIRTUAL_ENV", "CONSISTENCY_OPS_TORCH")}
+    program = [
+        interpreter,
+        "-c",
+        f"import sys; sys.path = [p for p in sys.path if not p.endswith('site-packages')]; {ASK}",
+    ]
+    return subprocess.run(program, cwd=ROOT, env={**clean, **variables}, capture_output=True, text=True)
+
+
+def isolated(folder):
+    """setuptools alone, as in the folder that pip makes for a build."""
+    folder = folder or Path(tempfile.mkdtemp())
+    packages = Path(setuptools.__file__).parents[1]
+    for pattern in ("setuptools*", "_distutils_hack", "pkg_resources", "wheel*"):
+        for found in packages.glob(pattern):
+            if not (folder / found.name).exists():
+                (folder / found.name).symlink_to(found)
+    return folder
+
+
+@pytest.mark.parametrize("version", [None, "2.9.1", "2.10.0+cu130", "3.0.0"])
+def test_backend_downloads_torch_only_where_none_is_installed(environment, tmp_path, version):
     """pip's isolated build asks the backend what to install first."""
-    ask = "import build_backend; print(build_backend.get_requires_for_build_wheel())"
-    assert "torch" not in python(checkout, "-c", ask).stdout
-    pretend = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
-    assert "torch>=2.10" in python(checkout, "-c", pretend + ask).stdout
-    old = tmp_path / "torch-2.9.1.dist-info"
-    old.mkdir()
-    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
-    assert "torch>=2.10" in python(checkout, "-c", pretend + ask).stdout
+    if version:
+        torch_in(site_packages(environment), version)
+    done = requirements(environment / "bin" / "python", tmp_path)
+    downloads = version in (None, "2.9.1")
+    assert ("torch>=2.10" in done.stdout) == downloads, done.stderr
+    assert ("CONSISTENCY_OPS_TORCH=/path/to/python names an interpreter" in done.stderr) == downloads
+
+
+def test_backend_finds_torch_through_a_pth_file(environment, tmp_path):
+    torch_in(tmp_path / "elsewhere")
+    (site_packages(environment) / "elsewhere.pth").write_text(f"{tmp_path / 'elsewhere'}\n")
+    done = requirements(environment / "bin" / "python", tmp_path)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_backend_finds_the_torch_of_the_system_below_a_virtual_environment(tmp_path):
+    """The tests' interpreter stands for the system: a container's, with torch in it."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder], check=True)
+    if sys.prefix != sys.base_prefix:  # the system of a virtual environment is that of its own system
+        (site_packages(folder) / "system.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    done = requirements(folder / "bin" / "python", tmp_path)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc, as on Linux")
+@pytest.mark.parametrize(
+    "how", ["--python environment", "-p environment/bin/python", "VIRTUAL_ENV", ".venv", "project"]
+)
+def test_backend_finds_the_environment_that_uv_installs_into(environment, tmp_path, how):
+    """uv builds with an interpreter of another environment; the parent process says which one it installs into."""
+    torch_in(site_packages(environment))
+    other = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
+    folder = tmp_path / "project" / "inner"
+    folder.mkdir(parents=True)
+    arguments, variables = ["pip", "install", "."], {}
+    if how.startswith("-"):
+        option, name = how.split()
+        arguments += [option, str(tmp_path / name)]
+    elif how == "VIRTUAL_ENV":
+        variables = {"VIRTUAL_ENV": str(environment)}
+    elif how == "project":
+        arguments, variables = ["sync"], {"UV_PROJECT_ENVIRONMENT": str(environment), "VIRTUAL_ENV": str(other)}
+    else:
+        (tmp_path / "project" / ".venv").symlink_to(environment)
+    # As uv does: its own process, and in it a build with the other interpreter, which is told of nothing but that.
+    build = (
+        "import os, subprocess, sys; env = {**os.environ, 'UV': 'uv', 'VIRTUAL_ENV': '/build'}; "
+        "env.pop('UV_PROJECT_ENVIRONMENT', None); "
+        f"subprocess.run([{str(other / 'bin' / 'python')!r}, '-c', {ASK!r}], cwd={str(ROOT)!r}, env=env, check=True)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("UV", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
+    done = subprocess.run(
+        [sys.executable, "-c", build, *arguments],
+        cwd=folder,
+        env={**clean, **variables, "PYTHONPATH": f"{ROOT}:{isolated(None)}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_the_interpreter_to_build_with_can_be_named(environment, tmp_path):
+    torch_in(site_packages(environment))
+    other = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
+    named = str(environment / "bin" / "python")
+    assert requirements(other / "bin" / "python", CONSISTENCY_OPS_TORCH=named).stdout == "[]\n"
+    for wrong in (str(other / "bin" / "python"), str(tmp_path), "no-such-python"):
+        done = requirements(other / "bin" / "python", CONSISTENCY_OPS_TORCH=wrong)
+        assert_one_sentence(done, "CONSISTENCY_OPS_TORCH must be a Python", f"got '{wrong}'")
+
+
+def test_setup_builds_with_the_torch_that_the_backend_finds(environment, tmp_path):
+    """And not only asks for none: a torch too old to build with says which one it found."""
+    folder = torch_in(tmp_path / "elsewhere", "2.10.0")
+    (folder / "torch" / "__init__.py").write_text("__version__ = '2.9.0'  # to be seen in the sentence\n")
+    (site_packages(environment) / "elsewhere.pth").write_text(f"{folder}\n")
+    done = subprocess.run(
+        [environment / "bin" / "python", "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(isolated(None))},
+        capture_output=True,
+        text=True,
+    )
+    assert_one_sentence(done, "torch 2.9.0 is too old")
+
+
+def test_windows_is_one_sentence(checkout):
+    program = "import setuptools.build_meta, sys; sys.platform = 'win32'; import build_backend"
+    assert_one_sentence(python(checkout, "-c", program), "Windows is not supported", "WSL 2")
+    assert "from build_backend import" in (ROOT / "setup.py").read_text()
+
+
+def test_two_builds_of_one_checkout_wait_for_each_other_without_the_flock_command(checkout):
+    """macOS has no flock; setup.py locks by itself."""
+    assert "flock" not in (ROOT / "Makefile").read_text()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    clean = {**os.environ, "CONSISTENCY_OPS_CUDA": "0"}
+    both = [subprocess.Popen(command, cwd=checkout, env=clean, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(one.wait(), one.stderr.read())[0] for one in both] == [0, 0]
+    assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
+
+
+# What the package index gets to see
+
+
+def metadata(checkout, **environment):
+    done = python(checkout, "setup.py", "-q", "dist_info", **environment)
+    assert done.returncode == 0, done.stderr
+    (folder,) = checkout.glob("*.dist-info")
+    text = (folder / "METADATA").read_text(encoding="utf-8")
+    shutil.rmtree(folder)
+    return text
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize(
+    "address", ["https://git.example.org/a/b", "https://user:secret@git.example.org/a/b.git", "git@git.example.org:a/b"]
+)
+def test_links_of_the_long_description_are_absolute(checkout, address):
+    text = metadata(checkout, CONSISTENCY_OPS_REPOSITORY=address)
+    links = LINK.findall(text)
+    assert len(links) > 30 and "secret" not in text
+    ours = f"https://git.example.org/a/b/(?:blob|raw)/v{co.__version__}/(.+?)(?:#.*)?"
+    assert [link for link in links if not link.startswith("https://")] == []
+    files = [match[1] for link in links if (match := re.fullmatch(ours, link))]
+    assert len(files) > 30 and [file for file in files if not (ROOT / file).exists()] == []
+    assert "/raw/" in text and "Project-URL: Repository, https://git.example.org/a/b\n" in text
+
+
+def test_without_an_address_the_long_description_has_no_dead_links(checkout):
+    text = metadata(checkout)
+    assert [link for link in LINK.findall(text) if not link.startswith("https://")] == []
+    assert "Project-URL" not in text and "another one than without the correction: how to choose." in text
+
+
+def test_the_address_comes_from_git_and_goes_on_through_a_source_distribution(checkout):
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    subprocess.run(["git", "remote", "add", "origin", "git@git.example.org:a/b.git"], cwd=checkout, check=True)
+    text = metadata(checkout)
+    assert "https://git.example.org/a/b/blob/" in text
+    shutil.rmtree(checkout / ".git")
+    (checkout / "PKG-INFO").write_text(text)
+    assert metadata(checkout).count("https://git.example.org/a/b/") == text.count("https://git.example.org/a/b/")
+
+
+# What a build without CUDA kernels says
+
+
+@pytest.mark.parametrize(
+    ("files", "cuda", "level"),
+    [(["/dev/nvidiactl"], "13.0", "WARNING"), ([], "13.0", "INFO"), (["/dev/nvidiactl"], None, "INFO")],
+)
+def test_a_build_without_cuda_kernels_warns_where_there_is_a_gpu(monkeypatch, caplog, files, cuda, level):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(os.path, "exists", files.__contains__)
+    with caplog.at_level(logging.INFO, "consistency_ops"):
+        backend._say_that_there_are_no_cuda_kernels()
+    (record,) = caplog.records
+    assert record.levelname == level and "has no CUDA kernels" in record.message and "CUDA_HOME" in record.message
+
+
+def test_it_is_said_once_when_the_package_is_imported():
+    program = "import logging; logging.basicConfig(level=logging.INFO); import consistency_ops as co; co.modulus"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has no CUDA kernels") == (0 if backend.has_kernels("CUDA") else 1)
+
+
+def test_the_report_of_a_build_without_cuda_kernels_says_what_helps(monkeypatch):
+    monkeypatch.setattr(co.environment, "build_config", lambda: {"torch": "2.13.0", "compiler": "GCC"})
+    lines = [line for line in co.environment.format_report().splitlines() if line.startswith("cuda_")]
+    assert ["none" in line for line in lines] == [True, True] and "set CUDA_HOME" in lines[1]

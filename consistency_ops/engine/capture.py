@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.registration import register_fake
+from .._ops import ops
+from ..ops.registration import NAMESPACE, register_fake
 from .capture_states import MARK, NEW, STRIDE, USED, CaptureStates, empty
 from .dtensors import Group, as_plain, is_dtensor, local_input
 from .layer_types import LayerType
@@ -27,12 +28,12 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _VAIN = 3  # gradients made anew within a step, all for nothing, before their rows are kept no longer
 
-_capture_rows: Any = torch.ops.consistency_ops.capture_rows_.default
-_capture_mark = torch.ops.consistency_ops.capture_mark_.default
+_capture_rows: Any = ops.capture_rows_.default
+_capture_mark = ops.capture_mark_.default
 
 # A compiled graph cannot tell while it is traced whether it will run in a backward pass: this one asks when it runs.
 _library: Any = torch.library.Library(  # type: ignore[no-untyped-call]  # torch does not annotate it
-    "consistency_ops", "FRAGMENT"
+    NAMESPACE, "FRAGMENT"
 )
 _library.define(
     "capture_traced_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed) "
@@ -45,7 +46,7 @@ def _capture_traced(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim
 
 
 _library.impl("capture_traced_rows_", _capture_traced, "CompositeExplicitAutograd")
-_capture_traced_rows = torch.ops.consistency_ops.capture_traced_rows_.default
+_capture_traced_rows = ops.capture_traced_rows_.default
 
 # The operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
 for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):

@@ -20,14 +20,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from . import portable, portable_capture, portable_elementwise, portable_memory
 from .checks import MAX_CHUNK, shown
 from .library import build_config
-from .registration import NAMESPACE, PORTABLE_NAMESPACE
+from .registration import NAMESPACE, PORTABLE_NAMESPACE, portable_ops
 
 Backend = Literal["auto", "native", "torch"]
 _BACKENDS = ("auto", "native", "torch")
 _KEYS = ("CPU", "CUDA")  # dispatch keys that the library may have kernels for
+_NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of WSL 2; an import does not start CUDA to find one
+NO_CUDA_KERNELS = (
+    "this build of consistency_ops has no CUDA kernels: no CUDA toolkit (nvcc) was found when it was built, or "
+    "CONSISTENCY_OPS_CUDA=0 was set; on a GPU torch's own operations compute, slower. For kernels on an NVIDIA GPU "
+    "install it again with CUDA_HOME set to a toolkit of 12.0 or newer"
+)
 _log = logging.getLogger("consistency_ops")
 _SAME_WITH_TORCH = 'consistency_ops.set_backend("torch") or CONSISTENCY_OPS_BACKEND=torch'
 
@@ -126,7 +133,7 @@ for _name in PORTABLE:
 _portable_library = _new_library(PORTABLE_NAMESPACE, "DEF")
 for _name in PORTABLE:
     if _name.startswith("foreach_"):
-        _schema = str(getattr(torch.ops.consistency_ops, _name).default._schema)
+        _schema = str(getattr(ops, _name).default._schema)
         _portable_library.define(_schema.removeprefix(f"{NAMESPACE}::"))
         _portable_library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
 
@@ -134,7 +141,7 @@ for _name in PORTABLE:
 @functools.cache
 def has_kernels(key: str) -> bool:
     """Whether the compiled library that runs has kernels for a dispatch key, ``"CPU"`` or ``"CUDA"``."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::foreach_precondition_", key))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("foreach_precondition_"), key))
 
 
 for _key in _KEYS:
@@ -163,7 +170,7 @@ def _put_before(key: str, make: Callable[[str], Callable[..., Any]]) -> None:
 
 def _take_away(key: str) -> None:
     if (library := _before.pop(key, None)) is not None:
-        _kept_alive.extend(torch.library.get_kernel(f"{NAMESPACE}::{name}", key) for name in PORTABLE)
+        _kept_alive.extend(torch.library.get_kernel(add_op_namespace_prefix(name), key) for name in PORTABLE)
         library._destroy()
 
 
@@ -202,7 +209,7 @@ def set_backend(name: Backend) -> None:
 
 def _gated(name: str, key: str = "CUDA") -> Callable[..., Any]:
     run = kernel(name)
-    operator = getattr(torch.ops.consistency_ops, name).default
+    operator = getattr(ops, name).default
 
     @functools.wraps(run)
     def decide_or_run(*args: Any, **kwargs: Any) -> Any:
@@ -272,7 +279,7 @@ def missing_architecture(major: int, minor: int, compiled: list[str]) -> str | N
 
 _NATIVE, _WIDE = (
     {name: getattr(space, name).default for name in PORTABLE if name.startswith("foreach_")}
-    for space in (torch.ops.consistency_ops, torch.ops.consistency_ops_torch)
+    for space in (ops, portable_ops)
 )
 
 
@@ -295,8 +302,16 @@ def call(name: str, chunk: int, tensors: Sequence[Tensor], *args: Any, cuda_kern
         raise _with_a_cure(name, error, args) from None
 
 
+def _say_that_there_are_no_cuda_kernels() -> None:
+    """Once, when the package is imported: a warning only where there is a GPU that they would serve."""
+    gpu = torch.version.cuda is not None and any(map(os.path.exists, _NVIDIA_DEVICES))
+    _log.log(logging.WARNING if gpu else logging.INFO, "%s", NO_CUDA_KERNELS)
+
+
 _chosen: Any = os.environ.get("CONSISTENCY_OPS_BACKEND", "auto") or "auto"
 if _chosen not in _BACKENDS:
     raise ImportError(f"CONSISTENCY_OPS_BACKEND must be 'auto', 'native' or 'torch', got {_chosen!r}")
+if not has_kernels("CUDA"):
+    _say_that_there_are_no_cuda_kernels()
 if _chosen != "auto" or has_kernels("CUDA"):
     set_backend(_chosen)

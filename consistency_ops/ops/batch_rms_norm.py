@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from .._ops import ops
 from .checks import check_numbers, type_name
 from .registration import register_autograd, register_fake, register_vmap
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STATISTICS = frozenset({torch.float32, torch.float64})
 
-_training: Callable[..., Tensor] = torch.ops.consistency_ops.batch_rms_norm_denominator_.default
-_evaluation: Callable[..., Tensor] = torch.ops.consistency_ops.batch_rms_norm_denominator.default
-_divide: Callable[[Tensor, Tensor], Tensor] = torch.ops.consistency_ops.batch_rms_norm_divide.default
+_training: Callable[..., Tensor] = ops.batch_rms_norm_denominator_.default
+_evaluation: Callable[..., Tensor] = ops.batch_rms_norm_denominator.default
+_divide: Callable[[Tensor, Tensor], Tensor] = ops.batch_rms_norm_divide.default
 _transforming = torch._C._are_functorch_transforms_active
 # Around every eager division: past the registered formula, which is Python and costs more than a small tensor.
 _below_autograd = torch._C._AutoDispatchBelowAutograd

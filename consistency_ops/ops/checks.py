@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._ops import add_op_namespace_prefix
+
 T = TypeVar("T")
 
 MAX_CHUNK = 256  # of the kernels: kMaxChunk of csrc/include/consistency_ops/types.h
@@ -72,7 +74,7 @@ def check_device(op: str, tensors: Sequence[Tensor]) -> None:
 @functools.cache
 def has_cuda_kernels() -> bool:
     """Whether the compiled library that runs was built with CUDA kernels."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("consistency_ops::foreach_precondition_", "CUDA")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("foreach_precondition_"), "CUDA")
 
 
 def check_options(

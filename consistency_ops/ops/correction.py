@@ -1,7 +1,7 @@
 """The correction of gradients (arXiv 1708.00631) for one layer and for all layers of a network in one call.
 
 Mistakes of a caller raise Python exceptions before anything is computed (``checks.py``). The compiled operator
-(``torch.ops.consistency_ops.foreach_precondition_``) checks only what memory safety needs. The functions are not
+(``foreach_precondition_`` of ``_ops.py``) checks only what memory safety needs. The functions are not
 differentiable: they work on gradients.
 """
 

@@ -1,4 +1,4 @@
-"""Loads the compiled library, which registers `torch.ops.consistency_ops`, or says in one sentence what is missing.
+"""Loads the compiled library, which registers the operators (`_ops.py`), or says in one sentence what is missing.
 
 `library` is the same file through ctypes: the functions of `consistency_ops/c_api.h`. `torch_abi` is the optional
 accelerator against torch's unstable C++ interface (`csrc/torch_abi`), or None: then Python code does its work.
@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import os
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,7 @@ def _load() -> ctypes.CDLL:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_MIN:
         raise ImportError(f"consistency_ops needs torch >= 2.10, and this is torch {torch.__version__}: {upgrade}.")
     try:
-        module = importlib.import_module("consistency_ops._C")
+        path = _path(importlib.import_module("..._ops", __name__))
     except ModuleNotFoundError:
         raise ImportError(
             f"consistency_ops is not built in {Path(__file__).parents[1]}: run `make build` in its checkout, or "
@@ -36,14 +37,21 @@ def _load() -> ctypes.CDLL:
             f"the compiled library of consistency_ops does not load with torch {torch.__version__} ({error}): build it "
             "again with `pip install --force-reinstall --no-deps .` in its checkout."
         ) from error
-    library = ctypes.CDLL(module.__file__)
+    library = ctypes.CDLL(path)
     if not _is_of(library):
         raise ImportError(
-            f"the compiled library {module.__file__} was built from other sources than the files beside it (the list "
+            f"the compiled library {path} was built from other sources than the files beside it (the list "
             "of its operators is another one): run `make build` in its checkout, or "
             "`pip install --force-reinstall --no-deps .` there."
         )
     return library
+
+
+def _path(_ops: ModuleType) -> str:
+    """The file that `_ops` has loaded: `_C`, or the library that has the name of its namespace."""
+    root = __name__.rpartition(".ops.")[0]
+    named = (f"{root}._C", f"{root}.{_ops.add_op_namespace_prefix('').removesuffix('::')}")
+    return next(str(sys.modules[name].__file__) for name in named if name in sys.modules)
 
 
 def _is_of(library: ctypes.CDLL) -> bool:
@@ -66,7 +74,7 @@ def _load_torch_abi() -> ModuleType | None:
     import torch
 
     try:  # setup.py makes the same name
-        return importlib.import_module("consistency_ops._torch_abi_" + re.sub(r"\W", "_", torch.__version__))
+        return importlib.import_module("..._torch_abi_" + re.sub(r"\W", "_", torch.__version__), __name__)
     except ImportError:
         return None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .. import reference
+from .._ops import ops
 from . import library
 from .checks import type_name
 from .registration import register_autograd, register_fake
@@ -28,10 +29,10 @@ from .registration import register_autograd, register_fake
 _REAL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _COMPLEX = frozenset({torch.complex64, torch.complex128})
 
-_modulus: Callable[[Tensor], Tensor] = torch.ops.consistency_ops.modulus.default
-_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.consistency_ops.modulus_forward.default
-_backward: Callable[..., Tensor] = torch.ops.consistency_ops.modulus_backward.default
-_complex_backward: Callable[[Tensor, Tensor], Tensor] = torch.ops.consistency_ops.modulus_complex_backward.default
+_modulus: Callable[[Tensor], Tensor] = ops.modulus.default
+_forward: Callable[..., tuple[Tensor, Tensor]] = ops.modulus_forward.default
+_backward: Callable[..., Tensor] = ops.modulus_backward.default
+_complex_backward: Callable[[Tensor, Tensor], Tensor] = ops.modulus_complex_backward.default
 _transforming = torch._C._are_functorch_transforms_active
 # Around every eager call: past the registered formulas, which are Python and cost more than a small tensor.
 _below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._ops import ops
 from . import backend
 from .backend import PORTABLE, kernel
 
@@ -242,7 +243,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _call(function: Callable[..., Any], problem: Problem, args: tuple[Any, ...]) -> list[Tensor]:
     """What the operator returns and then what it has written, all on the CPU."""
-    schema = getattr(torch.ops.consistency_ops, problem.operator).default._schema
+    schema = getattr(ops, problem.operator).default._schema
     results = _tensors(function(*args))
     for argument, value in zip(schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -296,7 +297,7 @@ def _on(device: torch.device, problem: Problem, run: Callable[..., Any]) -> list
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    operator: Callable[..., Any] = getattr(torch.ops.consistency_ops, name).default
+    operator: Callable[..., Any] = getattr(ops, name).default
     return operator
 
 

@@ -8,6 +8,8 @@
 // tensors.
 #pragma once
 
+#include "bindings/build.h"
+// build.h first: it may define USE_CUDA
 #include "bindings/checks.h"
 #include "consistency_ops/precondition_cuda.h"
 

@@ -1,14 +1,16 @@
-// The Python module _C.  It is empty: importing it loads the library, and loading registers the operators.
+// The Python module, _C.  It is empty: importing it loads the library, and loading registers the operators.
+#include "bindings/build.h"
+// build.h first: it may define USE_CUDA
 #include <Python.h>
 
 #include "consistency_ops/c_api.h"
 #include "torch/headeronly/version.h"
 
+#define CO_TEXT_(x) #x
+#define CO_TEXT(x) CO_TEXT_(x)
 #if defined(USE_CUDA)
 #include <cuda_runtime_api.h>
-#define CO_STRING_(x) #x
-#define CO_STRING(x) CO_STRING_(x)
-#define CO_CUDA "cuda=" CO_STRING(CUDART_VERSION) "\ncuda_archs=" CONSISTENCY_OPS_CUDA_ARCHS "\n"
+#define CO_CUDA "cuda=" CO_TEXT(CUDART_VERSION) "\ncuda_archs=" CONSISTENCY_OPS_CUDA_ARCHS "\n"
 #else
 #define CO_CUDA ""
 #endif
@@ -30,9 +32,12 @@ const char* co_schemas(void) {
       ;
 }
 
-PyMODINIT_FUNC PyInit__C(void) {
+#define CO_JOIN_(a, b) a##b
+#define CO_JOIN(a, b) CO_JOIN_(a, b)
+
+PyMODINIT_FUNC CO_JOIN(PyInit_, TORCH_EXTENSION_NAME)(void) {
   static PyModuleDef definition = {};
-  definition.m_name = "_C";
+  definition.m_name = CO_TEXT(TORCH_EXTENSION_NAME);
   definition.m_size = -1;
   return PyModule_Create(&definition);
 }

@@ -7,12 +7,6 @@
 
 #include "bindings/cuda_scope.h"
 
-#if defined(CONSISTENCY_OPS_SIMT)  // tests/simt: the CUDA kernels on the host, beside the library's own operators
-#define CO_NAMESPACE consistency_ops_simt
-#else
-#define CO_NAMESPACE consistency_ops
-#endif
-
 // One level more, so that CO_NAMESPACE is replaced before it becomes part of a name.
 #define CO_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 #define CO_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
