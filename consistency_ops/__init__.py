@@ -11,7 +11,7 @@ except ImportError as _error:
     raise
 
 # isort: split
-from . import analysis, layers, nn, optim
+from . import analysis, layers, linalg, nn, optim
 from .environment import BuildInfo, __version__, build_info, cmake_prefix_path, include_dir
 from .ops import (
     PreconditionResult,
@@ -41,6 +41,7 @@ __all__ = [
     "foreach_precondition_",
     "include_dir",
     "layers",
+    "linalg",
     "modulus",
     "nn",
     "optim",

@@ -268,3 +268,30 @@ def batch_rms_norm(
             return x.clone()
         denominator = (running_ms / correction + eps * (running_ms.max() + 1e-6)).sqrt()
     return (x / denominator.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype)
+
+
+def _spd_factor(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of the lower triangle, the identity where there is none; a pivot that is not finite fails."""
+    factor, info = torch.linalg.cholesky_ex(A)
+    finite = factor.diagonal(dim1=-2, dim2=-1).isfinite()
+    if A.shape[-1]:
+        first = finite.to(torch.int32).argmin(-1).to(torch.int32) + 1
+        info = torch.where((info == 0) & ~finite.all(-1), first, info)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.where((info == 0)[..., None, None], factor, identity), info
+
+
+def _or_nan(results: Tensor, info: Tensor) -> Tensor:
+    return torch.where((info == 0)[..., None, None], results, torch.nan).contiguous()
+
+
+def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses of symmetric positive definite matrices, NaN for what is none, and ``info`` as LAPACK's ``potrf``."""
+    factor, info = _spd_factor(A)
+    return _or_nan(torch.cholesky_inverse(factor), info), info
+
+
+def spd_solve(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """``X`` with ``A X = B`` for matrices as in :func:`spd_inverse`, and ``info``."""
+    factor, info = _spd_factor(A)
+    return _or_nan(torch.cholesky_solve(B, factor), info), info

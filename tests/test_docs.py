@@ -62,9 +62,9 @@ def test_the_readme_is_short():
 def test_every_public_name_is_on_an_api_page():
     """A name has its own directive, or its module has one that takes all of ``__all__``."""
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    for module in (co.nn, co.optim, co.analysis, experimental):
+    for module in (co.linalg, co.nn, co.optim, co.analysis, experimental):
         assert f".. automodule:: {module.__name__}\n   :members:" in pages, module.__name__
-    others = {"analysis", "layers", "nn", "optim", "__version__"}
+    others = {"analysis", "layers", "linalg", "nn", "optim", "__version__"}
     names = {*co.__all__, *ops.__all__} - others
     described = set(re.findall(r"^\.\. (?:auto\w+|data):: (?:[\w.]*\.)?(\w+)$", pages, re.MULTILINE))
     assert names - described == set()

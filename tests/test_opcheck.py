@@ -72,6 +72,19 @@ def call_everything():
         ops.chunked_covariance(inputs[0], chunk=16)
     elementwise()
     capture()
+    matrices()
+
+
+def matrices():
+    """Batches and single matrices, with and without a derivative."""
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(3, 2, 9, 5, dtype=dtype)
+        a, b = x.mT @ x, torch.randn(3, 2, 5, 4, dtype=dtype)
+        for matrix, right in ((a, b), (a[0, 0].mT, b[0, 0, :, :1]), (a[:0], b[:0])):
+            co.linalg.spd_inverse_ex(matrix)
+            co.linalg.spd_solve_ex(matrix, right)
+        a, b = a[0].clone().requires_grad_(), b[0].clone().requires_grad_()
+        (co.linalg.spd_solve(a, b).sum() + co.linalg.spd_inverse(a).sum()).backward()
 
 
 def elementwise():

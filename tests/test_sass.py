@@ -67,6 +67,13 @@ KERNELS = {
     ("capture", r"capture_kernel.*tfLi4E"): Budget(
         registers=80, static_shared=10 << 10, need=("LDG.E.64", "STG.E.128")
     ),
+    # One CTA an SM at least, up to 512 threads; fixed arrays as those of the correction.
+    ("linalg", r"spd_inverse_kernel"): Budget(
+        registers=128, static_shared=6 << 10, need=("MUFU.RSQ", "FFMA", "BAR.SYNC", "SHFL")
+    ),
+    ("linalg", r"spd_solve_kernel"): Budget(
+        registers=128, static_shared=6 << 10, need=("MUFU.RSQ", "FFMA", "BAR.SYNC", "SHFL")
+    ),
     ("modulus", r"modulus_kernel"): Budget(
         registers=64, static_shared=1 << 10, need=("LDG.E.128", "STG.E.128", "STG.E.U8")
     ),

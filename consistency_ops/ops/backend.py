@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._ops import add_op_namespace_prefix, ops
 from . import portable, portable_capture, portable_elementwise, portable_memory
 from .checks import MAX_CHUNK, shown
@@ -55,6 +56,8 @@ PORTABLE: dict[str, Callable[..., Any]] = {
         portable_elementwise.batch_rms_norm_denominator_,
         portable_elementwise.batch_rms_norm_denominator,
         portable_elementwise.batch_rms_norm_divide,
+        reference.spd_inverse,
+        reference.spd_solve,
     )
 }
 
@@ -132,7 +135,7 @@ for _name in PORTABLE:
 
 _portable_library = _new_library(PORTABLE_NAMESPACE, "DEF")
 for _name in PORTABLE:
-    if _name.startswith("foreach_"):
+    if _name.startswith(("foreach_", "spd_")):
         _schema = str(getattr(ops, _name).default._schema)
         _portable_library.define(_schema.removeprefix(f"{NAMESPACE}::"))
         _portable_library.impl(_name, kernel(_name), "CompositeExplicitAutograd")
@@ -278,7 +281,7 @@ def missing_architecture(major: int, minor: int, compiled: list[str]) -> str | N
 
 
 _NATIVE, _WIDE = (
-    {name: getattr(space, name).default for name in PORTABLE if name.startswith("foreach_")}
+    {name: getattr(space, name).default for name in PORTABLE if name.startswith(("foreach_", "spd_"))}
     for space in (ops, portable_ops)
 )
 

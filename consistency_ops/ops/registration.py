@@ -42,3 +42,5 @@ def register_vmap(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
     """Give operator ``name`` its derivative, and the function that saves what the derivative needs."""
     torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=setup_context)
+    if hasattr(portable_ops, name):
+        torch.library.register_autograd(f"{PORTABLE_NAMESPACE}::{name}", backward, setup_context=setup_context)

@@ -216,6 +216,10 @@ def problems() -> Iterator[Problem]:
         "evaluation", "batch_rms_norm_denominator", (_random(24, seed=12).abs(), count, torch.float32, 0.9, 0.01)
     )
     yield Problem("channels first", "batch_rms_norm_divide", (images, _random(24, seed=13).abs().add(0.5)))
+    matrices = wide[:150].view(3, 50, 300)[:, :, :40].mT @ wide[:150].view(3, 50, 300)[:, :, :40] + 40 * torch.eye(40)
+    matrices[1, 20, 20] = -1
+    yield Problem("one is not positive definite", "spd_inverse", (matrices,))
+    yield Problem("one is not positive definite", "spd_solve", (matrices, _random(3, 40, 35, seed=15)))
     state = torch.zeros(3, 10, dtype=torch.int64)
     yield Problem("more rows than room", "capture_rows_", (torch.zeros(64, 70), state, x, 1, -1, 5, False), exact=True)
     begun = state.clone()

@@ -3,12 +3,12 @@
 //
 // LAPACK's ratio of a solve measures the residual, which only substitution keeps small; the correction multiplies by
 // the explicit inverse, whose result is as near to the exact one but leaves a residual of eps cond.  So there are two
-// solves: co_simt_cholesky_solve_f32 substitutes, forward with the panel solve of the factorisation and backward with
-// its mirror image, and simt_inverse_solve does what the correction does.
+// solves: co_simt_cholesky_solve_f32 substitutes, as spd_solve does, and simt_inverse_solve does what the correction
+// does.
 #include <cstdio>
 
 #include "consistency_ops/c_api.h"
-#include "cuda/precondition/factor.cuh"
+#include "cuda/precondition/substitute.cuh"
 
 using namespace consistency_ops;
 
@@ -101,27 +101,14 @@ void inverse_solve_kernel(const SolveParams& params) {
   }
 }
 
-// row <- row L^-1 of one diagonal tile: solve_row from the other end.
-void solve_row_backward(float* row, const float* factor, const float* inverse_pivot) {
-  for (int j = kTile - 1; j >= 0; --j) {
-    float sum = row[j];
-    for (int m = j + 1; m < kTile; ++m) sum -= row[m] * factor[m * kTilePitch + j];
-    row[j] = sum * inverse_pivot[j];
-  }
-}
-
-void subtract(TileProduct<kTile>& product, float* tile) {
-  product.for_each([&](int row, int column, float sum) { tile[row * kTilePitch + column] -= sum; });
-}
-
 // B^T <- B^T L^-T L^-1, 32 right-hand sides at a time, each a row of `side` tiles after those of L.
 template <int kWarps>
 void solve_kernel(const SolveParams& params) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
   const Chunk chunk = load_factor<kWarps>(params, tiles, shared[0]);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, side = chunk.side();
-  float* rows = tiles + lower_tiles(side) * kTileFloats;
+  const int thread = static_cast<int>(threadIdx.x);
+  float* rows = tiles + chunk.tile_floats();
   for (int64_t first = 0; first < params.nrhs; first += kTile) {
     const auto at = [&](int r, int u) { return rows + u / kTile * kTileFloats + r * kTilePitch + u % kTile; };
     const auto for_all = [&](auto&& f) {
@@ -131,33 +118,7 @@ void solve_kernel(const SolveParams& params) {
     for_all([&](int r, int u) {
       *at(r, u) = first + r < params.nrhs && u < params.n ? params.b[(first + r) * params.ldb + u] : 0.0f;
     });
-    for (int k = 0; k < side; ++k) {
-      float* mine = rows + k * kTileFloats;
-      if (warp == 0) {
-        solve_row(mine + lane * kTilePitch, lower_tile(tiles, k, k), shared[0].scratch.inverse_pivot + k * kTile);
-      }
-      __syncthreads();
-      for (int j = k + 1 + warp; j < side; j += kWarps) {
-        TileProduct<kTile> product;
-        product.add<3>(mine, kTilePitch, 1, lower_tile(tiles, j, k), 1, kTilePitch);
-        subtract(product, rows + j * kTileFloats);
-      }
-      __syncthreads();
-    }
-    for (int k = side - 1; k >= 0; --k) {
-      float* mine = rows + k * kTileFloats;
-      if (warp == 0) {
-        solve_row_backward(mine + lane * kTilePitch, lower_tile(tiles, k, k),
-                           shared[0].scratch.inverse_pivot + k * kTile);
-      }
-      __syncthreads();
-      for (int j = warp; j < k; j += kWarps) {
-        TileProduct<kTile> product;
-        product.add<3>(mine, kTilePitch, 1, lower_tile(tiles, k, j), kTilePitch, 1);
-        subtract(product, rows + j * kTileFloats);
-      }
-      __syncthreads();
-    }
+    substitute<kWarps>(chunk, rows);
     for_all([&](int r, int u) {
       if (first + r < params.nrhs && u < params.n) params.b[(first + r) * params.ldb + u] = *at(r, u);
     });

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu")
+KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu", "linalg.cu")
 PLAN = "csrc/cuda/precondition/plan.cpp"
 INCLUDES = ("tests", "csrc", "csrc/include")
 KERNEL = ("-x", "c++", "-include", "simt/ptx_host.h")  # flags of a file with kernels: CUDA on the host runtime
