@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import consistency_ops as co
-from benchmarks.peers import full, search
+from benchmarks.peers import full, full_tables, search
 from benchmarks.peers.family import Family
 from benchmarks.peers.optimizers import MatrixMuon
 from benchmarks.peers.tasks import Split
@@ -191,3 +191,56 @@ def test_every_change_of_the_search_trains(name, task):
     losses = [step(x, y, made.loss) for _ in range(2)]
     assert all(math.isfinite(loss) for loss in losses)
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+# Tables
+
+
+def fake(task: str, name: str, phase: str, lr: float, loss: float, seed: int = 1, steps: int | None = None) -> dict:
+    steps = steps or full.FULL[task].steps
+    curve = [[0, 0.0, None, 1.0], [steps // 10, 1.0, 3 * loss, 0.5], [steps, 10.0, loss, loss if seed == 0 else 0.25]]
+    return {
+        **dict(task=task, optimizer=name, phase=phase, setting={"lr": lr}, seed=seed, steps=steps, curve=curve),
+        **dict(failure=None, train_loss=loss, test_loss=loss, seconds=steps / 100),
+    }
+
+
+def fakes(name: str, ends: list[float], lr: float, trials: dict[float, float]) -> list[dict]:
+    runs = [fake("char-gpt", name, "trial", rate, loss, 0, 100) for rate, loss in trials.items()]
+    return runs + [fake("char-gpt", name, "final", lr, end, seed) for seed, end in enumerate(ends, 1)]
+
+
+def test_table_of_ends_has_mean_and_half_range_and_the_best_in_italics():
+    runs = {"char-gpt": fakes("muon", [2.0, 2.2, 2.1], 0.01, {}) + fakes("muon+white", [1.0, 1.2, 1.4], 0.01, {})}
+    lines = full_tables.ends(runs, "train_loss").splitlines()
+    assert lines[0] == "| optimizer | char-gpt |"
+    assert lines[2:] == ["| torch Muon, AdamW for the rest | 2.10 ± 0.100 |", "| **Muon, whitened** | *1.20 ± 0.200* |"]
+    assert "*0.250 ± 0.000*" in full_tables.ends(runs, "metric")
+    assert full_tables.behind_first_order(runs, "muon+white") == {"char-gpt": pytest.approx(1.2 / 2.1)}
+
+
+def test_steps_to_muons_loss_are_between_trainings_with_their_own_decay():
+    steps = full.FULL["char-gpt"].steps
+    runs = [fake("char-gpt", "muon+white", "horizon", 0.01, 2.0, steps=steps // 2)]
+    runs += [fake("char-gpt", "muon+white", "final", 0.01, 1.0)]
+    found, seconds = full_tables.steps_to(runs, "muon+white", 1.5)
+    assert found == pytest.approx(steps / 2**0.5)
+    assert seconds == pytest.approx(0.75 * steps / 100)
+    assert full_tables.steps_to(runs, "muon+white", 2.5)[0] == steps // 2
+    assert full_tables.steps_to(runs, "muon+white", 0.9) is None
+    table = full_tables.muon_steps({"char-gpt": runs + fakes("muon", [1.5], 0.01, {})})
+    assert "| **Muon, whitened** | 0.71 (0.75) |" in table
+
+
+def test_table_of_rates_says_what_the_rate_of_the_optimizer_alone_costs():
+    runs = fakes("adamw", [1.0], 0.01, {0.01: 1.0, 0.03: 2.0}) + fakes(
+        "adamw+white", [1.0], 0.03, {0.01: 1.5, 0.03: 1.2}
+    )
+    assert full_tables.borrowed(runs, "adamw+white") == (0.01, 0.03, pytest.approx(1.25))
+    assert "| **AdamW, whitened** | 0.03 (at 0.01: 1.25) |" in full_tables.rates({"char-gpt": runs})
+
+
+def test_table_of_the_search_has_every_change_at_its_best_rate():
+    run = lambda name, lr, loss: fake("char-gpt", "muon", name, lr, loss, 0, search.STEPS["char-gpt"])  # noqa: E731
+    table = full_tables.search([run("base", 0.03, 2.0), run("whitened", 0.03, 1.5), run("whitened", 0.01, 1.2)])
+    assert table.splitlines()[2:] == ["| base | 6.00 / 2.00 / 2.00 |", "| whitened | 3.60 / 1.20 / 1.20 |"]

@@ -6,6 +6,9 @@
 Every run is a JSON line in ``benchmarks/results/peers/full``, so the phase may be stopped at any time; ``--resume``
 goes on with what is missing. The rate rises over the first twentieth of the steps, then falls to 0 in a line.
 
+A method with our line also has a trial at the rate that its optimizer alone chose. ``--horizons`` adds runs of half
+and three quarters of the steps, each with its own decay, for the steps that Muon's final loss takes.
+
 Trials take a third of the steps, with the same schedule on these, seed 0, and are judged by the loss on held-out
 training examples. The five rates are found by one rule for all (:func:`next_rate`): half decades around a start until
 the best has a worse neighbour on either side, then quarter decades. The best runs with the seeds 1, 2 and 3.
@@ -54,13 +57,13 @@ HORIZONS = (0.5, 0.75)  # shares of the steps for "steps to Muon's final loss", 
 FULL: dict[str, Task] = {
     name: dataclasses.replace(TASKS[name], batch=batch, steps=steps, points=POINTS)
     for name, batch, steps in (
-        ("autoencoder", 250, 600),
+        ("autoencoder", 250, 500),
         ("deep-mlp", 500, 400),
         ("fashion-mlp", 250, 1000),
-        ("fashion-convnet", 128, 900),
+        ("fashion-convnet", 128, 600),
         ("cifar-convnet", 64, 624),
         ("cifar-resnet", 64, 624),
-        ("char-gpt", 32, 600),
+        ("char-gpt", 32, 480),
         ("narrow-mlp", 250, 400),
     )
 }
@@ -133,7 +136,9 @@ METHODS: dict[str, Method] = {
     "isaac": method("isaac", 0.03, damping=0.1),
 }
 FIRST_ORDER = ("sgd", "adamw", "muon")
-OURS = ("sgd+pre", "adamw+pre", "muon+pre", "sgd+white", "adamw+white", "muon+white")
+# The optimizer in which each of ours is switched on.
+BASE = {f"{base}+{how}": base for base in FIRST_ORDER for how in ("pre", "white")}
+OURS = tuple(BASE)
 
 
 def factor(i: int, steps: int) -> float:
@@ -309,7 +314,7 @@ class Phase:
         if time.time() > self.deadline:
             raise TimeoutError
         method = self.methods[name]
-        trial = phase == "trial"
+        trial = phase in ("trial", "borrowed")
         record = train(
             self.name, self.task, method.build, {**method.fixed, **setting}, self.split, seed, steps, trial, rival
         )
@@ -351,6 +356,15 @@ class Phase:
             print(f"{self.name} {name}: every trial failed", flush=True)
             return []
         return [self.run(name, "final", setting, seed, self.steps) for seed in range(1, seeds + 1)]
+
+    def borrowed(self, name: str) -> dict | None:
+        """Return the trial at the rate that the optimizer alone chose; it is made if it is not among the five."""
+        setting = self.chosen(BASE[name])
+        steps = self.steps // TRIAL_SHARE
+        if setting is None:
+            return None
+        found = next((run for run in self.trials(name) if run["setting"] == setting), None)
+        return found or self.run(name, "borrowed", setting, 0, steps)
 
     def horizons(self, name: str, seeds: int) -> None:
         """Make runs of fewer steps, each with its own decay, for the steps to Muon's final loss."""
@@ -416,6 +430,8 @@ def main(arguments: list[str] | None = None) -> None:
             phase.deadline = deadline
             for name in names:
                 phase.finals(name, options.seeds)
+                if BASE.get(name) in names:
+                    phase.borrowed(name)
                 if options.horizons:
                     phase.horizons(name, options.seeds)
     except TimeoutError:

@@ -1,0 +1,223 @@
+"""Makes the tables of the whole trainings and of the search from the JSON lines."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, METHODS, last
+from benchmarks.peers.search import CHANGES, REFERENCES, STEPS
+from benchmarks.peers.tables import number
+
+Runs = dict[str, list[dict]]  # by task
+
+
+def of_phase(runs: list[dict], name: str, phase: str) -> list[dict]:
+    """Return the runs of an optimizer; of final runs those with the task's own number of steps."""
+    found = [run for run in runs if run["optimizer"] == name and run["phase"] == phase]
+    return [run for run in found if phase != "final" or run["steps"] == FULL[run["task"]].steps]
+
+
+def values(found: list[dict], key: str) -> list[float]:
+    """Return train or test loss at the end, or the last value of the curve ("metric"); infinite where a run failed."""
+    if key == "metric":
+        return [last(run) for run in found]
+    return [math.inf if run["failure"] or run[key] is None else run[key] for run in found]
+
+
+def spread(found: list[float]) -> str:
+    """Return mean and half range."""
+    fine = [value for value in found if math.isfinite(value)]
+    if not fine:
+        return "failed"
+    text = f"{number(statistics.mean(fine))} ± {number((max(fine) - min(fine)) / 2)}"
+    return text if len(fine) == len(found) else f"{text}, {len(found) - len(fine)} of {len(found)} failed"
+
+
+def mean_end(runs: list[dict], name: str, key: str = "train_loss") -> float | None:
+    """Return the mean over the final runs; None if there are none, infinite if one failed."""
+    found = values(of_phase(runs, name, "final"), key)
+    return statistics.mean(found) if found else None
+
+
+def tasks_of(runs: Runs) -> list[str]:
+    return [task for task in FULL if any(run["phase"] == "final" for run in runs.get(task, []))]
+
+
+def _name(name: str) -> str:
+    return f"**{METHODS[name].text}**" if name in BASE else METHODS[name].text
+
+
+def ends(runs: Runs, key: str) -> str:
+    """Return a table of the ends of the trainings: ``key`` of every optimizer on every task; the best is in italics."""
+    tasks = tasks_of(runs)
+    heads = [f"{task}{'' if key == 'train_loss' else ', ' + FULL[task].metric}" for task in tasks]
+    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    best = {
+        task: min((end, name) for name in METHODS if (end := mean_end(runs[task], name, key)) is not None)[1]
+        for task in tasks
+    }
+    for name in METHODS:
+        cells = []
+        for task in tasks:
+            found = of_phase(runs[task], name, "final")
+            cell = spread(values(found, key)) if found else "not run"
+            cells.append(f"*{cell}*" if name == best[task] else cell)
+        if set(cells) != {"not run"}:
+            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seconds(runs: Runs) -> str:
+    """Return a table of the CPU seconds of a whole training, the mean of the seeds."""
+    tasks = tasks_of(runs)
+    heads = [f"{task}, {FULL[task].steps} steps" for task in tasks]
+    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for name in METHODS:
+        found = [
+            [run["seconds"] for run in of_phase(runs[task], name, "final") if not run["failure"]] for task in tasks
+        ]
+        if any(found):
+            cells = [f"{statistics.mean(some):.1f}" if some else "" for some in found]
+            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steps_to(runs: list[dict], name: str, target: float) -> tuple[float, float] | None:
+    """Return (steps, CPU seconds) of a training that ends at ``target`` train loss; None if the whole one ends above.
+
+    The whole training and shorter ones, each with its own decay, are joined by straight lines of the loss over the
+    logarithm of the steps. A target that the shortest one meets gives its steps, a bound from above.
+    """
+    ends_: list[tuple[float, float, float]] = []
+    own = [run for run in runs if run["optimizer"] == name and run["phase"] in ("final", "horizon")]
+    for steps in sorted({run["steps"] for run in own if run["steps"] <= FULL[run["task"]].steps}):
+        some = [run for run in own if run["steps"] == steps]
+        loss = statistics.mean(values(some, "train_loss"))
+        ends_.append((steps, loss, statistics.mean(run["seconds"] for run in some)))
+    if not ends_ or ends_[-1][1] > target:
+        return None
+    k = next(k for k, (_, loss, _) in enumerate(ends_) if loss <= target)
+    if k == 0:
+        return ends_[0][0], ends_[0][2]
+    (n0, l0, s0), (n1, l1, s1) = ends_[k - 1], ends_[k]
+    if not math.isfinite(l0):
+        return n1, s1
+    share = (l0 - target) / (l0 - l1)
+    return n0 * (n1 / n0) ** share, s0 + (s1 - s0) * share
+
+
+def muon_steps(runs: Runs) -> str:
+    """Return a table of steps and CPU seconds to Muon's final train loss, as shares of Muon's own."""
+    tasks = [task for task in tasks_of(runs) if mean_end(runs[task], "muon") is not None]
+    heads = [f"{task}, {number(mean_end(runs[task], 'muon'))}" for task in tasks]
+    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for name in METHODS:
+        cells = []
+        for task in tasks:
+            muon = of_phase(runs[task], "muon", "final")
+            if name == "muon" or not of_phase(runs[task], name, "final"):
+                cells.append("1" if name == "muon" else "")
+                continue
+            found = steps_to(runs[task], name, statistics.mean(values(muon, "train_loss")))
+            own = FULL[task].steps, statistics.mean(run["seconds"] for run in muon)
+            cells.append("not reached" if found is None else f"{found[0] / own[0]:.2f} ({found[1] / own[1]:.2f})")
+        if any(cells):
+            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def borrowed(runs: list[dict], name: str) -> tuple[float, float, float] | None:
+    """Return (the base's chosen rate, the best of this one's trials, loss at the former over that at the latter)."""
+    trials, base = of_phase(runs, name, "trial"), of_phase(runs, BASE[name], "trial")
+    if not trials or not base:
+        return None
+    lr = min(base, key=last)["setting"]["lr"]
+    best = min(trials, key=last)
+    at = [run for run in [*trials, *of_phase(runs, name, "borrowed")] if run["setting"]["lr"] == lr]
+    return (lr, best["setting"]["lr"], last(at[0]) / last(best)) if at else None
+
+
+def rates(runs: Runs) -> str:
+    """Return a table of chosen rates, and the loss at the base's rate over that at the own one."""
+    tasks = tasks_of(runs)
+    lines = ["| optimizer | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for name in METHODS:
+        cells = []
+        for task in tasks:
+            trials = of_phase(runs[task], name, "trial")
+            if not trials:
+                cells.append("")
+            elif name not in BASE:
+                cells.append(f"{min(trials, key=last)['setting']['lr']:g}")
+            else:
+                found = borrowed(runs[task], name)
+                cell = f"{min(trials, key=last)['setting']['lr']:g}"
+                if found is not None:
+                    more = "stopped" if math.isinf(found[2]) else f"{found[2]:.2f}"
+                    cell += f" (at {found[0]:g}: {more})"
+                cells.append(cell)
+        if any(cells):
+            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def search(runs: list[dict]) -> str:
+    """Return a table of the search: train loss after a tenth (mean of the last points) and at the end, and the metric.
+
+    A change that was tried at several rates is shown at the one with the lowest train loss at the end.
+    """
+    columns = [
+        (task, base)
+        for task in STEPS
+        for base in ("muon", "adamw")
+        if any((run["task"], run["optimizer"]) == (task, base) for run in runs)
+    ]
+    heads = [f"{task}, {base}: tenth / end / {FULL[task].metric}" for task, base in columns]
+    lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for change in [*REFERENCES, *CHANGES]:
+        cells = []
+        for task, base in columns:
+            found = [
+                run
+                for run in runs
+                if (run["task"], run["optimizer"], run["phase"], run["steps"]) == (task, base, change, STEPS[task])
+            ]
+            cells.append(_searched(found))
+        if any(cells):
+            lines.append(f"| {change} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _searched(found: list[dict]) -> str:
+    if not found:
+        return ""
+    by_rate: dict[float, list[dict]] = {}
+    for run in found:
+        by_rate.setdefault(run["setting"]["lr"], []).append(run)
+    seeds = max(len(some) for some in by_rate.values())
+    full = {lr: some for lr, some in by_rate.items() if len(some) == seeds}
+    best = min(full.values(), key=lambda some: statistics.mean(values(some, "train_loss")))
+    if any(run["failure"] for run in best):
+        return "diverges"
+    tenth = statistics.mean(tenth_of(run) for run in best)
+    cell = f"{number(tenth)} / {number(statistics.mean(values(best, 'train_loss')))}"
+    cell += f" / {number(statistics.mean(last(run) for run in best))}"
+    return cell if seeds == 1 else f"{cell} ({seeds} seeds)"
+
+
+def tenth_of(run: dict) -> float:
+    """Return the mean training loss of the second twentieth of the steps."""
+    tenth = round(run["steps"] / 10)
+    return next(loss for step, _, loss, _ in run["curve"] if step == tenth)
+
+
+def behind_first_order(runs: Runs, name: str) -> dict[str, float]:
+    """Return by task the train loss at the end over that of the best first-order optimizer."""
+    found = {}
+    for task in tasks_of(runs):
+        own = mean_end(runs[task], name)
+        others = [end for peer in FIRST_ORDER if (end := mean_end(runs[task], peer)) is not None]
+        if own is not None and others:
+            found[task] = own / min(others)
+    return found
