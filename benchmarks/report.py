@@ -22,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.micro import bench_cuda, bench_scaling
+from benchmarks.peers import full_tables
 from benchmarks.peers import tables as peers
+from benchmarks.peers.full import FOLDER, FULL
 from benchmarks.peers.runs import Store
 from benchmarks.peers.tasks import TASKS
 
@@ -190,6 +192,10 @@ def measured_tasks() -> list[str]:
     return [task for task in TASKS if (RESULTS / "peers" / f"{task}.jsonl").exists()]
 
 
+def whole_trainings() -> dict[str, list[dict]]:
+    return {task: Store(FOLDER / f"{task}.jsonl").runs for task in FULL}
+
+
 def kernel_model() -> str:
     """One chunk of the correction's kernel by the model, after each step of its redesign."""
     lines = ["| kernel | X^T X | factor and inverse | G | latency of factor and inverse, us | of the CTA, us |"]
@@ -230,6 +236,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),
     "peers-ablations": lambda: peers.ablations(stored("ablations")),
     "peers-variants": lambda: peers.variants(stored("ablations")),
+    "full-train": lambda: full_tables.ends(whole_trainings(), "train_loss"),
+    "full-test": lambda: full_tables.ends(whole_trainings(), "metric"),
+    "full-muon-steps": lambda: full_tables.muon_steps(whole_trainings()),
+    "full-rates": lambda: full_tables.rates(whole_trainings()),
+    "full-seconds": lambda: full_tables.seconds(whole_trainings()),
+    "search": lambda: full_tables.search(stored("full/search")),
     **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},
 }
 

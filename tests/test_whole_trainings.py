@@ -201,7 +201,13 @@ def fake(task: str, name: str, phase: str, lr: float, loss: float, seed: int = 1
     curve = [[0, 0.0, None, 1.0], [steps // 10, 1.0, 3 * loss, 0.5], [steps, 10.0, loss, loss if seed == 0 else 0.25]]
     return {
         **dict(task=task, optimizer=name, phase=phase, setting={"lr": lr}, seed=seed, steps=steps, curve=curve),
-        **dict(failure=None, train_loss=loss, test_loss=loss, seconds=steps / 100),
+        **dict(
+            fixed=full.METHODS[name].fixed if name in full.METHODS else {},
+            failure=None,
+            train_loss=loss,
+            test_loss=loss,
+            seconds=steps / 100,
+        ),
     }
 
 

@@ -105,17 +105,19 @@ class Method:
         return self.peer.order
 
 
+WHITEN = 0.3  # the damping that the search found
+
 # The starts are what the first hundred steps found in the middle of their tasks; one with our line starts where its
 # base does. K-FAC, FOOF and ISAAC have our default damping, 0.1.
 METHODS: dict[str, Method] = {
     "sgd": method("sgd", 0.03),
     "adamw": method("adamw", 0.003),
     "muon": method("muon", 0.01),
-    "adamw+white": method("adamw+pre", 0.003, "AdamW, whitened", whitened("adamw")),
-    "muon+white": method("muon+pre", 0.01, "Muon, whitened", whitened("muon")),
+    "adamw+white": method("adamw+pre", 0.003, "AdamW, whitened", whitened("adamw"), damping=WHITEN),
+    "muon+white": method("muon+pre", 0.01, "Muon, whitened", whitened("muon"), damping=WHITEN),
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),
     "muon+pre": method("muon+pre", 0.01, "Muon, corrected"),
-    "sgd+white": method("sgd+pre", 0.03, "SGD, whitened", whitened("sgd")),
+    "sgd+white": method("sgd+pre", 0.03, "SGD, whitened", whitened("sgd"), damping=WHITEN),
     "sgd+pre": method("sgd+pre", 0.03, "SGD, corrected"),
     "newton-muon": method(
         "muon+pre",
@@ -309,11 +311,12 @@ class Phase:
     def run(self, name: str, phase: str, setting: dict, seed: int, steps: int, rival: float | None = None) -> dict:
         """Return the stored run, or make and store a new one."""
         key = dict(task=self.name, optimizer=name, phase=phase, setting=setting, seed=seed, steps=steps)
-        if found := self.store.find(**key):
+        method = self.methods[name]
+        same = (run for run in self.store.runs if run["fixed"] == method.fixed)
+        if found := next((run for run in same if all(run[k] == value for k, value in key.items())), None):
             return found
         if time.time() > self.deadline:
             raise TimeoutError
-        method = self.methods[name]
         trial = phase in ("trial", "borrowed")
         record = train(
             self.name, self.task, method.build, {**method.fixed, **setting}, self.split, seed, steps, trial, rival
@@ -388,7 +391,7 @@ def status(folder: Path, tasks: list[str], names: list[str], seeds: int) -> str:
         runs = Store(folder / f"{task}.jsonl").runs
         cells = []
         for name in names:
-            own = [run for run in runs if run["optimizer"] == name and run["steps"] <= FULL[task].steps]
+            own = [run for run in runs if run["optimizer"] == name and run["fixed"] == METHODS[name].fixed]
             trials, finals = (sum(run["phase"] == phase for run in own) for phase in ("trial", "final"))
             cells.append(f"{name} {trials}/{TRIALS}+{finals}/{seeds}")
         lines.append(f"{task}: " + ", ".join(cells))

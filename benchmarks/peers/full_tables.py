@@ -14,8 +14,13 @@ Runs = dict[str, list[dict]]  # by task
 
 def of_phase(runs: list[dict], name: str, phase: str) -> list[dict]:
     """Return the runs of an optimizer; of final runs those with the task's own number of steps."""
-    found = [run for run in runs if run["optimizer"] == name and run["phase"] == phase]
+    found = [run for run in own(runs, name) if run["phase"] == phase]
     return [run for run in found if phase != "final" or run["steps"] == FULL[run["task"]].steps]
+
+
+def own(runs: list[dict], name: str) -> list[dict]:
+    """Return the runs of an optimizer with the settings that it has now; earlier ones stay in the files."""
+    return [run for run in runs if run["optimizer"] == name and run["fixed"] == METHODS[name].fixed]
 
 
 def values(found: list[dict], key: str) -> list[float]:
@@ -90,9 +95,9 @@ def steps_to(runs: list[dict], name: str, target: float) -> tuple[float, float] 
     logarithm of the steps. A target that the shortest one meets gives its steps, a bound from above.
     """
     ends_: list[tuple[float, float, float]] = []
-    own = [run for run in runs if run["optimizer"] == name and run["phase"] in ("final", "horizon")]
-    for steps in sorted({run["steps"] for run in own if run["steps"] <= FULL[run["task"]].steps}):
-        some = [run for run in own if run["steps"] == steps]
+    found = [run for run in own(runs, name) if run["phase"] in ("final", "horizon")]
+    for steps in sorted({run["steps"] for run in found if run["steps"] <= FULL[run["task"]].steps}):
+        some = [run for run in found if run["steps"] == steps]
         loss = statistics.mean(values(some, "train_loss"))
         ends_.append((steps, loss, statistics.mean(run["seconds"] for run in some)))
     if not ends_ or ends_[-1][1] > target:
