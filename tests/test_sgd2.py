@@ -183,14 +183,16 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adam, preconditioned", "SGD, decay"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adam, preconditioned", "Adam, whiten", "SGD, decay"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "fresh"])
 def test_selection_restores_every_bit(name, warm):
     model = Noisy()
     optimizer = OPTIMIZERS[name.split(",")[0]](model)
     pre = None
+    options = dict(chunk=8, decay=0.9 if "decay" in name else 0.0, every=2)
+    options |= dict(mode="whiten", decay=0.9) if "whiten" in name else {}
     if "," in name:
-        pre = Preconditioner(model, optimizer, chunk=8, decay=0.9 if "decay" in name else 0.0, every=2)
+        pre = Preconditioner(model, optimizer, **options)
     loss = loss_of(model)
 
     def step(batch):
@@ -218,7 +220,7 @@ def test_selection_restores_every_bit(name, warm):
     twin, plain = copy.deepcopy(model), None
     plain = OPTIMIZERS[name.split(",")[0]](twin)
     if pre is not None:
-        Preconditioner(twin, plain, chunk=8, decay=0.9 if "decay" in name else 0.0, every=2)
+        Preconditioner(twin, plain, **options)
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     randomness = torch.get_rng_state(), random.getstate(), np.random.get_state()
     for batch in batches(3, seed=5):
@@ -252,6 +254,40 @@ def test_selection_takes_the_smallest_last_loss():
         model, optimizer, loss_of(model), iter(batches()), candidates=tuple(expected), iterations=4
     )
     assert chosen == min(expected, key=expected.get)
+
+
+def test_selection_with_a_rate_that_falls():
+    """Up to the rate in a twentieth of the steps, then in a line to nearly 0; the last batch makes no step."""
+    model = nn.Linear(10, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    used = []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    options = dict(candidates=(0.1,), iterations=41, decay=True)
+    select_learning_rate(model, optimizer, loss_of(model), batches(41), **options)
+    assert used[:2] == [0.05, 0.1]
+    assert len(used) == 40
+    assert used[2:] == pytest.approx([0.1 * (40 - i + 1) / 39 for i in range(3, 41)])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_selection_of_one_rate_for_two_optimizers_in_whitened_coordinates():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    both = [torch.optim.Muon(matrices, lr=0.3), torch.optim.AdamW(others, lr=0.3)]
+    pre = Preconditioner(model, both, mode="whiten")
+    loss = loss_of(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    rate = select_learning_rate(model, both, loss, batches(), candidates=(1e-9, 0.1))
+    assert rate == 0.1
+    assert [group["lr"] for one in both for group in one.param_groups] == [0.1, 0.1]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert pre.steps == 0
+    with pytest.raises(ValueError, match="at least one optimizer"):
+        select_learning_rate(model, [], loss, batches())
+    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, got int"):
+        select_learning_rate(model, [both[0], 3], loss, batches())
 
 
 def test_selection_reads_no_more_batches_than_it_uses():
