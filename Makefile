@@ -40,7 +40,7 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
-test-slow: $(LIBRARY) $(VENV)/.frameworks $(VENV)/.docs ## long trainings, sanitizers, CUDA compilation, trainers of other people
+test-slow: $(LIBRARY) $(VENV)/.frameworks $(VENV)/.docs $(VENV)/.oracle ## long trainings, sanitizers, CUDA compilation, trainers of other people
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
@@ -101,6 +101,10 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.installed
 	"$(BIN)/python" -m pip install -qq -r requirements-frameworks.txt
+	@touch $@
+
+$(VENV)/.oracle: requirements-oracle.txt $(VENV)/.installed
+	"$(BIN)/python" -m pip install -qq --no-deps -r requirements-oracle.txt
 	@touch $@
 
 $(VENV)/.release: requirements-release.txt $(VENV)/.installed

@@ -153,6 +153,22 @@ def same_input() -> str:
     return "\n".join(lines)
 
 
+def linalg() -> str:
+    """The inverse and the solve of small matrices against the fastest composition of torch's operations."""
+    shown: dict[tuple, dict] = {}
+    for row in read("linalg")["rows"]:
+        columns = "n" if row["columns"] == row["n"] else row["columns"]
+        what = row["operation"] if columns is None else f"solve, {columns} column{'' if columns == 1 else 's'}"
+        shown.setdefault((what, row["threads"], row["dtype"]), {})[row["n"]] = row
+    sizes = sorted({n for rows in shown.values() for n in rows})
+    head = "| | threads | " + " | ".join(f"{n} rows" for n in sizes) + " |"
+    lines = [head, "| --- " * (2 + len(sizes)) + "|"]
+    for (what, threads, dtype), rows in shown.items():
+        cells = " | ".join(f"{rows[n]['ratio']:.1f} ({rows[n]['us_per_matrix']['ours']:.3g} us)" for n in sizes)
+        lines.append(f"| {what}, {dtype} | {threads} | {cells} |")
+    return "\n".join(lines)
+
+
 RANKS = (8, 64, 256, 512, 4096, 16384)
 
 
@@ -231,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frameworks": frameworks,
     "monitors": monitors,
     "same-input": same_input,
+    "linalg": linalg,
     "distributed": distributed,
     "peers-cost": lambda: peers.cost(read("peers/cost")),
     "peers-summary": lambda: peers.overview({task: stored(task) for task in measured_tasks()}),

@@ -31,6 +31,7 @@ MODULES = (
     "portable",
     "same_input",
     "host",
+    "linalg",
 )
 
 
