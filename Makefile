@@ -40,7 +40,7 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
 
-test-slow: $(LIBRARY) $(VENV)/.frameworks $(VENV)/.docs $(VENV)/.oracle ## long trainings, sanitizers, CUDA compilation, trainers of other people
+test-slow: $(LIBRARY) $(addprefix $(VENV)/,.frameworks .docs .oracle .release .aarch64) ## long trainings, sanitizers, CUDA compilation, wheels, trainers of other people
 	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
@@ -60,7 +60,8 @@ wheel: $(VENV)/.release ## dist/*.whl: one abi3 wheel for every Python >= 3.10 a
 	@rm -rf build/lib* build/bdist* build/wheel
 	@CONSISTENCY_OPS_TORCH_ABI=0 python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
 	@mkdir -p dist
-	@if [ "$$(uname)" = Linux ]; then $(REPAIR) --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	@if [ "$$(uname)" = Linux ]; then $(REPAIR) --wheel-dir dist build/wheel/*.whl 2> build/wheel/repair.txt || \
+		{ cat build/wheel/repair.txt; exit 1; }; else cp build/wheel/*.whl dist; fi
 	@wheel=$$(ls -t dist/*.whl | head -n 1); twine check --strict "$$wheel" && abi3audit --strict "$$wheel" && \
 		check-wheel-contents "$$wheel" && ls "$$wheel"
 
@@ -110,6 +111,14 @@ $(VENV)/.oracle: requirements-oracle.txt $(VENV)/.installed
 $(VENV)/.release: requirements-release.txt $(VENV)/.installed
 	"$(BIN)/python" -m pip install -qq -r requirements-release.txt
 	@touch $@
+
+# A compiler and an emulator for aarch64, where they can be installed; where not, the test that wants them says so.
+$(VENV)/.aarch64: $(VENV)/.installed
+	@if command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing g++-aarch64-linux-gnu and qemu-user"; \
+		(apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+			g++-aarch64-linux-gnu qemu-user) > $@.log 2>&1 && touch $@ || tail -n 2 $@.log; fi
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.installed
 	"$(BIN)/python" -m pip install -qq -r requirements-docs.txt

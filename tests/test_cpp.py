@@ -1,15 +1,19 @@
 """C and C++ programs use the library as a stranger would: found by CMake, no torch and no Python but for LibTorch's."""
 
+import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 import consistency_ops as co
 
-PROGRAMS = Path(__file__).parent / "cpp"
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / "tests" / "cpp"
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 
 
@@ -19,13 +23,14 @@ def cmake(*arguments):
     return done.stdout
 
 
-def build_and_run(build, prefix, *options, problems=12, train=True):
+def build_and_run(build, prefix, *options, problems=12, train=True, emulator=()):
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCONSISTENCY_OPS_CUDA=OFF", *options)
     cmake("--build", build, "--parallel", "2")
     outputs = []
+    environment = {"PATH": os.environ["PATH"]} if emulator else {}
     programs = [["cholesky"], ["correct"], ["launchers"], ["stress", str(problems)]] + [["train"]] * train
     for name, *arguments in programs:
-        done = subprocess.run([build / name, *arguments], capture_output=True, text=True, env={})
+        done = subprocess.run([*emulator, build / name, *arguments], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{name}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
     return outputs
@@ -78,6 +83,48 @@ def test_sanitizers(tmp_path, sanitizer):
     flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g -O1"
     options = [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
     build_and_run(tmp_path / "build", co.cmake_prefix_path(), *options, problems=40, train=False)  # a minute
+
+
+AARCH64 = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+@pytest.fixture
+def aarch64():
+    missing = [name for name in AARCH64 if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    return ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+
+
+@pytest.mark.slow
+def test_on_aarch64(tmp_path, aarch64):
+    """Cross-compiled and run in an emulator, where only the portable code runs."""
+    compilers = [f"-DCMAKE_{language}_COMPILER={name}" for language, name in zip(("C", "CXX"), AARCH64, strict=False)]
+    target = [
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_FIND_ROOT_PATH_MODE_PACKAGE=BOTH",
+    ]
+    cholesky, *_ = build_and_run(
+        tmp_path / "build", co.cmake_prefix_path(), *target, *compilers, train=False, emulator=aarch64
+    )
+    assert cholesky.rstrip().endswith(", portable")
+    kind = subprocess.run(
+        ["readelf", "-h", tmp_path / "build" / "cholesky"], capture_output=True, text=True, check=True
+    )
+    assert "AArch64" in kind.stdout
+
+
+@pytest.mark.slow
+def test_bindings_compile_for_aarch64(aarch64):
+    """With torch's headers; there is no torch for aarch64 here to link with."""
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_EXTENSION_NAME=_C"]
+    csrc = Path(co.include_dir()).parent
+    folders = [csrc, csrc / "include", *include_paths(), sysconfig.get_path("include")]
+    for source in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
+        command = [AARCH64[1], "-std=c++17", "-fsyntax-only", *defines, *(f"-I{folder}" for folder in folders), source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
