@@ -74,7 +74,18 @@ def test_methods_follow_the_schedule(task, name):
 
 
 def test_a_stopped_phase_goes_on_where_it_was(task, tmp_path, capsys, monkeypatch):
-    arguments = ["autoencoder", "--optimizers", "adamw", "--seeds", "1", "--out", str(tmp_path), "--horizons"]
+    arguments = [
+        "autoencoder",
+        "--optimizers",
+        "adamw",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--horizons",
+        "0.5",
+        "0.75",
+    ]
     full.main([*arguments, "--minutes", "0"])
     assert "--resume goes on" in capsys.readouterr().out
     full.main(arguments)

@@ -6,8 +6,8 @@
 Every run is a JSON line in ``benchmarks/results/peers/full``, so the phase may be stopped at any time; ``--resume``
 goes on with what is missing. The rate rises over the first twentieth of the steps, then falls to 0 in a line.
 
-A method with our line also has a trial at the rate that its optimizer alone chose. ``--horizons`` adds runs of half
-and three quarters of the steps, each with its own decay, for the steps that Muon's final loss takes.
+A method with our line also has a trial at the rate that its optimizer alone chose. ``--horizons 0.5
+0.75`` adds runs of half and three quarters of the steps, each with its own decay: for the steps to Muon's final loss.
 
 Trials take a third of the steps, with the same schedule on these, seed 0, and are judged by the loss on held-out
 training examples. The five rates are found by one rule for all (:func:`next_rate`): half decades around a start until
@@ -51,7 +51,6 @@ TRIALS, TRIAL_SHARE = 5, 3  # rates; a trial has the steps over this
 POINTS, TRIAL_POINTS = 20, 4  # points on a curve
 BEHIND = 2.0  # a trial that has this many times the held-out loss of the best one at half of its steps stops
 SEEDS = 3
-HORIZONS = (0.5, 0.75)  # shares of the steps for "steps to Muon's final loss", each with its own decay
 
 # A task of the first phase, its batch and the steps of a whole training, and the training examples for its loss.
 FULL: dict[str, Task] = {
@@ -369,10 +368,10 @@ class Phase:
         found = next((run for run in self.trials(name) if run["setting"] == setting), None)
         return found or self.run(name, "borrowed", setting, 0, steps)
 
-    def horizons(self, name: str, seeds: int) -> None:
+    def horizons(self, name: str, seeds: int, shares: list[float]) -> None:
         """Make runs of fewer steps, each with its own decay, for the steps to Muon's final loss."""
         setting = self.chosen(name)
-        for share in HORIZONS if setting else ():
+        for share in shares if setting else ():
             for seed in range(1, seeds + 1):
                 self.run(name, "horizon", setting, seed, round(share * self.steps))
 
@@ -408,7 +407,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final runs")
     parser.add_argument("--steps", type=int, help="of a final run, instead of the task's own number")
-    parser.add_argument("--horizons", action="store_true", help="also runs of half and three quarters of the steps")
+    parser.add_argument(
+        "--horizons", nargs="+", type=float, default=[], metavar="SHARE", help="also runs of these shares of the steps"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the runs that are there")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
     parser.add_argument("--status", action="store_true", help="only say what has been run (trials + finals)")
@@ -435,8 +436,7 @@ def main(arguments: list[str] | None = None) -> None:
                 phase.finals(name, options.seeds)
                 if BASE.get(name) in names:
                     phase.borrowed(name)
-                if options.horizons:
-                    phase.horizons(name, options.seeds)
+                phase.horizons(name, options.seeds, options.horizons)
     except TimeoutError:
         print(f"{options.minutes:g} minutes are over; --resume goes on", flush=True)
 

@@ -52,6 +52,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "every 32": {"every": 32},
     "norm clipped": {"norm": "clip"},
     "norm free": {"norm": "free"},
+    "norm free, damping 0.3": {"norm": "free", "damping": 0.3},
     "chunk 64": {"chunk": 64},
     "whole layers": {"chunk": None},
     "bias left alone": {"bias": False},
