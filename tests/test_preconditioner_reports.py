@@ -80,6 +80,17 @@ def test_a_weight_that_stops_being_a_parameter():
     assert pre.stats()["layers"] == 2 and "weight is no parameter any more" in pre.summary()
 
 
+def test_the_summary_says_that_whitened_coordinates_want_another_rate():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    whitened = Preconditioner(model, optimizer, mode="whiten", skip="4")
+    assert repr(whitened).startswith("Preconditioner(2 of 3 layers, mode='whiten', damping=0.1, scaling='trace'")
+    assert "best learning rate was half to three times" in whitened.summary().splitlines()[-1]
+    corrected = Preconditioner(model, optimizer, skip=["0", "2"])
+    assert "mode" not in repr(corrected)
+    assert "learning rate" not in corrected.summary()
+
+
 def test_input_by_keyword():
     layer = nn.Linear(4, 3)
     pre = Preconditioner(layer)
