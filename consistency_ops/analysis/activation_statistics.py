@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .recorder import Layers, Point, Recorder, signalling
-from .results import COLOURS, Result, figure, log_scale, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers, series
 from .saturation import is_activation, saturated
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class LayerStatistics(Result):
     gradient_rms: list[float]
     histogram: Histogram
     gradient_histogram: Histogram
+    rows: list[int] = field(default_factory=list)  #: values of one unit that each point used, for ``dead``
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,22 @@ class ActivationStatistics(Result):
 
     def plot(self) -> Figure:
         """Plot standard deviations of activations and gradients, and saturated shares, against the layers."""
-        made, axes = figure(3, width=4.6)
+        flat = any(not math.isnan(value) for layer in self.layers for value in layer.saturation)
+        made, axes = figure(3 if flat else 2, width=4.6)
         names = [layer.name for layer in self.layers]
         ends = {0: "first point", -1: "last point"} if len(self.steps) > 1 else {-1: "at this point"}
         panels = (("std", "activations, standard deviation"), ("gradient_std", "gradients, standard deviation"))
         for axis, (key, title) in zip(axes, panels, strict=False):
             for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
-                axis.plot([getattr(layer, key)[i] for layer in self.layers], color=colour, marker=".", label=label)
+                series(axis, names, [getattr(layer, key)[i] for layer in self.layers], colour, label)
             log_scale(axis)
             axis.set_title(title, fontsize=10)
-        for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
-            axes[2].plot([layer.saturation[i] for layer in self.layers], color=colour, marker="o", ls="", label=label)
-        axes[2].set_ylim(-0.03, 1.03)
-        axes[2].set_title("saturated share", fontsize=10)
+        if flat:
+            for colour, (i, label) in zip(COLOURS, ends.items(), strict=False):
+                values = [layer.saturation[i] for layer in self.layers]
+                axes[2].plot(values, color=colour, marker="o", ls="", label=label)
+            axes[2].set_ylim(-0.03, 1.03)
+            axes[2].set_title("saturated share", fontsize=10)
         for axis in axes:
             over_layers(axis, names)
         axes[0].legend(fontsize=8, frameon=False)
@@ -194,6 +198,7 @@ class ActivationRecorder(Recorder):
         if output.dim() > 1:
             alive = _alive(output)
             point.add(index, f"alive {len(alive)}", alive)  # a shared module may see several widths
+            point.counts[index]["rows"] = point.counts[index].get("rows", 0) + output.numel() // max(1, len(alive))
 
     def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
         if gradient.numel():
@@ -216,7 +221,8 @@ class ActivationRecorder(Recorder):
             )
             for name in ("histogram", "gradient_histogram")
         }
-        fields: dict[str, Any] = {**columns, **histograms}
+        counts = [point.counts[i].get("rows", 0) for point in self.points]
+        fields: dict[str, Any] = {**columns, **histograms, "rows": counts}
         return LayerStatistics(self.names[i], self.kinds[i], **fields)
 
     def result(self) -> ActivationStatistics:

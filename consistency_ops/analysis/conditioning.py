@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..layers import layer_type
 from ..ops.checks import check_integers, check_numbers, shown
 from .recorder import Layers, Point, Recorder, weighted
-from .results import COLOURS, Result, figure, log_scale, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers, series, shortened
 from .second_moment import SecondMoment, chunks_of, unit_rows
+from .time_limit import out_of_time, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +63,8 @@ class LayerConditioning(Result):
     preconditioned: list[list[float]]
     both: list[list[float]]
     gradient: list[list[float]]
+    inputs: int = 0  #: units of the input; with ``max_units`` spectra may be those of fewer
+    outputs: int = 0
 
     def spectrum(self, which: str = "input", point: int = -1) -> list[float]:
         if which not in SPECTRA:
@@ -116,16 +119,19 @@ class Conditioning(Result):
         looks = zip(COLOURS, ("input", "normalised", "preconditioned", "both"), strict=False)
         for colour, which in looks:
             values = [layer.kappa(which, p, point) for layer in self.layers]
-            axes[0].plot([v if math.isfinite(v) else math.nan for v in values], color=colour, marker=".", label=which)
+            series(axes[0], names, [v if math.isfinite(v) else math.nan for v in values], colour, which)
         axes[0].set_title(f"$\\kappa_{{{100 * p:g}\\%}}$ of the layer inputs", fontsize=10)
         for colour, which in zip(COLOURS, ("input", "gradient"), strict=False):
-            axes[1].plot([x.lambda_max(which, point) for x in self.layers], color=colour, marker=".", label=which)
+            series(axes[1], names, [x.lambda_max(which, point) for x in self.layers], colour, which)
         axes[1].set_title(r"$\lambda_{\max}$", fontsize=10)
-        worst = max(self.layers, key=lambda x: min(x.kappa("input", p, point), 1e300))
+        many = [x for x in self.layers if x.rows[point] >= 2 * len(x.spectrum("input", point)) > 6]
+        worst = max(
+            many or self.layers, key=lambda x: min(-1 if math.isnan(k := x.kappa("input", p, point)) else k, 1e300)
+        )
         for colour, which in zip(COLOURS, ("input", "normalised", "preconditioned", "both"), strict=False):
             spectrum = worst.spectrum(which, point)
             axes[2].plot([v if v > _floor(spectrum) else math.nan for v in spectrum], color=colour, label=which)
-        axes[2].set_title(f"eigenvalues of the inputs of {worst.name}", fontsize=10)
+        axes[2].set_title(f"eigenvalues of the inputs of {shortened([worst.name])[0]}", fontsize=10)
         for axis in axes:
             log_scale(axis)
             axis.legend(fontsize=8, frameon=False)
@@ -150,8 +156,12 @@ class ConditioningRecorder(Recorder):
         scaling: str,
         chunk: int,
         reduction: str,
+        max_units: int | None,
     ) -> None:
-        check_integers("conditioning", max_rows=1 if max_rows is None else max_rows, chunk=chunk)
+        ones = {"max_rows": 1 if max_rows is None else max_rows, "max_units": 1 if max_units is None else max_units}
+        check_integers("conditioning", **ones, chunk=chunk)
+        if ones["max_units"] < 1:
+            raise ValueError(f"conditioning: max_units must be at least 1, or None for all, got {max_units}")
         check_numbers("conditioning", damping=damping)
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"conditioning: max_rows must be at least 1, or None for all, got {max_rows}")
@@ -172,7 +182,10 @@ class ConditioningRecorder(Recorder):
         self._open: dict[int, dict[tuple[int, str], SecondMoment]] = {}  # by the step of the point
         self._closed: dict[int, dict[tuple[int, str], list[float]]] = {}
         self._groups: dict[int, int] = {}
+        self.max_units: int | None = max_units
+        self.left_out: list[str] = []  #: layers for which there was no time
         self._unit_dims: dict[int, int] = {}
+        self._chosen: dict[tuple[int, str], tuple[Tensor | None, int, int]] = {}
 
     def clear(self) -> None:
         super().clear()
@@ -194,26 +207,56 @@ class ConditioningRecorder(Recorder):
         self._unit_dims[index] = -1 if kind is None else kind.unit_dim
         self._groups[index] = 1 if kind is None else kind.num_groups(module)
         if x is not None and x.dim() and x.numel():
-            self._add(point, index, "input", unit_rows(x, self._unit_dims[index], self.max_rows)[0])
+            rows, _ = unit_rows(x, self._unit_dims[index], self.max_rows, self._units(index, "input", x))
+            self._add(point, index, "input", rows)
+
+    def _units(self, index: int, name: str, x: Tensor) -> Tensor | None:
+        """The units whose spectrum is taken, whole groups of a convolution, drawn once; None: all of them."""
+        width = x.shape[self._unit_dims[index]]
+        if (index, name) not in self._chosen:
+            units, groups = None, self._groups[index]
+            if self.max_units is not None and width > self.max_units and width % groups == 0:
+                size = width // groups  # of a group
+                groups = min(groups, max(1, self.max_units // size))
+                generator = torch.Generator().manual_seed(index)
+                first = torch.randperm(self._groups[index], generator=generator)[:groups].sort().values
+                within = torch.randperm(size, generator=generator)[: self.max_units].sort().values
+                units = (first[:, None] * size + within).flatten()
+            self._chosen[index, name] = units, groups, width
+        return self._chosen[index, name][0]
 
     def _backward(self, point: Point, index: int, gradient: Tensor) -> None:
         if gradient.numel():
-            rows, count = unit_rows(gradient, self._unit_dims[index], self.max_rows)
+            units = self._units(index, "gradient", gradient)
+            rows, count = unit_rows(gradient, self._unit_dims[index], self.max_rows, units)
             self._add(point, index, "gradient", rows * count if self.reduction == "mean" else rows)
 
     def _close(self, point: Point) -> None:
+        moments = self._open.pop(point.step, {})
+        layers = list(dict.fromkeys(index for index, _ in moments))
+        for index in (layers[i] for i in spread(len(layers))):
+            if out_of_time():
+                self.left_out.append(self.names[index])
+                continue
+            with self._kept_going(index):
+                for name in ("input", "gradient"):
+                    if (index, name) in moments:
+                        self._spectra(point, index, name, moments[index, name])
+
+    def _spectra(self, point: Point, index: int, name: str, moment: SecondMoment) -> None:
         done = self._closed.setdefault(point.step, {})
-        for (index, name), moment in self._open.pop(point.step, {}).items():
-            done[index, name] = moment.spectrum().tolist()
-            if name == "input":
-                chunks = chunks_of(moment.units, self._groups[index], self.chunk)
-                square = moment.mean_square()
-                normalised = moment.scaled((square + RMS_EPS * (square.max() + 1e-6)).rsqrt())
-                done[index, "normalised"] = normalised.spectrum().tolist()
-                for key, before in (("preconditioned", moment), ("both", normalised)):
-                    after = before.preconditioned(self.damping, self.scaling, chunks, self._groups[index])
-                    done[index, key] = after.spectrum().tolist()
-                point.counts[index]["rows"] = moment.count
+        moment = moment.grouped(self._chosen[index, name][1])
+        done[index, name] = moment.spectrum().tolist()
+        if name == "input":
+            groups = self._chosen[index, name][1]
+            chunks = chunks_of(moment.units, groups, self.chunk)
+            square = moment.mean_square()
+            normalised = moment.scaled((square + RMS_EPS * (square.max() + 1e-6)).rsqrt())
+            done[index, "normalised"] = normalised.spectrum().tolist()
+            for key, before in (("preconditioned", moment), ("both", normalised)):
+                after = before.preconditioned(self.damping, self.scaling, chunks, groups)
+                done[index, key] = after.spectrum().tolist()
+            point.counts[index]["rows"] = moment.count
 
     def result(self) -> Conditioning:
         seen = self._seen()
@@ -222,10 +265,14 @@ class ConditioningRecorder(Recorder):
         layers = []
         for i in seen:
             spectra = {
-                which: [self._closed[point.step].get((i, which), []) for point in self.points] for which in SPECTRA
+                which: [self._closed.get(point.step, {}).get((i, which), []) for point in self.points]
+                for which in SPECTRA
             }
             rows = [point.counts[i].get("rows", 0) for point in self.points]
-            layers.append(LayerConditioning(self.names[i], self.kinds[i], rows, **spectra))
+            widths = [self._chosen.get((i, name), (None, 1, 0))[2] for name in ("input", "gradient")]
+            layers.append(
+                LayerConditioning(self.names[i], self.kinds[i], rows, **spectra, inputs=widths[0], outputs=widths[1])
+            )
         return Conditioning([p.step for p in self.points], layers, self.damping, self.scaling, self.chunk)
 
 
@@ -240,6 +287,7 @@ def conditioning(
     scaling: str = "trace",
     chunk: int = 128,
     reduction: str = "mean",
+    max_units: int | None = None,
 ) -> ConditioningRecorder:
     """Attach a recorder of the eigenvalues of Sigma_x and Sigma_g of every weight layer (Huang et al., ECCV 2020).
 
@@ -258,6 +306,8 @@ def conditioning(
         damping, scaling, chunk: options of the correction that is tried, without its bias unit.
         reduction: how the loss is reduced over rows: with ``"mean"`` output gradients are multiplied by the number of
             rows, which restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).
+        max_units: spectra of wider inputs and outputs are those of so many units, drawn at random: their largest
+            eigenvalues are smaller then; None: of all.
 
     Example::
 
@@ -266,4 +316,4 @@ def conditioning(
         for layer in monitor.result().layers:
             print(layer.name, layer.kappa("input", 0.8), layer.kappa("preconditioned", 0.8))
     """
-    return ConditioningRecorder(model, layers, every, average, max_rows, damping, scaling, chunk, reduction)
+    return ConditioningRecorder(model, layers, every, average, max_rows, damping, scaling, chunk, reduction, max_units)

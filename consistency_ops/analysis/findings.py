@@ -9,8 +9,9 @@ from .activation_statistics import ActivationStatistics
 from .conditioning import Conditioning, LayerConditioning
 from .gradient_energy import GradientEnergy
 from .lipschitz import LipschitzBound
-from .propagation import Propagation
+from .propagation import BlockPropagation, Propagation
 from .results import Result
+from .roles import comparable
 from .weight_domination import DOMINATED, WeightDomination
 
 P = 0.8
@@ -24,7 +25,17 @@ KAPPA = 1e3  # kappa_80% of the inputs of a layer
 ONE_DIRECTION = 0.9  # share of the mean square of a layer's inputs along one eigenvector
 CURVATURE = 1e4  # ratio of the largest Fisher eigenvalues of two layers
 IMAGE = 0.3  # share of the residual in the image of the block
+WIDENS = 10.0  # outputs / inputs of a block that is wide for its own sake
+SOME, MANY = (
+    20,
+    256,
+)  # values of a unit that are needed to call it dead: of real inputs, of random ones, which are alike
 HELPS = 10.0  # a remedy must lower a condition number by this factor to be named
+
+
+_ENERGY_RULE = (
+    f"|log10 of the ratio of squared gradients, first to last layer of one role, in most roles| < {ENERGY_DECADES:g}"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,9 @@ class Measurements(Result):
     propagation: Propagation
     lipschitz: LipschitzBound | None
     no_lipschitz: str  #: why there is no bound
+    zero_scales: list[str]  #: modules whose weight is 0 and gets a gradient, such as the last norm of a residual block
+    synthetic: bool  #: whether the inputs are random numbers
+    failed: dict[str, str]  #: what could not be measured, by the name of the part, and why
 
 
 @dataclass(frozen=True)
@@ -69,16 +83,16 @@ def find(measured: Measurements, finite: bool) -> list[Finding]:
         advice = "Look for a division by 0, a logarithm of 0, or weights that a diverged training left behind."
         return [Finding(3, "Not a number", [broken], text, "every value is finite", advice)]
     found = [
-        _gradient(energy),
+        *_gradient(energy, measured.zero_scales),
         _signal(statistics, {layer.name for layer in energy.layers}),
         *_saturation(statistics),
-        _dead(statistics),
-        _conditioning(conditioning),
-        _direction(conditioning),
-        _curvature(conditioning),
+        _dead(statistics, MANY if measured.synthetic else SOME),
+        _conditioning(conditioning, measured.synthetic),
+        None if measured.synthetic else _direction(conditioning),
+        _curvature(conditioning, _positions(statistics, measured.samples)),
         _domination(measured.domination),
         _image(measured.propagation),
-        _rows(conditioning),
+        None if measured.synthetic else _rows(conditioning),
     ]
     return sorted((f for f in found if f is not None), key=lambda f: -f.severity)
 
@@ -92,21 +106,40 @@ def _times(factor: float) -> str:
     return f"{factor:,.0f}" if factor < 1e5 else f"{factor:.1e}"
 
 
-def _gradient(energy: GradientEnergy) -> Finding | None:
-    alive = [(layer.name, layer.energy[-1]) for layer in energy.layers if not math.isnan(layer.energy[-1])]
+def _gradient(energy: GradientEnergy, zero_scales: list[str]) -> list[Finding]:
+    """The first against the last layer of every role, by the length of the gradient of one sample."""
+    alive = [layer for layer in energy.layers if not math.isnan(layer.norm[-1])]
     if len(alive) < 2:
-        return None
-    (first, low), (last, high) = alive[0], alive[-1]
-    rule = f"|log10 of the ratio of squared gradients, first to last weight layer| < {ENERGY_DECADES:g}"
-    if high == 0:
-        text = f"No gradient arrives anywhere: it is 0 at {last}."
-        return Finding(3, "No gradient", [last], text, rule, "Check that the loss depends on the output.")
-    if low == 0:
-        silent = [name for name, value in alive if value == 0]
-        text = f"The gradient is exactly 0 at {_names(silent)}."
+        return []
+    found, silent = [], [layer.name for layer in alive if layer.norm[-1] == 0]
+    if len(silent) == len(alive):
+        text = f"No gradient arrives anywhere: it is 0 at {alive[-1].name}."
+        return [
+            Finding(
+                3, "No gradient", [alive[-1].name], text, _ENERGY_RULE, "Check that the loss depends on the output."
+            )
+        ]
+    closed = [name for name in silent if any(name.startswith(_parent(scale)) for scale in zero_scales)]
+    dark = [name for name in silent if name not in closed]
+    if dark:
+        text = f"The gradient is exactly 0 at {_names(dark)}."
         advice = "A layer above passes nothing on: see dead units and saturation; or it is detached from the loss."
-        return Finding(3, "No gradient", silent, text, rule, advice)
-    decades = math.log10(high) - math.log10(low)
+        found.append(Finding(3, "No gradient", dark, text, "a gradient arrives at every layer", advice))
+    if closed:
+        text = (
+            f"{len(closed)} layers get no gradient in this step, because a scale behind them is 0: "
+            f"{_names(zero_scales, 3)}."
+        )
+        advice = (
+            "This is what residual blocks with a zero initial scale do at the start, and the scales themselves do get "
+            "a gradient. In a trained network these branches would be switched off."
+        )
+        found.append(Finding(1, "Branches that are still closed", closed, text, "no scale is 0", advice))
+    step = typical_step(energy)
+    if step is None:
+        return found
+    ratio, first, last = step
+    decades = -2 * math.log10(ratio)
     if decades > ENERGY_DECADES:
         text = f"From {last} back to {first} the gradient becomes {_times(10 ** (decades / 2))} times smaller."
         advice = (
@@ -115,32 +148,52 @@ def _gradient(energy: GradientEnergy) -> Finding | None:
             "residual connections, or ROAFeedForward. Preconditioning with normalisation restores the step sizes of "
             "the lower layers."
         )
-        return Finding(3, "Vanishing gradient", [first], text, rule, advice)
+        found.append(Finding(3, "Vanishing gradient", [first], text, _ENERGY_RULE, advice))
     if decades < -ENERGY_DECADES:
         text = f"From {last} back to {first} the gradient becomes {_times(10 ** (-decades / 2))} times larger."
         advice = (
             "The weights are too large for this depth: smaller initial weights, BatchRMSNorm before the weight "
             "layers, weight decay, and until then gradient clipping."
         )
-        return Finding(3, "Exploding gradient", [first], text, rule, advice)
-    return None
+        found.append(Finding(3, "Exploding gradient", [first], text, _ENERGY_RULE, advice))
+    return found
+
+
+def typical_step(energy: GradientEnergy) -> tuple[float, str, str] | None:
+    """(length of a sample's gradient at the first layer of a role over that at the last, their names), of the middle
+    role: what most roles show is the depth.
+    """
+    steps = []
+    for group in comparable([layer for layer in energy.layers if layer.norm[-1] > 0]):
+        first, last = group[0], group[-1]
+        steps.append((first.norm[-1] / last.norm[-1], first.name, last.name))
+    return sorted(steps)[len(steps) // 2] if steps else None
+
+
+def _parent(name: str) -> str:
+    """The block that a module belongs to, with the dot behind it; of a module at the top the module itself."""
+    return name.rpartition(".")[0] + "." if "." in name else name
 
 
 def _signal(statistics: ActivationStatistics, weighted: set[str]) -> Finding | None:
-    sizes = [(layer.rms[-1], layer.name) for layer in statistics.layers if layer.name in weighted and layer.rms[-1] > 0]
-    if len(sizes) < 2 or max(sizes)[0] / min(sizes)[0] < SCALE:
+    layers = [layer for layer in statistics.layers if layer.name in weighted and layer.rms[-1] > 0]
+    pairs = [
+        (min(group, key=lambda layer: layer.rms[-1]), max(group, key=lambda layer: layer.rms[-1]))
+        for group in comparable(layers)
+    ]
+    small, large = max(pairs, key=lambda pair: pair[1].rms[-1] / pair[0].rms[-1], default=(None, None))
+    if small is None or large is None or large.rms[-1] / small.rms[-1] < SCALE:
         return None
-    (low, small), (high, large) = min(sizes), max(sizes)
     text = (
-        f"Outputs have a root mean square of {low:.2g} at {small} and {high:.2g} at {large}: a factor "
-        f"{_times(high / low)}."
+        f"Outputs have a root mean square of {small.rms[-1]:.2g} at {small.name} and {large.rms[-1]:.2g} at "
+        f"{large.name}: a factor {_times(large.rms[-1] / small.rms[-1])}."
     )
     advice = (
         "Layers on different scales need different learning rates and dampings. BatchRMSNorm (or another "
         "normalisation) before the weight layers gives them one; so do scale-keeping initial weights."
     )
-    rule = f"largest / smallest root mean square of the weight layers' outputs < {SCALE:g}"
-    return Finding(2, "Signals of different scale", [small, large], text, rule, advice)
+    rule = f"largest / smallest root mean square of the outputs of layers of one role < {SCALE:g}"
+    return Finding(2, "Signals of different scale", [small.name, large.name], text, rule, advice)
 
 
 def _saturation(statistics: ActivationStatistics) -> list[Finding]:
@@ -167,8 +220,12 @@ def _saturation(statistics: ActivationStatistics) -> list[Finding]:
     return result
 
 
-def _dead(statistics: ActivationStatistics) -> Finding | None:
-    layers = [(x.name, x.dead[-1]) for x in statistics.layers if x.dead[-1] > DEAD and not math.isnan(x.saturation[-1])]
+def _dead(statistics: ActivationStatistics, rows: int) -> Finding | None:
+    layers = [
+        (x.name, x.dead[-1])
+        for x in statistics.layers
+        if x.dead[-1] > DEAD and not math.isnan(x.saturation[-1]) and x.rows[-1] >= rows
+    ]
     if not layers:
         return None
     worst = max(layers, key=lambda pair: pair[1])
@@ -180,7 +237,12 @@ def _dead(statistics: ActivationStatistics) -> Finding | None:
         "They get no gradient and do not recover. A smaller learning rate, the modulus or a leaky ReLU, or a new start."
     )
     return Finding(
-        2, "Dead units", [n for n, _ in layers], text, f"dead units of an activation <= {100 * DEAD:g} %", advice
+        2,
+        "Dead units",
+        [n for n, _ in layers],
+        text,
+        f"dead units of an activation <= {100 * DEAD:g} % (of at least {rows} values a unit)",
+        advice,
     )
 
 
@@ -189,8 +251,13 @@ def _full(layer: LayerConditioning) -> bool:
     return layer.rows[-1] >= len(layer.spectrum("input"))
 
 
-def _conditioning(conditioning: Conditioning) -> Finding | None:
-    bad = [x for x in conditioning.layers if x.input[-1] and _full(x) and x.kappa("input", P) > KAPPA]
+def _conditioning(conditioning: Conditioning, synthetic: bool) -> Finding | None:
+    rows = MANY if synthetic else 0
+    bad = [
+        x
+        for x in conditioning.layers
+        if x.input[-1] and _full(x) and x.rows[-1] >= rows and x.kappa("input", P) > KAPPA
+    ]
     if not bad:
         return None
     worst = max(bad, key=lambda x: x.kappa("input", P))
@@ -219,7 +286,8 @@ def _conditioning(conditioning: Conditioning) -> Finding | None:
     )
     rule = f"kappa_{100 * P:g}% of the layer inputs <= {_times(KAPPA)} (layers with fewer rows than units are left out)"
     advice = f"Gradient descent crawls along the weak directions. Measured for {worst.name}: {tried}. {tail}"
-    return Finding(2, "Ill-conditioned inputs", [x.name for x in bad], text, rule, advice)
+    severity = 2 if 10 * len(bad) >= len(conditioning.layers) and not synthetic else 1
+    return Finding(severity, "Ill-conditioned inputs", [x.name for x in bad], text, rule, advice)
 
 
 def _kappa(value: float) -> str:
@@ -248,23 +316,45 @@ def _direction(conditioning: Conditioning) -> Finding | None:
     return Finding(1, "One direction dominates", [n for n, _ in shares], text, rule, advice)
 
 
-def _curvature(conditioning: Conditioning) -> Finding | None:
-    tops = [(x.fisher_lambda_max(), x.name) for x in conditioning.layers if x.gradient[-1] and x.input[-1]]
-    tops = [(top, name) for top, name in tops if top > 0]
-    if len(tops) < 2 or max(tops)[0] / min(tops)[0] < CURVATURE:
+def _positions(statistics: ActivationStatistics, samples: int) -> dict[str, float]:
+    """Pixels of one sample at every convolution.
+
+    The gradients of a convolution are multiplied by all rows, and a weight's gradient is a sum over the pixels: of the
+    two factors of curvature that this makes, one is too many. Where the tokens are the samples of the loss, none is.
+    """
+    return {
+        layer.name: max(1.0, layer.rows[-1] / max(1, samples))
+        for layer in statistics.layers
+        if layer.rows and layer.kind.startswith("Conv") and layer.kind != "Conv1D"
+    }
+
+
+def _curvature(conditioning: Conditioning, positions: dict[str, float]) -> Finding | None:
+    def curvature(layer: LayerConditioning) -> float:
+        return layer.fisher_lambda_max() / positions.get(layer.name, 1.0)
+
+    worst: tuple[float, LayerConditioning, LayerConditioning] | None = None
+    layers = [x for x in conditioning.layers if x.gradient[-1] and x.input[-1] and x.fisher_lambda_max() > 0]
+    for group in comparable(layers):
+        steep, flat = max(group, key=curvature), min(group, key=curvature)
+        ratio = curvature(steep) / curvature(flat)
+        if ratio >= CURVATURE and (worst is None or ratio > worst[0]):
+            worst = ratio, steep, flat
+    if worst is None:
         return None
-    (low, flat), (high, steep) = min(tops), max(tops)
+    ratio, steep, flat = worst
+    high, low = curvature(steep), curvature(flat)
     text = (
-        f"The largest curvature (Fisher block, estimated) is {high:.2g} at {steep} and {low:.2g} at {flat}: one "
-        f"learning rate for both must stay below about {2 / high:.2g}, which is {_times(high / low)} times too small "
-        f"for {flat}."
+        f"The largest curvature (Fisher block, estimated) is {high:.2g} at {steep.name} and {low:.2g} at {flat.name}: "
+        f"one learning rate for both must stay below about {2 / high:.2g}, which is {_times(ratio)} times too small "
+        f"for {flat.name}."
     )
     advice = (
         "Normalise the layer inputs, and precondition (scaling='trace'), or use an optimizer with a rate for each "
         "layer."
     )
-    rule = f"largest / smallest of the layers' lambda_max(Sigma_x) lambda_max(Sigma_g) < {_times(CURVATURE)}"
-    return Finding(2, "No common learning rate", [steep, flat], text, rule, advice)
+    rule = f"largest / smallest lambda_max(Sigma_x) lambda_max(Sigma_g) of layers of one role < {_times(CURVATURE)}"
+    return Finding(2, "No common learning rate", [steep.name, flat.name], text, rule, advice)
 
 
 def _domination(domination: WeightDomination) -> Finding | None:
@@ -287,14 +377,14 @@ def _domination(domination: WeightDomination) -> Finding | None:
 
 
 def _image(propagation: Propagation) -> Finding | None:
-    lost = [b for b in propagation.blocks if b.image_fraction < IMAGE]
+    lost = [b for b in propagation.blocks if loses_residual(b)]
     if not lost:
         return None
     worst = min(lost, key=lambda b: b.image_fraction)
     wide = worst.outputs > worst.inputs
     text = (
         f"Only {100 * worst.image_fraction:.0f} % of the residual at {worst.end} lies in the image of the block that "
-        f"begins at {worst.start}; the rest does not reach the layers before it, unless a skip connection leads around "
+        f"begins at {worst.start}; the rest does not reach the layers before it, and no skip connection leads around "
         f"the block. Blocks like this: {len(lost)} of {len(propagation.blocks)}."
     )
     advice = (
@@ -305,13 +395,30 @@ def _image(propagation: Propagation) -> Finding | None:
         "instead of an activation with flat parts, of which it has none."
     )
     names = [f"{b.start} to {b.end}" for b in lost]
-    return Finding(1, "Residual outside the image", names, text, f"image fraction >= {100 * IMAGE:g} %", advice)
+    rule = (
+        f"image fraction >= {100 * IMAGE:g} % (blocks whose Jacobian was computed whole, without a skip connection, "
+        f"that widen less than {WIDENS:g} times or lose more than widening explains)"
+    )
+    return Finding(1, "Residual outside the image", names, text, rule, advice)
+
+
+def loses_residual(block: BlockPropagation) -> bool:
+    """Whether a block that nothing leads around keeps the residual from the layers before it.
+
+    Lanczos tells singular values from 0 only coarsely. A block that widens n times loses all but 1 / n of a random
+    residual, which is how bottlenecks are built: 4 to 6 times is no fault.
+    """
+    if block.method != "exact" or block.bypassed or not block.image_fraction < IMAGE:
+        return False
+    widened = block.outputs / block.inputs
+    return not 1 < widened < WIDENS or block.image_fraction < IMAGE / widened
 
 
 def _rows(conditioning: Conditioning) -> Finding | None:
-    few = [x.name for x in conditioning.layers if x.input[-1] and not _full(x)]
-    if not few:
+    measured = [x for x in conditioning.layers if x.input[-1]]
+    few = [x.name for x in measured if not _full(x)]
+    if not few or 2 * len(few) < len(measured):  # single layers are marked in the table
         return None
     text = f"Fewer rows than units at {_names(few)}: their condition numbers say little."
-    rule = "rows (samples, tokens, pixels) >= units"
+    rule = "rows (samples, tokens, pixels) >= units in more than half of the layers"
     return Finding(1, "Too few samples to judge", few, text, rule, "Give more samples.")

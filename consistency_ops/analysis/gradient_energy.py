@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .recorder import Layers, Point, Recorder, weighted
-from .results import Result, figure, log_scale, over_layers
+from .results import Result, figure, log_scale, over_layers, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +47,8 @@ class GradientEnergy(Result):
         for i in chosen:
             shade = 0.75 * (1 - (i + 1) / len(self.steps))
             colour = (shade, shade + 0.1 * (1 - shade), 0.45 + 0.55 * shade)
-            axis.plot(
-                [layer.energy[i] for layer in self.layers], color=colour, marker=".", label=f"step {self.steps[i]}"
-            )
+            names, values = [layer.name for layer in self.layers], [layer.energy[i] for layer in self.layers]
+            series(axis, names, values, colour, f"step {self.steps[i]}")
         log_scale(axis)
         axis.set_ylabel("mean squared gradient")
         axis.set_title("Gradient energy, from input (left) to output", fontsize=10)

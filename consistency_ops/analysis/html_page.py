@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import traceback
 from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from torch import Tensor, nn
+
 from . import findings as rules
+from .conditioning import LayerConditioning
 from .findings import Finding, Measurements
+from .recorder import first_line
 from .weight_domination import DOMINATED
 
 _STYLE = """
@@ -44,49 +50,139 @@ _CAPTIONS = {
 _SEVERITY = {3: "prevents training", 2: "slows training", 1: "worth knowing"}
 
 
+_NO_ROWS = "few rows"
+
+
 def page(result: Measurements, findings: list[Finding], title: str, about: dict[str, str]) -> str:
     facts = {
         "network": f"{result.model}, {result.parameters:,} parameters, {result.mode} mode",
         "batch": f"{result.samples} samples, loss {number(result.loss)}",
         **about,
     }
+    if result.synthetic:
+        facts["note"] = (
+            "the inputs are random numbers: what is said of weights and gradients holds at this point of the training, "
+            "what is said of the inputs of layers may differ for real ones"
+        )
     parts = [
         f"<h1>{escape(title)}</h1>",
         *(f'<p class="about">{escape(k)}: {escape(v)}</p>' for k, v in facts.items()),
         "<h2>What is wrong, and what would help</h2>",
+        *_verdict(result, findings),
         *_findings(findings),
+        *_not_measured(result.failed),
         "<h2>Layer by layer</h2>",
         _layers(result),
         "<p class='rule'>rms: root mean square of the output. gradient: of the loss by that output. "
         "κ80 %: largest input "
         "eigenvalue over the one at 80 % of the spectrum, as it is, behind a BatchRMSNorm, with the preconditioner "
         f"(damping {result.conditioning.damping:g}, chunks of {result.conditioning.chunk}), and with "
-        "both. λmax: of the "
+        f"both; “{_NO_ROWS}”: fewer rows than units, so that it means nothing. λmax: of the "
         "inputs and of the output gradients; 2 / (their product) estimates the largest stable "
         "learning rate. ∂W / W: largest singular value of the weight's gradient over that of the weight. Marked cells "
-        "crossed a threshold.</p>",
+        f"crossed a threshold.{_part_note(result)}</p>",
         _activations(result),
-        "<h2>Gradient energy</h2>",
-        figure(result.energy, _CAPTIONS["energy"]),
-        "<h2>Activations and gradients</h2>",
-        figure(result.statistics, _CAPTIONS["statistics"]),
-        "<h2>Conditioning</h2>",
-        figure(result.conditioning, _CAPTIONS["conditioning"]),
-        "<h2>Weight domination</h2>",
-        figure(result.domination, _CAPTIONS["domination"]),
-        "<h2>Propagation of the residual</h2>",
-        figure(result.propagation, _CAPTIONS["propagation"]),
-        _blocks(result),
+        *_section("Gradient energy", result, "gradient_energy", result.energy, bool(result.energy.layers), "energy"),
+        *_section(
+            "Activations and gradients", result, "activation_statistics", result.statistics,
+            bool(result.statistics.layers), "statistics",
+        ),
+        *_section(
+            "Conditioning", result, "conditioning", result.conditioning,
+            any(x.input[-1] for x in result.conditioning.layers), "conditioning",
+        ),
+        *_section(
+            "Weight domination", result, "weight_domination", result.domination,
+            bool(result.domination.layers), "domination",
+        ),
+        *_section(
+            "Propagation of the residual", result, "propagation", result.propagation,
+            bool(result.propagation.blocks), "propagation",
+        ),
+        _blocks(result) if result.propagation.blocks else "",
         "<h2>Lipschitz bound</h2>",
         _lipschitz(result),
         "<h2>Thresholds</h2>",
         _thresholds(),
-    ]
-    body = "\n".join(parts)
+    ]  # fmt: skip
+    return _document(title, parts)
+
+
+def _part_note(result: Measurements) -> str:
+    some = any(map(_is_part, result.conditioning.layers))
+    return " Where the units have a *, a part of them was drawn to stand for all." if some else ""
+
+
+def _document(title: str, parts: list[str]) -> str:
+    body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(heading: str, result: Measurements, part: str, measured: Any, is_there: bool, caption: str) -> list[str]:
+    """A figure under its heading, or why there is none. A figure that cannot be drawn does not cost the page."""
+    shown = [f"<h2>{heading}</h2>"]
+    if part in result.failed:
+        shown.append(f"<p class='rule'>Not measured, or not everywhere: {escape(result.failed[part])}.</p>")
+    if is_there:
+        try:
+            shown.append(figure(measured, _CAPTIONS[caption]))
+        except Exception as error:
+            shown.append(f"<p class='rule'>The figure cannot be drawn ({escape(first_line(error))}).</p>")
+    elif part not in result.failed:
+        shown.append("<p>There is nothing to measure.</p>")
+    return shown
+
+
+_PARTS = {
+    "activation_statistics": "activations",
+    "gradient_energy": "gradient energy",
+    "weight_domination": "weight domination",
+    "lipschitz": "the Lipschitz bound",
+}
+
+
+def _not_measured(failed: dict[str, str]) -> list[str]:
+    return [
+        f"<p class='rule'>Not measured, or not everywhere: {escape(_PARTS.get(part, part))} ({escape(reason)}).</p>"
+        for part, reason in failed.items()
+    ]
+
+
+def page_of_failure(model: nn.Module, title: str, about: dict[str, str], error: BaseException) -> str:
+    """The page of a network that does not run: where it stopped, and what can be said without running it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [
+        f
+        for f in frames
+        if f"{os.sep}torch{os.sep}" not in f.filename and __package__.partition(".")[0] not in f.filename
+    ]
+    where = (outside or list(frames))[-1:]
+    rows = [
+        [name, type(module).__name__, str(tuple(weight.shape)), float(weight.detach().float().square().mean().sqrt())]
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.numel()
+    ]
+    places = "".join(
+        f"<p>{escape(f.filename)}, line {f.lineno}, in {escape(f.name)}: {escape(f.line or '')}</p>" for f in where
+    )
+    return _document(
+        title,
+        [
+            f"<h1>{escape(title)}</h1>",
+            *(f'<p class="about">{escape(k)}: {escape(v)}</p>' for k, v in about.items()),
+            "<h2>What is wrong, and what would help</h2>",
+            "<div class='finding s3'><h3>The network does not run on these inputs <small>(prevents training)</small>"
+            "</h3>"
+            f"<p>{escape(first_line(error))}</p>{places}"
+            "<p><b>What helps.</b> A dictionary is passed by its names if forward takes them all, and as one argument "
+            "if not; a tuple is a list of arguments.</p></div>",
+            "<h2>Weights</h2>",
+            table(["layer", "kind", "weight", "rms"], rows, 3),
+        ],
     )
 
 
@@ -133,7 +229,7 @@ def figure(result: Any, caption: str) -> str:
 
 def _findings(findings: list[Finding]) -> list[str]:
     if not findings:
-        return ['<div class="finding good"><h3>Nothing</h3><p>No threshold was crossed.</p></div>']
+        return []
     return [
         f'<div class="finding s{f.severity}"><h3>{escape(f.title)} <small>({_SEVERITY[f.severity]})</small></h3>'
         f"<p>{escape(f.measured)}</p><p><b>What helps.</b> {escape(f.advice)}</p>"
@@ -142,7 +238,42 @@ def _findings(findings: list[Finding]) -> list[str]:
     ]
 
 
-def _mark(value: float, bad: bool) -> Any:
+def _is_part(layer: LayerConditioning) -> bool:
+    """Whether a part of the units stands for all."""
+    return bool(layer.input[-1]) and (len(layer.spectrum("input")), len(layer.spectrum("gradient"))) != (
+        layer.inputs,
+        layer.outputs,
+    )
+
+
+def _verdict(result: Measurements, findings: list[Finding]) -> list[str]:
+    """The page in three sentences."""
+    worst = max((f.severity for f in findings), default=0)
+    begin = {
+        3: "Something here prevents training.",
+        2: "Nothing here prevents training; something slows it down.",
+        1: "Nothing here prevents or slows training.",
+        0: "No threshold was crossed.",
+    }
+    said = [begin[worst]]
+    step = rules.typical_step(result.energy)
+    if step is not None:
+        ratio, first, last = step
+        way = f"{number(ratio)} times as long" if ratio >= 1 else f"{number(1 / ratio)} times as short"
+        said.append(f"Back from {last} to {first}, layers of one role, the gradient of a sample becomes {way}.")
+    judged = [x for x in result.conditioning.layers if x.input[-1] and x.rows[-1] >= len(x.spectrum("input"))]
+    if judged:
+        before, after = (
+            sorted(x.kappa(which, rules.P) for x in judged)[len(judged) // 2] for which in ("input", "preconditioned")
+        )
+        said.append(
+            f"The inputs of {len(judged)} of {len(result.conditioning.layers)} layers could be judged: their middle "
+            f"κ80 % is {number(before)} as they are and {number(after)} with the preconditioner (1 is best)."
+        )
+    return [f"<p>{escape(' '.join(said))}</p>"]
+
+
+def _mark(value: Any, bad: bool) -> Any:
     return (value, True) if bad else value
 
 
@@ -153,13 +284,16 @@ def _layers(result: Measurements) -> str:
     rows = []
     for x in result.conditioning.layers:
         s, e = statistics.get(x.name), energy.get(x.name)
-        kappas = [x.kappa(which, rules.P) if x.input[-1] else math.nan for which in _REMEDIES]
-        bad = x.rows[-1] >= len(x.spectrum("input")) and kappas[0] > rules.KAPPA
+        full = x.rows[-1] >= len(x.spectrum("input"))
+        kappas: list[Any] = [x.kappa(which, rules.P) if x.input[-1] else math.nan for which in _REMEDIES]
+        bad = full and kappas[0] > rules.KAPPA
+        if not full:
+            kappas = [_NO_ROWS] * len(kappas)
         rows.append(
             [
                 x.name,
                 x.kind,
-                f"{len(x.spectrum('input'))} → {len(x.spectrum('gradient')) or '?'}",
+                f"{x.inputs or '?'} → {x.outputs or '?'}" + ("*" if _is_part(x) else ""),
                 str(x.rows[-1]),
                 s.rms[-1] if s else math.nan,
                 math.sqrt(e.energy[-1]) if e else math.nan,
@@ -201,12 +335,13 @@ def _blocks(result: Measurements) -> str:
         [
             f"{b.start} → {b.end}",
             b.method,
+            "yes" if b.bypassed else "no",
             f"{b.inputs} → {b.outputs}",
             b.sigma_max,
             b.mean_singular_value,
             b.rank,
             b.nullity,
-            _mark(b.image_fraction, b.image_fraction < rules.IMAGE),
+            _mark(b.image_fraction, rules.loses_residual(b)),
             b.decay,
             b.gain,
         ]
@@ -215,6 +350,7 @@ def _blocks(result: Measurements) -> str:
     head = [
         "block",
         "method",
+        "skip",
         "size",
         "sigma max",
         "sigma mean",
@@ -224,7 +360,18 @@ def _blocks(result: Measurements) -> str:
         "decay",
         "gain",
     ]
-    return table(head, rows)
+    there = [i for i in range(len(head)) if i < 4 or any(not _is_nan(row[i]) for row in rows)]
+    head, rows = [head[i] for i in there], [[row[i] for i in there] for row in rows]
+    note = (
+        "skip: whether another way leads around the block. method: exact, from the whole Jacobian; lanczos, estimates, "
+        "of which the largest singular value is good and the others are coarse; gradient, the gain alone, where an "
+        "operation has no second derivative or the block is too large."
+    )
+    return f"{table(head, rows, 3)}<p class='rule'>{note}</p>"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _lipschitz(result: Measurements) -> str:

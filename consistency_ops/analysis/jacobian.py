@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 # Lanczos in m steps tells singular values apart from 0 down to a few times sigma_max / m: the zeros of the Chebyshev
 # polynomial of degree m on [0, sigma_max^2] that are nearest to 0 are of the order of (sigma_max / m)^2.
 RESOLUTION = 4.0
+LARGEST = 2**27  # numbers that the vectors of a Lanczos process may have, in float64: 1 GiB
 
 
 class Block:
@@ -23,6 +25,7 @@ class Block:
         self.generator: torch.Generator = generator
         self.samples: int = len(end)
         self.residual: Tensor = residual.detach().to(end).reshape(self.samples, -1)
+        self.by_rows: bool = False  # where an operation has no second derivative
         self._pull: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, v: Tensor) -> Tensor:
@@ -43,13 +46,39 @@ class Block:
     def matrix(self) -> Tensor:
         """Return J, (samples, d_end, d_start), float64: one backward pass per row, or per column if these are fewer."""
         d_start, d_end = self.start[0].numel(), self.end[0].numel()
-        by_rows = d_end <= d_start
-        unit = torch.zeros(self.samples, min(d_start, d_end), dtype=self.end.dtype, device=self.end.device)
+        by_rows = self.by_rows or d_end <= d_start
+        unit = torch.zeros(self.samples, d_end if by_rows else d_start, dtype=self.end.dtype, device=self.end.device)
         parts = []
         for k in range(unit.shape[1]):
             unit.zero_()[:, k] = 1
             parts.append((self.vjp if by_rows else self.jvp)(unit).double())
         return torch.stack(parts, dim=1 if by_rows else 2)
+
+    def measure(self, exact: int, steps: int, seconds: float = math.inf) -> dict[str, Any]:
+        """Everything that can be measured: of the whole J if its smaller side is at most ``exact``, else by Lanczos.
+
+        Where an operation has no second derivative, there are no products with J: then it is rows alone, or the gain.
+        So it is, too, where the vectors of a Lanczos process would not fit into memory, or all would take more than
+        ``seconds``, by the time of the first product.
+        """
+        small = min(self.start[0].numel(), self.end[0].numel())
+        begin = time.monotonic()
+        norms = self._norms()
+        allowed = seconds / max(time.monotonic() - begin, 1e-9)  # in products with the adjoint
+        try:
+            if small <= exact and small * 2 <= allowed:
+                return {"method": "exact", **self.exact()}
+            if self.end.numel() * steps <= LARGEST and 8 * steps <= allowed:  # a product with J takes two to three
+                return {"method": "lanczos", **self.lanczos(steps)}
+        except RuntimeError as error:  # NotImplementedError is one
+            if "derivative" not in str(error):
+                raise
+            self.by_rows = True
+        if self.by_rows and self.end[0].numel() <= min(2 * exact, allowed):
+            return {"method": "exact", **self.exact()}
+        none = torch.full((self.samples,), torch.nan, dtype=torch.float64)
+        found = self._summary(none, none, none, none, *norms)
+        return {"method": "gradient", **found, "sigma_min": math.nan, "singular_values": []}
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """Return |r| and |J^T r| of every sample."""

@@ -311,17 +311,24 @@ def _is_same(first: fx.GraphModule, second: fx.GraphModule) -> bool:
 
 
 def trace(model: nn.Module, example: tuple[Any, ...], leaves: set[nn.Module]) -> fx.GraphModule:
-    """The graph of ``model`` in evaluation mode. Two traces must agree: nothing is random or remembered."""
+    """The graph of ``model`` in evaluation mode.
+
+    Two traces, with gradients and without, must agree: nothing is random or remembered, or asks for their mode.
+    """
     check_called(model, "", False)
     found = []
     with _unchanged(model), _typed(), nullcontext() if example else _no_type_asked():
-        for _ in range(2):
-            found.append(fx.GraphModule(model, _Tracer(leaves, example).trace(model)))
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                traced = _Tracer(leaves, example).trace(model)
+            found.append(fx.GraphModule(model, traced))
             for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
                 delattr(model, name)
     if not _is_same(*found):
         raise _refuse(
-            "the model", "two calls in a row compute different functions: it is random, or it remembers something"
+            "the model",
+            "two calls in a row compute different functions: it is random, or it remembers something, or it asks "
+            "whether gradients are enabled",
         )
     return found[0]
 

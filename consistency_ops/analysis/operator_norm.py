@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .time_limit import is_limited, out_of_time
+
 _DIRECT = 2048  # matrices with a smaller side up to this get an exact decomposition
 _BUDGET = 3e9  # multiplications of one pass over the frequencies of a convolution
+_HURRIED = 1e9  # multiplications of one decomposition, beyond which there is none in a limited time
 
 
 def _safe(value: float, size: int) -> float:
@@ -41,6 +44,18 @@ def gram_bound(a: Tensor, iterations: int = 12) -> Tensor:
     return log.exp() * (1 + 1e-12)
 
 
+def _in_a_hurry(multiplications: float) -> bool:
+    """Whether a certificate must do with a rougher bound, which is still one: there is a time limit, and it is near."""
+    return is_limited() and (multiplications > _HURRIED or out_of_time())
+
+
+def _rough(matrix: Tensor) -> float:
+    """An upper bound of the spectral norm in one pass: Frobenius' norm, or Schur's row and column sums."""
+    sizes = matrix.abs()
+    schur = float(sizes.sum(0).max() * sizes.sum(1).max()) ** 0.5
+    return _safe(min(float(torch.linalg.matrix_norm(matrix)), schur), matrix.numel())
+
+
 def matrix_norm(weight: Tensor) -> tuple[float, bool]:
     """Return (norm, exact): the spectral norm, or an upper bound at most 0.1 % too large for very large matrices."""
     weight = wide(weight)
@@ -48,6 +63,8 @@ def matrix_norm(weight: Tensor) -> tuple[float, bool]:
         return 0.0, True
     if not weight.isfinite().all():
         return math.inf, False
+    if _in_a_hurry(min(weight.shape) ** 2 * max(weight.shape)):
+        return _rough(weight), False
     if min(weight.shape) <= _DIRECT:
         return _safe(float(torch.linalg.svdvals(weight)[0]), max(weight.shape)), True
     return float(gram_bound(weight)), False
@@ -91,17 +108,21 @@ def convolution_norm(
         sizes = [n // s for n, s in zip(circular, stride, strict=True)]
         kernel = _wrap(kernel, sizes)
         return _safe(_largest(torch.fft.fftn(kernel, dim=tuple(range(3, 3 + dims))), dims), small), True
+    budget = _HURRIED if is_limited() else _BUDGET
     for oversampling in (32, 16, 8, 4):
         sizes = [1 if q == 1 else oversampling * (q - 1) for q in taps]
-        if groups * math.prod(sizes) / 2 * small**2 * large <= _BUDGET:
+        work = groups * math.prod(sizes) / 2 * small**2 * large
+        if work <= budget:
             break
     factor = math.prod(1 / math.sqrt(math.cos(math.pi * (q - 1) / n)) for q, n in zip(taps, sizes, strict=True))
+    # An image meets each tap's matrix once: sqrt(taps) times the norm of the kernel as one matrix.
+    plain = max(matrix_norm(part.flatten(1))[0] for part in kernel) * math.sqrt(math.prod(taps))
+    if _in_a_hurry(work):
+        return plain, False
     # The spectrum of a real kernel is symmetric: half of it is enough.
     transform = torch.fft.fftn if kernel.is_complex() else torch.fft.rfftn
     spectrum = transform(kernel, s=sizes, dim=tuple(range(3, 3 + dims)))
     bound = _safe(_largest(spectrum, dims) * factor, small)
-    # An image meets each tap's matrix once: sqrt(taps) times the norm of the kernel as one matrix.
-    plain = max(matrix_norm(part.flatten(1))[0] for part in kernel) * math.sqrt(math.prod(taps))
     return min(bound, plain), math.prod(taps) == 1
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn import BatchRMSNorm
 from ..ops.checks import check_integers, check_numbers, shown, type_name
+from .graph_paths import ancestors, goes_around, node_of
 from .jacobian import Block
 from .recorder import Layers, choose, first_tensor, unrecorded, weighted
-from .results import COLOURS, Result, figure, log_scale, over_layers
+from .results import COLOURS, Result, figure, log_scale, over_layers, series
+from .time_limit import is_limited, out_of_time, seconds_left, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +30,8 @@ class BlockPropagation(Result):
     """Figures of J = d (output of ``end``) / d (output of ``start``): means over the samples; NaN if not computed.
 
     With ``method`` "exact" they come from the whole J. With "lanczos" ``sigma_max`` converges from below; mean, rank
-    and image fraction are estimates by Gauss quadrature of the spectral measure, with a coarser ``tau``.
+    and image fraction are estimates by Gauss quadrature of the spectral measure, with a coarser ``tau``. With
+    "gradient", where J is large and an operation in it has no second derivative, there is the gain alone.
     """
 
     start: str
@@ -44,7 +49,8 @@ class BlockPropagation(Result):
     image_fraction: float
     decay: float  #: ``|J^T r| / (sigma_max |r|)``
     gain: float  #: ``|J^T r| / |r|``
-    singular_values: list[list[float]]  #: of every sample, largest first; [] for "lanczos"
+    singular_values: list[list[float]]  #: of every sample, largest first; [] where J was not computed whole
+    bypassed: bool = False  #: the output depends on what comes before ``end`` by another way, too: a skip connection
 
 
 @dataclass(frozen=True)
@@ -54,21 +60,25 @@ class Propagation(Result):
     blocks: list[BlockPropagation]
     samples: int
     residual: str  #: "loss" or "random"
+    left_out: list[str] = field(default_factory=list)  #: blocks that could not be measured, and why
 
     def plot(self) -> Figure:
         """Plot largest and mean singular value, image fraction and decay of every block."""
-        made, axes = figure(2, width=5.6)
+        inside = any(not math.isnan(b.image_fraction) for b in self.blocks)
+        made, axes = figure(2 if inside else 1, width=5.6)
         names = [block.start for block in self.blocks]
         for colour, key in zip(COLOURS, ("sigma_max", "mean_singular_value", "gain"), strict=False):
+            if all(math.isnan(getattr(b, key)) for b in self.blocks):
+                continue
             label = {"gain": "|JᵀR| / |R|"}.get(key, key.replace("_", " "))
-            axes[0].plot([getattr(b, key) for b in self.blocks], color=colour, marker=".", label=label)
+            series(axes[0], names, [getattr(b, key) for b in self.blocks], colour, label)
         log_scale(axes[0])
-        for colour, key in zip(COLOURS[3:], ("image_fraction", "decay"), strict=False):
+        for colour, key in zip(COLOURS[3:], ("image_fraction", "decay") if inside else (), strict=False):
             label = key.replace("_", " ")
-            axes[1].plot([getattr(b, key) for b in self.blocks], color=colour, marker="o", label=label)
-        axes[1].set_ylim(-0.03, 1.03)
+            series(axes[1], names, [getattr(b, key) for b in self.blocks], colour, label)
+        axes[-1].set_ylim(*((-0.03, 1.03) if inside else axes[-1].get_ylim()))
         titles = "Jacobian of the block that starts at", "residual that comes through"
-        for axis, title in zip(axes, titles, strict=True):
+        for axis, title in zip(axes, titles, strict=False):
             over_layers(axis, names)
             axis.set_title(title, fontsize=10)
             axis.legend(fontsize=8, frameon=False)
@@ -112,11 +122,13 @@ def frozen(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
 class _Tape:
     """One forward pass with its graph: inputs and outputs of the chosen layers in the order of their calls."""
 
-    def __init__(self, model: nn.Module, chosen: dict[str, nn.Module], inputs: tuple[Any, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, chosen: dict[str, nn.Module], inputs: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> None:
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
-        inputs = tuple(_leaf(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        first = first_tensor(inputs)
+        inputs, keywords = tree_map(_started, (inputs, dict(keywords)))
+        first = first_tensor((inputs, keywords))
         if first is not None:
             self._keep("input", first)
         calls: dict[str, int] = {}
@@ -138,7 +150,7 @@ class _Tape:
         handles = [module.register_forward_hook(see(name)) for name, module in chosen.items()]
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
-                output = model(*inputs)
+                output = model(*inputs, **keywords)
         finally:
             for handle in handles:
                 handle.remove()
@@ -157,17 +169,31 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def _pairs(tape: _Tape, to: str) -> Iterator[tuple[int, str, Tensor]]:
+def _started(x: Any) -> Any:
+    return _leaf(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _first(x: Any, count: int, batch: int) -> Any:
+    return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x
+
+
+def _pairs(tape: _Tape, to: str) -> list[tuple[int, str, Tensor]]:
     """Return (index of the start, name and tensor of the end); the end is the first later layer that depends on it."""
     ends = [*zip(tape.names, tape.tensors, strict=True), ("output", tape.end)]
+    before = [ancestors(node_of(end)) if end.requires_grad else set() for _, end in ends]
+    pairs = []
     for i, start in enumerate(tape.tensors):
-        for name, end in ends[i + 1 :] if to == "next" else ends[-1:]:
-            if not end.requires_grad or not start.requires_grad:
-                continue
-            (found,) = torch.autograd.grad(end.sum(), start, retain_graph=True, allow_unused=True)
+        if start.requires_grad:
+            later = range(i + 1, len(ends)) if to == "next" else [len(ends) - 1]
+            found = next((k for k in later if node_of(start) in before[k]), None)
             if found is not None:
-                yield i, name, end
-                break
+                pairs.append((i, *ends[found]))
+    return pairs
+
+
+def batch_of(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
+    """The number of samples: the first dimension of the first tensor that has dimensions."""
+    return next((len(x) for x in tree_leaves((inputs, dict(keywords))) if isinstance(x, Tensor) and x.dim()), 1)
 
 
 def propagation(
@@ -181,6 +207,7 @@ def propagation(
     exact: int = 512,
     steps: int = 24,
     seed: int = 0,
+    keywords: Mapping[str, Any] | None = None,
 ) -> Propagation:
     """Measure how residuals travel back through ``model`` at ``inputs`` (arXiv 1708.00631, the operator view of
     vanishing gradients).
@@ -203,6 +230,7 @@ def propagation(
         exact: J is computed whole if its smaller dimension is at most this (that many backward passes); else Lanczos.
         steps: number of Lanczos steps on J J^T; each costs two backward passes.
         seed: seed of the random vectors.
+        keywords: inputs by name; then the call is ``model(*inputs, **keywords)``.
 
     Raises:
         TypeError, ValueError: arguments; an output without the batch in dimension 0.
@@ -210,7 +238,8 @@ def propagation(
     chosen = choose("propagation", model, layers, weighted)
     if to not in ("next", "output"):
         raise ValueError(f"propagation: to must be 'next' or 'output', got {shown(to)}")
-    if not inputs:
+    given = {} if keywords is None else dict(keywords)
+    if not inputs and not given:
         raise TypeError("propagation: inputs are missing; call propagation(model, x, ...)")
     check_integers("propagation", samples=samples, exact=exact, steps=steps, seed=seed)
     check_numbers("propagation", tau=tau)
@@ -219,32 +248,41 @@ def propagation(
             f"propagation: samples and steps must be at least 1, exact at least 0 and tau in (0, 1), got "
             f"{samples}, {steps}, {exact}, {tau}"
         )
-    batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    batch = batch_of(inputs, given)
     if not batch:
         raise ValueError("propagation: inputs must have at least one sample, got none")
     count = min(samples, batch)
-    few = tuple(x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x for x in inputs)
-    with unrecorded(), torch.enable_grad(), frozen(model, lambda: model(*inputs)):
-        residuals = None if loss is None else _residuals(_Tape(model, chosen, inputs), loss, count)
-        tape = _Tape(model, chosen, few)
+    few = tree_map(lambda x: _first(x, count, batch), (inputs, given))
+    blocks: dict[int, BlockPropagation] = {}
+    left_out = []
+    with unrecorded(), torch.enable_grad(), frozen(model, lambda: model(*inputs, **given)):
+        residuals = None if loss is None else _residuals(_Tape(model, chosen, inputs, given), loss, count)
+        tape = _Tape(model, chosen, *few)
         residual_noise, probe_noise = (torch.Generator().manual_seed(seed + k) for k in (0, 1))
-        blocks = []
-        for i, name, end in _pairs(tape, to):
+        pairs = _pairs(tape, to)
+        order = spread(len(pairs)) if is_limited() else list(range(len(pairs)))
+        for done, k in enumerate(order):
+            i, name, end = pairs[k]
             start = tape.tensors[i]
-            for role, tensor in ((tape.names[i], start), (name, end)):
-                if tensor.dim() < 1 or len(tensor) != count:
-                    raise ValueError(
-                        f"propagation: dimension 0 must be the batch of {count}, but {role} has shape "
-                        f"{tuple(tensor.shape)}"
-                    )
+            if out_of_time():
+                left_out.append(f"{tape.names[i]} to {name}: no time was left")
+                continue
+            bad = next((t for t in (start, end) if t.dim() < 1 or len(t) != count), None)
+            if bad is not None:
+                role = tape.names[i] if bad is start else name
+                problem = f"dimension 0 must be the batch of {count}, but {role} has shape {tuple(bad.shape)}"
+                if not is_limited():
+                    raise ValueError(f"propagation: {problem}")
+                left_out.append(f"{tape.names[i]} to {name}: {problem}")
+                continue
             residual = torch.randn(end.shape, generator=residual_noise) if residuals is None else residuals[name]
             block = Block(start, end, residual, tau, probe_noise)
-            small = min(start[0].numel(), end[0].numel())
-            method = "exact" if small <= exact else "lanczos"
-            values = block.exact() if method == "exact" else block.lanczos(steps)
-            sizes = start[0].numel(), end[0].numel()
-            blocks.append(BlockPropagation(tape.names[i], name, *sizes, method, **values))
-    return Propagation(blocks, count, "random" if loss is None else "loss")
+            values = block.measure(exact, steps, seconds_left() / (len(order) - done))
+            around = tape.end.requires_grad and goes_around(node_of(start), node_of(end), node_of(tape.end))
+            blocks[k] = BlockPropagation(
+                tape.names[i], name, start[0].numel(), end[0].numel(), **values, bypassed=around
+            )
+    return Propagation([blocks[k] for k in sorted(blocks)], count, "random" if loss is None else "loss", left_out)
 
 
 def _residuals(tape: _Tape, loss: Callable[[Any], Tensor], count: int) -> dict[str, Tensor]:

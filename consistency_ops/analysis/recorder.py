@@ -7,7 +7,7 @@ Python call. Gradients are taken by hooks on the outputs, not by full backward h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -74,11 +74,17 @@ def first_tensor(value: Any) -> Tensor | None:
     """Return ``value``, or the first floating-point tensor in a tuple, list or dict; None if there is none."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, tuple | list):
         return None
     return next((t for v in value if (t := first_tensor(v)) is not None), None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, as one line."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 _measuring: list[None] = []  # not empty while a measurement runs the model; recorders ignore its passes
@@ -166,6 +172,8 @@ class Recorder:
         self.average: int = average
         self.forwards: int = 0
         self.points: list[Point] = []
+        self.tolerant: bool = False  #: a layer that cannot be measured is left out, and named in ``failures``
+        self.failures: dict[str, str] = {}
         self._order: dict[int, None] = {}  # layers in the order of their first call
         self._recording = False
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self._begin), prepend=True)]
@@ -218,7 +226,7 @@ class Recorder:
             return
         self._order[index] = None
         point = self.points[-1]
-        with torch.no_grad():
+        with torch.no_grad(), self._kept_going(index):
             self._forward(point, index, module, first_tensor((args, kwargs)), tensor.detach())
         if tensor.requires_grad:
             tensor.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -226,8 +234,18 @@ class Recorder:
             )
 
     def _take(self, point: Point, index: int, gradient: Tensor) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self._kept_going(index):
             self._backward(point, index, gradient.detach())
+
+    @contextmanager
+    def _kept_going(self, index: int) -> Iterator[None]:
+        """What goes wrong in a hook ends the training pass, unless the recorder is tolerant."""
+        try:
+            yield
+        except Exception as error:
+            if not self.tolerant:
+                raise
+            self.failures.setdefault(self.names[index], first_line(error))
 
     def _forward(self, point: Point, index: int, module: nn.Module, x: Tensor | None, output: Tensor) -> None:
         raise NotImplementedError

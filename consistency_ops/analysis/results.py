@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .roles import role
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Colour = str | tuple[float, float, float]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -56,9 +60,42 @@ def figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Figur
 
 def over_layers(axis: Axes, names: list[str]) -> None:
     """Write layer names on the x axis, at most 14 of them."""
-    step = -(-len(names) // 14)
-    axis.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
+    step = max(1, -(-len(names) // 14))
+    axis.set_xticks(range(0, len(names), step), shortened(names)[::step], rotation=45, ha="right", fontsize=8)
     axis.set_xlim(-0.5, len(names) - 0.5)
+
+
+def shortened(names: list[str], most: int = 22) -> list[str]:
+    """Names without the beginning that all have in common, and of long ones the end."""
+    parts = [name.split(".") for name in names]
+    common = 0
+    while len(names) > 1 and all(len(p) > common + 1 and p[: common + 1] == parts[0][: common + 1] for p in parts):
+        common += 1
+    short = [".".join(p[common:]) for p in parts]
+    return [_end(name, most) for name in short]
+
+
+def _end(name: str, most: int) -> str:
+    """The last components of a long name."""
+    while len(name) > most and "." in name:
+        name = "…" + name.lstrip("…").partition(".")[2]
+    return name
+
+
+def series(axis: Axes, names: list[str], values: list[float], colour: Colour, label: str) -> None:
+    """Draw a value for every layer. In a network of many layers lines join those of one role only: a line from every
+    layer to the next would jump up and down between projections, convolutions and heads.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        groups.setdefault(role(name), []).append(i)
+    if len(names) <= 20 or len(groups) == 1:
+        axis.plot(values, color=colour, marker=".", label=label)
+        return
+    axis.plot(values, color=colour, marker=".", ls="", label=label)
+    for members in groups.values():
+        if len(members) > 1:
+            axis.plot(members, [values[i] for i in members], color=colour, alpha=0.3, linewidth=0.8)
 
 
 def log_scale(axis: Axes) -> None:

@@ -10,9 +10,14 @@ from torch import Tensor
 from ..reference import chunk_bounds, damped_cholesky, division, trace_scale_of
 
 
-def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None) -> tuple[Tensor, int]:
-    """Return every ``ceil(M / max_rows)``-th row as a float64 copy (rows, units), and M, the number of all rows."""
+def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None, units: Tensor | None = None) -> tuple[Tensor, int]:
+    """Return every ``ceil(M / max_rows)``-th row as a float64 copy (rows, units), and M, the number of all rows.
+
+    ``units``: the indices of those to take; None: all.
+    """
     rows = x.movedim(unit_dim, -1)
+    if units is not None:
+        rows = rows.index_select(-1, units.to(x.device))
     rows = rows.reshape(-1, rows.shape[-1])
     count = len(rows)
     if max_rows is not None:
@@ -63,6 +68,17 @@ class SecondMoment:
             other.rows = self._matrix * factors
         else:
             other.gram = self.gram * factors * factors[:, None]
+        return other
+
+    def grouped(self, groups: int) -> SecondMoment:
+        """Without what units of different groups of a convolution have in common: no weight sees two of them."""
+        if groups == 1:
+            return self
+        other = SecondMoment()
+        other.count = self.count
+        gram = self._matrix.T @ self._matrix if self.gram is None else self.gram
+        group = torch.arange(self.units, device=self._device) // (self.units // groups)
+        other.gram = gram * (group[:, None] == group)
         return other
 
     def preconditioned(self, damping: float, scaling: str, chunks: list[Tensor], groups: int = 1) -> SecondMoment:

@@ -6,33 +6,76 @@ import importlib
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..analysis.recorder import first_tensor
 from ..ops.checks import type_name
-from . import data, models
+from . import data, inputs, models
 from .errors import UserError
 
 
 class Subject:
-    """A network, called as ``model(*inputs)``, and the loss of its output; ``about`` says where they come from."""
+    """A network, called as ``model(*inputs, **keywords)``, and the loss of its output.
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], targets: Tensor | None, kind: str) -> None:
+    ``about`` says where they come from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: tuple[Any, ...],
+        keywords: dict[str, Any],
+        targets: Tensor | None,
+        kind: str | None,
+    ) -> None:
         self.model: nn.Module = model
-        self.inputs: tuple[Any, ...] = inputs
+        self.inputs: tuple[Any, ...] = given
+        self.keywords: dict[str, Any] = keywords
         self.targets: Tensor | None = targets
-        self.kind: str = kind
+        self.kind: str | None = kind
+        self.random: bool = False  # whether the inputs are random numbers that were drawn here
+        self.of_user: bool = False  # the inputs came with the network, and not from options
         self.about: dict[str, str] = {}
 
+    @property
+    def samples(self) -> int:
+        return next((len(x) for x in tree_leaves((self.inputs, self.keywords)) if isinstance(x, Tensor) and x.dim()), 1)
+
+    def keep(self, count: int) -> None:
+        """Leave the first ``count`` samples."""
+        batch = self.samples
+
+        def first(x: Any) -> Any:
+            return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x
+
+        self.inputs, self.keywords, self.targets = tree_map(first, (self.inputs, self.keywords, self.targets))
+
+    def to(self, device: torch.device) -> None:
+        def moved(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        self.model.to(device)
+        self.inputs, self.keywords, self.targets = tree_map(moved, (self.inputs, self.keywords, self.targets))
+
     def loss(self, output: Any) -> Tensor:
-        logits = first_tensor(output)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if self.targets is None and self.kind is None and isinstance(own, Tensor) and own.numel() == 1:
+            self.about["loss"] = "the network's own"
+            return own
+        name, logits = _logits(output)
         if logits is None:
             raise UserError("the network must return a floating-point tensor, or a tuple or dict that holds one.")
+        if self.kind is None:  # features are no logits
+            self.kind = "mse" if name not in ("", "logits") or logits.dim() < 2 else "cross-entropy"
+            named = f" of {name}" if name else ""
+            self.about["loss"] = self.kind + named + ("" if self.targets is not None else ", random targets")
         if self.targets is None:
             self.targets = self._random_targets(logits)
         if self.kind == "mse":
@@ -58,6 +101,15 @@ class Subject:
         return torch.randint(logits.shape[classes], shape, generator=generator).to(logits.device)
 
 
+def _logits(output: Any) -> tuple[str, Tensor | None]:
+    """The name and the tensor of the output that the loss is computed of: ``logits`` if there are, else the first."""
+    if isinstance(output, Mapping):
+        named = [(str(name), first_tensor(value)) for name, value in output.items() if name != "loss"]
+        named.sort(key=lambda pair: pair[0] != "logits")
+        return next((pair for pair in named if pair[1] is not None), ("", None))
+    return "", first_tensor(output)
+
+
 def load(args: Namespace) -> Subject:
     """Build or import the network and its batch. Raises :class:`UserError` for mistakes of the user."""
     torch.manual_seed(args.seed)
@@ -65,10 +117,8 @@ def load(args: Namespace) -> Subject:
     if args.checkpoint is not None:
         _restore(subject.model, args.checkpoint)
         subject.about["weights"] = str(args.checkpoint)
-    subject.model.train(args.mode == "train").to(args.device)
-    subject.inputs = tuple(x.to(args.device) if isinstance(x, Tensor) else x for x in subject.inputs)
-    if subject.targets is not None:
-        subject.targets = subject.targets.to(args.device)
+    subject.model.train(args.mode == "train")
+    subject.to(args.device)
     return subject
 
 
@@ -79,7 +129,7 @@ def _built_in(args: Namespace) -> Subject:
     model = models.build(args.model, images.shape, images.classes, **options, seed=args.seed)
     choice = torch.randperm(len(images.train_x), generator=torch.Generator().manual_seed(args.seed))[:count]
     x = data.scaling(images.train_x, "standard")(images.train_x[choice])
-    subject = Subject(model, (x,), images.train_y[choice], "cross-entropy")
+    subject = Subject(model, (x,), {}, images.train_y[choice], "cross-entropy")
     subject.about = {
         "built": f"{args.model}, {args.activation}, normalization {args.normalization}, init {args.init}",
         "data": f"{images.name}, {count} training images, standardised",
@@ -95,19 +145,19 @@ def _imported(args: Namespace) -> Subject:
             f"--import: {args.import_} must return a torch.nn.Module, or (module, inputs[, targets]), "
             f"got {type_name(model)}."
         )
-    inputs = rest[0] if rest else _inputs(args)
     targets = rest[1] if len(rest) > 1 else None
-    if not rest and isinstance(inputs, tuple) and args.inputs is not None:
-        inputs, targets = inputs
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    subject = Subject(model, inputs, targets, args.loss or "cross-entropy")
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
+    if rest:
+        given, keywords = inputs.arguments(rest[0], model)
+    elif args.inputs is not None:
+        given, keywords, targets = inputs.of_file(_read(args.inputs, "--inputs"), model)
+    else:
+        given, keywords = inputs.drawn(args, model)
+    subject = Subject(model, given, keywords, targets, args.loss)
+    subject.random, subject.of_user = not rest and args.inputs is None, bool(rest)
     source = args.import_ if rest else str(args.inputs) if args.inputs is not None else "random"
-    subject.about = {
-        "imported": args.import_,
-        "data": f"{source}, {shapes}",
-        "loss": subject.kind + ("" if targets is not None else ", random targets"),
-    }
+    subject.about = {"imported": args.import_, "data": f"{source}, {inputs.described(given, keywords)}"}
+    if args.loss is not None or targets is not None:
+        subject.about["loss"] = (args.loss or "cross-entropy") + ("" if targets is not None else ", random targets")
     return subject
 
 
@@ -130,25 +180,6 @@ def _call(path: str) -> Any:
         raise UserError(f"--import: {path} must be callable without arguments ({error}).") from None
     finally:
         sys.path.remove(os.getcwd())
-
-
-def _inputs(args: Namespace) -> Any:
-    """Read or draw the inputs as --inputs, --tokens or --input-shape says."""
-    generator = torch.Generator().manual_seed(args.seed)
-    if args.inputs is not None:
-        return _read(args.inputs, "--inputs")
-    try:
-        if args.tokens is not None:
-            vocabulary, length = args.tokens
-            return torch.randint(vocabulary, (args.samples, length), generator=generator)
-        if args.input_shape is not None:
-            return torch.randn(args.samples, *args.input_shape, generator=generator)
-    except RuntimeError as error:
-        raise UserError(f"--samples: {args.samples} of them do not fit ({str(error).splitlines()[0]}).") from None
-    raise UserError(
-        "--import: say what the network takes: --input-shape 3,32,32 or --tokens VOCABULARY,LENGTH for random inputs, "
-        "--inputs FILE for a saved tensor, or let the callable return (model, inputs)."
-    )
 
 
 def _read(path: Path, option: str) -> Any:

@@ -190,12 +190,26 @@ class Network(nn.Module):
         return h
 
 
+def run(network, x):
+    """The outputs, one for each sample, whatever the number of samples.
+
+    A layer that is used again on features alone may take the samples for its channels, and stop with another number.
+    """
+    with torch.no_grad():
+        result, single = network(x.clone()), network(x[:1].clone())
+    if result.dim() < 2 or (len(result), len(single)) != (len(x), 1) or result.shape[1:] != single.shape[1:]:
+        raise ValueError("samples are no samples any more")
+    if not torch.allclose(result[:1], single, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError("samples influence each other")
+    return result
+
+
 def random_network(rng: random.Random):
     """(network, shape of a sample), in evaluation mode or not, of 1 to 8 steps that fit."""
     shape = rng.choice([(6,), (4, 5), (2, 3, 4)])
     network = Network()
     wanted = rng.randint(1, 8)
-    x = torch.randn(2, *shape)
+    x = torch.randn(3, *shape)
     h = network.eval()(x)
     for _ in range(60):
         if len(network.steps) >= wanted:
@@ -219,9 +233,8 @@ def random_network(rng: random.Random):
             else:
                 pool = {"function": FUNCTIONS, "statement": STATEMENTS, "join": JOINS}[kind]
                 network.steps.append((kind, rng.choice(pool)))
-            with torch.no_grad():
-                result = network.eval()(x.clone())
-            if result.numel() > 400 or not 2 <= result.dim() <= 4 or not result.isfinite().all():
+            result = run(network.eval(), x)
+            if result.numel() > 600 or not 2 <= result.dim() <= 4 or not result.isfinite().all():
                 raise ValueError("not of interest")
             h = result
         except (RuntimeError, ValueError, AssertionError, IndexError):
