@@ -85,6 +85,8 @@ class Preconditioner:
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
+        keep_norm: in mode ``"whiten"``, whether a layer's mapped step is scaled to the norm that the optimizer gave it.
+            Without it the rate of the optimizer alone fits better (see the page on choosing).
         process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
             number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
             ``fully_shard`` and ``DTensor`` parameters are recognised.
@@ -110,6 +112,7 @@ class Preconditioner:
         bias: bool = True,
         skip: str | type[Any] | Iterable[str | type[Any]] = (),
         seed: int = 0,
+        keep_norm: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("Preconditioner", model)
@@ -120,7 +123,7 @@ class Preconditioner:
         self.mode: Literal["correct", "whiten"] = mode or "correct"
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
-        options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed)
+        options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm)
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
         self._notices = Notices()

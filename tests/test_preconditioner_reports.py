@@ -32,6 +32,7 @@ from support.training import (
         (dict(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
         (dict(every=0), "every must be an integer >= 1, got 0"),
         (dict(seed=-1), "seed must be an integer in"),
+        (dict(keep_norm=1), "keep_norm must be True or False, got 1"),
     ],
 )
 def test_arguments_are_checked(options, message):

@@ -141,15 +141,16 @@ def trained(make, steps: int = 4, conv: bool = False) -> list[torch.Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("keep_norm", [True, False])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_family_has_the_product_in_it(base):
+def test_the_family_has_the_product_in_it(base, keep_norm):
     def product(model):
         optimizer = base(model.parameters(), lr=0.01)
-        pre = co.Preconditioner(model, optimizer, mode="whiten")
+        pre = co.Preconditioner(model, optimizer, mode="whiten", keep_norm=keep_norm)
         return lambda: (optimizer.step(), pre)
 
     def ours(model):
-        norm = "free" if base is torch.optim.SGD else "keep"
+        norm = "keep" if keep_norm and base is not torch.optim.SGD else "free"  # SGD's is never scaled
         return Family(model, [base(model.parameters(), lr=0.01)], norm=norm).step
 
     for a, b in zip(trained(product), trained(ours), strict=True):

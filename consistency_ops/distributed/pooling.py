@@ -251,7 +251,7 @@ class Pooling:
     def _compared(self, steps: list[LayerStep]) -> dict[str, int]:
         """What all ranks must agree on."""
         o = self._correction.options
-        options = (o.scaling, o.chunk, o.group, o.decay, o.every, o.bias)
+        options = (o.scaling, o.chunk, o.group, o.decay, o.every, o.bias, o.keep_norm)
         layers = [
             (s.layer.name, s.layer.index, s.units, str(s.grad.dtype), self._correction.num_chunks(s)) for s in steps
         ]

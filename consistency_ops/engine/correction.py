@@ -47,10 +47,12 @@ class CorrectionOptions:
     every: int
     bias: bool
     seed: int
+    keep_norm: bool = True
 
     def __post_init__(self) -> None:
         if not callable(self.damping):
             check_damping(self.damping)
+        check(isinstance(self.keep_norm, bool), "keep_norm", "True or False", self.keep_norm)
         check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
         allowed = self.chunk is None or is_int(self.chunk, 1, MAX_WIDTH)
         check(allowed, "chunk", f"None or in [1, {MAX_WIDTH}]", self.chunk)

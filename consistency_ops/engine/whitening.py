@@ -61,7 +61,7 @@ class WhiteningCorrection(Correction):
     def __init__(self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer) -> None:
         super().__init__(options, store)
         self._optimizer = optimizer
-        self._keeps_norm = not isinstance(optimizer, SGD)
+        self._keeps_norm = options.keep_norm and not isinstance(optimizer, SGD)
         self._whitened: list[_Whitened] = []
         self._groups: dict[int, dict[str, Any]] = {}  # param group by id of the parameter
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # factor and info of this step by layer index, if not stored
