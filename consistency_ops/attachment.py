@@ -66,7 +66,6 @@ class Attachment:
             self.ownership.owns,
             process_group,
             None if self.correction.pools or optimizer is None else type(optimizer.stepping).__name__,
-            self.correction.exchanges_units,
             self.store,
             notices,
         )

@@ -23,6 +23,7 @@ SCENARIOS = [
         "fsdp_hybrid",
         "fsdp_convolutions",
         "fsdp_transposed",
+        "fsdp_transposed_whiten",
         "units_in_two_dimensions",
         "flattened",
     ),
@@ -416,6 +417,14 @@ def test_whitened_coordinates_on_ranks_equal_one_process(results, name):
     for result in of(results, name):
         assert difference(result["parameters"], want) < TOLERANCE
         assert result["same"]
+
+
+def test_whitened_coordinates_of_a_weight_stored_as_in_out(results):
+    want = scenarios.single_transposed_whiten()
+    for found in of(results, "fsdp_transposed_whiten"):
+        assert difference(found["parameters"], want) < TOLERANCE
+        assert found["same"] and found["failed"] == 0
+        assert found["summary"].count("  ok") == 2
 
 
 def test_whole_layers_on_ranks_equal_one_process(results):

@@ -104,11 +104,14 @@ def capture():
     """A training step under the preconditioner: the operators that only it calls."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(36, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pre = co.Preconditioner(model, optimizer, decay=0.5, chunk=16)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(2, 3, 5, 5)).square().mean().backward()
-        optimizer.step()
+    for options in ({"mode": "whiten", "every": 2}, {"mode": "correct", "decay": 0.5}):
+        pre = co.Preconditioner(model, optimizer, chunk=16, **options)
+        for _ in range(2 + 20 * (options["mode"] == "whiten")):  # whose first 20 steps all renew the factors
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+            optimizer.step()
+        if options["mode"] == "whiten":
+            pre.remove()
     linear = pre._layers[1].capture
     torch.ops.consistency_ops.capture_traced_rows_(linear.rows, linear.state, torch.randn(8, 36), 1, -1, 0)
     pre.remove()

@@ -33,6 +33,8 @@ OPTIONS = {
     "decay-every": dict(decay=0.9, every=2),
     "max_rows": dict(max_rows=20),
     "absolute": dict(scaling="absolute", chunk=16),
+    "whiten": dict(mode="whiten"),
+    "whiten-every": dict(mode="whiten", every=2, decay=0.0),
     "schedule": dict(damping=lambda step: 1 / (1 + step)),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.version.cuda, reason="torch without CUDA"))]

@@ -329,3 +329,343 @@ def test_arguments(options, message):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):
         Preconditioner(model, options.pop("optimizer", optimizer), **options)
+
+
+# The operators
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 16, 40, 128])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_native_operators_compute_what_torchs_operations_compute(dtype, chunk, decay):
+    """Linear and convolution, with and without a bias, a transposed weight, and a layer without rows."""
+    torch.manual_seed(0)
+    shapes, biased = [(7, 40), (10, 24, 3, 3), (33, 200), (5, 9)], [0, 1]
+    grads = [torch.randn(s) for s in shapes]
+    grads[2] = grads[2].T.contiguous().T
+    units = [s[1] + (i in biased) for i, s in enumerate(shapes)]
+    inputs = [torch.randn(50, s[1]) for s in shapes]
+    counts = [torch.tensor([n]) for n in (50, 30, 50, 0)]
+    averages = [torch.zeros(-(-u // chunk), chunk, chunk) for u in units] if decay else []
+    weights = [torch.zeros(1) for _ in averages]
+    rest = biased, [3, 1, 2, 0], [min(8, chunk)] * 4, 0.1, True, decay, chunk, 4096, 5, 0
+
+    def cast(tensors, kind):
+        return [torch.empty_strided(t.shape, t.stride(), dtype=kind).copy_(t) for t in tensors]
+
+    def run(space, kind, wide):
+        g, b = cast(grads, kind), cast([grad.flatten(1)[:, 0] * 3 for grad in grads[:2]], kind)
+        a, w = cast(averages, wide), cast(weights, wide)
+        factors = [torch.zeros(-(-u // chunk), chunk, chunk, dtype=wide) for u in units]
+        info, _, flags = space.foreach_whiten_(g, b, cast(inputs, kind), counts, a, w, factors, *rest)
+        before = cast([torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in shapes], kind)
+        before[2] = cast([before[2].T.contiguous().T], kind)[0]
+        after = [x + y for x, y in zip(before, g, strict=True)]
+        biases = [torch.zeros_like(x) for x in b]
+        moved = [x + y for x, y in zip(biases, b, strict=True)]
+        place = rest[:3]
+        space.foreach_unwhiten_(after, moved, before, biases, factors, info, flags, *place, True, True, chunk, 5, 0)
+        return [*g, *b, *a, *w, *after, *moved], info, flags
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    got, info, flags = run(torch.ops.consistency_ops, dtype, wide)
+    want, info_too, flags_too = run(torch.ops.consistency_ops_torch, dtype, wide)
+    assert torch.equal(info, info_too) and torch.equal(flags, flags_too)
+    assert info[-1] and not info[0]  # no rows: given up
+    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    for x, y in zip(got, want, strict=True):
+        assert (x.double() - y.double()).abs().max() <= bound * max(1.0, float(y.double().abs().max()))
+
+
+def test_a_gradient_that_is_not_finite_stays_out_of_the_average():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pre = Preconditioner(model, optimizer, mode="whiten", chunk=8)
+    backward(model, *data())
+    model[2].weight.grad[0, 0] = math.inf
+    optimizer.step()
+    weights = {name: float(state["weight"]) for name, state in pre.state_dict()["layers"].items()}
+    assert weights["0"] == pytest.approx(0.05) and weights["2"] == 0
+
+
+# What a user may combine it with
+
+
+def steps_of(model, optimizer, count, first=0, **options):
+    pre = Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
+    for step in range(first, first + count):
+        optimizer.zero_grad()
+        backward(model, *data(seed=step))
+        optimizer.step()
+    return pre
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **{"lr": 0.01, **options})
+
+
+def same(model, other, rtol=0.0, atol=0.0):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bitwise_the_same_whatever_the_number_of_threads(threads):
+    def go(count):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 30))
+        optimizer = adamw(model)
+        Preconditioner(model, optimizer, mode="whiten", every=2)
+        before = torch.get_num_threads()
+        x = torch.randn(64, 300)
+        gradients = [torch.randn_like(p) for p in model.parameters()]
+        torch.set_num_threads(count)
+        try:
+            for _ in range(3):
+                model(x)
+                for p, g in zip(model.parameters(), gradients, strict=True):
+                    p.grad = g.clone()
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        return model
+
+    same(go(threads), go(1))
+
+
+@pytest.mark.parametrize("options", [dict(foreach=True), dict(fused=True), dict(capturable=True)], ids=str)
+def test_all_implementations_of_an_optimizer_step_alike(options):
+    models = [mlp(), mlp()]
+    steps_of(models[0], adamw(models[0], foreach=False), 3)
+    try:
+        steps_of(models[1], adamw(models[1], **options), 3)
+    except (AssertionError, RuntimeError) as error:
+        pytest.skip(f"not on the CPU: {error}")
+    same(*models, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rate_in_a_tensor():
+    models = [mlp(), mlp()]
+    steps_of(models[0], adamw(models[0]), 3)
+    steps_of(models[1], adamw(models[1], lr=torch.tensor(0.01), fused=True), 3)
+    same(*models, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_in_a_group_of_its_own_has_its_own_decay():
+    """The bias has no weight decay: without a learning rate of its own nothing but the weight may shrink."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 7).double(), torch.randn(50, 12, dtype=torch.float64)
+    with torch.no_grad():
+        layer.bias.fill_(100.0)
+    plain = copy.deepcopy(layer)
+
+    def groups(model):
+        return [dict(params=[model.weight], weight_decay=0.5), dict(params=[model.bias], weight_decay=0.0)]
+
+    optimizer = torch.optim.AdamW(groups(layer), lr=0.01)
+    Preconditioner(layer, optimizer, mode="whiten", chunk=16)
+    layer(x).square().sum().backward()
+    before = [p.detach().clone() for p in layer.parameters()]
+    optimizer.step()
+    moved = [layer.weight.detach() - before[0] * (1 - 0.01 * 0.5), layer.bias.detach() - before[1]]
+    length = math.sqrt(sum(float(m.square().sum()) for m in moved))
+    assert length == pytest.approx(0.01 * math.sqrt(7 * 13), rel=1e-3)  # Adam's first step: lr in every entry
+    assert not torch.equal(plain.bias, layer.bias)
+
+
+def test_transposed_convolutions_in_groups_train():
+    """Their matrix is a copy of the weight, which the step must read again."""
+    torch.manual_seed(0)
+    layer, x = nn.ConvTranspose2d(8, 6, 3, groups=2), torch.randn(4, 8, 5, 5)
+    optimizer = adamw(layer, weight_decay=0.0)
+    Preconditioner(layer, optimizer, mode="whiten")
+    before = layer.weight.detach().clone()
+    layer(x).square().mean().backward()
+    optimizer.step()
+    entries = layer.weight.numel() + layer.bias.numel()
+    length = torch.cat([(layer.weight - before).flatten().detach(), layer.bias.new_zeros(0)]).norm()
+    assert 0.3 * 0.01 * math.sqrt(layer.weight.numel()) < float(length) <= 0.0101 * math.sqrt(entries)
+
+
+def test_a_step_that_the_scaler_skips_leaves_nothing():
+    model, plain = mlp(), mlp()
+    optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=4.0)
+    pre = Preconditioner(model, optimizer, mode="whiten", chunk=8)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(data(seed=step)[0]), data(seed=step)[1])).backward()
+        if step == 1:
+            model[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    twin = adamw(plain)
+    pre_twin = Preconditioner(plain, twin, mode="whiten", chunk=8)
+    for step in (0, 2):
+        twin.zero_grad()
+        backward(plain, *data(seed=step))
+        twin.step()
+    assert pre.steps == pre_twin.steps == 2
+    same(model, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_count_as_one_batch():
+    models, (x, y) = [mlp().double(), mlp().double()], data(n=40)
+    for model, parts in zip(models, (1, 4), strict=True):
+        optimizer = adamw(model)
+        Preconditioner(model, optimizer, mode="whiten", chunk=8)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for rows, labels in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
+                backward(model, rows, labels, 1 / parts)
+            optimizer.step()
+    same(*models, rtol=1e-8, atol=1e-10)
+
+
+def test_a_closure():
+    models = [mlp(), mlp()]
+    steps_of(models[0], adamw(models[0]), 3)
+    optimizer = adamw(models[1])
+    Preconditioner(models[1], optimizer, mode="whiten", chunk=8)
+    for step in range(3):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            return backward(models[1], *data(seed=step))
+
+        optimizer.step(closure)
+    same(*models)
+
+
+def test_autocast_in_bfloat16_trains():
+    model = mlp()
+    optimizer = adamw(model)
+    Preconditioner(model, optimizer, mode="whiten", chunk=8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(data()[0]), data()[1])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_weights_in_bfloat16_train():
+    model = mlp().bfloat16()
+    optimizer = adamw(model)
+    Preconditioner(model, optimizer, mode="whiten", chunk=8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(backward(model, data()[0].bfloat16(), data()[1]).item())
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0] and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_two_optimizers_over_one_model():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = mlp()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    both = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)]
+    pre = Preconditioner(model, both, mode="whiten", chunk=8)
+    losses = []
+    for _ in range(20):
+        for optimizer in both:
+            optimizer.zero_grad()
+        losses.append(backward(model, *data()).item())
+        for optimizer in both:
+            optimizer.step()
+    assert losses[-1] < 0.9 * losses[0] and pre.stats()["layers"] == 3
+
+
+def test_weights_that_are_replaced_or_converted_between_steps():
+    model = mlp()
+    optimizer = adamw(model)
+    steps_of(model, optimizer, 3)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    for step in range(3):
+        if step == 1:
+            model.double()
+            for state in optimizer.state.values():
+                state.update({k: v.double() for k, v in state.items() if k.startswith("exp_avg")})
+        dtype = model[0].weight.dtype
+        optimizer.zero_grad()
+        x, y = data(seed=step)
+        backward(model, x.to(dtype), y)
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        moved = (model[0].weight - before).norm()
+        assert 0.3 * 0.01 * math.sqrt(before.numel()) < float(moved) < 3 * 0.01 * math.sqrt(before.numel())
+
+
+@pytest.mark.parametrize("coupled", ["SGD", "Adam"])
+def test_coupled_decay_with_stored_factors(coupled):
+    """Every second step uses the factor of the step before, and its L."""
+    models = [mlp().double(), mlp().double()]
+    for model, backend in zip(models, ("auto", "torch"), strict=True):
+        co.set_backend(backend)
+        try:
+            optimizer = optimizer_of(coupled, model.parameters(), weight_decay=0.3)
+            Preconditioner(model, optimizer, mode="whiten", decay=0.0, every=2, chunk=8)
+            for step in range(4):
+                x, y = data(seed=step)
+                optimizer.zero_grad()
+                backward(model, x.double(), y)
+                optimizer.step()
+        finally:
+            co.set_backend("auto")
+    same(*models, rtol=1e-9, atol=1e-12)
+
+
+def test_during_the_step_one_copy_of_the_weights_is_kept_in_their_dtype():
+    model = mlp().bfloat16()
+    optimizer = adamw(model)
+    pre = Preconditioner(model, optimizer, mode="whiten", chunk=8)
+    kept = []
+
+    def look(*_):
+        (whitened,) = pre._attachments[0].correction._whitened
+        kept.append(sum(t.numel() * t.element_size() for t in (*whitened.weights, *whitened.biases)))
+
+    optimizer.register_step_pre_hook(look)
+    backward(model, data()[0].bfloat16(), data()[1])
+    optimizer.step()
+    assert kept == [sum(p.numel() * 2 for p in model.parameters())]
+    assert not pre._attachments[0].correction._whitened
+
+
+def test_a_compiled_model_trains_as_in_eager_mode():
+    models = [mlp(), mlp()]
+    steps_of(models[0], adamw(models[0]), 3)
+    optimizer = adamw(models[1])
+    Preconditioner(models[1], optimizer, mode="whiten", chunk=8)
+    compiled = torch.compile(models[1], fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(compiled, *data(seed=step))
+        optimizer.step()
+    same(*models, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_torch_distributed_resumes(tmp_path):
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = mlp()
+    optimizer = adamw(model)
+    steps_of(model, optimizer, 3, every=2)
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    again = mlp(seed=5)
+    other = adamw(again)
+    pre = Preconditioner(again, other, mode="whiten", chunk=8, every=2)
+    set_state_dict(again, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for step in range(3, 6):
+        for m, o in ((model, optimizer), (again, other)):
+            o.zero_grad()
+            backward(m, *data(seed=step))
+            o.step()
+    same(model, again)
+    assert pre.steps == 6

@@ -92,8 +92,6 @@ class Placements:
         group: the ranks that average the gradients of plain parameters; ``None``: those of the
             ``DistributedDataParallel`` around the model, if there is one.
         unpooled_optimizer: name of an optimizer whose correction ranks cannot pool; ``None``: they can.
-        may_exchange_units: whether gradients may be exchanged for whole rows. If not, layers that need it are left
-            alone.
         store: told which layers have other chunks on every rank.
         notices: where warnings go.
     """
@@ -105,13 +103,12 @@ class Placements:
         owns: Callable[[Tensor], bool],
         group: ProcessGroup | None,
         unpooled_optimizer: str | None,
-        may_exchange_units: bool,
         store: StateStore,
         notices: Notices,
     ) -> None:
         self.layers: list[Layer] = layers
         self._model, self._owns = model, owns
-        self._group, self._unpooled_optimizer, self._may_exchange_units = group, unpooled_optimizer, may_exchange_units
+        self._group, self._unpooled_optimizer = group, unpooled_optimizer
         self._store, self._notices = store, notices
         self._searched = self._fully_sharded = False
         self.wrappers: list[weakref.ref[nn.parallel.DistributedDataParallel]] = []
@@ -225,8 +222,6 @@ class Placements:
             capture.expect_all_units()
         mesh = weight.device_mesh
         exchanges = kind.num_groups(module) == 1 and self._exchanges_units(capture, view)
-        if exchanges and not self._may_exchange_units:
-            return _left(layer, "units are dealt to ranks, which mode='whiten' does not exchange")
         placements = row_placements(view) if exchanges else list(view.placements)
         roles: list[str] = []
         for dim, placement in enumerate(placements):

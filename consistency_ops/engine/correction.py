@@ -76,7 +76,6 @@ class Correction:
 
     pools = True  # whether ranks can pool the covariances
     shares_factorisation = True  # whether ranks can deal the chunks among them
-    exchanges_units = True  # whether ranks can exchange a gradient's units for whole rows, and back
 
     def __init__(self, options: CorrectionOptions, store: StateStore) -> None:
         self.options = options

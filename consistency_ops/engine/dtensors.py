@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,15 @@ def row_placements(matrix: DTensor) -> list[Placement]:
     from torch.distributed.tensor import Shard
 
     return [Shard(0) if p.is_shard(1) else p for p in matrix.placements]
+
+
+def redistributed(part: Tensor, like: DTensor, before: Sequence[Placement], after: Sequence[Placement]) -> Tensor:
+    """This rank's part of a matrix of the shape of ``like``, when it is placed otherwise."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = like.device_mesh
+    whole = DTensor.from_local(part, mesh, before, run_check=False, shape=like.shape, stride=like.stride())
+    return local(whole.redistribute(placements=after))
 
 
 def local_rows(tensor: DTensor, begin: int, end: int) -> Tensor:

@@ -16,19 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from .. import ops
-from .correction import Correction, CorrectionOptions, largest
+from ..ops.whitening import Layers, foreach_multiply_, foreach_unwhiten_, foreach_whiten_, foreach_whiten_by_
+from .correction import Correction, CorrectionOptions
 from .digests import digest
-from .dtensors import sum_over_shards
+from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
 from .layer import Layer
 from .layer_step import LayerStep
 from .state import StateStore
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Optimizers of torch whose weight decay multiplies the weight, by 1 - lr * weight_decay. Of all others in torch.optim a
 # param group says so (`decoupled_weight_decay`), or the decay is added to the gradient.
@@ -37,14 +41,16 @@ _DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, Adafactor, *filter(None, [geta
 
 @dataclass(eq=False)
 class _Whitened:
-    """A layer whose gradient was whitened, until the optimizer has made its step."""
+    """The layers of one launch whose gradients were whitened, until the optimizer has made its step."""
 
-    step: LayerStep
-    parameters: list[Tensor]  # this rank's part of the weight as a matrix, and of the bias
-    before: list[Tensor]  # their values before the step, after decoupled weight decay
-    factor: Tensor  # L^-1, (chunks, chunk, chunk)
+    steps: list[LayerStep]
+    launch: Layers
+    factors: list[Tensor]  # L^-1 of every layer, (chunks, chunk, chunk)
     info: Tensor
-    no_gradient: Tensor  # whether the gradient was zero; one element
+    has_gradient: Tensor  # int32, one entry a layer
+    # Before the step, after decoupled weight decay, in the order of `steps`; of a DTensor what this rank holds.
+    weights: list[Tensor]
+    biases: list[Tensor]
 
 
 class WhiteningCorrection(Correction):
@@ -56,7 +62,6 @@ class WhiteningCorrection(Correction):
     """
 
     shares_factorisation = False
-    exchanges_units = False
 
     def __init__(self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer) -> None:
         super().__init__(options, store)
@@ -64,7 +69,10 @@ class WhiteningCorrection(Correction):
         self._keeps_norm = options.keep_norm and not isinstance(optimizer, SGD)
         self._whitened: list[_Whitened] = []
         self._groups: dict[int, dict[str, Any]] = {}  # param group by id of the parameter
-        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # factor and info of this step by layer index, if not stored
+        # By layer index, factor and info: of this step, if they are not stored; and of the last refresh, if they are.
+        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lower: dict[int, tuple[Tensor, Tensor]] = {}  # by layer index, a factor L^-1 and its L
 
     @property
     def stores_matrices(self) -> bool:
@@ -84,6 +92,56 @@ class WhiteningCorrection(Correction):
         self._fresh.clear()
         self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
+    def run(self, steps: list[LayerStep]) -> None:
+        if not self.refreshes(self.step):
+            self.apply_stored(steps)
+            return
+        # Groups of a convolution have one average in several matrices, which goes by stages.
+        alone = [step for step in steps if step.convolution_groups == 1 or self.options.decay == 0]
+        if alone:
+            self._refresh(alone)
+        if len(alone) < len(steps):
+            super().run([step for step in steps if step.convolution_groups > 1])
+
+    def _refresh(self, steps: list[LayerStep]) -> None:
+        """New factors from this step's rows, and whitened gradients, in one call."""
+        launch, grads, bias_grads = self._launch_of(steps)
+        averages = [self._running_average(step) for step in steps] if self.options.decay > 0 else []
+        chunk = launch.chunk
+        factors = [step.rows.new_zeros(self.num_chunks(step), chunk, chunk) for step in steps]
+        info, used, has_gradient = foreach_whiten_(
+            grads,
+            bias_grads,
+            [step.rows for step in steps],
+            [step.count for step in steps],
+            [total for total, _ in averages],
+            [weight for _, weight in averages],
+            factors,
+            launch,
+            damping=self.damping(),
+            scaling=self.options.scaling,
+            decay=float(self.options.decay),
+            max_rows=self.options.max_rows,
+        )
+        self.remember_inverses(steps, factors, info, used)
+        self._hold(steps, launch, factors, info, has_gradient)
+
+    def _running_average(self, step: LayerStep) -> tuple[Tensor, Tensor]:
+        """The running sum of covariances as it is stored, or zeros, and its weight. They are changed in place."""
+        layer, chunk = step.layer, self.chunk_of(step.units)
+        state = self._store.get(layer)
+        total, weight = state.get("covariance"), state.get("weight")
+        shape, dtype = (self.num_chunks(step), chunk, chunk), step.rows.dtype
+        layer.inverse_units, same_units = step.units, step.units_unchanged
+        if total is not None and weight is not None and total.shape == shape and same_units:
+            if total.dtype == dtype and weight.dtype == dtype and total.is_contiguous():
+                return total, weight
+            total, weight = total.to(dtype).contiguous(), weight.to(dtype)
+        else:
+            total, weight = step.rows.new_zeros(shape), step.rows.new_zeros(1)
+        layer.pending.update(covariance=total, weight=weight)
+        return total, weight
+
     def from_covariances(self, steps: list[LayerStep], covariances: list[Tensor]) -> None:
         self.remember_inverses(steps, *self.invert(steps, covariances))
         self.apply_stored(steps)
@@ -100,140 +158,243 @@ class WhiteningCorrection(Correction):
         )
 
     def remember_inverses(self, steps: list[LayerStep], inverses: Sequence[Tensor], info: Tensor, used: Tensor) -> None:
-        if self.options.every > 1:
-            super().remember_inverses(steps, inverses, info, used)
-            return
         self.record_outcome(steps, info, used)
+        stored = self.options.every > 1
         for step, inverse in zip(steps, inverses, strict=True):
-            assert step.layer.info is not None
-            self._fresh[step.layer.index] = inverse, step.layer.info
+            layer = step.layer
+            assert layer.info is not None
+            pair = inverse, layer.info
+            if stored:
+                layer.pending.update(inverse=inverse, info=pair[1])
+                self._kept[layer.index] = pair
+            else:
+                self._fresh[layer.index] = pair
 
     def stored_inverse(self, step: LayerStep) -> tuple[Tensor, Tensor] | None:
-        return self._fresh.get(step.layer.index) or super().stored_inverse(step)
+        layer = step.layer
+        if (fresh := self._fresh.get(layer.index)) is not None:
+            return fresh
+        if (kept := self._kept.get(layer.index)) is not None:
+            current = layer.pending.get("inverse") is kept[0] or self._store.holds(layer, "inverse", kept[0])
+            fits = kept[0].dtype == step.rows.dtype and len(kept[0]) == self.num_chunks(step)
+            if current and fits and step.units_unchanged:
+                return kept
+        return super().stored_inverse(step)
 
     def apply_stored(self, steps: list[LayerStep]) -> None:
         """Whiten the gradients by the stored factors. A layer that has none waits for the next refresh."""
-        ready = []
+        ready, factors, infos = [], [], []
         for step in steps:
             if (stored := self.stored_inverse(step)) is not None:
                 factor, info = stored
                 step.layer.info_slice = info, 0, len(info)
-                ready.append(self._before(step, factor, info))
-        if not ready:
-            return
-        self._multiply(ready, [w.step.gradients for w in ready], [w.factor.mT.contiguous() for w in ready])
-        self._add_coupled_decay([w for w in ready if self._coupled_decay(w.step)])
-        self._whitened += ready
+                ready.append(step)
+                factors.append(factor)
+                infos.append(info)
+        if ready:
+            launch, grads, bias_grads = self._launch_of(ready)
+            info = torch.cat(infos)
+            self._hold(ready, launch, factors, info, foreach_whiten_by_(grads, bias_grads, factors, info, launch))
 
-    def _before(self, step: LayerStep, factor: Tensor, info: Tensor) -> _Whitened:
-        module = step.layer.module()
-        assert module is not None
-        parameters = [step.layer.kind.local_view(module, step.weight.detach())]
-        if step.bias_grad is not None:
-            parameters.append(step.layer.kind.local_bias_view(_bias(step, module).detach()))
-        before = [self._decayed(parameter, step) for parameter in parameters]
-        return _Whitened(step, parameters, before, factor, info, largest(step.gradients) == 0)
+    def _launch_of(self, steps: list[LayerStep]) -> tuple[Layers, list[Tensor], list[Tensor]]:
+        """What the calls for these layers have in common, and their gradients."""
+        options, chunk = self.options, self.chunk_of(steps[0].units)
+        if options.group is None:
+            groups = [ops.default_group(step.grad.dtype, chunk) for step in steps]
+        else:
+            groups = [min(options.group, chunk)] * len(steps)
+        joined = [(i, step.bias_grad) for i, step in enumerate(steps) if step.bias_grad is not None]
+        indices = [step.layer.index for step in steps]
+        launch = Layers([i for i, _ in joined], indices, groups, chunk, options.seed, self.division_step)
+        return launch, [step.grad for step in steps], [bias_grad for _, bias_grad in joined]
 
-    def _group(self, step: LayerStep) -> dict[str, Any]:
-        return self._groups.get(id(step.weight), {})
+    def _hold(
+        self, steps: list[LayerStep], launch: Layers, factors: list[Tensor], info: Tensor, has_gradient: Tensor
+    ) -> None:
+        """Keep what is needed after the optimizer's step, and give the optimizer the coupled decay that it must see."""
+        if any(is_dtensor(step.weight) for step in steps):
+            flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
+            has_gradient = torch.stack(flags)
+        biased = [steps[i] for i in launch.biases]
+        weights, biases = [_weight_of(step) for step in steps], [_bias_of(step) for step in biased]
+        owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]
+        before = self._decayed([*weights, *biases], owners)
+        count = len(steps)
+        whitened = _Whitened(steps, launch, factors, info, has_gradient, before[:count], before[count:])
+        self._whitened.append(whitened)
+        coupled = [self._coupled_decay(owner) for owner in owners]
+        if any(coupled):
+            self._add_coupled_decay(whitened, coupled)
 
     def _is_decoupled(self, group: dict[str, Any]) -> bool:
         ours = type(self._optimizer).__module__.startswith("torch.optim")
         return bool(group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED) or not ours))
 
-    def _coupled_decay(self, step: LayerStep) -> float:
-        group = self._group(step)
-        return 0.0 if self._is_decoupled(group) else group.get("weight_decay", 0.0)
+    def _coupled_decay(self, parameter: Tensor) -> float:
+        group = self._groups.get(id(parameter), {})
+        decay: float = group.get("weight_decay", 0.0)
+        if not decay or self._is_decoupled(group):
+            return 0.0
+        return -decay if group.get("maximize", False) else decay
 
-    def _decayed(self, parameter: Tensor, step: LayerStep) -> Tensor:
-        """A copy of the parameter in the compute type, as decoupled weight decay will leave it."""
-        group = self._group(step)
-        copy = parameter.to(step.rows.dtype, copy=True)
-        decay = group.get("weight_decay", 0.0) if self._is_decoupled(group) else 0.0
-        return copy.mul_(1 - group["lr"] * decay) if decay else copy
+    def _decayed(self, tensors: list[Tensor], owners: list[Tensor]) -> list[Tensor]:
+        """Copies of the tensors, parts of the parameters ``owners``, as decoupled weight decay will leave them."""
+        copies: list[Tensor] = [tensors[0]] * len(tensors)
+        of_group: dict[int, list[int]] = {}
+        for i, owner in enumerate(owners):
+            of_group.setdefault(id(self._groups.get(id(owner))), []).append(i)
+        for some in of_group.values():
+            group = self._groups.get(id(owners[some[0]]), {})
+            decay = group.get("weight_decay", 0.0) if self._is_decoupled(group) else 0.0
+            # Rounded as the optimizers of torch round it.
+            scaled = torch._foreach_mul([tensors[i] for i in some], 1 - group.get("lr", 0.0) * decay if decay else 1.0)
+            for i, copy in zip(some, scaled, strict=True):
+                copies[i] = copy if copy.stride() == tensors[i].stride() else _with_strides_of(tensors[i], copy)
+        return copies
 
-    def _add_coupled_decay(self, whitened: list[_Whitened]) -> None:
+    def _add_coupled_decay(self, whitened: _Whitened, decays: list[float]) -> None:
         """Replace the ``decay W`` that the optimizer will add to the gradient by ``decay W L``."""
-        if not whitened:
-            return
-        mapped = [[before.clone() for before in w.before] for w in whitened]
-        self._multiply(whitened, mapped, [_unwhitening(w.factor) for w in whitened])
-        for w, weights in zip(whitened, mapped, strict=True):
-            decay = self._coupled_decay(w.step)
-            decay = -decay if self._group(w.step).get("maximize", False) else decay
-            for grad, weight, before in zip(w.step.gradients, weights, w.before, strict=True):
-                grad.add_(torch.where(w.no_gradient, 0, weight - before).to(grad.dtype), alpha=decay)
+        steps, launch, count = whitened.steps, whitened.launch, len(whitened.steps)
+        tensors = [*map(_rows_of, steps, whitened.weights), *whitened.biases]
+        dtype = whitened.factors[0].dtype
+        added = [tensor.to(dtype) * decay for tensor, decay in zip(tensors, decays, strict=True)]
+        mapped = [tensor.clone() for tensor in added]
+        lower = [self._lower_factor(s.layer.index, f) for s, f in zip(steps, whitened.factors, strict=True)]
+        foreach_multiply_(mapped[:count], mapped[count:], lower, whitened.info, launch)
+        grads = [*(step.grad for step in steps), *(steps[i].bias_grad for i in launch.biases)]
+        flags = (whitened.has_gradient > 0).unbind()
+        flags = (*flags, *(flags[i] for i in launch.biases))
+        for grad, flag, there, here in zip(grads, flags, mapped, added, strict=True):
+            assert grad is not None
+            grad.add_(torch.where(flag, there - here, 0).to(grad.dtype))
+
+    def _lower_factor(self, index: int, factor: Tensor) -> Tensor:
+        """``L`` from ``L^-1``, made once a refresh; of chunks that were given up anything."""
+        known = self._lower.get(index)
+        if known is None or known[0] is not factor:
+            known = self._lower[index] = factor, _inverse_of_lower(factor)
+        return known[1]
 
     # After the optimizer's step
 
     @torch.no_grad()
     def finish_step(self, layers: list[Layer]) -> None:
-        if self._whitened:
-            self._map_back(self._whitened)
-            self._whitened.clear()
-            self._fresh.clear()
+        for whitened in self._whitened:
+            if any(is_dtensor(step.weight) for step in whitened.steps):
+                self._map_back_over_ranks(whitened)
+            else:
+                self._map_back(whitened)
+        self._whitened.clear()
+        self._fresh.clear()
         super().finish_step(layers)
 
-    def _map_back(self, whitened: list[_Whitened]) -> None:
+    def _map_back(self, whitened: _Whitened) -> None:
         """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where the optimizer normalises."""
-        moves = [[p - before for p, before in zip(w.parameters, w.before, strict=True)] for w in whitened]
-        old = [_sum_of_squares(move) for move in moves]
-        self._multiply(whitened, moves, [w.factor for w in whitened])
-        sums = [
-            torch.stack([squares, _sum_of_squares(move), ~w.no_gradient])
-            for w, squares, move in zip(whitened, old, moves, strict=True)
-        ]
-        sums = sum_over_shards([w.step.weight for w in whitened], sums)
-        for w, move, (before_squares, squares, gradients) in zip(whitened, moves, sums, strict=True):
-            if self._keeps_norm:
-                ratio = (before_squares / squares).sqrt()
-                torch._foreach_mul_(move, torch.where((squares > 0) & ratio.isfinite(), ratio, 1))
-            torch._foreach_add_(move, w.before)
-            for parameter, moved in zip(w.parameters, move, strict=True):
-                # A layer without a gradient keeps the optimizer's step, weight decay included, bit for bit.
-                parameter.copy_(torch.where(gradients > 0, moved.to(parameter.dtype), parameter))
-            module = w.step.layer.module()
-            if module is not None and w.step.layer.kind.copies(module):
-                w.step.layer.kind.write_back(module, w.parameters[0], w.step.weight.detach())
+        steps, launch = whitened.steps, whitened.launch
+        weights, biases = [_weight_of(step) for step in steps], [_bias_of(steps[i]) for i in launch.biases]
+        foreach_unwhiten_(
+            weights,
+            biases,
+            whitened.weights,
+            whitened.biases,
+            whitened.factors,
+            whitened.info,
+            whitened.has_gradient,
+            launch,
+            keep_norm=self._keeps_norm,
+        )
+        for step, weight in zip(steps, weights, strict=True):
+            _write_back(step, weight)
 
-    def _multiply(self, whitened: list[_Whitened], tensors: list[list[Tensor]], matrices: list[Tensor]) -> None:
-        """Multiply weight-shaped (and bias-shaped) ``tensors`` of every layer by ``matrices``, chunk by chunk."""
-        batches: dict[tuple[torch.device, torch.dtype, torch.dtype, int], list[int]] = {}
-        for i, (w, matrix) in enumerate(zip(whitened, matrices, strict=True)):
-            chunk = self.chunk_of(w.step.units)
-            batches.setdefault((matrix.device, matrix.dtype, w.step.grad.dtype, chunk), []).append(i)
-        for (_, _, dtype, chunk), some in batches.items():
-            # The division depends on the dtype of the gradient, whatever the dtype of the tensors here.
-            group = ops.default_group(dtype, chunk) if self.options.group is None else min(self.options.group, chunk)
-            ops.foreach_apply_(
-                [tensors[i][0] for i in some],
-                [matrices[i] for i in some],
-                torch.cat([whitened[i].info for i in some]),
-                bias_grads=[tensors[i][1] if len(tensors[i]) > 1 else None for i in some],
-                chunk=chunk,
-                group=group,
-                seed=self.options.seed,
-                step=self.division_step,
-                layers=[whitened[i].step.layer.index for i in some],
-                triangular=True,
-            )
+    def _map_back_over_ranks(self, whitened: _Whitened) -> None:
+        """The same where ranks hold parts of the weights: the norms are those of all parts."""
+        steps, launch = whitened.steps, whitened.launch
+        weights, biases = [_weight_of(step) for step in steps], [_bias_of(steps[i]) for i in launch.biases]
+        # Of a layer whose units are dealt to ranks the rows of the displacement are gathered, and dealt again.
+        exchanged = {i for i, step in enumerate(steps) if weights[i].shape != step.grad.shape}
+        rows, rows_before = list(weights), list(whitened.weights)
+        for i in exchanged:
+            rows[i] = _rows_of(steps[i], weights[i] - whitened.weights[i])
+            rows_before[i] = torch.zeros_like(rows[i])
+        squares = foreach_unwhiten_(
+            rows,
+            biases,
+            rows_before,
+            whitened.biases,
+            whitened.factors,
+            whitened.info,
+            whitened.has_gradient,
+            launch,
+            keep_norm=self._keeps_norm,
+            finish=False,
+        )
+        squares = torch.stack(sum_over_shards([step.weight for step in steps], list(squares.unbind())))
+        scales = torch.ones_like(squares[:, 0])
+        if self._keeps_norm:
+            ratio = (squares[:, 0] / squares[:, 1]).sqrt()
+            scales = torch.where((squares[:, 1] > 0) & ratio.isfinite(), ratio, scales)
+        moved = whitened.has_gradient > 0
+
+        def finish(i: int, now: Tensor, move: Tensor, before: Tensor) -> None:
+            new = before + (move * scales[i].to(move.dtype)).to(before.dtype)
+            now.copy_(torch.where(moved[i], new, now))
+
+        for i, (step, weight, before) in enumerate(zip(steps, weights, whitened.weights, strict=True)):
+            finish(i, weight, _units_of(step, rows[i]) if i in exchanged else weight, before)
+            _write_back(step, weight)
+        for i, bias, before in zip(launch.biases, biases, whitened.biases, strict=True):
+            finish(i, bias, bias, before)
 
 
-def _bias(step: LayerStep, module: nn.Module) -> Tensor:
+def _module(step: LayerStep) -> nn.Module:
+    module = step.layer.module()
+    assert module is not None
+    return module
+
+
+def _weight_of(step: LayerStep) -> Tensor:
+    """What this rank holds of the weight, in the shape of its gradient; a copy where the layer's type says so."""
+    return step.layer.kind.local_view(_module(step), step.weight.detach())
+
+
+def _write_back(step: LayerStep, weight: Tensor) -> None:
+    module = _module(step)
+    if step.layer.kind.copies(module):
+        step.layer.kind.write_back(module, weight, step.weight.detach())
+
+
+def _bias_parameter(step: LayerStep) -> Tensor:
     assert step.layer.kind.bias is not None
-    bias = module._parameters[step.layer.kind.bias]
+    bias = _module(step)._parameters[step.layer.kind.bias]
     assert bias is not None
     return bias
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+def _bias_of(step: LayerStep) -> Tensor:
+    return step.layer.kind.local_bias_view(_bias_parameter(step).detach())
 
 
-def _unwhitening(factor: Tensor) -> Tensor:
-    """``L`` from ``L^-1``; the identity where padding and chunks that were given up have zeros."""
+def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(values)
+
+
+def _rows_of(step: LayerStep, part: Tensor) -> Tensor:
+    """A part of the weight as the whole rows that the gradient of this rank has."""
+    if part.shape == step.grad.shape:
+        return part
+    view = cast("DTensor", step.layer.kind.view(_module(step), step.weight.detach()))
+    return redistributed(part, view, view.placements, row_placements(view))
+
+
+def _units_of(step: LayerStep, rows: Tensor) -> Tensor:
+    """The opposite of :func:`_rows_of`."""
+    view = cast("DTensor", step.layer.kind.view(_module(step), step.weight.detach()))
+    return redistributed(rows, view, row_placements(view), view.placements)
+
+
+def _inverse_of_lower(factor: Tensor) -> Tensor:
+    """Of padding and chunks that were given up, which are zero, the identity."""
     eye = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     diagonal = (factor.diagonal(dim1=1, dim2=2) == 0).to(factor.dtype)
-    factor = factor + torch.diag_embed(diagonal)
-    result: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    result: Tensor = torch.linalg.solve_triangular(factor + torch.diag_embed(diagonal), eye, upper=False)
     return result.contiguous()

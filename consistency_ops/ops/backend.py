@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import reference
 from .._ops import add_op_namespace_prefix, ops
-from . import portable, portable_capture, portable_elementwise, portable_memory
+from . import portable, portable_capture, portable_elementwise, portable_memory, portable_whitening
 from .checks import MAX_CHUNK, shown
 from .library import build_config
 from .registration import NAMESPACE, PORTABLE_NAMESPACE, portable_ops
@@ -47,6 +47,9 @@ PORTABLE: dict[str, Callable[..., Any]] = {
         portable.foreach_inverse,
         portable.foreach_apply_,
         portable.foreach_correct_,
+        portable_whitening.foreach_whiten_,
+        portable_whitening.foreach_whiten_by_,
+        portable_whitening.foreach_unwhiten_,
         portable_capture.capture_rows_,
         portable_capture.capture_mark_,
         portable_elementwise.modulus,

@@ -256,7 +256,7 @@ def _factor(matrices: Tensor, damping: float, on_host: bool) -> tuple[Tensor, Te
 def _inverse_factor(factor: Tensor) -> Tensor:
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    return result
+    return result.contiguous()
 
 
 def _inverse(factor: Tensor, info: Tensor, on_host: bool) -> Tensor:

@@ -137,6 +137,27 @@ def _by_reference(grads: list[Tensor], biases: list[Tensor], inputs: list[Tensor
     return [torch.cat(infos), torch.cat(useds).float(), *corrected, *corrected_biases]
 
 
+def _whitening(x: Tensor, g: Tensor, b: Tensor, wide: Tensor, wide_g: Tensor) -> Iterator[Problem]:
+    """Two layers, one with a bias, in whitened coordinates: with an average, by stored factors, and back."""
+    shape = [0], [0, 1], [8, 8]  # the layer with a bias, the numbers of the layers, their groups
+    seen = [_random(200, 70, seed=20), _random(300, 300, seed=21)]
+    counts = [torch.tensor([len(x)]), torch.tensor([len(wide)])]
+    of_rows = [0, 1], [0, 1], [8, 8], [1, 1], [70, 300], [True, False], 64, 512, 7, 0
+    averages = PORTABLE["foreach_covariance"](seen, [], counts, [], *of_rows)
+    weights = [torch.full((1,), 0.4), torch.full((1,), 0.4)]
+    options = 0.3, True, 0.9, 64, 512, 7, 0
+    factors = [torch.zeros_like(average) for average in averages]
+    arguments = [g, wide_g], [b], [x, wide], counts, averages, weights, factors, *shape, *options
+    yield Problem("an average", "foreach_whiten_", arguments)
+    inverses, info, _ = PORTABLE["foreach_inverse"](averages, [71, 300], 0.3, True, 64, True)
+    yield Problem("stored factors", "foreach_whiten_by_", ([g, wide_g], [b], inverses, info, *shape, 64, 7, 0))
+    before = [_random(24, 70, seed=22), _random(40, 300, seed=23)], [_random(24, seed=24)]
+    after = [w + 0.1 * d for w, d in zip(before[0], [g, wide_g], strict=True)], [before[1][0] + 0.1 * b]
+    moved = torch.tensor([1, 1], dtype=torch.int32)
+    rest = inverses, info, moved, *shape, True, True, 64, 7, 0
+    yield Problem("a step", "foreach_unwhiten_", (*after, *before, *rest))
+
+
 def problems() -> Iterator[Problem]:
     """All problems, their tensors on the CPU; the same ones on every machine."""
     x, g, b = _random(200, 70, seed=1), _random(24, 70, seed=2), _random(24, seed=3)
@@ -196,6 +217,7 @@ def problems() -> Iterator[Problem]:
     )
     inverses, info, _ = PORTABLE["foreach_inverse"](covariance, [300], 0.3, True, 64)
     yield Problem("chunks of 60", "foreach_apply_", ([wide_g], [], inverses, info, [], [], [], [0], [8], 64, 7, 3))
+    yield from _whitening(x, g, b, wide, wide_g)
     special = torch.tensor([0.0, -0.0, 1.5, -1.5, math.inf, -math.inf])
     values = torch.cat([special, _random(1000, seed=10)])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

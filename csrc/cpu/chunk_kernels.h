@@ -25,6 +25,8 @@ constexpr int kTileRows = 4;
 constexpr int kFewPanels = 4;
 constexpr int kMaxTileRows = 16;
 
+enum class MatrixKind : int8_t { kSymmetric, kGeneral, kLower, kUpper };
+
 template <typename T>
 struct ChunkKernels {
   // C (+)= P^T P on the upper blocks, of a chunk of `size` units.  p: panels of `pitch` rows, the first `rows` of which
@@ -39,10 +41,11 @@ struct ChunkKernels {
   // inverse = (U^T U)^-1, all blocks; w: scratch of the same size.
   void (*invert)(const T* u, const T* inverse_diagonal, int panels, T* w, T* inverse);
   // out[rows x size] = g[rows x size] * matrix, padded with zeros; rows <= kMaxTileRows.  Rows of `out` are kTilePitch
-  // apart, those of `g` likewise, or, `by_unit`, g[unit * kMaxTileRows + row].  A `symmetric` matrix may be read by its
-  // rows, which is faster where the last panel has few units.
+  // apart, those of `g` likewise, or, `by_unit`, g[unit * kMaxTileRows + row].  A symmetric matrix may be read by its
+  // rows, which is faster where the last panel has few units; of a triangular one only the blocks that are not zero.
   // Returns a mask of the rows with a result that is NaN or of larger magnitude than `limit`.
-  uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* matrix, bool symmetric, int64_t size, T limit, T* out);
+  uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* matrix, MatrixKind kind, int64_t size, T limit,
+                    T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };
@@ -70,6 +73,16 @@ struct GatherKernels {
   // Back into G, without the rows whose bit in `skip` is set.
   void (*store_tile)(const T* tile, uint32_t skip, void* g, const int64_t* row_offset, int rows, int64_t unit_stride,
                      const Run* runs, int64_t count);
+  // The five below take `count` elements, `stride` apart, of G and of another tensor of its type and strides.
+  // g <- g - before; returns the sum of the squares of what g is then.
+  double (*subtract)(void* g, int64_t stride, const void* before, int64_t count);
+  double (*sum_of_squares)(const void* g, int64_t stride, int64_t count);
+  // g <- before + scale * g.
+  void (*add_scaled)(void* g, int64_t stride, const void* before, int64_t count, T scale);
+  bool (*any_nonzero)(const void* g, int64_t stride, int64_t count);  // NaN is not zero
+  bool (*all_finite)(const void* g, int64_t stride, int64_t count);
+  // to[16 r + u] = from[u * stride + r] for r, u < 16.
+  void (*transpose_block)(const void* from, int64_t stride, T* to);
 };
 
 template <typename T>

@@ -406,32 +406,35 @@ struct Kernels {
     largest = kept;
   }
 
+  // Panels of a triangular matrix begin, or end, with blocks of zeros, which are left out.
   template <int kRowStride, int kStepStride>
-  static void multiply_panels(const T* g, int rows, const T* inverse, int panels, int64_t height, int64_t steps, T* out,
-                              VectorOfBits& largest) {
+  static void multiply_panels(const T* g, int rows, const T* inverse, MatrixKind kind, int panels, int64_t height,
+                              int64_t steps, T* out, VectorOfBits& largest) {
     constexpr int kPair = 2 * 4 * kVectors <= kRegisters ? 2 : 1;
+    auto multiply_some = [&](auto count, int j) __attribute__((always_inline)) {
+      const int64_t first = kind == MatrixKind::kLower ? int64_t{kPanel} * j : 0;
+      const int64_t end = int64_t{kPanel} * (j + count.value);
+      const int64_t last = kind == MatrixKind::kUpper && end < steps ? end : steps;
+      multiply_rows<count.value, kRowStride, kStepStride>(g + first * kStepStride, rows,
+                                                          inverse + (j * height + first) * kPanel, height, last - first,
+                                                          out + j * kPanel, largest);
+    };
     int j = 0;
-    for (; j + kPair <= panels; j += kPair) {
-      multiply_rows<kPair, kRowStride, kStepStride>(g, rows, inverse + j * height * kPanel, height, steps,
-                                                    out + j * kPanel, largest);
-    }
-    if (kPair > 1 && j < panels) {
-      multiply_rows<1, kRowStride, kStepStride>(g, rows, inverse + j * height * kPanel, height, steps, out + j * kPanel,
-                                                largest);
-    }
+    for (; j + kPair <= panels; j += kPair) multiply_some(Count<kPair>{}, j);
+    if (kPair > 1 && j < panels) multiply_some(Count<1>{}, j);
   }
 
-  static uint32_t apply(const T* g, bool by_unit, int rows, const T* matrix, bool symmetric, int64_t size, T limit,
+  static uint32_t apply(const T* g, bool by_unit, int rows, const T* matrix, MatrixKind kind, int64_t size, T limit,
                         T* out) {
     const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
     const int tail = static_cast<int>(size - int64_t{kPanel} * (panels - 1));
     const int64_t height = int64_t{kPanel} * panels;
-    const bool by_column = (symmetric || by_unit) && tail <= kFewLanes && panels > 1;
+    const bool by_column = (kind == MatrixKind::kSymmetric || by_unit) && tail <= kFewLanes && panels > 1;
     VectorOfBits largest{};
     if (by_unit) {
-      multiply_panels<1, kMaxTileRows>(g, rows, matrix, panels - by_column, height, size, out, largest);
+      multiply_panels<1, kMaxTileRows>(g, rows, matrix, kind, panels - by_column, height, size, out, largest);
     } else {
-      multiply_panels<kTilePitch, 1>(g, rows, matrix, panels - by_column, height, size, out, largest);
+      multiply_panels<kTilePitch, 1>(g, rows, matrix, kind, panels - by_column, height, size, out, largest);
     }
     if (by_column) {
       T* last = out + height - kPanel;

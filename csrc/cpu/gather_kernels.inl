@@ -266,5 +266,92 @@ struct Gather {
     }
   }
 
-  static constexpr GatherKernels<T> table() { return {pack, load_tile, store_tile}; }
+  // Sixteen sums side by side, in an order that nothing but `count` decides.
+  template <typename Element>
+  static inline __attribute__((always_inline)) double sum_up(int64_t count, Element element) {
+    constexpr int kSums = 16;
+    double sums[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums <= count; i += kSums) {
+      for (int j = 0; j < kSums; ++j) {
+        const double x = element(i + j);
+        sums[j] += x * x;
+      }
+    }
+    for (; i < count; ++i) {
+      const double x = element(i);
+      sums[0] += x * x;
+    }
+    double total = 0;
+    for (double sum : sums) total += sum;
+    return total;
+  }
+
+  static double subtract(void* g, int64_t stride, const void* before, int64_t count) {
+    S* to = static_cast<S*>(g);
+    const S* from = static_cast<const S*>(before);
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) to[i] = narrow<S>(static_cast<T>(widen(to[i]) - widen(from[i])));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        to[i * stride] = narrow<S>(static_cast<T>(widen(to[i * stride]) - widen(from[i * stride])));
+      }
+    }
+    return sum_of_squares(g, stride, count);
+  }
+
+  static double sum_of_squares(const void* g, int64_t stride, int64_t count) {
+    const S* from = static_cast<const S*>(g);
+    if (stride == 1) return sum_up(count, [from](int64_t i) { return static_cast<double>(widen(from[i])); });
+    return sum_up(count, [from, stride](int64_t i) { return static_cast<double>(widen(from[i * stride])); });
+  }
+
+  static void add_scaled(void* g, int64_t stride, const void* before, int64_t count, T scale) {
+    S* to = static_cast<S*>(g);
+    const S* from = static_cast<const S*>(before);
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) to[i] = narrow<S>(static_cast<T>(widen(from[i]) + scale * widen(to[i])));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        S& at = to[i * stride];
+        at = narrow<S>(static_cast<T>(widen(from[i * stride]) + scale * widen(at)));
+      }
+    }
+  }
+
+  static bool any_nonzero(const void* g, int64_t stride, int64_t count) {
+    const S* from = static_cast<const S*>(g);
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(widen(from[i * stride]) == 0)) return true;
+    }
+    return false;
+  }
+
+  static bool all_finite(const void* g, int64_t stride, int64_t count) {
+    constexpr int kSums = 16;
+    const S* from = static_cast<const S*>(g);
+    T sums[kSums] = {};  // of zeros and NaN
+    int64_t i = 0;
+    for (; stride == 1 && i + kSums <= count; i += kSums) {
+      for (int j = 0; j < kSums; ++j) {
+        const T x = widen(from[i + j]);
+        sums[j] += x - x;
+      }
+    }
+    for (; i < count; ++i) {
+      const T x = widen(from[i * stride]);
+      sums[0] += x - x;
+    }
+    for (int j = 1; j < kSums; ++j) sums[0] += sums[j];
+    return sums[0] == 0;
+  }
+
+  static void transpose_block(const void* from, int64_t stride, T* to) {
+    transpose_in(static_cast<const S*>(from), stride, kPanel, kPanel, to, kPanel);
+  }
+
+  static constexpr GatherKernels<T> table() {
+    return {pack,       load_tile,   store_tile, subtract,       sum_of_squares,
+            add_scaled, any_nonzero, all_finite, transpose_block};
+  }
 };

@@ -77,7 +77,8 @@ int64_t covariance_work(const LayerPlan& layer) {
 
 }  // namespace
 
-Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads) {
+Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
+               bool without_rows) {
   Plan plan;
   plan.layers.resize(count);
   const int64_t element = options.float64 ? 8 : 4;
@@ -109,7 +110,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     LayerPlan& at = plan.layers[l];
     if (at.active && (options.stages & kStageCovariance)) {
       at.sample = sample_rows(row_count(layer), options.max_rows, options.seed, options.step, layer.layer);
-      at.active = at.sample.count > 0;
+      at.active = at.sample.count > 0 || without_rows;
     }
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));

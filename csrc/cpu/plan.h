@@ -83,7 +83,9 @@ struct Plan {
   int64_t table_bytes = 0;        // memory of the divisions
 };
 
-Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads);
+// `without_rows`: layers of which there are no rows are worked on, too.
+Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
+               bool without_rows = false);
 
 // Bytes of the workspace of one thread, each part rounded up to a cache line.
 int64_t thread_bytes(const Plan& plan, int64_t element);

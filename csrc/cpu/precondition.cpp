@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -26,8 +27,10 @@
 #include <type_traits>
 
 #include "consistency_ops/damping.h"
+#include "consistency_ops/whitening.h"
 #include "cpu/plan.h"
 #include "cpu/strided.h"
+#include "cpu/whitening.h"
 
 namespace consistency_ops {
 
@@ -56,10 +59,19 @@ struct DiagonalSum {
   int64_t count = 0;
 };
 
+// Of a displacement, as the optimizer made it and as it was mapped.
+struct Squares {
+  double before = 0, after = 0;
+};
+
 struct LayerState {
   std::atomic<int32_t> done[3] = {};   // tasks finished, by phase
   std::vector<DiagonalSum> diagonals;  // by chunk
   std::vector<int32_t> info;
+  // Of whitening.
+  std::atomic<bool> finite{true};  // whether the gradient and the covariance are
+  std::vector<double> averaged;    // by chunk, the diagonal's sum in the average so far
+  std::vector<Squares> squares;    // by block of outputs
 };
 
 template <typename T>
@@ -71,9 +83,17 @@ struct Scratch {
 template <typename T>
 class Launch {
  public:
+  // whitened: null for the correction.  unwhitens: G is a weight that an optimizer has moved.
   Launch(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan, char* workspace,
-         int32_t threads)
-      : layers_(layers), options_(options), plan_(plan), states_(plan.layers.size()), scratch_(threads) {
+         int32_t threads, const WhitenedLayer* whitened, double decay, bool unwhitens, const char* finite)
+      : layers_(layers),
+        options_(options),
+        plan_(plan),
+        states_(plan.layers.size()),
+        scratch_(threads),
+        whitened_(whitened),
+        decay_(decay),
+        unwhitens_(unwhitens) {
     storage_ = reinterpret_cast<T*>(workspace);
     char* at = workspace + aligned(plan.storage_elements * sizeof(T));
     auto take = [&at](int64_t bytes) {
@@ -94,8 +114,25 @@ class Launch {
     for (size_t l = 0; l < states_.size(); ++l) {
       states_[l].diagonals.resize(plan.layers[l].chunks.size());
       states_[l].info.assign(plan.layers[l].chunks.size(), 0);
+      if (whitened == nullptr) continue;
+      states_[l].averaged.resize(plan.layers[l].chunks.size());
+      if (finite != nullptr) states_[l].finite = finite[l] != 0;
+      if (unwhitens) states_[l].squares.resize(layers[l].outputs / plan.layers[l].outputs_per_block + 1);
     }
   }
+
+  // Of all outputs of a layer, in their order.
+  Squares squares(int64_t layer) const {
+    Squares sum;
+    for (const Squares& block : states_[layer].squares) {
+      sum.before += block.before;
+      sum.after += block.after;
+    }
+    return sum;
+  }
+
+  // Whether this step's covariance has entered the average.
+  bool entered(int64_t layer) const { return plan_.layers[layer].sample.count > 0 && states_[layer].finite; }
 
   // Takes tickets until none is left.
   void work(int64_t thread) {
@@ -148,7 +185,12 @@ class Launch {
       }
     } else {
       for (int64_t c = task.begin; c < task.end; ++c) {
-        from_dense(static_cast<const T*>(layer.inverse), c, plan.chunks[c], 1);
+        const T* dense = static_cast<const T*>(layer.inverse);
+        if (whitened_ != nullptr && !unwhitens_) {
+          from_dense_transposed(dense, c, plan.chunks[c]);
+        } else {
+          from_dense(dense, c, plan.chunks[c], 1);
+        }
       }
       return;
     }
@@ -156,13 +198,14 @@ class Launch {
       const ChunkPlan& chunk = plan.chunks[c];
       const T* matrix = storage_ + chunk.storage;
       DiagonalSum diagonal;
-      for (int64_t k = 0; k < chunk.size; ++k) {
+      for (int64_t k = 0; k < chunk.size && (!computed || plan.sample.count > 0); ++k) {
         const T moment = matrix[diagonal_index(chunk, k)];
         if (moment - moment != 0) continue;  // NaN or Inf
         diagonal.sum += moment;
         ++diagonal.count;
       }
       states_[task.layer].diagonals[c] = diagonal;
+      if (whitened_ != nullptr) look_at_average(task.layer, c, diagonal);
       if (computed && layer.covariance != nullptr) {
         to_dense(c, chunk, T(1) / static_cast<T>(plan.sample.count), static_cast<T*>(layer.covariance));
       }
@@ -242,6 +285,56 @@ class Launch {
     }
   }
 
+  void look_at_average(int64_t l, int64_t c, const DiagonalSum& diagonal) {
+    LayerState& state = states_[l];
+    const ChunkPlan& chunk = plan_.layers[l].chunks[c];
+    if (diagonal.count != chunk.size) state.finite.store(false, std::memory_order_relaxed);
+    if (whitened_[l].average == nullptr) return;
+    const int64_t width = options_.chunk;
+    const T* average = static_cast<const T*>(whitened_[l].average) + c * width * width;
+    double sum = 0;
+    for (int64_t k = 0; k < chunk.size; ++k) sum += average[k * width + k];
+    state.averaged[c] = sum;
+  }
+
+  // Adds a chunk's covariance to the running sum and puts the average in its place.  Returns the mean of the layer's
+  // average diagonal; 0 before anything has entered.  The weight is updated when all chunks are done.
+  double average(int64_t l, int64_t c) {
+    const LayerPlan& plan = plan_.layers[l];
+    const ChunkPlan& chunk = plan.chunks[c];
+    const WhitenedLayer& of = whitened_[l];
+    const bool enters = entered(l);
+    const double mean = enters ? (1 - decay_) / static_cast<double>(plan.sample.count) : 0;
+    const double old_weight = *static_cast<const T*>(of.average_weight);
+    const double weight = enters ? decay_ * old_weight + (1 - decay_) : old_weight;
+    if (!(weight > 0)) return 0;
+    const double kept = enters ? decay_ : 1;
+    double sum = 0;
+    for (size_t i = 0; i < plan.chunks.size(); ++i) {
+      sum += kept * states_[l].averaged[i];
+      if (enters) sum += mean * states_[l].diagonals[i].sum;
+    }
+    const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
+    const T a = static_cast<T>(kept), b = static_cast<T>(mean), inverse_weight = static_cast<T>(1 / weight);
+    T* stored = static_cast<T*>(of.average) + c * width * width;
+    for (int64_t i = 0; i < chunk.size; ++i) {
+      for (int64_t first = i / kPanel * kPanel; first < chunk.size; first += kPanel) {
+        T* row = storage_ + chunk.storage + first * height + i * kPanel;
+        const int64_t lanes = std::min<int64_t>(kPanel, chunk.size - first);
+        for (int64_t j = 0; j < lanes; ++j) {
+          T total = a * stored[i * width + first + j];
+          if (enters) total += b * row[j];
+          stored[i * width + first + j] = total;
+          row[j] = total * inverse_weight;
+        }
+      }
+    }
+    for (int64_t i = 1; i < chunk.size; ++i) {
+      for (int64_t j = 0; j < i; ++j) stored[i * width + j] = stored[j * width + i];
+    }
+    return sum / weight / static_cast<double>(plan.units);
+  }
+
   // factor
 
   // What a chunk's stored matrix is multiplied by before the damping is added: 1 / n, and 1 / tau with trace scaling.
@@ -257,6 +350,12 @@ class Launch {
     return mean / trace_scale(total.sum, total.count, mean);
   }
 
+  // Whether there have been rows to factor, in this step or in the average.
+  bool seen(int64_t l) const {
+    if (whitened_[l].average == nullptr) return plan_.layers[l].sample.count > 0;
+    return entered(l) || *static_cast<const T*>(whitened_[l].average_weight) > 0;
+  }
+
   void factor(const Task& task, const Scratch<T>& s) {
     const PreconditionLayer& layer = layers_[task.layer];
     const LayerPlan& plan = plan_.layers[task.layer];
@@ -270,10 +369,22 @@ class Launch {
     const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
     T* matrix = storage_ + chunk.storage;
     const int64_t height = int64_t{chunk.panels} * kPanel, elements = height * height;
-    const T scale = static_cast<T>(multiplier(task));
+    double multiplied = 1;
     double damping = options_.damping;
-    int info = 0;
-    for (int failed = 0; failed < kMaxTries; ++failed) {
+    int info = 0, tries = kMaxTries;
+    if (whitened_ == nullptr || whitened_[task.layer].average == nullptr) {
+      if (plan.sample.count > 0 || !(options_.stages & kStageCovariance)) multiplied = multiplier(task);
+    } else {
+      const double tau = average(task.layer, c);
+      if (options_.trace_scaling) multiplied = 1 / trace_scale(tau, 1, 1.0);
+    }
+    if (whitened_ != nullptr && !seen(task.layer)) {  // given up, as a matrix of NaN
+      info = 1;
+      tries = 0;
+      damping = damping_of_try<double>(options_.damping, kMaxTries - 1);
+    }
+    const T scale = static_cast<T>(multiplied);
+    for (int failed = 0; failed < tries; ++failed) {
       damping = damping_of_try<double>(options_.damping, failed);
       for (int64_t j = 0; j < height; j += kPanel) {  // the upper blocks, a panel at a time
         const int64_t begin = j * height, end = begin + (j + kPanel) * kPanel;
@@ -304,15 +415,73 @@ class Launch {
         to_dense(c, chunk, T(1), static_cast<T*>(layer.inverse));
       }
     }
+    // What is applied is the transpose of what is kept.
+    if (whitened_ != nullptr && info == 0) transpose(chunk);
+  }
+
+  // Of a lower triangular matrix.
+  void transpose(const ChunkPlan& chunk) {
+    const int64_t height = int64_t{chunk.panels} * kPanel;
+    T* matrix = storage_ + chunk.storage;
+    for (int64_t j = 0; j < chunk.panels; ++j) {
+      for (int64_t i = 0; i <= j; ++i) {
+        T* upper = matrix + (j * height + i * kPanel) * kPanel;
+        T* lower = matrix + (i * height + j * kPanel) * kPanel;
+        T block[kBlock];
+        std::copy_n(lower, kBlock, block);
+        std::fill(lower, lower + kBlock, T(0));
+        own_type().transpose_block(block, kPanel, upper);
+      }
+    }
+  }
+
+  // As from_dense, the transpose of a lower triangular matrix.
+  void from_dense_transposed(const T* dense, int64_t c, const ChunkPlan& chunk) {
+    const int64_t width = options_.chunk, height = int64_t{chunk.panels} * kPanel;
+    const T* in = dense + c * width * width;
+    for (int64_t j = 0; j < chunk.panels; ++j) {
+      T* panel = storage_ + chunk.storage + j * height * kPanel;
+      const int64_t columns = std::min<int64_t>(kPanel, chunk.size - j * kPanel);
+      for (int64_t i = 0; i <= j; ++i) {
+        const T* from = in + j * kPanel * width + i * kPanel;
+        T* to = panel + i * kBlock;
+        if (columns == kPanel) {
+          own_type().transpose_block(from, width, to);
+          continue;
+        }
+        const int64_t rows = std::min<int64_t>(kPanel, chunk.size - i * kPanel);
+        for (int64_t r = 0; r < kPanel; ++r) {
+          for (int64_t k = 0; k < kPanel; ++k) {
+            const bool inside = r < rows && k < columns;
+            to[r * kPanel + k] = inside ? from[k * width + r] : T(r == k && i == j ? 1 : 0);
+          }
+        }
+      }
+      std::fill(panel + (j + 1) * kBlock, panel + chunk.panels * kBlock, T(0));
+    }
+  }
+
+  static const GatherKernels<T>& own_type() {
+    return isa_kernels<T>().gather[static_cast<int>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)];
   }
 
   // apply
 
   void apply(const Task& task, const Scratch<T>& s) {
     const int64_t outputs = plan_.layers[task.layer].outputs_per_block;
+    if (unwhitens_ && !whitened_[task.layer].moves) return;
     for (int64_t first = task.begin; first < task.end; first += outputs) {
-      apply_block(task.layer, first, std::min<int64_t>(outputs, task.end - first), first + outputs < task.end, s);
+      const int64_t here = std::min<int64_t>(outputs, task.end - first);
+      Squares* squares = unwhitens_ ? &states_[task.layer].squares[first / outputs] : nullptr;
+      if (unwhitens_) squares->before = subtract<T>(layers_[task.layer], whitened_[task.layer], first, here);
+      apply_block(task.layer, first, here, first + outputs < task.end, s);
+      if (unwhitens_) squares->after = sum_of_squares<T>(layers_[task.layer], first, here);
     }
+  }
+
+  MatrixKind kind() const {
+    if (!options_.triangular) return MatrixKind::kSymmetric;
+    return whitened_ == nullptr ? MatrixKind::kGeneral : unwhitens_ ? MatrixKind::kLower : MatrixKind::kUpper;
   }
 
   // Corrects some outputs; `more`: as many come next.
@@ -364,8 +533,8 @@ class Launch {
             for (int r = 0; r < here; ++r) bias_offset[r] = (first_output + (at + r) / taps) * layer.bias_stride;
             bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, by_unit, s.tile);
           }
-          const uint32_t bad = kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage,
-                                                   !options_.triangular, chunk.size, largest, s.product);
+          const uint32_t bad = kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage, kind(), chunk.size,
+                                                   largest, s.product);
           g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
           if (with_bias) {
             for (int r = 0; r < here; ++r) {
@@ -470,6 +639,9 @@ class Launch {
   std::vector<LayerState> states_;
   std::vector<Scratch<T>> scratch_;
   T* storage_;
+  const WhitenedLayer* whitened_;
+  double decay_;
+  bool unwhitens_;
   std::atomic<int64_t> next_{0}, finished_{0};
 };
 
@@ -526,15 +698,21 @@ int64_t work_of(const Plan& plan, const PreconditionLayer* layers) {
   return work;
 }
 
-template <typename T>
+bool is_serial(const Plan& plan, const PreconditionLayer* layers, const ThreadPool& pool) {
+  return pool.run == nullptr || pool.threads <= 1 || work_of(plan, layers) < kSerialWork;
+}
+
+// `after` is called with the launch when all of its tasks are done.
+template <typename T, typename After>
 Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan,
-           const ThreadPool& pool) {
-  const bool serial = pool.run == nullptr || pool.threads <= 1 || work_of(plan, layers) < kSerialWork;
+           const ThreadPool& pool, After after, const WhitenedLayer* whitened = nullptr, double decay = 0,
+           bool unwhitens = false, const char* finite = nullptr) {
+  const bool serial = is_serial(plan, layers, pool);
   const int32_t threads = serial ? 1 : pool.threads;
   const int64_t bytes = aligned(plan.storage_elements * sizeof(T)) + threads * thread_bytes(plan, sizeof(T));
   const Bytes workspace = allocate(bytes);
   if (workspace == nullptr) return Status::kOutOfMemory;
-  Launch<T> launch(layers, options, plan, workspace.get(), threads);
+  Launch<T> launch(layers, options, plan, workspace.get(), threads, whitened, decay, unwhitens, finite);
   if (serial) {
     launch.work(0);
   } else {
@@ -542,11 +720,127 @@ Status run(const PreconditionLayer* layers, const PreconditionOptions& options, 
         pool.context, threads, [](void* argument, int64_t thread) { static_cast<Launch<T>*>(argument)->work(thread); },
         &launch);
   }
+  after(launch);
   return Status::kOk;
+}
+
+template <typename T>
+Status run(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan,
+           const ThreadPool& pool) {
+  return run<T>(layers, options, plan, pool, [](const Launch<T>&) {});
+}
+
+// whitening
+
+template <typename T>
+Status whiten(const PreconditionLayer* layers, const WhitenedLayer* whitened, const std::vector<char>& finite,
+              const PreconditionOptions& options, double decay, const Plan& plan, const ThreadPool& pool) {
+  auto after = [&](const Launch<T>& launch) {
+    if (options.stages == kStageApply) return;
+    for (size_t l = 0; l < plan.layers.size(); ++l) {
+      if (whitened[l].average == nullptr || !plan.layers[l].active || !launch.entered(l)) continue;
+      T* weight = static_cast<T*>(whitened[l].average_weight);
+      *weight = static_cast<T>(decay * *weight + (1 - decay));
+    }
+  };
+  return run<T>(layers, options, plan, pool, after, whitened, decay, false, finite.data());
+}
+
+template <typename T>
+Status unwhiten(const PreconditionLayer* layers, const WhitenedLayer* whitened, const PreconditionOptions& options,
+                const WhiteningOptions& whitening, const Plan& plan, double* squares, const ThreadPool& pool) {
+  const auto count = static_cast<int64_t>(plan.layers.size());
+  std::vector<T> scale(count, T(1));
+  auto after = [&](const Launch<T>& launch) {
+    int64_t end;
+    for (int64_t l = 0; l < count; l = end) {
+      Squares sum;
+      for (end = l; end < count && (end == l || !whitened[end].first); ++end) {
+        const Squares of_group = launch.squares(end);
+        sum.before += of_group.before;
+        sum.after += of_group.after;
+      }
+      squares[2 * l] = sum.before;
+      squares[2 * l + 1] = sum.after;
+      const double ratio = std::sqrt(sum.before / sum.after);
+      if (!whitening.keep_norm || !(sum.after > 0) || !(ratio - ratio == 0)) continue;
+      std::fill(scale.begin() + l, scale.begin() + end, static_cast<T>(ratio));
+    }
+  };
+  const Status status = run<T>(layers, options, plan, pool, after, whitened, 0, true);
+  if (status != Status::kOk || !whitening.finish) return status;
+  std::atomic<int64_t> next{0};
+  auto finish = [&](int64_t) {
+    for (int64_t at = next.fetch_add(1); at < static_cast<int64_t>(plan.tasks.size()); at = next.fetch_add(1)) {
+      const Task& task = plan.tasks[at];
+      if (task.phase != Phase::kApply || !whitened[task.layer].moves) continue;
+      add_scaled<T>(layers[task.layer], whitened[task.layer], task.begin, task.end - task.begin, scale[task.layer]);
+    }
+  };
+  if (is_serial(plan, layers, pool)) {
+    finish(0);
+  } else {
+    pool.run(
+        pool.context, pool.threads,
+        [](void* argument, int64_t thread) { (*static_cast<decltype(finish)*>(argument))(thread); }, &finish);
+  }
+  return Status::kOk;
+}
+
+bool valid_whitening(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                     const PreconditionOptions& options, bool unwhitens) {
+  if (!options.triangular || (options.stages != kStageApply && (unwhitens || options.stages != kStageAll))) {
+    return false;
+  }
+  PreconditionOptions plain = options;
+  plain.triangular = false;
+  if (!valid(layers, count, plain)) return false;
+  for (int64_t l = 0; l < count; ++l) {
+    const PreconditionLayer& layer = layers[l];
+    const WhitenedLayer& of = whitened[l];
+    const bool empty = layer.units == 0 || layer.outputs == 0;
+    if (layer.same_input || (layer.inverse == nullptr && !empty)) return false;
+    if ((of.average == nullptr) != (of.average_weight == nullptr)) return false;
+    if (unwhitens && !empty && (of.before == nullptr || (layer.has_bias && of.bias_before == nullptr))) return false;
+  }
+  return true;
 }
 
 }  // namespace
 }  // namespace cpu
+
+Status whiten_cpu(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                  const PreconditionOptions& options, const WhiteningOptions& whitening, const ThreadPool& pool) {
+  if (!cpu::valid_whitening(layers, whitened, count, options, false)) return Status::kInvalidArgument;
+  if (!(whitening.decay >= 0 && whitening.decay < 1)) return Status::kInvalidArgument;
+  try {
+    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads), true);
+    std::vector<char> finite(count);
+    for (int64_t l = 0; l < count; ++l) {
+      if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
+      if (whitened[l].has_gradient != nullptr && cpu::has_gradient(layers[l])) *whitened[l].has_gradient = 1;
+      finite[l] = whitened[l].average == nullptr || cpu::is_finite(layers[l]);
+    }
+    return options.float64 ? cpu::whiten<double>(layers, whitened, finite, options, whitening.decay, plan, pool)
+                           : cpu::whiten<float>(layers, whitened, finite, options, whitening.decay, plan, pool);
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+}
+
+Status unwhiten_cpu(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                    const PreconditionOptions& options, const WhiteningOptions& whitening, double* squares,
+                    const ThreadPool& pool) {
+  if (!cpu::valid_whitening(layers, whitened, count, options, true)) return Status::kInvalidArgument;
+  try {
+    std::fill(squares, squares + 2 * count, 0.0);
+    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads));
+    return options.float64 ? cpu::unwhiten<double>(layers, whitened, options, whitening, plan, squares, pool)
+                           : cpu::unwhiten<float>(layers, whitened, options, whitening, plan, squares, pool);
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+}
 
 Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                         const ThreadPool& pool) {

@@ -521,6 +521,26 @@ def fsdp_transposed():
     return found
 
 
+TRANSPOSED_WHITEN = dict(mode="whiten", every=2)
+
+
+def single_transposed_whiten() -> list[torch.Tensor]:
+    model = _transposed()
+    optimizer = sgd(model, "adamw")
+    Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN)
+    train(model, optimizer, range(4))
+    return [p.detach() for p in model.parameters()]
+
+
+def fsdp_transposed_whiten():
+    """The displacement's units are exchanged for whole rows, too, and back."""
+    model = fully_shard(_transposed(), mesh=init_device_mesh("cpu", (4,)))
+    optimizer = sgd(model, "adamw")
+    pre = Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN)
+    train(model, optimizer, [dist.get_rank()])
+    return result(model, summary=pre.summary(), failed=pre.stats()["failed_chunks"])
+
+
 def units_in_two_dimensions():
     """Rows of the input over both dimensions of a mesh, and units of the weight."""
     mesh = init_device_mesh("cpu", (2, 2))
