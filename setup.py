@@ -30,7 +30,7 @@ from build_backend import torch_paths
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch the binary runs on
-TOOLKIT_MIN = (12, 0)  # the first with sm_90a
+TOOLKIT_MIN = (12, 1)  # the first with 32 KB of kernel parameters
 ARCHS = {"8.0": (11, 0), "9.0a": (12, 0), "10.0": (12, 8), "12.0+PTX": (12, 8)}  # and the toolkit each needs
 
 
@@ -100,7 +100,7 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
             if release >= TOOLKIT_MIN:
                 return home, release
             older = ".".join(map(str, release))
-            problem = f"the CUDA toolkit in {home} is {older}: set CUDA_HOME to one that is 12.0 or newer"
+            problem = f"the CUDA toolkit in {home} is {older}: set CUDA_HOME to one that is 12.1 or newer"
     if wanted == "1":
         fail(f"CONSISTENCY_OPS_CUDA=1, but {problem}, or set CONSISTENCY_OPS_CUDA=0 to build for the CPU only.")
     print(f"consistency_ops: building without CUDA kernels: {problem}.", file=sys.stderr)

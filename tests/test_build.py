@@ -180,7 +180,7 @@ def test_broken_nvcc(checkout, tmp_path):
 
 def test_old_toolkit(checkout, tmp_path):
     home = fake_toolkit(tmp_path / "cuda", OLD_NVCC)
-    assert_one_sentence(build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=home), "is 11.8", "12.0 or newer")
+    assert_one_sentence(build(checkout, CONSISTENCY_OPS_CUDA="1", CUDA_HOME=home), "is 11.8", "12.1 or newer")
 
 
 def test_old_toolkit_builds_for_the_cpu_and_says_so(checkout, tmp_path):

@@ -267,6 +267,23 @@ def test_without_memory_the_error_says_how_much_is_needed():
     assert "a smaller chunk" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: co.modulus(x.expand(1 << 46)),
+        lambda x: co.modulus(x.requires_grad_().expand(1 << 46)),
+        lambda x: co.batch_rms_norm(x.expand(1 << 42, 4), torch.zeros(4), training=True),
+        lambda x: co.linalg.spd_inverse_ex(x.expand(1 << 30, 100, 100)),
+        lambda x: co.linalg.spd_solve_ex(torch.eye(9), x.expand(9, 1 << 42)),
+        lambda x: co.chunked_covariance(x.expand(2, 1 << 40), chunk=128),
+    ],
+)
+def test_an_allocation_that_fails_is_told_in_the_allocators_words(call):
+    """Not as "API call failed at": accelerate and Lightning look for torch's text."""
+    with pytest.raises(RuntimeError, match="can't allocate memory|out of memory"):
+        call(torch.ones(1))
+
+
 def test_the_kernels_without_memory_raise_what_batch_size_finders_know(monkeypatch):
     from consistency_ops.ops import backend
 

@@ -114,7 +114,7 @@ Tensor denominator_training(Tensor x, Tensor running_ms, std::optional<Tensor> n
   if (x.numel() > 0) {
     ChannelView same;
     if (!channel_views(x, x, params.view, same)) {
-      x = torch::stable::contiguous(x);
+      x = contiguous_copy(x);
       channel_views(x, x, params.view, same);
     }
     params.x = x.const_data_ptr();
@@ -136,7 +136,7 @@ Tensor divide(Tensor x, Tensor denominator) {
   Tensor y = empty_like_of(x);
   ChannelDivideParams params{};
   if (!channel_views(x, y, params.x_view, params.y_view)) {
-    x = torch::stable::contiguous(x);
+    x = contiguous_copy(x);
     y = empty_like_of(x);
     channel_views(x, y, params.x_view, params.y_view);
   }

@@ -81,7 +81,7 @@ void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t u
   p.in_backward = in_backward;
   Tensor source = x;
   if (!describe_rows(source, unit_dim, p)) {
-    source = torch::stable::contiguous(x);
+    source = consistency_ops::bindings::contiguous_copy(x);
     describe_rows(source, unit_dim, p);  // at most one dimension on each side of unit_dim
   }
   const Status status = run_capture(p, rows);

@@ -18,7 +18,7 @@ using Ints = std::vector<int64_t>;
 
 inline void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int64_t first_unit, const char* op) {
   if (!collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride)) {
-    x = torch::stable::contiguous(x);
+    x = contiguous_copy(x);
     STD_TORCH_CHECK(collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride), op,
                     ": inputs have too many dimensions");
   }

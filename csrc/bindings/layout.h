@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/allocation.h"
+
 namespace consistency_ops::bindings {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -18,18 +20,23 @@ using torch::stable::Tensor;
 inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
                             torch::headeronly::ScalarType dtype) {
   int32_t device_type;
-  AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
-  return Tensor(handle);
+  int64_t bytes = element_bytes(dtype);
+  for (int64_t size : sizes) bytes *= size;
+  return allocating(like, bytes, [&] {
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                                 like.get_device_index(), &handle));
+    return Tensor(handle);
+  });
 }
 
 // torch::stable::empty_like, without the dispatcher for the common case.
 inline Tensor empty_like_of(const Tensor& x) {
-  return x.is_contiguous() ? empty_strided(x, x.sizes(), x.strides(), x.scalar_type()) : torch::stable::empty_like(x);
+  if (x.is_contiguous()) return empty_strided(x, x.sizes(), x.strides(), x.scalar_type());
+  return allocating(x, x.numel() * element_bytes(x.scalar_type()), [&] { return torch::stable::empty_like(x); });
 }
 
 inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes,

@@ -31,7 +31,7 @@ int64_t batch_stride(Tensor& matrices) {
   };
   int64_t stride = 0;
   if (!stride_of(matrices, stride)) {
-    matrices = torch::stable::contiguous(matrices);
+    matrices = contiguous_copy(matrices);
     stride_of(matrices, stride);
   }
   return stride;

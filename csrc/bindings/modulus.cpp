@@ -50,7 +50,10 @@ ScalarType part_type(const Tensor& x) {
 }
 
 // x, or a copy of it that fills its memory.
-Tensor dense(const Tensor& x, const Tensor& like_x) { return same_layout(x, like_x) ? x : torch::stable::clone(x); }
+Tensor dense(const Tensor& x, const Tensor& like_x) {
+  if (same_layout(x, like_x)) return x;
+  return allocating(x, x.numel() * element_bytes(x.scalar_type()), [&] { return torch::stable::clone(x); });
+}
 
 void real_modulus(const Tensor& x, Tensor& y, Tensor* signs, int64_t rows) {
   ModulusParams params{};

@@ -47,7 +47,7 @@ Status run_cuda(const std::vector<PreconditionLayer>& layers, const Precondition
   const auto count = static_cast<int64_t>(layers.size());
   const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
   const CudaScope scope(on);
-  Tensor workspace = torch::stable::new_empty(on, {bytes}, ScalarType::Byte);
+  Tensor workspace = empty_contiguous(on, {bytes}, ScalarType::Byte);
   if (bytes > 0) tuning.counters = scope.counters();
   if (bytes > 0 && tuning.counters < 0) {
     // On the stream, so also at every replay of a graph, whose memory pool other operators may have written to.
@@ -81,8 +81,8 @@ void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOpti
 std::tuple<Tensor, Tensor> launch_reporting(std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
                                             const Tensor& on, const char* op, bool tf32 = false) {
   const int64_t chunks = total_chunks(layers, options);
-  Tensor info = torch::stable::new_empty(on, {chunks}, ScalarType::Int);
-  Tensor used = torch::stable::new_empty(on, {chunks}, ScalarType::Float);
+  Tensor info = empty_contiguous(on, {chunks}, ScalarType::Int);
+  Tensor used = empty_contiguous(on, {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
   launch(layers, options, on, op, tf32);
   return {info, used};
@@ -161,8 +161,9 @@ Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Te
                     op, ": inputs must have a multiple of ", units[l], " units");
     const int64_t conv_groups = x.size(unit_dims[l]) / units[l];
     const int64_t chunks = (units[l] + (with_bias[l] ? 1 : 0) + chunk - 1) / chunk;
-    covariances.push_back(torch::stable::new_zeros(x, {conv_groups * chunks, chunk, chunk},
-                                                   options.float64 ? ScalarType::Double : ScalarType::Float));
+    covariances.push_back(empty_contiguous(x, {conv_groups * chunks, chunk, chunk},
+                                           options.float64 ? ScalarType::Double : ScalarType::Float));
+    torch::stable::zero_(covariances.back());
     for (int64_t g = 0; g < conv_groups; ++g) {
       PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
       layer.units = units[l];
@@ -195,7 +196,7 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
   Tensors inverses;
   for (size_t l = 0; l < count; ++l) {
     const int64_t conv_groups = check_matrices(covariances[l], units[l], options, op);
-    inverses.push_back(torch::stable::empty_like(covariances[l]));
+    inverses.push_back(empty_like_of(covariances[l]));
     const int64_t bytes = covariances[l].numel() / conv_groups * (options.float64 ? 8 : 4);
     for (int64_t g = 0; g < conv_groups; ++g) {
       PreconditionLayer layer = empty_layer(0, 1, chunk, op);

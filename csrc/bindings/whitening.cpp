@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> foreach_whiten_(const Tensors& grads, const T
     }
   }
   const int64_t chunks = total_chunks(layers, options);
-  Tensor info = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Int);
-  Tensor used = torch::stable::new_empty(grads[0], {chunks}, ScalarType::Float);
+  Tensor info = empty_contiguous(grads[0], {chunks}, ScalarType::Int);
+  Tensor used = empty_contiguous(grads[0], {chunks}, ScalarType::Float);
   set_outputs(layers, options, info.mutable_data_ptr<int32_t>(), used.mutable_data_ptr<float>());
   auto whitened = whitened_layers(layers, owners, has_gradient.mutable_data_ptr<int32_t>());
   for (size_t l = 0; averaged && l < layers.size(); ++l) {

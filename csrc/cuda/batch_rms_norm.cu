@@ -7,6 +7,7 @@
 // The sums have two steps, so that they are the same on every run.  A CTA leaves one float a channel for a part of at
 // most 16,384 elements (channels first) or 256 pixels (channels last): no chain of float additions is longer than 64.
 // Then one CTA adds the parts in their order in double, which is a fraction of a percent of the traffic.
+#include <algorithm>
 #include <cmath>
 
 #include "consistency_ops/batch_rms_norm_cuda.h"
@@ -21,6 +22,7 @@ constexpr int kPartElements = 16384;  // of one channel, channels first
 constexpr int kPartRows = 256;        // pixels, channels last
 constexpr int kVectors = 4;           // of the division, a thread
 constexpr int kFinishThreads = 1024;
+constexpr int64_t kMaxGridY = 65535;
 constexpr float kSmallest = 1e-6f;  // added to v under the maximum
 
 // [outer, a, b], b contiguous.
@@ -41,6 +43,7 @@ struct SquaresParams {
   float* parts;  // [number of parts, channels]
   Layout layout;
   DType dtype;
+  int64_t first;  // channel, or 32 vectors of channels, of the first CTA of grid.y, which ends at 65,535
 };
 
 struct FinishParams {
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) squares_of_maps_kernel(CO_KERNEL_PAR
   const Layout& x = params.layout;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t count = x.outer * x.b, first = int64_t{blockIdx.x} * kPartElements;
-  const Raw* map = static_cast<const Raw*>(params.x) + int64_t{blockIdx.y} * x.a_stride;
+  const Raw* map = static_cast<const Raw*>(params.x) + (params.first + blockIdx.y) * x.a_stride;
   float sum = 0.0f;
   CO_UNROLL_4
   for (int e = thread * Traits::kElements; e < kPartElements; e += kThreads * Traits::kElements) {
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) squares_of_maps_kernel(CO_KERNEL_PAR
   if (thread != 0) return;
   sum = 0.0f;
   for (int w = 0; w < kWarps; ++w) sum += warp_sum[w];
-  params.parts[int64_t{blockIdx.x} * x.a + blockIdx.y] = sum;
+  params.parts[int64_t{blockIdx.x} * x.a + params.first + blockIdx.y] = sum;
 }
 
 // Channels last: CTA (part, 32 vectors of channels); a warp takes every 8th pixel of the part.
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) squares_of_pixels_kernel(CO_KERNEL_P
   using Raw = typename Traits::Raw;
   const Layout& x = params.layout;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t channel = (int64_t{blockIdx.y} * 32 + lane) * Traits::kElements;
+  const int64_t channel = ((params.first + blockIdx.y) * 32 + lane) * Traits::kElements;
   const int64_t rows = x.outer * x.a, first = int64_t{blockIdx.x} * kPartRows;
   const Raw* at = static_cast<const Raw*>(params.x) + channel;
   float sum[Traits::kElements] = {};
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) squares_of_pixels_kernel(CO_KERNEL_P
   for (int j = 0; j < Traits::kElements; ++j) warp_sum[warp][j * 32 + lane] = sum[j];
   __syncthreads();
   for (int e = static_cast<int>(threadIdx.x); e < 32 * Traits::kElements; e += kThreads) {
-    const int64_t c = (int64_t{blockIdx.y} * 32 + e % 32) * Traits::kElements + e / 32;
+    const int64_t c = ((params.first + blockIdx.y) * 32 + e % 32) * Traits::kElements + e / 32;
     if (c >= x.b) continue;
     float total = 0.0f;
     for (int w = 0; w < kWarps; ++w) total += warp_sum[w][e];
@@ -240,15 +243,19 @@ int64_t num_parts(const BatchRmsNormParams& params) {
 }
 
 Status launch_squares(const BatchRmsNormParams& params, float* parts, void* stream) {
-  const SquaresParams squares{params.x, parts, layout_of(params.view), params.dtype};
+  SquaresParams squares{params.x, parts, layout_of(params.view), params.dtype, 0};
   return with_traits(params.dtype, is_wide(params.x, squares.layout, params.dtype), [&](auto traits) {
     using Traits = decltype(traits);
     const bool pixels = squares.layout.channels_last;
     const int64_t across = pixels ? blocks_for(params.view.channels, 32 * Traits::kElements) : params.view.channels;
-    if (across > 65535) return Status::kInvalidArgument;
     auto* kernel = pixels ? squares_of_pixels_kernel<Traits> : squares_of_maps_kernel<Traits>;
-    const dim3 grid(static_cast<unsigned>(num_parts(params)), static_cast<unsigned>(across));
-    return launch(kernel, grid, dim3(kThreads), 0, stream, squares);
+    for (; squares.first < across; squares.first += kMaxGridY) {
+      const dim3 grid(static_cast<unsigned>(num_parts(params)),
+                      static_cast<unsigned>(std::min(kMaxGridY, across - squares.first)));
+      const Status status = launch(kernel, grid, dim3(kThreads), 0, stream, squares);
+      if (status != Status::kOk) return status;
+    }
+    return Status::kOk;
   });
 }
 

@@ -27,6 +27,7 @@
 // (task queue), so the other half is usually an L2 hit and DRAM sees every sector once; L2 traffic is what doubles.
 // For group = 1 a gather moves 4 to 15 times the bytes through L2, so the task queue permutes the rows of large
 // matrices first, which makes that 3 (permute.cuh).
+#include <algorithm>
 #include <cmath>
 
 #include "consistency_ops/damping.h"
@@ -229,10 +230,20 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
   for (int64_t first = 0, length; first < count; first += length) {
     length = next_launch(layers + first, count - first);
     Status status = plan_launch(layers + first, length, options, device, workspace, tuning, plan);
+    const auto kernel = [] {
+      return plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
+    };
+    const auto block = [] { return dim3(static_cast<unsigned>(plan.threads)); };
+    const auto shared_bytes = [] { return static_cast<size_t>(plan.params.shared_bytes); };
+    if (status == Status::kOk && plan.ctas > 0 && plan.params.cluster > 1 &&
+        !clusters_fit(kernel(), block(), shared_bytes(), plan.params.cluster)) {
+      CudaDevice without_clusters = device;
+      without_clusters.compute_capability = std::min(device.compute_capability, 89);
+      status = plan_launch(layers + first, length, options, without_clusters, workspace, tuning, plan);
+    }
     if (status == Status::kOk && plan.ctas > 0) {
-      auto* kernel = plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
-      status = launch(kernel, dim3(static_cast<unsigned>(plan.ctas)), dim3(static_cast<unsigned>(plan.threads)),
-                      static_cast<size_t>(plan.params.shared_bytes), stream, plan.params, plan.params.cluster);
+      status = launch(kernel(), dim3(static_cast<unsigned>(plan.ctas)), block(), shared_bytes(), stream, plan.params,
+                      plan.params.cluster);
     }
     if (status != Status::kOk) return status;
   }

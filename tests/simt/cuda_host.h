@@ -172,6 +172,11 @@ std::common_type_t<A, B> max(A a, B b) {
 
 namespace consistency_ops {
 
+template <typename Kernel>
+bool clusters_fit(Kernel*, dim3 /*block*/, size_t /*dynamic_shared*/, int /*cluster*/) {
+  return simt::options().clusters;
+}
+
 template <typename Kernel, typename Params>
 Status launch(Kernel* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void* /*stream*/, const Params& params,
               int cluster = 1) {

@@ -59,6 +59,8 @@ API void simt_configure(uint64_t seed, int32_t order, uint32_t resident, uint64_
   options.shared_limit = shared_limit;
 }
 
+API void simt_let_clusters_fit(bool fit) { simt::options().clusters = fit; }
+
 API simt::Stats simt_stats() { return simt::stats(); }
 
 API int64_t simt_size_of(const char* name) {

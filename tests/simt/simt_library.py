@@ -490,6 +490,10 @@ class Library:
             ctypes.c_uint64(seed), order, ctypes.c_uint32(resident), ctypes.c_uint64(SHARED_BYTES[device])
         )
 
+    def let_clusters_fit(self, fit: bool) -> None:
+        """What the device answers when it is asked whether it can run a cluster."""
+        self._library.simt_let_clusters_fit(ctypes.c_bool(fit))
+
     def stats(self) -> Stats:
         return self._library.simt_stats()
 

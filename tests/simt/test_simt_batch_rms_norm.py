@@ -138,6 +138,23 @@ def test_unaligned_and_padded_maps(library):
     np.testing.assert_allclose(y, values / d[:, None], rtol=2e-7)
 
 
+def test_more_channels_than_a_grid_has_rows(tmp_path):
+    """grid.y ends at 65,535 CTAs, too many to run here: the same loop, in a copy whose limit is 3."""
+    for part in ("csrc", "tests/simt"):
+        shutil.copytree(simt.ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "csrc" / "cuda" / "batch_rms_norm.cu"
+    text = source.read_text()
+    assert text.count("kMaxGridY = 65535;") == 1
+    source.write_text(text.replace("kMaxGridY = 65535;", "kMaxGridY = 3;"))
+    library = simt.Library(simt.build("plain", tmp_path))
+    for channels, channels_last in ((3, False), (8, False), (96, True), (500, True)):
+        shape = (2, 5, channels) if channels_last else (2, channels, 5)
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        running = np.zeros(channels, np.float32)
+        denominator(library, x, channels_last, simt.FLOAT32, running, None, decay=0.0)
+        np.testing.assert_allclose(running, (x**2).mean(axis=(0, 1 if channels_last else 2)), rtol=1e-6)
+
+
 def test_refused(library):
     x = np.zeros((1, 1, 1))
     with pytest.raises(RuntimeError, match="status 1"):

@@ -85,6 +85,21 @@ def test_rungs_launch_what_they_say(library):
     assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
 
 
+def test_a_device_that_refuses_clusters_gets_none(library):
+    """Small MIG slices and MPS shares: one CTA a chunk corrects what a cluster would, to rounding."""
+    case = cases.named("several layers@cluster")
+    try:
+        library.let_clusters_fit(False)
+        library.schedule(seed=1)
+        cases.check(library, case)
+        assert library.stats().ctas == 6
+        cases.check(library, cases.named("trace@cluster"))
+    finally:
+        library.let_clusters_fit(True)
+    cases.check(library, case)
+    assert library.stats().ctas == 6 * 4
+
+
 def test_rungs_agree(library):
     """The part of the rows that a CTA sums decides the rounding, nothing more."""
     case = cases.Case(

@@ -52,7 +52,8 @@ constexpr int32_t kCudaCounterSlots = 256;
 // `workspace` is device memory of precondition_workspace_cuda() bytes, 16-byte aligned, or null where that is 0.  Its
 // first kCudaCounterBytes must be zero when it is first used, unless `tuning.counters` says that they are elsewhere;
 // every launch leaves them zero, so that it can be used again by the next launch on the same stream and by replays of a
-// CUDA graph.  Launches that may overlap need separate workspaces.
+// CUDA graph.  Launches that may overlap need separate workspaces; two executions of one graph must not, also where it
+// was instantiated twice.
 Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                          const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning = {});
 
