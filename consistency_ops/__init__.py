@@ -12,6 +12,7 @@ except ImportError as _error:
 
 # isort: split
 from . import analysis, layers, linalg, nn, optim
+from .engine.weight_capture import capture
 from .environment import BuildInfo, __version__, build_info, cmake_prefix_path, include_dir
 from .ops import (
     PreconditionResult,
@@ -36,6 +37,7 @@ __all__ = [
     "analysis",
     "batch_rms_norm",
     "build_info",
+    "capture",
     "chunked_covariance",
     "cmake_prefix_path",
     "foreach_precondition_",

@@ -23,6 +23,7 @@ from .engine.layer_step import LayerStep, by_launch, layer_step, notice_unseen
 from .engine.notices import Notices, Vigil, some
 from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_private
 from .engine.ownership import Ownership
+from .engine.products import watch_products
 from .engine.state import StateStore
 from .ops.checks import type_name
 from .reporting.stats import notice_failures
@@ -98,6 +99,7 @@ class Attachment:
                 f"{some(tied)}. Tie weights first to keep this quiet.",
             )
         options = self.correction.options
+        new: list[Layer] = []
         for layer in self.layers:
             module, weight = layer.module(), layer.weight
             if layer.capture is not None or module is None or weight is None or layer.reason is not None or layer.tied:
@@ -107,9 +109,18 @@ class Attachment:
                     _refuse_a_second_one(module, layer, weight)
                 refuse_private(weight, layer.name)
                 layer.capture = Capture(module, layer.kind, self.states, layer.index, options.max_rows, options.seed)
+                if layer.only_taken:
+                    layer.capture.unhook()
+                if layer.kind.inside:
+                    self.handles += watch_products(module, layer.capture)
                 self.handles += self.correction.attach(layer)
+                new.append(layer)
         self._own = [layer for layer in self.layers if layer.capture and layer.capture.states is self.states]
         self.states.new_weights = False
+        if new and self.correction.step > 0:  # they may have had a state that was loaded before they came
+            step = self.correction.step
+            self._drop_misfits(new)
+            self.correction.step = step
 
     def hook_optimizer(self) -> None:
         """Follow the optimizer's steps and loads."""
@@ -240,7 +251,7 @@ class Attachment:
         if self.optimizer is None or self.store.counted_steps() in (0, self.correction.step):
             return
         self.store.adopt()
-        self._drop_misfits()
+        self._drop_misfits(self.own_layers())
         self.states.move_to(self.correction.step)
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -252,14 +263,14 @@ class Attachment:
         if self.optimizer is not None:
             self.optimizer.state_was_replaced()
         self.store.adopt()
-        self._drop_misfits()
+        self._drop_misfits(self.own_layers())
         for capture in _captures(self.own_layers()):
             capture.begin_step()
         step = self.correction.step
         self.states.reset(step, paused=not self.correction.refreshes(step), finished=False)
 
-    def _drop_misfits(self) -> None:
-        dropped = self.correction.resume(self.own_layers())
+    def _drop_misfits(self, layers: list[Layer]) -> None:
+        dropped = self.correction.resume(layers)
         if dropped:
             self._notices.once(
                 "dropped",

@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .attachment import Attachment, held_weights, remove_hooks
+from .engine.capture import Capture
 from .engine.capture_states import RowMask
 from .engine.correction import Correction, CorrectionOptions, check, is_int
-from .engine.discovery import OWN_FORWARD, UNKNOWN, find_layers, find_new_layers
+from .engine.discovery import OWN_FORWARD, UNKNOWN, adopt_layer, find_layers, find_new_layers
 from .engine.failed_forward import FailedForward
 from .engine.notices import Notices, end, some
 from .engine.optimizers import find_optimizers, refuse_private_model
 from .engine.state import StateStore, on_host
+from .engine.weight_capture import announce, withdraw
 from .engine.whitening import WhiteningCorrection
 from .ops.arguments import Scaling
 from .ops.checks import check_module, check_names, type_name
@@ -161,6 +163,7 @@ class Preconditioner:
             remove_hooks(self._layers, handles)
             raise
         self._notice_what_is_left()
+        announce(self)
         vigils = [attachment.vigil for attachment in self._attachments]
         self._detach = weakref.finalize(self, end, vigils, remove_hooks, self._layers, handles)
         self._detach.atexit = False
@@ -222,6 +225,15 @@ class Preconditioner:
             if layer.reason is None:
                 layer.reason = self._correction.declines(layer)
 
+    def captures_of(self, weight: Tensor) -> list[Capture]:
+        """Who takes rows that :func:`consistency_ops.capture` is given for a weight; not for users."""
+        held = any(part.ownership.owns(weight) for part in self._attachments)
+        if held and adopt_layer(self._layers, weight) is not None:
+            for part in self._attachments:
+                part.attach()
+        layers = [layer for layer in self._layers if layer.weight is weight]
+        return [layer.capture for layer in layers if layer.capture is not None]
+
     def _unknown_types(self) -> str:
         """How to cover what is not known."""
         left = [layer for layer in self._layers if (layer.reason or "").startswith((UNKNOWN, OWN_FORWARD))]
@@ -229,7 +241,8 @@ class Preconditioner:
         if not kinds:
             return ""
         return (
-            f"\nLinear layers of other types are covered by consistency_ops.layers.register; here: {', '.join(kinds)}"
+            f"\nLinear layers of other types are covered by consistency_ops.layers.register, single weights by "
+            f"consistency_ops.capture; here: {', '.join(kinds)}"
         )
 
     def _notice_what_is_left(self) -> None:
@@ -243,7 +256,8 @@ class Preconditioner:
                 "own forward",
                 f"{', '.join(kinds)} have a forward of their own, so nobody knows what their weight multiplies; their "
                 f"gradients are left as they are: {some(layer.name for layer in own)}. If the weight multiplies the "
-                "first argument of forward, call consistency_ops.layers.register(the class) first.",
+                "first argument of forward, call consistency_ops.layers.register(the class) first; if it multiplies "
+                "something else, call consistency_ops.capture(that, weight) in the forward.",
             )
         weights = held_weights(self._layers)
         if weights and not any(weight.requires_grad for weight in weights):
@@ -348,6 +362,7 @@ class Preconditioner:
 
     def remove(self) -> None:
         """Take out all hooks and all state; the optimizers then step as if there had been no preconditioner."""
+        withdraw(self)
         for part in self._attachments:
             part.vigil.silence()
         self._detach()

@@ -206,6 +206,19 @@ def test_conv1d_of_transformers_itself():
     check(conv1d(5, 7), x, x.flatten(0, 1), view=lambda w: w.T)
 
 
+def test_linear_of_torch_geometric_is_known_by_name():
+    """It is no subclass of nn.Linear."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    names = {"__module__": "torch_geometric.nn.dense.linear", "forward": forward}
+    layer = type("Linear", (nn.Module,), names)()
+    layer.weight, layer.bias = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(5))
+    x = torch.randn(20, 7)
+    check(layer, x, x)
+
+
 def test_subclass_is_covered_as_its_base():
     class Named(nn.Linear):
         pass

@@ -205,6 +205,29 @@ class Capture:
             x = x if mask is None else mask.select(x, self.unit_dim)
             _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
 
+    def take(self, x: Tensor) -> None:
+        """Capture an input that the module itself is not given, just before its weight is used."""
+        module, rows = self._module(), self.rows
+        if module is not None:
+            if x.dtype is torch.float64 and rows is not None and rows.dtype is not x.dtype:
+                x = x.to(rows.dtype)  # the weight was cast, too
+            self(module, (None,) * self.kind.position + (x,), {})
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The parameter that its module has now."""
+        module = self._module()
+        return None if module is None else module._parameters.get(self.weight_name)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units that an input may have: of this rank, and of all; empty while there is no buffer."""
+        return () if self.rows is None else (self._units, self._all_units)
+
+    def unhook(self) -> None:
+        """The inputs of the module are not those of the weight: only :meth:`take` captures."""
+        self._handle.remove()
+
     def _capture_replica(self, x: Any) -> None:
         """An input of a copy that ``nn.DataParallel`` made for one pass; its weight is no parameter."""
         x, rows = as_plain(x), self.rows

@@ -18,6 +18,7 @@ from .layer_types import UNSUPPORTED, LayerType, has_own_forward, layer_types
 
 OWN_FORWARD = "forward of its own"
 UNKNOWN = "unsupported type"
+UNCALLED = "takes its weight and never calls it"
 FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
 
 
@@ -41,15 +42,17 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
     layers: list[Layer] = []
     for name, module in modules:
         kinds = types[id(module)]
-        own = [p for p in module._parameters.values() if p is not None]
-        if not kinds and not any(is_lazy(p) or p.dim() > 1 for p in own):
+        if not kinds and not _matrices(module):
             continue
-        for kind in kinds or (UNSUPPORTED,):
+        for kind in kinds or (_unknown_kind(module),):
             reason = _reason(name, module, kind, skip)
             if reason is None and id(module) in uncalled:
-                reason = f"{uncalled[id(module)]} takes its weight and never calls it"
+                reason = f"{uncalled[id(module)]} {UNCALLED}"
             layer = Layer(".".join(filter(None, (name, kind.part))), weakref.ref(module), kind, len(layers), reason)
-            if reason is None and kind.bias is not None:
+            layer.only_taken = kind.inside
+            if kind.bias is not None and (
+                reason is None or reason.startswith(OWN_FORWARD) or reason.endswith(UNCALLED)
+            ):
                 own_bias = module._parameters.get(kind.bias)
                 fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
                 layer.joins_bias = bias and fits and len(owners[id(own_bias)]) == 1
@@ -57,19 +60,47 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
     return layers + _other_matrices(modules, types, len(layers))
 
 
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of a module's parameters of two or more dimensions."""
+    own = module._parameters.items()
+    return [key for key, p in own if p is not None and (is_lazy(p) or p.dim() > 1)]
+
+
+def _unknown_kind(module: nn.Module) -> LayerType:
+    """What stands for a module of no known type: its weight, or the first of its matrices."""
+    keys = _matrices(module)
+    return UNSUPPORTED if "weight" in keys else LayerType(-1, keys[0], None, part=keys[0])
+
+
 def _other_matrices(
     modules: list[tuple[str, nn.Module]], types: dict[int, tuple[LayerType, ...]], first: int
 ) -> list[Layer]:
-    """Matrices beside the weight of a known type, as loralib has them: never corrected, but listed."""
+    """Matrices beside the weight of a module, as loralib has them: listed, and corrected only if they are captured."""
     found: list[Layer] = []
     for name, module in modules:
-        known = {kind.weight for kind in types[id(module)]}
-        for key, parameter in module._parameters.items() if known else ():
-            if key in known or parameter is None or is_lazy(parameter) or parameter.dim() < 2:
+        keys = _matrices(module)
+        known = {kind.weight for kind in types[id(module)] or ((_unknown_kind(module),) if keys else ())}
+        for key in keys:
+            if key in known:
                 continue
             kind, full = LayerType(-1, key, None, part=key), ".".join(filter(None, (name, key)))
             found.append(Layer(full, weakref.ref(module), kind, first + len(found), UNKNOWN))
     return found
+
+
+def adopt_layer(layers: list[Layer], weight: Tensor) -> Layer | None:
+    """Cover a weight that its user captures himself, though its module is of no known type, or is never called.
+
+    Returns:
+        Its layer, if it is a newly covered one.
+    """
+    layer = next((layer for layer in layers if layer.weight is weight), None)
+    if layer is None or layer.reason is None or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    if not layer.reason.startswith((UNKNOWN, OWN_FORWARD)) and not layer.reason.endswith(UNCALLED):
+        return None
+    layer.reason, layer.only_taken = None, True
+    return layer
 
 
 def find_new_layers(model: nn.Module, layers: list[Layer], skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
@@ -137,7 +168,7 @@ def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | typ
     """Why this layer is never corrected, or None."""
     if any(isinstance(module, s) if isinstance(s, type) else fnmatchcase(name, s) for s in skip):
         return "skipped"
-    if kind is UNSUPPORTED:
+    if not layer_types(module):
         return UNKNOWN
     if has_own_forward(module):
         return f"{OWN_FORWARD}, not registered"

@@ -25,6 +25,7 @@ class Layer:
     index: int  # position among all layers; third argument of the random division
     reason: str | None  # why it is never corrected, or None
     joins_bias: bool = False
+    only_taken: bool = False  # its rows are handed over by `consistency_ops.capture`; the module's inputs are others
     tied: str = ""  # names of the other modules that own the same weight
     capture: Capture | None = None  # None: its gradient is left as it is
     info_slice: Slice | None = None  # info of the last step's launch

@@ -126,7 +126,8 @@ def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
             "unseen",
             f"{len(unseen)} of {len(steps)} layers with a gradient have seen no input, so it was left as it is: "
             f"{some(unseen)}. If the model is compiled, construct the Preconditioner before its first call, or call "
-            "torch.compiler.reset(). A weight that is used without calling its module is not covered.",
+            "torch.compiler.reset(). For a weight that is used without calling its module call "
+            "consistency_ops.capture(its input, weight) there.",
         )
     return True
 

@@ -37,6 +37,7 @@ class LayerType:
     groups: str | None = None  # the module's attribute that counts the groups of a convolution; None: there are none
     packed: bool = False  # whether the parameter holds the matrices of several layers, one after the other
     uncalled: tuple[str, ...] = ()  # children whose weight the module takes without calling them
+    inside: bool = False  # whether it multiplies something that forward makes, and not its input
 
     def view(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight, or its gradient, as (out, in) or (out, in / groups, *kernel)."""
@@ -191,6 +192,54 @@ _BY_NAME = {
 _BY_NAME["torch_geometric.nn.dense.linear.Linear"] = LayerType(-1, "weight", "bias")
 
 
+# Experts in one parameter of three dimensions. All of them have one second moment, that of their pooled input rows:
+# they are further outputs, as the taps of a convolution are. The first product of a module multiplies the input of its
+# forward; the second one what the module has made of it.
+
+
+def _experts_first(weight: Tensor) -> Tensor:
+    return weight.permute(1, 2, 0)  # (experts, out, in)
+
+
+def _experts_first_transposed(weight: Tensor) -> Tensor:
+    return weight.permute(2, 1, 0)  # (experts, in, out)
+
+
+def _of_a_package(module: nn.Module, base: type) -> tuple[LayerType, ...]:
+    """What a class of transformers or torchtitan is, by the names of the class and of its parameters."""
+    package, name = base.__module__.split(".")[0], base.__qualname__
+    if package == "transformers" and name.endswith("Experts"):
+        return _experts_of_transformers(module)
+    if package == "transformers" and name.endswith(("TopKRouter", "TopkRouter")) and _has_plain_weight(module):
+        return (LayerType(-1, "weight", "bias"),)  # a linear layer, whatever it makes of its output
+    if package == "torchtitan" and name == "GroupedExperts":
+        return _expert_kinds(module, ("w1", "w3", "w2"), "w2", _experts_first)
+    return ()
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    return module._parameters.get("weight") is not None and not isinstance(module, nn.Linear)
+
+
+def _experts_of_transformers(module: nn.Module) -> tuple[LayerType, ...]:
+    own = {key: p for key, p in module._parameters.items() if p is not None and p.dim() == 3}
+    down, up = own.get("down_proj"), own.get("gate_up_proj", own.get("up_proj"))
+    if up is None or down is None:
+        return ()
+    transposed = getattr(module, "is_transposed", None)
+    if not isinstance(transposed, bool):  # a class that does not say: the sizes tell, as gate and up are in one matrix
+        transposed = up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
+    matrix = _experts_first_transposed if transposed else _experts_first
+    return _expert_kinds(module, ("gate_up_proj", "gate_proj", "up_proj", "down_proj"), "down_proj", matrix)
+
+
+def _expert_kinds(
+    module: nn.Module, keys: tuple[str, ...], inside: str, matrix: Callable[[Tensor], Tensor]
+) -> tuple[LayerType, ...]:
+    present = [key for key in keys if module._parameters.get(key) is not None]
+    return tuple(LayerType(-1, key, None, matrix, part=key, inside=key == inside) for key in present)
+
+
 def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
     """What is registered for a module, or for its nearest base class; empty if nothing is."""
     base = _known_base(module)
@@ -200,7 +249,7 @@ def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
         return (_TYPES[base],)
     if isinstance(module, nn.MultiheadAttention) and base is nn.MultiheadAttention:
         return _in_projections(module)
-    return (_BY_NAME[_full_name(base)],)
+    return (_BY_NAME[_full_name(base)],) if _full_name(base) in _BY_NAME else _of_a_package(module, base)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -215,6 +264,8 @@ def has_own_forward(module: nn.Module) -> bool:
 def _known_base(module: nn.Module) -> type[nn.Module] | None:
     for base in type(module).__mro__:
         if base in _TYPES or base is nn.MultiheadAttention or _full_name(base) in _BY_NAME:
+            return base
+        if base.__module__.startswith(("transformers.", "torchtitan.")) and _of_a_package(module, base):
             return base
     return None
 

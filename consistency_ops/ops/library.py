@@ -87,7 +87,7 @@ def _after_fork() -> None:
     """In a forked child: without the threads that its parent used, torch's operations, ours among them, would hang."""
     import torch
 
-    if library.consistency_ops_torch_lost_its_threads():
+    if library.co_torch_lost_its_threads():
         torch.set_num_threads(1)
 
 

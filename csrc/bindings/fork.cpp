@@ -47,6 +47,6 @@ void note_use_of_threads() { uses_threads = true; }
 }  // namespace consistency_ops::bindings
 
 // For ops/library.py, which then tells torch to use one thread: torch's own operations would hang, too.
-extern "C" __attribute__((visibility("default"))) int consistency_ops_torch_lost_its_threads() {
+extern "C" __attribute__((visibility("default"))) int co_torch_lost_its_threads() {
   return consistency_ops::bindings::torch_lost_them ? 1 : 0;
 }
