@@ -232,7 +232,10 @@ def test_table_of_ends_has_mean_and_half_range_and_the_best_in_italics():
     runs = {"char-gpt": fakes("muon", [2.0, 2.2, 2.1], 0.01, {}) + fakes("muon+white", [1.0, 1.2, 1.4], 0.01, {})}
     lines = full_tables.ends(runs, "train_loss").splitlines()
     assert lines[0] == "| optimizer | char-gpt |"
-    assert lines[2:] == ["| torch Muon, AdamW for the rest | 2.10 ± 0.100 |", "| **Muon, whitened** | *1.20 ± 0.200* |"]
+    assert lines[2:] == [
+        "| torch Muon, AdamW for the rest | 2.10 ± 0.100 |",
+        "| **Muon, whitened, damping 0.3** | *1.20 ± 0.200* |",
+    ]
     assert "*0.250 ± 0.000*" in full_tables.ends(runs, "metric")
     assert full_tables.behind_first_order(runs, "muon+white") == {"char-gpt": pytest.approx(1.2 / 2.1)}
 
@@ -247,7 +250,7 @@ def test_steps_to_muons_loss_are_between_trainings_with_their_own_decay():
     assert full_tables.steps_to(runs, "muon+white", 2.5)[0] == steps // 2
     assert full_tables.steps_to(runs, "muon+white", 0.9) is None
     table = full_tables.muon_steps({"char-gpt": runs + fakes("muon", [1.5], 0.01, {})})
-    assert "| **Muon, whitened** | 0.71 (0.75) |" in table
+    assert "| **Muon, whitened, damping 0.3** | 0.71 (0.75) |" in table
 
 
 def test_table_of_rates_says_what_the_rate_of_the_optimizer_alone_costs():
@@ -255,10 +258,22 @@ def test_table_of_rates_says_what_the_rate_of_the_optimizer_alone_costs():
         "adamw+white", [1.0], 0.03, {0.01: 1.5, 0.03: 1.2}
     )
     assert full_tables.borrowed(runs, "adamw+white") == (0.01, 0.03, pytest.approx(1.25))
-    assert "| **AdamW, whitened** | 0.03 (at 0.01: 1.25) |" in full_tables.rates({"char-gpt": runs})
+    assert "| **AdamW, whitened, damping 0.3** | 0.03 (at 0.01: 1.25) |" in full_tables.rates({"char-gpt": runs})
 
 
-def test_table_of_the_search_has_every_change_at_its_best_rate():
-    run = lambda name, lr, loss: fake("char-gpt", "muon", name, lr, loss, 0, search.STEPS["char-gpt"])  # noqa: E731
-    table = full_tables.search([run("base", 0.03, 2.0), run("whitened", 0.03, 1.5), run("whitened", 0.01, 1.2)])
-    assert table.splitlines()[2:] == ["| base | 6.00 / 2.00 / 2.00 |", "| whitened | 3.60 / 1.20 / 1.20 |"]
+def test_tables_of_the_search():
+    def run(name: str, lr: float, loss: float, seed: int = 0) -> dict:
+        return fake("char-gpt", "muon", name, lr, loss, seed, search.STEPS["char-gpt"])
+
+    runs = [run("base", 0.03, 2.0), run("whitened", 0.03, 1.5), run("whitened", 0.01, 1.2)]
+    assert full_tables.search(runs).splitlines()[2:] == [
+        "| base | 6.00 / 2.00 / 2.00 |",
+        "| whitened | 4.50 / 1.50 / 1.50 |",  # the rate of all
+    ]
+    runs += [run("damping 0.3", 0.03, 1.4), run("norm free, damping 0.3", 0.03, 1.3)]
+    runs += [run("damping 0.3", 0.01, 1.4, seed) for seed in (0, 1)]
+    runs += [run("norm free, damping 0.3", 0.01, 1.3 + 0.2 * seed, seed) for seed in (0, 1)]
+    assert full_tables.norms(runs).splitlines()[2:] == [
+        "| char-gpt, muon | 0.01 | 2 |  | 1.40 ± 0.000 | 1.40 ± 0.100 |",
+        "| char-gpt, muon | 0.03 | 1 | 2.00 | 1.40 | 1.30 |",
+    ]

@@ -112,11 +112,13 @@ METHODS: dict[str, Method] = {
     "sgd": method("sgd", 0.03),
     "adamw": method("adamw", 0.003),
     "muon": method("muon", 0.01),
-    "adamw+white": method("adamw+pre", 0.003, "AdamW, whitened", whitened("adamw"), damping=WHITEN),
-    "muon+white": method("muon+pre", 0.01, "Muon, whitened", whitened("muon"), damping=WHITEN),
+    "adamw+white": method("adamw+pre", 0.003, f"AdamW, whitened, damping {WHITEN}", whitened("adamw"), damping=WHITEN),
+    "muon+white": method("muon+pre", 0.01, f"Muon, whitened, damping {WHITEN}", whitened("muon"), damping=WHITEN),
+    "adamw+white 0.1": method("adamw+pre", 0.003, "AdamW, whitened, damping 0.1", whitened("adamw"), damping=0.1),
+    "muon+white 0.1": method("muon+pre", 0.01, "Muon, whitened, damping 0.1", whitened("muon"), damping=0.1),
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),
     "muon+pre": method("muon+pre", 0.01, "Muon, corrected"),
-    "sgd+white": method("sgd+pre", 0.03, "SGD, whitened", whitened("sgd"), damping=WHITEN),
+    "sgd+white": method("sgd+pre", 0.03, f"SGD, whitened, damping {WHITEN}", whitened("sgd"), damping=WHITEN),
     "sgd+pre": method("sgd+pre", 0.03, "SGD, corrected"),
     "newton-muon": method(
         "muon+pre",
@@ -138,7 +140,7 @@ METHODS: dict[str, Method] = {
 }
 FIRST_ORDER = ("sgd", "adamw", "muon")
 # The optimizer in which each of ours is switched on.
-BASE = {f"{base}+{how}": base for base in FIRST_ORDER for how in ("pre", "white")}
+BASE = {name: name.split("+")[0] for name in METHODS if "+" in name}
 OURS = tuple(BASE)
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 
 from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, METHODS, last
-from benchmarks.peers.search import CHANGES, REFERENCES, STEPS
+from benchmarks.peers.search import CHANGES, RATES, REFERENCES, STEPS
 from benchmarks.peers.tables import number
 
 Runs = dict[str, list[dict]]  # by task
@@ -126,7 +126,9 @@ def muon_steps(runs: Runs) -> str:
                 continue
             found = steps_to(runs[task], name, statistics.mean(values(muon, "train_loss")))
             own = FULL[task].steps, statistics.mean(run["seconds"] for run in muon)
-            cells.append("not reached" if found is None else f"{found[0] / own[0]:.2f} ({found[1] / own[1]:.2f})")
+            bound = "" if any(run["steps"] != own[0] for run in of_phase(runs[task], name, "horizon")) else "≤ "
+            cell = "not reached" if found is None else f"{bound}{found[0] / own[0]:.2f} ({found[1] / own[1]:.2f})"
+            cells.append(cell)
         if any(cells):
             lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -168,47 +170,59 @@ def rates(runs: Runs) -> str:
 
 
 def search(runs: list[dict]) -> str:
-    """Return a table of the search: train loss after a tenth (mean of the last points) and at the end, and the metric.
-
-    A change that was tried at several rates is shown at the one with the lowest train loss at the end.
-    """
-    columns = [
-        (task, base)
-        for task in STEPS
-        for base in ("muon", "adamw")
-        if any((run["task"], run["optimizer"]) == (task, base) for run in runs)
+    """Return a table of the search, seed 0, one rate: train loss after a tenth and at the end, and the metric."""
+    columns = columns_of(runs)
+    heads = [
+        f"{task}, {base}, {STEPS[task]} steps at {RATES[task, base]:g}: {FULL[task].metric}" for task, base in columns
     ]
-    heads = [f"{task}, {base}: tenth / end / {FULL[task].metric}" for task, base in columns]
     lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for change in [*REFERENCES, *CHANGES]:
         cells = []
         for task, base in columns:
-            found = [
-                run
-                for run in runs
-                if (run["task"], run["optimizer"], run["phase"], run["steps"]) == (task, base, change, STEPS[task])
-            ]
-            cells.append(_searched(found))
+            found = at_rate(runs, task, base, change, RATES[task, base])
+            cells.append(_searched(found[0]) if found else "")
         if any(cells):
             lines.append(f"| {change} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _searched(found: list[dict]) -> str:
-    if not found:
-        return ""
-    by_rate: dict[float, list[dict]] = {}
-    for run in found:
-        by_rate.setdefault(run["setting"]["lr"], []).append(run)
-    seeds = max(len(some) for some in by_rate.values())
-    full = {lr: some for lr, some in by_rate.items() if len(some) == seeds}
-    best = min(full.values(), key=lambda some: statistics.mean(values(some, "train_loss")))
-    if any(run["failure"] for run in best):
+def columns_of(runs: list[dict]) -> list[tuple[str, str]]:
+    pairs = {(run["task"], run["optimizer"]) for run in runs}
+    return [(task, base) for task in STEPS for base in ("muon", "adamw") if (task, base) in pairs]
+
+
+def at_rate(runs: list[dict], task: str, base: str, change: str, lr: float) -> list[dict]:
+    """Return the runs of a change at one rate, seed 0 first."""
+    key = (task, base, change, STEPS[task], lr)
+    names = "task", "optimizer", "phase", "steps"
+    found = [run for run in runs if (*(run[name] for name in names), run["setting"]["lr"]) == key]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def _searched(run: dict) -> str:
+    if run["failure"]:
         return "diverges"
-    tenth = statistics.mean(tenth_of(run) for run in best)
-    cell = f"{number(tenth)} / {number(statistics.mean(values(best, 'train_loss')))}"
-    cell += f" / {number(statistics.mean(last(run) for run in best))}"
-    return cell if seeds == 1 else f"{cell} ({seeds} seeds)"
+    return f"{number(tenth_of(run))} / {number(run['train_loss'])} / {number(last(run))}"
+
+
+NORMS = {"base": "alone", "damping 0.3": "whitened, norm kept", "norm free, damping 0.3": "whitened, norm free"}
+
+
+def norms(runs: list[dict]) -> str:
+    """Return a table of the train loss at the end at several rates: alone, whitened with the norm kept and free."""
+    lines = ["| task, optimizer | rate | seeds | " + " | ".join(NORMS.values()) + " |", "| --- |" + " --- |" * 5]
+    for task, base in columns_of(runs):
+        lrs = {run["setting"]["lr"] for run in runs if (run["task"], run["optimizer"]) == (task, base)}
+        for lr in sorted(lrs):
+            found = {change: at_rate(runs, task, base, change, lr) for change in NORMS}
+            seeds = min(len(some) for some in (found["damping 0.3"], found["norm free, damping 0.3"]))
+            if not seeds:
+                continue
+            cells = [spread(values(some, "train_loss")) if len(some) == seeds else "" for some in found.values()]
+            if seeds == 1:
+                cells = [cell.split(" ±")[0] for cell in cells]
+            lines.append(f"| {task}, {base} | {lr:g} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def tenth_of(run: dict) -> float:
