@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
-# The last line of the summary in mode "whiten".
+# The last line of the summary in mode "whiten", for an optimizer whose steps keep their norm.
 _RATE_NOTE = (
     "In whitened coordinates the best learning rate was half to three times that of the optimizer alone: try some "
-    "(optim.select_learning_rate with decay=True)."
+    "(optim.select_learning_rate with decay=True), or keep the rate and set keep_norm=False."
 )
 
 
@@ -412,14 +412,14 @@ class Preconditioner:
         facts = [LayerFacts(part.correction, part.ownership.owns, part.placements.reason) for part in parts]
         part_of = {layer.index: i for i, part in enumerate(parts) for layer in part.own_layers()}
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
-        return f"{table}\n{_RATE_NOTE}" if self.mode == "whiten" else table
+        return f"{table}\n{_RATE_NOTE}" if self.mode == "whiten" and self._correction.options.keep_norm else table
 
     def __repr__(self) -> str:
         covered = sum(layer.capture is not None for layer in self._layers)
         o = self._correction.options
         damping = "schedule" if callable(o.damping) else f"{o.damping:g}"
         options = "mode='whiten', " * (self.mode == "whiten") + f"damping={damping}, scaling={o.scaling!r}, "
-        options += f"chunk={o.chunk}, max_rows={o.max_rows}"
+        options += f"chunk={o.chunk}, max_rows={o.max_rows}" + ", keep_norm=False" * (not o.keep_norm)
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 
