@@ -4,7 +4,7 @@ With the damped running second moment ``A = L L^T`` of a layer's inputs, by chun
 in place of the gradient ``G``, and its displacement ``D`` of the weight is mapped back to ``D L^-1``. For plain SGD
 this is the correction ``G A^-1`` itself. An optimizer that normalises its step (Adam, Muon) would largely normalise a
 corrected gradient away, and the noise of a gradient is white only in these coordinates. For such an optimizer the
-mapped displacement keeps the norm that the optimizer gave it, so that the learning rate keeps its meaning.
+mapped displacement keeps the norm that the optimizer gave it, unless ``keep_norm=False``.
 
 Weight decay acts on the weight as it does without the preconditioner. Decoupled decay is left out of ``D``. Coupled
 decay is a part of the gradient: ``decay (W L - W)`` is added to ``G L^-T``, so that with the optimizer's own
