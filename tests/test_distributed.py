@@ -70,6 +70,19 @@ def of(results, name):
     return results[name]
 
 
+@pytest.mark.slow
+def test_torchs_own_operations_on_several_ranks(tmp_path, monkeypatch):
+    """The portable path, against one process on the kernels: DistributedDataParallel and fully_shard."""
+    monkeypatch.setenv("CONSISTENCY_OPS_BACKEND", "torch")
+    names = [f"{kind}_{name}" for kind in ("ddp", "fsdp") for name in ("default", "decay", "every")]
+    found = run("distributed_scenarios", ["backend", *names], 4, tmp_path)
+    assert of(found, "backend") == [{"computes": "torch"}] * 4
+    for name in names:
+        want = scenarios.single(scenarios.OPTIONS[name.partition("_")[2]])
+        for result in of(found, name):
+            assert difference(result["parameters"], want) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["default", "decay", "every"])
 def test_ddp_with_uneven_batches_equals_one_process(results, name):
     want = scenarios.single(scenarios.OPTIONS[name])

@@ -60,9 +60,19 @@ def test_a_wrapped_optimizer_is_the_wrapped_one():
     assert not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def computed_by(request, monkeypatch):
+    """The kernels, or torch's own operations: in this process, and in the ranks that it starts."""
+    if request.param == "torch":
+        monkeypatch.setenv("CONSISTENCY_OPS_BACKEND", "torch")
+        co.set_backend("torch")
+    yield request.param
+    co.set_backend("auto")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", trainers.MODELS)
-def test_one_line_lowers_the_loss(name, tmp_path):
+def test_one_line_lowers_the_loss(name, tmp_path, computed_by):
     """50 steps by their own trainers, the same seed with and without the line; bench_trainers.py has three seeds."""
     plain, corrected = (trainers.MODELS[name](str(tmp_path), 0, on) for on in (False, True))
     assert corrected < plain
@@ -71,7 +81,7 @@ def test_one_line_lowers_the_loss(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(decay=0.5, every=3)], ids=str)
 @pytest.mark.parametrize("make", [trainers.gpt2_trainer, trainers.vit_trainer])
-def test_huggingface_resumes_bit_for_bit(make, options, tmp_path):
+def test_huggingface_resumes_bit_for_bit(make, options, tmp_path, computed_by):
     """A run from the Trainer's own checkpoint ends where the uninterrupted one does.
 
     The model is made with ``from_pretrained``, as a script that resumes may well do. Trainer reads the weights again,
@@ -90,7 +100,7 @@ def test_huggingface_resumes_bit_for_bit(make, options, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["preconditioner", "prepare"])
-def test_accelerate(first):
+def test_accelerate(first, computed_by):
     """The line may stand before or after `prepare`."""
     (accelerate,) = frameworks.require("accelerate")
     model, optimizer = small()
@@ -109,7 +119,7 @@ def test_accelerate(first):
 
 
 @pytest.mark.slow
-def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path):
+def test_trainers_that_wrap_the_model_for_two_ranks(tmp_path, computed_by):
     """Covariances are pooled, so parameters are the same bits though each rank saw other data.
 
     Accelerate, Lightning and Trainer, which use DistributedDataParallel, and GPT-2 in fully_shard.

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_ops import Preconditioner, layers
+from consistency_ops.ops import backend as _backend
 
 from .ranks import same_bits
 
@@ -88,6 +89,11 @@ def _ddp(options: dict, dtype=torch.float64, name="sgd", wrap_late=False, **ddp)
     wrapped = wrapped or DDP(model, **ddp)
     train(wrapped, optimizer, [dist.get_rank()], dtype=dtype)
     return result(model, rows=pre.stats()["rows"], summary=pre.summary())
+
+
+def backend():
+    """What computes on this rank."""
+    return {"computes": "torch" if "CPU" in _backend._before else "kernels"}
 
 
 def ddp_default():
