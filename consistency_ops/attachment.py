@@ -25,6 +25,7 @@ from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_pr
 from .engine.ownership import Ownership
 from .engine.products import watch_products
 from .engine.state import StateStore
+from .ops.backend import is_out_of_memory, settle
 from .ops.checks import type_name
 from .reporting.stats import notice_failures
 
@@ -108,6 +109,7 @@ class Attachment:
                 if self.optimizer is not None:
                     _refuse_a_second_one(module, layer, weight)
                 refuse_private(weight, layer.name)
+                settle(weight.device)
                 layer.capture = Capture(module, layer.kind, self.states, layer.index, options.max_rows, options.seed)
                 if layer.only_taken:
                     layer.capture.unhook()
@@ -198,7 +200,10 @@ class Attachment:
         if not (self._hooks_fire or states.paused):
             self._hooks_fire = first = notice_unseen(steps, self._notices)
         for batch in by_launch(steps, correction.chunk_of):
-            correction.run(batch)
+            try:
+                correction.run(batch)
+            except RuntimeError as error:
+                raise _with_a_cure(error) from None
             for step in batch:
                 step.write_back()
         held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
@@ -300,6 +305,16 @@ def remove_hooks(layers: list[Layer], handles: list[RemovableHandle]) -> None:
     for layer in layers:
         if layer.capture is not None:
             layer.capture.remove()
+
+
+def _with_a_cure(error: RuntimeError) -> RuntimeError:
+    """The error of an allocator as the type that searches for a batch size know, on the CPU too; others as they are."""
+    if not is_out_of_memory(error):
+        return error
+    return torch.OutOfMemoryError(
+        "Preconditioner: out of memory in the correction of a step: a smaller chunk, fewer max_rows, decay=0, every=1, "
+        f"or skip= for the widest layers need less ({str(error).splitlines()[0]})"
+    )
 
 
 def held_weights(layers: list[Layer]) -> set[Tensor]:

@@ -44,7 +44,7 @@ def wrong_kernel():
 
 
 def _gate_before_the_cpu():
-    backend._put_before("CPU", lambda name: backend._gated(name, "CPU"))
+    backend._put_gate("CPU")
 
 
 def _twice_as_long(grads, bias_grads, inputs, *rest):
@@ -123,6 +123,18 @@ def test_a_broken_kernel_of_another_operator_is_found_at_the_first_call(wrong_ke
     running = torch.zeros(5)
     want = x / (x.square().mean(0) * 0.9 + 0.01 * (x.square().mean(0).max() * 0.9 + 1e-6)).sqrt()
     torch.testing.assert_close(co.batch_rms_norm(x, running, training=True), want)
+
+
+def test_the_kernels_are_checked_when_a_preconditioner_is_made(monkeypatch, wrong_kernel, caplog):
+    """A CUDA graph may capture its first step, and under a capture nothing can be checked."""
+    wrong_kernel("foreach_precondition_", _twice_as_long)
+    _gate_before_the_cpu()
+    model = nn.Linear(4, 3)
+    pre = co.Preconditioner(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert "torch's own operations take their place" in caplog.text and pre.steps == 0
+    monkeypatch.setattr(backend, "decide", lambda *args: pytest.fail("checked twice"))
+    other = nn.Linear(4, 3)
+    co.Preconditioner(other, torch.optim.SGD(other.parameters(), lr=0.1))
 
 
 def test_inside_a_capture_nothing_is_checked_and_the_kernels_are_not_used(monkeypatch, wrong_kernel):

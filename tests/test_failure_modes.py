@@ -1,6 +1,8 @@
 """Trouble that others bring: graphs on gradients, parameters given twice or not at all, states that do not fit."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,3 +78,36 @@ def test_a_load_that_the_optimizer_refuses_changes_nothing(options):
         train(model, optimizer, 3, first=3)
         found.append(list(model.parameters()))
     assert_equal(*found)
+
+
+OUT_OF_MEMORY = """
+import resource, torch, consistency_ops as co
+
+def train(x, **options):
+    model = torch.nn.Linear(x.shape[1], 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = co.Preconditioner(model, optimizer, **options)
+    model(x).sum().backward()
+    optimizer.step()
+
+x = torch.randn(8, 12_000)
+torch.set_num_threads(1)
+train(x, max_rows=8)  # the threads and buffers of a step
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, -1))
+for options in (dict(max_rows=100_000), dict(chunk=None, decay=0.9, every=2, max_rows=8)):
+    try:
+        train(x, **options)
+    except torch.OutOfMemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_out_of_memory_has_torchs_type_and_says_what_needs_less():
+    """Searches for a batch size (Lightning's, Accelerate's) look for torch.OutOfMemoryError."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows, step = done.stdout.splitlines()
+    assert "out of memory for the input rows of a layer, 4578 MiB for 100000 rows of 12000 units: a smaller" in rows
+    assert "out of memory" in step and ("MiB of workspace" in step or "a smaller chunk" in step)

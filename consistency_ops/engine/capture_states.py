@@ -13,6 +13,8 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from ..ops.backend import is_out_of_memory
+
 if TYPE_CHECKING:
     from .ownership import Ownership
 
@@ -26,6 +28,14 @@ def empty(rows: int, units: int, dtype: torch.dtype, device: torch.device) -> Te
     fills, mode.fill_uninitialized_memory = mode.fill_uninitialized_memory, False
     try:
         return torch.empty(rows, units, dtype=dtype, device=device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = rows * units * dtype.itemsize / 2**20
+        raise torch.OutOfMemoryError(
+            f"Preconditioner: out of memory for the input rows of a layer, {size:.0f} MiB for {rows} rows of {units} "
+            f"units: a smaller max_rows needs less ({str(error).splitlines()[0]})"
+        ) from None
     finally:
         mode.fill_uninitialized_memory = fills
 

@@ -84,10 +84,15 @@ def kernel(name: str) -> Callable[..., Any]:
     return run
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator had not enough: those of GPUs have a type for it, that of the CPU has not."""
+    return any(part in str(error) for part in ("out of memory", "allocate memory"))
+
+
 def _with_a_cure(name: str, error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
     """The error of an allocator as one that says which operator had no memory for how much; others as they are."""
     text = str(error)
-    if "MiB of workspace" in text or not ("out of memory" in text or "allocate memory" in text):
+    if "MiB of workspace" in text or not is_out_of_memory(error):
         return error
     needed = portable_memory.workspace_bytes(name, args)
     if needed is None:
@@ -155,6 +160,7 @@ for _key in _KEYS:
 
 _backend: str = "auto"
 _before: dict[str, Any] = {}  # by key: what stands before the library's kernels
+_undecided: set[str] = set()  # keys before whose kernels the gate stands
 _kept_alive: list[object] = []  # kernels that were taken away, perhaps while they ran
 _turn = threading.RLock()
 
@@ -174,7 +180,13 @@ def _put_before(key: str, make: Callable[[str], Callable[..., Any]]) -> None:
     _before[key] = library
 
 
+def _put_gate(key: str) -> None:
+    _put_before(key, lambda name: _gated(name, key))
+    _undecided.add(key)
+
+
 def _take_away(key: str) -> None:
+    _undecided.discard(key)
     if (library := _before.pop(key, None)) is not None:
         _kept_alive.extend(torch.library.get_kernel(add_op_namespace_prefix(name), key) for name in PORTABLE)
         library._destroy()
@@ -205,7 +217,7 @@ def set_backend(name: Backend) -> None:
             if name == "torch":
                 _put_before(key, kernel)
             elif name == "auto" and key == "CUDA":
-                _put_before(key, _gated)
+                _put_gate(key)
             else:
                 _take_away(key)
 
@@ -228,6 +240,17 @@ def _gated(name: str, key: str = "CUDA") -> Callable[..., Any]:
             return operator(*args, **kwargs)
 
     return decide_or_run
+
+
+def settle(device: torch.device) -> None:
+    """Let the gate decide now, if it has not: a ``Preconditioner`` asks, since a CUDA graph may capture its first step.
+
+    Under a graph's capture nothing is checked, and torch's operations would be in the graph for good.
+    """
+    key = device.type.upper()
+    if key in _undecided and not _capturing(device) and (key != "CUDA" or torch.cuda.is_available()):
+        with _turn:
+            decide(device, key)
 
 
 def _capturing(device: torch.device) -> bool:
