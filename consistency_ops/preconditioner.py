@@ -80,10 +80,10 @@ class Preconditioner:
             ``"correct"``, 0.95 in mode ``"whiten"``. With 0 only the current step's inputs count, and every refresh
             draws a new random division in mode ``"correct"``. Above 0 the division is fixed, the average is
             bias-corrected, and a step with Inf or NaN in a layer's inputs or gradient does not enter it.
-        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. Above 1 use
-            ``decay=0.5`` or more, too: the inverse of one batch multiplies what only other batches have by
-            ``1 / damping``, and training may diverge. With ``decay > 0`` all of the first 20 steps capture and invert,
-            because an average has to be gathered before it is reused.
+        every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. ``None``: 10
+            in mode ``"whiten"`` with an average, else 1. Above 1 use ``decay=0.5`` or more, too: the inverse of one
+            batch multiplies what only other batches have by ``1 / damping``, and training may diverge. With ``decay >
+            0`` all of the first 20 steps capture and invert, because an average has to be gathered before it is reused.
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
@@ -110,7 +110,7 @@ class Preconditioner:
         group: int | None = None,
         max_rows: int = 4096,
         decay: float | None = None,
-        every: int = 1,
+        every: int | None = None,
         bias: bool = True,
         skip: str | type[Any] | Iterable[str | type[Any]] = (),
         seed: int = 0,
@@ -125,6 +125,8 @@ class Preconditioner:
         self.mode: Literal["correct", "whiten"] = mode or "correct"
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
+        if every is None:
+            every = 10 if self.mode == "whiten" and decay > 0 else 1
         options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm)
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)

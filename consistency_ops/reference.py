@@ -237,6 +237,88 @@ def precondition(
     return corrected, bias, torch.tensor(info, dtype=torch.int32), torch.tensor(used)
 
 
+# Whitened coordinates
+
+
+def whitening_factors(
+    covariance: Tensor,
+    *,
+    damping: float = 0.1,
+    scaling: str = "trace",
+    chunk: int = 128,
+    group: int = 1,
+    seed: int = 0,
+    layer: int = 0,
+) -> list[Tensor]:
+    """``L^-1`` of every chunk, ``L L^T = A / tau + damping I``, of a layer with the second moment ``A`` of its inputs.
+
+    A chunk whose factorisation fails three times has the identity. The division is that of step 0.
+    """
+    units = len(covariance)
+    if scaling == "trace":
+        covariance = covariance / trace_scale_of(covariance.diagonal())
+    order, factors = division(units, chunk, group, seed, 0, layer), []
+    for begin, end in itertools.pairwise(chunk_bounds(units, chunk)):
+        index = order[begin:end]
+        lower, info, _ = damped_cholesky(covariance[index][:, index], damping)
+        eye = torch.eye(len(index), dtype=covariance.dtype, device=covariance.device)
+        factors.append(eye if info else torch.linalg.solve_triangular(lower, eye, upper=False))
+    return factors
+
+
+def multiply_by_chunks(
+    matrix: Tensor,
+    bias: Tensor | None,
+    factors: list[Tensor],
+    *,
+    chunk: int = 128,
+    group: int = 1,
+    seed: int = 0,
+    layer: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """``matrix[:, c] @ factors[c]`` for every chunk ``c`` of the units of (out, in) or (out, in, *kernel).
+
+    With ``bias`` (out,) the bias is the last unit; every tap of a kernel maps a copy of it, and their mean is returned.
+    """
+    taps = matrix.flatten(2).transpose(1, 2) if matrix.dim() > 2 else matrix.unsqueeze(1)
+    if bias is not None:
+        taps = torch.cat([taps, bias[:, None, None].expand(-1, taps.shape[1], 1)], 2)
+    units, result = taps.shape[2], taps.clone()
+    order = division(units, chunk, group, seed, 0, layer)
+    for (begin, end), factor in zip(itertools.pairwise(chunk_bounds(units, chunk)), factors, strict=True):
+        index = order[begin:end]
+        result[:, :, index] = taps[:, :, index] @ factor
+    if bias is not None:
+        result, bias = result[:, :, :-1], result[:, :, -1].mean(1)
+    return result.transpose(1, 2).reshape(matrix.shape), bias
+
+
+def unwhiten(
+    weight: Tensor,
+    before: Tensor,
+    bias: Tensor | None,
+    bias_before: Tensor | None,
+    factors: list[Tensor],
+    *,
+    keep_norm: bool = True,
+    **division_options: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias after a step whose displacement ``D``, ``weight - before``, was made in whitened coordinates:
+    ``before + s D L^-1``, with ``s`` so that the norm of ``D`` is kept, or 1."""
+    move = weight - before
+    bias_move = None if bias is None or bias_before is None else bias - bias_before
+    mapped, bias_mapped = multiply_by_chunks(move, bias_move, factors, **division_options)
+    if keep_norm:
+        old, new = (
+            torch.cat([m.flatten(), *([] if b is None else [b])]).norm()
+            for m, b in ((move, bias_move), (mapped, bias_mapped))
+        )
+        scale = old / new if new > 0 else torch.ones_like(new)
+        mapped, bias_mapped = mapped * scale, None if bias_mapped is None else bias_mapped * scale
+    moved_bias = None if bias_mapped is None or bias_before is None else bias_before + bias_mapped
+    return before + mapped, moved_bias
+
+
 # Activation and normalisation
 
 

@@ -377,6 +377,49 @@ def test_the_native_operators_compute_what_torchs_operations_compute(dtype, chun
         assert (x.double() - y.double()).abs().max() <= bound * max(1.0, float(y.double().abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(7, 40), (10, 24, 3, 3), (33, 200)], ids=str)
+@pytest.mark.parametrize("chunk", [16, 40, 128])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_the_operators_are_those_of_the_reference(shape, chunk, bias, keep_norm):
+    torch.manual_seed(0)
+    units = shape[1] + bias
+    covariance = torch.randn(units, 2 * units, dtype=torch.float64)
+    covariance = covariance @ covariance.T / units
+    bounds, options = reference.chunk_bounds(units, chunk), dict(chunk=chunk, group=4, seed=3, layer=2)
+    order, stored = reference.division(units, chunk, 4, 3, 0, 2), torch.zeros(len(bounds) - 1, chunk, chunk).double()
+    for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        index = order[begin:end]
+        stored[c, : end - begin, : end - begin] = covariance[index][:, index]
+    want = reference.whitening_factors(covariance, **options)
+    (factors,), info, _ = ops.foreach_inverse(
+        [stored], units=[units], damping=0.1, scaling="trace", chunk=chunk, triangular=True
+    )
+    for c, factor in enumerate(want):
+        torch.testing.assert_close(factors[c, : len(factor), : len(factor)], factor, rtol=1e-9, atol=1e-11)
+
+    grad, step = torch.randn(2, *shape, dtype=torch.float64)
+    column, step_of_bias = torch.randn(2, shape[0], dtype=torch.float64) if bias else (None, None)
+    whitened = reference.multiply_by_chunks(grad, column, [factor.T for factor in want], **options)
+    native, place = torch.ops.consistency_ops, ([0] if bias else [], [2], [4])
+    got, got_bias = grad.clone(), [] if column is None else [column.clone()]
+    assert native.foreach_whiten_by_([got], got_bias, [factors], info, *place, chunk, 3, 0).tolist() == [1]
+    torch.testing.assert_close(got, whitened[0], rtol=1e-9, atol=1e-11)
+
+    before, after = grad, grad + step
+    biases = (None, None) if column is None else (column + step_of_bias, column)
+    moved = reference.unwhiten(after, before, *biases, want, keep_norm=keep_norm, **options)
+    now, now_bias = after.clone(), [] if column is None else [biases[0].clone()]
+    flags, old_bias = torch.ones(1, dtype=torch.int32), [] if column is None else [column]
+    native.foreach_unwhiten_(
+        [now], now_bias, [before], old_bias, [factors], info, flags, *place, keep_norm, True, chunk, 3, 0
+    )
+    torch.testing.assert_close(now, moved[0], rtol=1e-9, atol=1e-11)
+    if bias:
+        torch.testing.assert_close(got_bias[0], whitened[1], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(now_bias[0], moved[1], rtol=1e-9, atol=1e-11)
+
+
 def test_a_gradient_that_is_not_finite_stays_out_of_the_average():
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -141,12 +141,12 @@ def corrected(base: str) -> Callable[..., Step]:
 
 
 def whitened(base: str) -> Callable[..., Step]:
-    """Return a builder of ``base`` in whitened coordinates; settings other than ``options`` are the defaults."""
+    """Return a builder of ``base`` in whitened coordinates, with new factors in every step unless ``options`` say."""
 
     def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
         optimizer = BASES[base](model, lr)
         parts = getattr(optimizer, "parts", [optimizer])
-        pre = co.Preconditioner(model, parts, mode="whiten", **options)
+        pre = co.Preconditioner(model, parts, mode="whiten", **{"every": 1, **options})
         step = stepper(model, *(part.step for part in parts))
         step.keep = [*parts, pre]
         return step
