@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-nightly test-all bench build wheel docs lint format clean
+.PHONY: help train test test-slow test-nightly test-all bench build wheel device docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ wheel: $(VENV)/.release ## dist/*.whl: one abi3 wheel for every Python >= 3.10 a
 		{ cat build/wheel/repair.txt; exit 1; }; else cp build/wheel/*.whl dist; fi
 	@wheel=$$(ls -t dist/*.whl | head -n 1); twine check --strict "$$wheel" && abi3audit --strict "$$wheel" && \
 		check-wheel-contents "$$wheel" && ls "$$wheel"
+
+device: $(LIBRARY) ## what benchmarks/device_run.sh carries to a GPU: the library, and the golden vectors' program for sm_90a
+	@mkdir -p build/device
+	nvcc -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include -o build/device/golden tests/golden/golden.cu
 
 docs: $(LIBRARY) $(VENV)/.docs ## the manual as web pages, build/docs/index.html; a warning is an error
 	python -m sphinx -q -W --keep-going -j auto -b html docs build/docs

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.device import smoke
 from benchmarks.micro import bench_cuda, streaming
 from benchmarks.micro.compositions import by_solve, divide, per_layer
 from benchmarks.micro.expert import expert
@@ -122,3 +123,10 @@ def test_without_a_device_it_says_so():
     assert done.returncode == 1
     assert done.stderr.strip() == "no CUDA device: nothing was measured"
     assert done.stdout.startswith("C: ")
+
+
+def test_the_smoke_test_knows_every_operator():
+    cases = smoke.cases()
+    assert set(smoke.RUNGS) < set(cases) and {"spd_solve", "modulus", "foreach_precondition_"} < set(cases)
+    found = smoke.check("spd_solve", "cpu")
+    assert found["case"] == "spd_solve" and found["problems"] >= 1 and found["wrong"] == [] and found["error"] < 1e-3

@@ -37,7 +37,7 @@ def write(out: Path, device: dict, results: list[dict], kernels: str | None = No
     stages = before.get("stages", {}) if before.get("kernels") == kernels else {}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     for result in results:
-        if result["status"] in ("ok", "failed", "timeout"):
+        if result["status"] in ("ok", "failed", "timeout", "crashed", "stuck"):
             stages[result["stage"]] = {"status": result["status"], "seconds": result["seconds"], "date": now}
     attested = {"kernels": kernels, "device": device, "stages": stages}
     path.write_text(json.dumps(attested, indent=1) + "\n")
@@ -58,9 +58,11 @@ def state(attestation: Path = ATTESTATION, root: Path = ROOT) -> str | None:
 
 def keep(out: Path) -> list[Path]:
     """Copy the results of a device run to the repository."""
-    kept = [out / name for name in ("attestation.json", "golden.txt", "cuda.json") if (out / name).exists()]
+    kept = [
+        out / name for name in ("attestation.json", "golden.txt", "cuda.json", "results.jsonl") if (out / name).exists()
+    ]
     for path in kept:
-        shutil.copy(path, RESULTS / path.name)
+        shutil.copy(path, RESULTS / ("device.jsonl" if path.suffix == ".jsonl" else path.name))
     return kept
 
 
@@ -70,5 +72,5 @@ if __name__ == "__main__":
     found = keep(Path(sys.argv[1]))
     if not found:
         sys.exit(f"{sys.argv[1]} holds no results of benchmarks/device_run.sh")
-    print("\n".join(f"benchmarks/results/{path.name}" for path in found))
+    print("\n".join(f"kept {path.name}" for path in found))
     print(state() or "these kernels have run on a GPU and every stage passed")

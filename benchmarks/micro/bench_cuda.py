@@ -11,8 +11,8 @@ task queue).  The first two gather the units of the exact division, the task que
 Times are of CUDA events around one call, medians over interleaved rounds.  Gradients are restored before every call.
 `cold`: then 512 MiB are written, so that L2 holds nothing of the operands; `warm`: nothing.  `floor`: X read once, G
 read and written once, at the bandwidth that a large copy reaches in the same run.  Launches, copies and waits of one
-eager call are counted by torch.profiler.  First come the kernels that are bound by memory (streaming.py), as a share of
-the same bandwidth.
+eager call are counted by torch.profiler.  What cannot be run or captured is left out and named; the file is written
+after every workload.  Last come the kernels that are bound by memory (streaming.py), as a share of the same bandwidth.
 """
 
 from __future__ import annotations
@@ -190,28 +190,45 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tie
         pairs = zip(corrected, others, strict=True)
         return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
-    differences = {"A": difference(plain()), "B": difference(library())}
-    by_mathdx = None
+    differences: dict[str, float] = {}
+    failed: dict[str, str] = {}  # what could not be run or captured ends nothing else
+    candidates: dict[str, Callable] = {}
+    calls: dict[str, Callable] = {}
+
+    def add(name: str, make: Callable[[], Callable]) -> None:
+        try:
+            candidates[name] = make()
+        except RuntimeError as error:
+            failed[name] = str(error)[:300]
+            torch.cuda.synchronize()
+
+    def peer(tier: str, name: str, run: Callable, result: Callable[[], list], captured: bool) -> None:
+        try:
+            differences[tier] = difference(result())
+        except RuntimeError as error:
+            failed[name] = str(error)[:300]
+            return
+        calls[tier] = run
+        add(name, lambda: graphed(run) if captured else run)
+
+    calls["ours"] = ours
+    add("ours", lambda: graphed(ours))
+    add("ours, exact division", lambda: graphed(lambda: ours(group=1)))
+    add("ours, eager", lambda: ours)
+    for rung, value in RUNGS.items():
+        add(f"ours, {rung}", lambda v=value: graphed(lambda: raw_call(grads, inputs, workload.group, chunk, v)))
+        add(f"ours, exact division, {rung}", lambda v=value: graphed(lambda: raw_call(grads, inputs, 1, chunk, v)))
+    peer("A", "A: plain torch", plain, plain, captured=False)
+    peer("B", "B: library in a graph", library, library, captured=True)
     if tier_c is not None:
         by_mathdx = mathdx.MathDx(mathdx.Cubin(tier_c), grads, inputs, divisions, DAMPING)
-        restore()
-        by_mathdx()
-        differences["C"] = difference(grads)
 
-    candidates = {
-        "ours": graphed(ours),
-        "ours, exact division": graphed(lambda: ours(group=1)),
-        "ours, eager": ours,
-        "A: plain torch": plain,
-        "B: library in a graph": graphed(library),
-    }
-    calls = {"ours": ours, "A": plain, "B": library}
-    if by_mathdx is not None:
-        candidates[TIER_C] = graphed(by_mathdx)
-        calls["C"] = by_mathdx
-    for rung, value in RUNGS.items():
-        candidates[f"ours, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, workload.group, chunk, v))
-        candidates[f"ours, exact division, {rung}"] = graphed(lambda v=value: raw_call(grads, inputs, 1, chunk, v))
+        def corrected_by_mathdx() -> list:
+            restore()
+            by_mathdx()
+            return grads
+
+        peer("C", TIER_C, by_mathdx, corrected_by_mathdx, captured=True)
     cold_us = event_medians(candidates, cold, seconds)
     warm_us = event_medians(candidates, restore, seconds)
     floor_us = 1e6 * moved_bytes(layers, setting.rows, workload.inputs.itemsize, workload.grads.itemsize) / bandwidth
@@ -226,9 +243,11 @@ def measure(number: str, setting: Setting, bandwidth: float, seconds: float, tie
         "floor_us": floor_us,
         "share_of_floor": floor_us / cold_us["ours"],
         "target_us": setting.target_us,
-        "ratio_to_A": cold_us["A: plain torch"] / cold_us["ours"],
-        "ratio_to_B": cold_us["B: library in a graph"] / cold_us["ours"],
-        "ratio_to_C": cold_us[TIER_C] / cold_us["ours"] if by_mathdx else None,
+        **{
+            f"ratio_to_{name[0]}": cold_us[name] / cold_us["ours"] if name in cold_us else None
+            for name in ("A: plain torch", "B: library in a graph", TIER_C)
+        },
+        "failed": failed,
         "calls": {name: profile_calls(run) for name, run in calls.items()},
         "differences": differences,
     }
@@ -276,10 +295,9 @@ HEADER = f"{'workload':<19}" + "".join(f"{name:>{width}}" for name, width in WID
 
 def row_of(result: dict) -> str:
     cold, warm = result["cold_us"], result["warm_us"]["ours"]
-    times = (cold[name] for name in ("A: plain torch", "B: library in a graph"))
+    peers = ("A: plain torch", "B: library in a graph", TIER_C)
     cells = [f"{cold['ours']:.1f}", f"{warm:.1f}", f"{result['floor_us']:.1f}", f"{result['share_of_floor']:.0%}"]
-    cells += [f"{result['target_us']:.0f}", *(f"{time:.1f}" for time in times)]
-    cells += [f"{cold[TIER_C]:.1f}" if TIER_C in cold else "-"]
+    cells += [f"{result['target_us']:.0f}", *(f"{cold[name]:.1f}" if name in cold else "-" for name in peers)]
     ratios = (result[f"ratio_to_{tier}"] for tier in "ABC")
     cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
     cells += [str(result["calls"]["ours"]["launches"])]
@@ -328,17 +346,28 @@ def main() -> None:
         sys.exit("this library was built without CUDA kernels: CONSISTENCY_OPS_CUDA=1 make build")
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    streamed = measure_streaming(bandwidth, 0.25 * arguments.seconds)
+    about = {"device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "tier_c": about_c}
+    results: list[dict] = []
+    streamed: list[dict] = []
+    failed: dict[str, str] = {}
+
+    def keep() -> None:
+        save("cuda", {**about, "streaming": streamed, "rows": results, "failed": failed}, arguments.json)
+
+    print(HEADER)
+    for number in arguments.workloads:
+        try:
+            results.append(measure(number, SETTINGS[number], bandwidth, arguments.seconds, tier_c))
+            print(row_of(results[-1]), flush=True)
+        except RuntimeError as error:  # the other workloads may still be measured
+            failed[number] = str(error)[:300]
+            print(f"({number}) {failed[number]}", flush=True)
+        keep()
+    streamed += measure_streaming(bandwidth, 0.25 * arguments.seconds)
+    keep()
     for row in streamed:
         layout = "channels last" if row["channels_last"] else "contiguous"
         print(f"{row['name']:<18} {row['dtype']:<15} {layout:<13} {row['us']:>8.1f} us {row['share_of_copy']:>5.0%}")
-    print(HEADER)
-    results = []
-    for number in arguments.workloads:
-        results.append(measure(number, SETTINGS[number], bandwidth, arguments.seconds, tier_c))
-        print(row_of(results[-1]), flush=True)
-        about = {"device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "tier_c": about_c}
-        save("cuda", {**about, "streaming": streamed, "rows": results}, arguments.json)
 
 
 if __name__ == "__main__":

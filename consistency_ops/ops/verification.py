@@ -327,10 +327,12 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-def check(device: torch.device) -> Iterator[Finding]:
-    """Every problem on a device against float64."""
+def check(device: torch.device, operator: str | None = None) -> Iterator[Finding]:
+    """Every problem on a device, or those of one operator, against float64."""
     with torch.no_grad():
         for problem in problems():
+            if operator not in (None, problem.operator):
+                continue
             try:
                 results = _on(device, problem, _operator(problem.operator))
             except Exception as error:
