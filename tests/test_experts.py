@@ -195,6 +195,39 @@ def test_a_compiled_model_corrects_what_it_sees(caplog):
     assert "experts.gate_up_proj" in pre.summary()
 
 
+class LowRank(nn.Linear):
+    """As loralib's: two trained matrices beside a frozen weight, in one module."""
+
+    def __init__(self):
+        super().__init__(WIDTH, INNER)
+        self.weight.requires_grad_(False)
+        self.bias.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, WIDTH)), nn.Parameter(torch.randn(INNER, 2))
+
+    def forward(self, x):
+        out = F.linear(x, self.weight, self.bias)
+        return out + F.dropout(x, 0.0) @ self.lora_A.transpose(0, 1) @ self.lora_B.transpose(0, 1) * 2.0
+
+
+LowRank.__module__, LowRank.__qualname__ = "loralib.layers", "Linear"
+
+
+def test_low_rank_matrices_of_loralib():
+    torch.manual_seed(0)
+    model = LowRank()
+    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=0.0)
+    pre = Preconditioner(model, optimizer)
+    x = torch.randn(20, WIDTH)
+    model(x).square().sum().backward()
+    raw = model.lora_A.grad.clone(), model.lora_B.grad.clone()
+    optimizer.step()
+    inner = (x @ model.lora_A.T).detach()
+    for weight, grad, rows in ((model.lora_A, raw[0], x), (model.lora_B, raw[1], inner)):
+        want = co.precondition(grad, rows, damping=0.1, scaling="trace")
+        torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-5)
+    assert pre.stats()["coverage"] == 1.0
+
+
 class Own(nn.Module):
     def __init__(self):
         super().__init__()

@@ -206,12 +206,18 @@ def _experts_first_transposed(weight: Tensor) -> Tensor:
 
 
 def _of_a_package(module: nn.Module, base: type) -> tuple[LayerType, ...]:
-    """What a class of transformers or torchtitan is, by the names of the class and of its parameters."""
+    """What a class of transformers, torchtitan or loralib is, by the names of the class and of its parameters."""
     package, name = base.__module__.split(".")[0], base.__qualname__
     if package == "transformers" and name.endswith("Experts"):
         return _experts_of_transformers(module)
     if package == "transformers" and name.endswith(("TopKRouter", "TopkRouter")) and _has_plain_weight(module):
         return (LayerType(-1, "weight", "bias"),)  # a linear layer, whatever it makes of its output
+    if package == "loralib" and name == "Linear":
+        return tuple(
+            LayerType(-1, key, None, part=key, inside=True)
+            for key in ("lora_A", "lora_B")
+            if module._parameters.get(key) is not None
+        )
     if package == "torchtitan" and name == "GroupedExperts":
         return _expert_kinds(module, ("w1", "w3", "w2"), "w2", _experts_first)
     return ()
@@ -265,7 +271,7 @@ def _known_base(module: nn.Module) -> type[nn.Module] | None:
     for base in type(module).__mro__:
         if base in _TYPES or base is nn.MultiheadAttention or _full_name(base) in _BY_NAME:
             return base
-        if base.__module__.startswith(("transformers.", "torchtitan.")) and _of_a_package(module, base):
+        if base.__module__.startswith(("transformers.", "torchtitan.", "loralib.")) and _of_a_package(module, base):
             return base
     return None
 
