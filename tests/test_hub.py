@@ -77,7 +77,7 @@ def with_sources(text):
 def test_every_file_that_setup_compiles_is_named(config):
     text = (ROOT / "build.toml").read_text()
     assert with_sources(text) == text, (
-        "csrc has other files: run `PYTHONPATH=. python tests/test_hub.py`, which writes the lists"
+        "run `PYTHONPATH=. python tests/test_hub.py`: it writes the lists"
     )
     named = sources(config["torch"], *kernels(config, "cuda"))
     ours = {name for name in files("csrc/**/*") if name.endswith((".cpp", ".cu", ".h", ".cuh", ".inl"))}
