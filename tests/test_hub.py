@@ -76,9 +76,7 @@ def with_sources(text):
 
 def test_every_file_that_setup_compiles_is_named(config):
     text = (ROOT / "build.toml").read_text()
-    assert with_sources(text) == text, (
-        "run `PYTHONPATH=. python tests/test_hub.py`: it writes the lists"
-    )
+    assert with_sources(text) == text, "run `PYTHONPATH=. python tests/test_hub.py`: it writes the lists"
     named = sources(config["torch"], *kernels(config, "cuda"))
     ours = {name for name in files("csrc/**/*") if name.endswith((".cpp", ".cu", ".h", ".cuh", ".inl"))}
     assert ours - named == set(files("csrc/torch_abi/*"))
