@@ -49,13 +49,44 @@ def test_host_bodies_convert_as_numpy(host):
     assert host["fresh_thread"].tolist() == list(range(64))
 
 
+LARGEST = np.finfo(np.float32).max
+
+
+def compare_ends(name, host, device):
+    """NaN where NaN, infinite where an operand is, and beyond the range infinity or the largest float, alike in sign.
+
+    Which of the two a sum becomes that overflows is the device's own: the kernels take both for an overflow.
+    """
+    assert np.array_equal(np.isnan(host), np.isnan(device)), name
+    beyond = np.abs(host) >= LARGEST
+    assert np.array_equal(beyond, np.abs(device) >= LARGEST), name
+    assert np.array_equal(np.sign(host[beyond]), np.sign(device[beyond])), name
+
+
+def test_the_ends_of_the_range_are_reached(host):
+    """By the vectors that a GPU will be compared with: finite, infinite and NaN results, and sums that overflow."""
+    for name in (line for line in host if line.endswith("ends>")):
+        values = host[name].view(np.float32)
+        assert np.isnan(values).any() and np.isinf(values).any() and np.isfinite(values).any(), name
+    for name in (line for line in host if line.endswith("overflow>")):
+        values = host[name].view(np.float32)
+        assert (np.abs(values) >= LARGEST).any() and (np.abs(values) < LARGEST).any(), name
+    other = host["mma_m16n8k8_tf32<overflow>"].view(np.float32).copy()
+    other[np.isinf(other)] = np.copysign(LARGEST, other[np.isinf(other)])
+    compare_ends("clamped", host["mma_m16n8k8_tf32<overflow>"].view(np.float32), other)
+    with pytest.raises(AssertionError):
+        compare_ends("wrong", host["mma_m16n8k8_tf32<overflow>"].view(np.float32), -other)
+
+
 def test_host_bodies_are_the_instructions(host):
     if not RESULTS.exists():
         pytest.skip("no golden vectors yet: benchmarks/device_run.sh writes them on a GPU")
     device = parse(RESULTS.read_text())
     assert set(device) == set(host)
     for name, want in device.items():
-        if name.startswith("mma"):  # sums of 8 or 16 products of numbers below 1, in the hardware's order
+        if name.endswith(("ends>", "overflow>")):
+            compare_ends(name, host[name].view(np.float32), want.view(np.float32))
+        elif name.startswith("mma"):  # sums of 8 or 16 products of numbers below 1, in the hardware's order
             np.testing.assert_allclose(host[name].view(np.float32), want.view(np.float32), rtol=0, atol=16 * 2.0**-22)
         elif name.startswith("float_to"):  # NaN has many encodings
             nan = (0x7C00, 0x3FF) if name == "float_to_float16" else (0x7F80, 0x7F)

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "cuda/convert.cuh"
@@ -186,6 +187,21 @@ int main() {
   print("mma_m16n8k8_tf32", run(kMatrixProduct, small, 128, 1, 32));
   print("mma_m16n8k16<bfloat16>", run(kBFloat16Product, small, 128, 1, 32));
   print("mma_m16n8k16<float16>", run(kFloat16Product, small, 128, 1, 32));
+  // What a sum does at the end of the range: rows of A with the largest number, infinity and NaN, and a sum that
+  // overflows only with its last terms.  Only whether a result is finite, infinite or NaN is compared.
+  const float ends[] = {3.0e38f, -3.0e38f, std::numeric_limits<float>::infinity(),
+                        -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
+  std::vector<uint32_t> large(512, as_bits(1.0f));
+  const unsigned places[] = {5, 36, 75, 106, 127};  // five rows of A
+  for (unsigned i = 0; i < 5; ++i) large[places[i]] = as_bits(ends[i]);
+  print("mma_m16n8k8_tf32<ends>", run(kMatrixProduct, large, 128, 1, 32));
+  print("mma_m16n8k16<bfloat16,ends>", run(kBFloat16Product, large, 128, 1, 32));
+  print("mma_m16n8k16<float16,ends>", run(kFloat16Product, large, 128, 1, 32));
+  std::vector<uint32_t> sums(512, as_bits(0x1p60f));  // 2^120 a product; D begins just below the largest float
+  for (unsigned i = 384; i < 512; ++i) sums[i] = as_bits(i % 2 ? 0x1.fffffep127f : -0x1.fffffep127f);
+  for (unsigned i = 192; i < 320; ++i) sums[i] = as_bits(i % 2 ? 0x1.fffffep127f : -0x1.fffffep127f);
+  print("mma_m16n8k8_tf32<overflow>", run(kMatrixProduct, sums, 128, 1, 32));
+  print("mma_m16n8k16<bfloat16,overflow>", run(kBFloat16Product, sums, 128, 1, 32));
   print("load_matrices_transposed", run(kTransposed, small, 128, 1, 32));
   print("cluster", run(kCluster, small, 36, 4, 1, 4));
 }

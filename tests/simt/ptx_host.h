@@ -4,6 +4,9 @@
 // the tests.  test_simt_runtime.py holds the bodies against what PTX documents, tests/golden against a GPU.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "simt/cuda_host.h"
 // after the macros that it needs
 #include "cuda/port.cuh"
@@ -71,6 +74,40 @@ inline float to_tf32(float value) {
   return __uint_as_float((bits + 0x1000u) & 0xffffe000u);
 }
 
+// sum + products, which are exact: of numbers with at most 11 bits.
+//
+// The order and the rounding of a tensor core's sum are not documented.  Plainly, one float addition after the other.
+// With SIMT_TENSOR_CORES as has been measured of several generations (Fasi, Higham, Mikaitis, Pranesh 2021): all terms
+// are aligned to the largest one and cut there, with two bits more than a float has, and so is their sum.  What a sum
+// cut toward zero does beyond the largest float is known to nobody outside: here it stops there, which a kernel that
+// looks for infinity would not notice.
+template <int kCount>
+float sum_of_products(const float (&products)[kCount], float sum) {
+#if defined(SIMT_TENSOR_CORES)
+  constexpr int kBits = 24 + 2;
+  double terms[kCount + 1] = {sum};
+  int exponent = -1022;
+  for (int k = 0; k < kCount; ++k) terms[k + 1] = products[k];
+  bool finite = true;
+  for (double term : terms) {
+    finite = finite && std::isfinite(term);
+    if (finite && term != 0) exponent = std::max(exponent, std::ilogb(term));
+  }
+  if (finite) {
+    double total = 0;  // of whole numbers below 2^31: exact
+    for (double term : terms) total += std::trunc(std::ldexp(term, kBits - 1 - exponent));
+    if (total == 0) return 0.0f;
+    const int cut = std::max(std::ilogb(total) - 23, 0);
+    total = std::ldexp(std::trunc(std::ldexp(total, -cut)), cut + exponent - (kBits - 1));
+    constexpr double kLargest = 3.4028234663852886e38;
+    return static_cast<float>(std::min(std::max(total, -kLargest), kLargest));
+  }
+#endif
+  float all = 0.0f;
+  for (float product : products) all += product;
+  return sum + all;
+}
+
 inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   struct Operands {
     float* d;
@@ -93,9 +130,9 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b
                            const auto* o = static_cast<const Operands*>(lanes[lane]);
                            for (int i = 0; i < 4; ++i) {
                              const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                             float sum = 0.0f;
-                             for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][column];
-                             o->d[i] += sum;
+                             float products[8];
+                             for (int k = 0; k < 8; ++k) products[k] = left[row][k] * right[k][column];
+                             o->d[i] = sum_of_products(products, o->d[i]);
                            }
                          }
                        },
@@ -150,9 +187,9 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
                            const auto* o = static_cast<const Operands*>(lanes[lane]);
                            for (int i = 0; i < 4; ++i) {
                              const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                             float sum = 0.0f;
-                             for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-                             o->d[i] += sum;
+                             float products[16];
+                             for (int k = 0; k < 16; ++k) products[k] = left[row][k] * right[k][column];
+                             o->d[i] = sum_of_products(products, o->d[i]);
                            }
                          }
                        },

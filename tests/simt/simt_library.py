@@ -36,6 +36,7 @@ NEVER, ALWAYS = 1, 2  # Packing, where 0 is automatic too
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {  # flags of the kernels, flags of the runtime
     "plain": (["-O2"], ["-O2"]),
+    "rounding": (["-O2", "-DSIMT_TENSOR_CORES"], ["-O2"]),  # sums of products as tensor cores round them
     "memory": (["-O1", *SANITIZE], ["-O1", *SANITIZE]),
     "races": (["-O1", "-fsanitize=thread"], ["-O1", "-DSIMT_TSAN"]),
     "lines": (["-O1", "--coverage"], ["-O2"]),
@@ -70,13 +71,15 @@ def build_operators() -> Path:
     torch = Path(importlib.util.find_spec("torch").origin).parent
     target = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())[1]
     flags = ["-O2", "-DCONSISTENCY_OPS_SIMT", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
+    rounding = os.environ.get("SIMT_BUILD") == "rounding"
+    kernel_flags = [*BUILDS["rounding" if rounding else "plain"][0], *KERNEL]
     units = [("tests/simt/runtime.cpp", ["-O2"])]
-    units += [(f"csrc/cuda/{name}", ["-O2", *KERNEL]) for name in KERNELS]
+    units += [(f"csrc/cuda/{name}", kernel_flags) for name in KERNELS]
     names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
     units += [(f"csrc/bindings/{name}", flags) for name in names]
     units += [(PLAN, ["-O2"]), ("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    return link("operators", ROOT, units, ["-O2"], libraries)
+    return link("rounding_operators" if rounding else "operators", ROOT, units, ["-O2"], libraries)
 
 
 def operators_stats() -> Stats:
