@@ -353,3 +353,68 @@ def test_gradients_of_one_sample_each_are_refused():
     model[0].weight.grad_sample = None
     with pytest.raises(ValueError, match="must not be trained with differential privacy"):
         Preconditioner(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (nn.utils.parametrizations.weight_norm, "weight is computed by _WeightNorm"),
+        (nn.utils.parametrizations.spectral_norm, "weight is computed by _SpectralNorm"),
+        (nn.utils.spectral_norm, "weight is computed by a hook"),
+    ],
+)
+def test_a_computed_weight_is_left_and_named(wrap, words):
+    models, gradients = [], []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(wrap(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        pre = Preconditioner(model, optimizer) if attached else None
+        model(torch.linspace(-1, 1, 60).view(10, 6)).square().sum().backward()
+        optimizer.step()
+        models.append(model)
+        gradients.append([p.grad for p in model[0].parameters()])
+    assert_equal(*gradients)
+    assert words in pre.summary() and pre.stats()["layers"] == 1
+
+
+def programs_beside_the_training():
+    """Uses of a model within a step that leave nothing in it: other weights, transforms, traces."""
+
+    def other_weights(model, x):
+        other = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        torch.func.functional_call(model, other, (x[:5],)).sum().backward()
+
+    def one_gradient_a_sample(model, x):
+        def loss(parameters, row):
+            return torch.func.functional_call(model, parameters, (row,)).sum()
+
+        torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(model.named_parameters()), x)
+
+    def trace(model, x):
+        torch.jit.trace(model, (x,))
+
+    def copied(model, x):
+        copy.deepcopy(model)(x[:3]).sum().backward()
+
+    return [other_weights, one_gradient_a_sample, trace, copied]
+
+
+@pytest.mark.parametrize("beside", programs_beside_the_training(), ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_is_done_beside_the_training_changes_nothing(beside):
+    updated = []
+    for used in (False, True):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = Preconditioner(model, optimizer)
+        for step in range(3):
+            x, y = data(seed=step)
+            optimizer.zero_grad()
+            if used:
+                beside(model, x)
+            backward(model, x, y)
+            optimizer.step()
+        assert [layer.captured_rows() for layer in pre._layers] == [40, 40, 40]
+        updated.append(list(model.parameters()))
+    assert_equal(*updated)

@@ -174,7 +174,7 @@ def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | typ
         return f"{OWN_FORWARD}, not registered"
     weight = module._parameters.get(kind.weight)
     if weight is None:
-        return f"{kind.weight} is not a parameter of the module"
+        return f"{kind.weight} {_computed_by(module, kind.weight)}"
     if not is_lazy(weight) and weight.dim() < 2:
         return FLATTENED
     if not is_lazy(weight) and not weight.numel():
@@ -184,6 +184,18 @@ def _reason(name: str, module: nn.Module, kind: LayerType, skip: tuple[str | typ
     if kind.matrix is not None and not is_lazy(weight) and not is_dtensor(weight):
         _check_matrix(name, module, kind, kind.matrix(weight.detach()), weight)
     return None
+
+
+def _computed_by(module: nn.Module, key: str) -> str:
+    """Why a weight is no parameter. The gradient of a computed one is gone at the step: there is nothing to correct."""
+    parametrizations = getattr(module, "parametrizations", None)
+    if parametrizations is not None and key in parametrizations:
+        return f"is computed by {', '.join(type(part).__name__ for part in parametrizations[key])}"
+    if f"{key}_g" in module._parameters:
+        return "is computed by weight_norm"
+    if f"{key}_orig" in module._parameters:
+        return "is computed by a hook (spectral_norm, pruning)"
+    return "is not a parameter of the module"
 
 
 def _check_matrix(name: str, module: nn.Module, kind: LayerType, matrix: object, weight: Tensor) -> None:
