@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
 # The last line of the summary in mode "whiten", for an optimizer whose steps keep their norm.
 _RATE_NOTE = (
-    "In whitened coordinates the best learning rate was half to three times that of the optimizer alone: try some "
+    "In whitened coordinates the best learning rate was a third to three times that of the optimizer alone: try some "
     "(optim.select_learning_rate with decay=True), or keep the rate and set keep_norm=False."
 )
 
