@@ -53,6 +53,18 @@ def step() -> str:
     return "\n".join(lines)
 
 
+def whiten() -> str:
+    """A step in whitened coordinates over one of plain AdamW."""
+    found = read("whiten")["rows"]
+    settings = list(dict.fromkeys(row["setting"] for row in found))
+    lines = ["| | " + " | ".join(settings) + " |", "| --- |" + " --- |" * len(settings)]
+    for model in dict.fromkeys(row["model"] for row in found):
+        rows = {row["setting"]: row for row in found if row["model"] == model}
+        cells = [f"{row['ratio']:.2f}" if s != "adamw" else f"{row['ms']:.1f} ms" for s, row in rows.items()]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 LAYERS = {  # workload: how the page calls it, and the file that has it
     "mlp": ("MLP 784-100-100-100-10", "precondition"),
     "wide-mlp": ("3 x Linear 512", "precondition"),
@@ -242,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel-model": kernel_model,
     "kernel-bounds": kernel_bounds,
     "step": step,
+    "whiten": whiten,
     "precondition": precondition,
     "cuda": cuda,
     "frameworks": frameworks,
