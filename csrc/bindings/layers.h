@@ -51,6 +51,16 @@ inline void set_bias(PreconditionLayer& layer, const Tensor& bias, int64_t conv_
                     conv_group * layer.outputs * layer.bias_stride * element_size(layer.bias_dtype);
 }
 
+// From a group of a convolution to the next one.
+inline void to_next_group(PreconditionLayer& layer) {
+  layer.x = static_cast<const char*>(layer.x) + layer.units * layer.x_unit_stride * element_size(layer.x_dtype);
+  layer.g = static_cast<char*>(layer.g) + layer.outputs * layer.g_output_stride * element_size(layer.g_dtype);
+  if (layer.has_bias) {
+    layer.bias_grad =
+        static_cast<char*>(layer.bias_grad) + layer.outputs * layer.bias_stride * element_size(layer.bias_dtype);
+  }
+}
+
 // entries[i] belongs to layer owners[i]: the entry of every layer, or null.
 inline std::vector<const Tensor*> spread(const Tensors& entries, const Ints& owners, size_t count, const char* op,
                                          const char* name) {

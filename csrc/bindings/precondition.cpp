@@ -122,15 +122,16 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
       STD_TORCH_CHECK(bias[l]->numel() == grad.size(0), op, ": bias_grad must have ", grad.size(0), " elements, got ",
                       bias[l]->numel());
     }
-    for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
-      set_grad(layer, grad, g, conv_groups, op);
-      set_input(layer, x, unit_dim, g * units, op);
-      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
-      set_permutation(layer, permutation[l], op);
-      set_row_count(layer, row_count[l], op);
-      options.float64 |= layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64;
+    PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+    set_grad(layer, grad, 0, conv_groups, op);
+    set_input(layer, x, unit_dim, 0, op);
+    if (bias[l] != nullptr) set_bias(layer, *bias[l], 0, op);
+    set_permutation(layer, permutation[l], op);
+    set_row_count(layer, row_count[l], op);
+    options.float64 |= layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64;
+    for (int64_t g = 0; g < conv_groups; ++g) {  // hundreds in a depthwise convolution
       layers.push_back(layer);
+      to_next_group(layer);
     }
   }
   find_same_inputs(layers);

@@ -24,6 +24,8 @@ constexpr int kTilePitch = 256 + 16;
 constexpr int kTileRows = 4;
 constexpr int kFewPanels = 4;
 constexpr int kMaxTileRows = 16;
+// Most units whose moments are summed in one pass.
+constexpr int kMomentLanes = 64;
 
 enum class MatrixKind : int8_t { kSymmetric, kGeneral, kLower, kUpper };
 
@@ -83,6 +85,9 @@ struct GatherKernels {
   bool (*all_finite)(const void* g, int64_t stride, int64_t count);
   // to[16 r + u] = from[u * stride + r] for r, u < 16.
   void (*transpose_block)(const void* from, int64_t stride, T* to);
+  // squares[i] += sum_k x_ki^2, sums[i] += sum_k x_ki, x_ki = x[row_offset[k] + i], for i < lanes <= kMomentLanes.  The
+  // sums over these rows are in T.
+  void (*moments)(const void* x, const int64_t* row_offset, int64_t rows, int64_t lanes, double* squares, double* sums);
 };
 
 template <typename T>

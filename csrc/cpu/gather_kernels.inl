@@ -350,8 +350,35 @@ struct Gather {
     transpose_in(static_cast<const S*>(from), stride, kPanel, kPanel, to, kPanel);
   }
 
+  template <int kLanes>
+  static inline __attribute__((always_inline)) void add_moments(const S* x, const int64_t* row_offset, int64_t rows,
+                                                                double* squares, double* sums) {
+    T square[kLanes] = {}, sum[kLanes] = {};
+    for (int64_t k = 0; k < rows; ++k) {
+      T values[kLanes];
+      copy_in<kLanes>(x + row_offset[k], values);
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] += values[i] * values[i];
+        sum[i] += values[i];
+      }
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      squares[i] += square[i];
+      sums[i] += sum[i];
+    }
+  }
+
+  static void moments(const void* x, const int64_t* row_offset, int64_t rows, int64_t lanes, double* squares,
+                      double* sums) {
+    const S* source = static_cast<const S*>(x);
+    int64_t i = 0;
+    for (; i + 16 <= lanes; i += 16) add_moments<16>(source + i, row_offset, rows, squares + i, sums + i);
+    for (; i + 4 <= lanes; i += 4) add_moments<4>(source + i, row_offset, rows, squares + i, sums + i);
+    for (; i < lanes; ++i) add_moments<1>(source + i, row_offset, rows, squares + i, sums + i);
+  }
+
   static constexpr GatherKernels<T> table() {
-    return {pack,       load_tile,   store_tile, subtract,       sum_of_squares,
-            add_scaled, any_nonzero, all_finite, transpose_block};
+    return {pack,       load_tile,   store_tile, subtract,        sum_of_squares,
+            add_scaled, any_nonzero, all_finite, transpose_block, moments};
   }
 };

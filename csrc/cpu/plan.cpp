@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "cpu/one_unit.h"
+#include "cpu/strided.h"
+
 namespace consistency_ops::cpu {
 
 namespace {
@@ -77,6 +80,14 @@ int64_t covariance_work(const LayerPlan& layer) {
 
 }  // namespace
 
+void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int64_t row, int64_t rows,
+                     int64_t* row_offset) {
+  for (int64_t k = 0; k < rows; ++k) {
+    row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
+                              plan.sample.offset + (row + k) * plan.sample.stride);
+  }
+}
+
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
                bool without_rows) {
   Plan plan;
@@ -111,6 +122,10 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     if (at.active && (options.stages & kStageCovariance)) {
       at.sample = sample_rows(row_count(layer), options.max_rows, options.seed, options.step, layer.layer);
       at.active = at.sample.count > 0 || without_rows;
+    }
+    if (at.active && has_one_unit(layers, count, l, options)) {
+      at.active = false;
+      at.one_unit = true;
     }
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));

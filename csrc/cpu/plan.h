@@ -38,6 +38,7 @@ struct LayerPlan {
   // Whether this layer has chunks to process.  False for all but the head, and for a head without rows or whose layers
   // have no gradient at all; info and damping_used then get their defaults, and G is not touched.
   bool active;
+  bool one_unit;  // corrected apart (one_unit.h); not active
   RowSample sample;
   int64_t units;      // with the bias
   int64_t row_block;  // rows that are packed at once: as many as fit kPackedBytes, so that a wide X is read only once
@@ -86,6 +87,9 @@ struct Plan {
 // `without_rows`: layers of which there are no rows are worked on, too.
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
                bool without_rows = false);
+// Offsets in X of the sampled rows row .. row + rows - 1.
+void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int64_t row, int64_t rows,
+                     int64_t* row_offset);
 
 // Bytes of the workspace of one thread, each part rounded up to a cache line.
 int64_t thread_bytes(const Plan& plan, int64_t element);

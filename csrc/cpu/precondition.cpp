@@ -28,6 +28,7 @@
 
 #include "consistency_ops/damping.h"
 #include "consistency_ops/whitening.h"
+#include "cpu/one_unit.h"
 #include "cpu/plan.h"
 #include "cpu/strided.h"
 #include "cpu/whitening.h"
@@ -245,10 +246,7 @@ class Launch {
 
     for (int64_t row = 0; row < plan.sample.count; row += plan.row_block) {
       const int64_t rows = std::min(plan.row_block, plan.sample.count - row);
-      for (int64_t k = 0; k < rows; ++k) {
-        s.row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
-                                    plan.sample.offset + (row + k) * plan.sample.stride);
-      }
+      sampled_offsets(layer, plan, row, rows, s.row_offset);
       T* block = s.packed - first_panel * plan.packed_panel();
       if constexpr (std::is_same_v<T, float>) {
         if (pairs != nullptr) {
@@ -493,7 +491,7 @@ class Launch {
     const GatherKernels<T>& g_gather = kernels.gather[static_cast<int>(layer.g_dtype)];
     const GatherKernels<T>& bias_gather = kernels.gather[static_cast<int>(layer.bias_dtype)];
     const T largest =
-        std::min(largest_of(layer.g_dtype), largest_of(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
+        std::min(largest_of<T>(layer.g_dtype), largest_of<T>(layer.has_bias ? layer.bias_dtype : layer.g_dtype));
     const int64_t rows = outputs * taps;
     // Where the units lie apart, rows (the taps of an output) mostly lie side by side and are moved as pieces.
     const bool by_unit = layer.g_unit_stride != 1;
@@ -551,20 +549,6 @@ class Launch {
 
   static int64_t tile_index(bool by_unit, int64_t row, int64_t unit) {
     return by_unit ? unit * kMaxTileRows + row : row * kTilePitch + unit;
-  }
-
-  // The largest magnitude that does not become infinite in `dtype`.
-  static T largest_of(DType dtype) {
-    switch (dtype) {
-      case DType::kBFloat16:
-        return static_cast<T>(3.3961774292304457e38);  // just below the midpoint of its largest value and 2^128
-      case DType::kFloat16:
-        return static_cast<T>(65519.99609375);
-      case DType::kFloat32:
-        return static_cast<T>(std::numeric_limits<float>::max());
-      default:
-        return std::numeric_limits<T>::max();
-    }
   }
 
   // Every tap of an output has corrected a copy of its bias; the bias becomes their mean.
@@ -848,8 +832,10 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
   try {
     const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads));
     for (int64_t l = 0; l < count; ++l) {
-      if (!plan.layers[plan.layers[l].head].active) cpu::write_defaults(layers[l], options);
+      const cpu::LayerPlan& head = plan.layers[plan.layers[l].head];
+      if (!head.active && !head.one_unit) cpu::write_defaults(layers[l], options);
     }
+    cpu::correct_one_unit(layers, options, plan, pool);
     if (plan.tasks.empty()) return Status::kOk;
     return options.float64 ? cpu::run<double>(layers, options, plan, pool)
                            : cpu::run<float>(layers, options, plan, pool);

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+
+#include "consistency_ops/types.h"
 
 namespace consistency_ops::cpu {
 
@@ -16,6 +19,21 @@ inline int64_t offset_of(const int64_t* size, const int64_t* stride, int dims, i
     index = outer;
   }
   return offset + index * stride[0];
+}
+
+// The largest magnitude that does not become infinite in `dtype`.
+template <typename T>
+T largest_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return static_cast<T>(3.3961774292304457e38);  // just below the midpoint of its largest value and 2^128
+    case DType::kFloat16:
+      return static_cast<T>(65519.99609375);
+    case DType::kFloat32:
+      return static_cast<T>(std::numeric_limits<float>::max());
+    default:
+      return std::numeric_limits<T>::max();
+  }
 }
 
 }  // namespace consistency_ops::cpu
