@@ -48,6 +48,10 @@ struct ChunkKernels {
   // Returns a mask of the rows with a result that is NaN or of larger magnitude than `limit`.
   uint32_t (*apply)(const T* g, bool by_unit, int rows, const T* matrix, MatrixKind kind, int64_t size, T limit,
                     T* out);
+  // As `apply`, of (I - X^T W') / damping in place of a matrix, which few rows X make cheaper.  x_transposed: X^T, 16
+  // rows of X a panel; w = W' / damping, panels of 16 row_panels rows; projected: scratch, as `out`.
+  uint32_t (*apply_few)(const T* g, bool by_unit, int rows, const T* x_transposed, const T* w, int row_panels,
+                        int64_t size, T inverse_damping, T limit, T* projected, T* out);
   // b <- (U^T U)^-1 b, b: one panel of 16 right-hand sides.
   void (*solve)(const T* u, const T* inverse_diagonal, int panels, T* b);
 };

@@ -455,6 +455,31 @@ struct Kernels {
     return any_beyond(largest, limit) ? rows_beyond(out, rows, height, limit) : 0;
   }
 
+  static uint32_t apply_few(const T* g, bool by_unit, int rows, const T* x_transposed, const T* w, int row_panels,
+                            int64_t size, T inverse_damping, T limit, T* projected, T* out) {
+    const int panels = static_cast<int>((size + kPanel - 1) / kPanel);
+    const int64_t width = int64_t{kPanel} * panels, height = int64_t{kPanel} * row_panels;
+    VectorOfBits unused{}, largest{};
+    if (by_unit) {
+      multiply_panels<1, kMaxTileRows>(g, rows, x_transposed, row_panels, width, size, projected, unused);
+    } else {
+      multiply_panels<kTilePitch, 1>(g, rows, x_transposed, row_panels, width, size, projected, unused);
+    }
+    multiply_panels<kTilePitch, 1>(projected, rows, w, panels, height, height, out, unused);
+    for (int r = 0; r < rows; ++r) {
+      T* row = out + r * kTilePitch;
+      if (by_unit) {
+        for (int64_t k = 0; k < size; ++k) row[k] = g[k * kMaxTileRows + r] * inverse_damping - row[k];
+      } else {
+        for (int v = 0; v < panels * kVectors; ++v) {
+          vector(row, v) = vector(g + r * kTilePitch, v) * inverse_damping - vector(row, v);
+        }
+      }
+      for (int v = 0; v < panels * kVectors; ++v) keep_largest(vector(row, v), largest);
+    }
+    return any_beyond(largest, limit) ? rows_beyond(out, rows, width, limit) : 0;
+  }
+
   static uint32_t rows_beyond(const T* out, int rows, int64_t width, T limit) {
     uint32_t bad = 0;
     for (int r = 0; r < rows; ++r) {
@@ -482,5 +507,5 @@ struct Kernels {
     }
   }
 
-  static constexpr ChunkKernels<T> table() { return {gram, factor, invert_factor, invert, apply, solve}; }
+  static constexpr ChunkKernels<T> table() { return {gram, factor, invert_factor, invert, apply, apply_few, solve}; }
 };

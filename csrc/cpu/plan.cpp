@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/few_rows.h"
 #include "cpu/one_unit.h"
 #include "cpu/strided.h"
 
@@ -130,6 +131,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));
     divide(layer, options, at);
+    for (ChunkPlan& chunk : at.chunks) chunk.row_panels = few_row_panels(layer, options, at, chunk);
     at.runs.shrink_to_fit();
     plan.table_bytes += static_cast<int64_t>(at.runs.capacity() * sizeof(Run) + at.chunks.size() * sizeof(ChunkPlan));
     largest_layer = std::max(largest_layer, storage_of(at));
@@ -223,7 +225,7 @@ int64_t thread_bytes(const Plan& plan, int64_t element) {
   int64_t bytes = round_up(plan.most_rows * static_cast<int64_t>(sizeof(int64_t)), 64);
   bytes += round_up(plan.packed_elements * element, 64);
   bytes += 2 * round_up(plan.largest_matrix * element, 64);        // the factor and its inverse
-  bytes += 2 * round_up(kMaxTileRows * kTilePitch * element, 64);  // a tile of G and its product
+  bytes += 3 * round_up(kMaxTileRows * kTilePitch * element, 64);  // a tile of G, its product and its projection
   bytes += round_up((kMaxChunk + plan.bias_elements) * element, 64);
   return bytes;
 }

@@ -27,7 +27,8 @@ struct ChunkPlan {
   int32_t panels;       // ceil(size / 16)
   int32_t first_panel;  // in the layer
   int64_t first_run, num_runs;
-  int64_t storage;  // offset of the matrix in the workspace of the wave, in elements
+  int32_t row_panels;  // ceil(rows / 16) if the rows are few and stand for the covariance (few_rows.h), else 0
+  int64_t storage;     // offset of the matrix in the workspace of the wave, in elements
 };
 
 // Layers with the same input follow one another; the first of them is their head.  The head has the division of the

@@ -28,6 +28,7 @@
 
 #include "consistency_ops/damping.h"
 #include "consistency_ops/whitening.h"
+#include "cpu/few_rows.h"
 #include "cpu/one_unit.h"
 #include "cpu/plan.h"
 #include "cpu/strided.h"
@@ -69,6 +70,7 @@ struct LayerState {
   std::atomic<int32_t> done[3] = {};   // tasks finished, by phase
   std::vector<DiagonalSum> diagonals;  // by chunk
   std::vector<int32_t> info;
+  std::vector<uint8_t> few_rows;  // whether the chunk's storage has the form of few_rows.h
   // Of whitening.
   std::atomic<bool> finite{true};  // whether the gradient and the covariance are
   std::vector<double> averaged;    // by chunk, the diagonal's sum in the average so far
@@ -78,7 +80,7 @@ struct LayerState {
 template <typename T>
 struct Scratch {
   int64_t* row_offset;
-  T *packed, *factor, *inverse_factor, *tile, *product, *inverse_diagonal, *bias;
+  T *packed, *factor, *inverse_factor, *tile, *product, *projected, *inverse_diagonal, *bias;
 };
 
 template <typename T>
@@ -109,12 +111,14 @@ class Launch {
       s.inverse_factor = reinterpret_cast<T*>(take(plan.largest_matrix * sizeof(T)));
       s.tile = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
       s.product = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
+      s.projected = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
       s.inverse_diagonal = reinterpret_cast<T*>(take((kMaxChunk + plan.bias_elements) * sizeof(T)));
       s.bias = s.inverse_diagonal + kMaxChunk;
     }
     for (size_t l = 0; l < states_.size(); ++l) {
       states_[l].diagonals.resize(plan.layers[l].chunks.size());
       states_[l].info.assign(plan.layers[l].chunks.size(), 0);
+      states_[l].few_rows.assign(plan.layers[l].chunks.size(), 0);
       if (whitened == nullptr) continue;
       states_[l].averaged.resize(plan.layers[l].chunks.size());
       if (finite != nullptr) states_[l].finite = finite[l] != 0;
@@ -200,7 +204,7 @@ class Launch {
       const T* matrix = storage_ + chunk.storage;
       DiagonalSum diagonal;
       for (int64_t k = 0; k < chunk.size && (!computed || plan.sample.count > 0); ++k) {
-        const T moment = matrix[diagonal_index(chunk, k)];
+        const T moment = chunk.row_panels > 0 ? few_rows_moment(chunk, matrix, k) : matrix[diagonal_index(chunk, k)];
         if (moment - moment != 0) continue;  // NaN or Inf
         diagonal.sum += moment;
         ++diagonal.count;
@@ -219,7 +223,9 @@ class Launch {
     const IsaKernels<T>& kernels = isa_kernels<T>();
     const GatherKernels<T>& gather = kernels.gather[static_cast<int>(layer.x_dtype)];
     const PairKernels* pairs = nullptr;
-    if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16) pairs = pair_kernels();
+    // Where the chunks of a layer have 64 and 65 units, only some may have few rows.
+    const bool few = plan.chunks.front().row_panels > 0 || plan.chunks.back().row_panels > 0;
+    if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16 && !few) pairs = pair_kernels();
     const int32_t first_panel = plan.chunks[task.begin].first_panel;
     const ChunkPlan& last = plan.chunks[task.end - 1];
     const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;
@@ -257,8 +263,12 @@ class Launch {
       gather.pack(layer.x, s.row_offset, rows, layer.x_unit_stride, layer.units, runs, num_runs, block);
       for (int64_t c = task.begin; c < task.end; ++c) {
         const ChunkPlan& chunk = plan.chunks[c];
-        kernels.chunk.gram(s.packed + (chunk.first_panel - first_panel) * plan.packed_panel(), rows, plan.row_block + 1,
-                           chunk.size, row > 0, storage_ + chunk.storage);
+        const T* packed = s.packed + (chunk.first_panel - first_panel) * plan.packed_panel();
+        if (chunk.row_panels > 0) {
+          store_few_rows(chunk, packed, plan.packed_panel(), rows, storage_ + chunk.storage);
+        } else {
+          kernels.chunk.gram(packed, rows, plan.row_block + 1, chunk.size, row > 0, storage_ + chunk.storage);
+        }
       }
     }
   }
@@ -382,6 +392,13 @@ class Launch {
       damping = damping_of_try<double>(options_.damping, kMaxTries - 1);
     }
     const T scale = static_cast<T>(multiplied);
+    if (chunk.row_panels > 0) {
+      state.few_rows[c] = factor_few(chunk, state.diagonals[c], plan.sample.count, scale, s);
+      if (state.few_rows[c]) {
+        report(layer, plan.members, c, info, damping);
+        return;
+      }
+    }
     for (int failed = 0; failed < tries; ++failed) {
       damping = damping_of_try<double>(options_.damping, failed);
       for (int64_t j = 0; j < height; j += kPanel) {  // the upper blocks, a panel at a time
@@ -396,10 +413,7 @@ class Launch {
       if (info == 0) break;
     }
     state.info[c] = info;
-    for (const PreconditionLayer* member = &layer; member != &layer + plan.members; ++member) {
-      if (member->damping_used != nullptr) member->damping_used[c] = static_cast<float>(damping);
-      if (member->info != nullptr) member->info[c] = info;
-    }
+    report(layer, plan.members, c, info, damping);
     if (info == 0 && options_.triangular) {
       kernels.invert_factor(s.factor, s.inverse_diagonal, chunk.panels, matrix);
     } else if (info == 0) {
@@ -463,6 +477,28 @@ class Launch {
     return isa_kernels<T>().gather[static_cast<int>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)];
   }
 
+  // The form of few_rows.h, if the chunk is well enough conditioned; or else its covariance, in the same place.
+  bool factor_few(const ChunkPlan& chunk, const DiagonalSum& diagonal, int64_t rows, T scale, const Scratch<T>& s) {
+    const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
+    T* storage = storage_ + chunk.storage;
+    const bool fits = diagonal.count == chunk.size && scale * diagonal.sum <= kFewRowsCondition<T> * options_.damping;
+    if (fits && factor_few_rows(chunk, rows, scale, static_cast<T>(options_.damping), kernels, storage, s.factor,
+                                s.inverse_diagonal)) {
+      return true;
+    }
+    const int64_t height = int64_t{chunk.panels} * kPanel;
+    kernels.gram(storage, rows, int64_t{chunk.row_panels} * kPanel, chunk.size, false, s.inverse_factor);
+    std::copy_n(s.inverse_factor, height * height, storage);
+    return false;
+  }
+
+  static void report(const PreconditionLayer& layer, int64_t members, int64_t c, int info, double damping) {
+    for (const PreconditionLayer* member = &layer; member != &layer + members; ++member) {
+      if (member->damping_used != nullptr) member->damping_used[c] = static_cast<float>(damping);
+      if (member->info != nullptr) member->info[c] = info;
+    }
+  }
+
   // apply
 
   void apply(const Task& task, const Scratch<T>& s) {
@@ -510,11 +546,13 @@ class Launch {
       const Run* runs = plan.runs.data() + chunk.first_run;
       const bool with_bias = static_cast<int32_t>(c) == plan.bias_chunk;
       const Run bias_run{0, 0, plan.bias_column, 1};
+      const bool few = states_[head].few_rows[c];
+      const T* matrix = storage_ + chunk.storage;
       int64_t corrected = 0;
-      if (!with_bias) {
+      if (!with_bias && !few) {
         corrected = kernels.direct[static_cast<int>(layer.g_dtype)].correct(
-            layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps, ahead,
-            storage_ + chunk.storage, chunk.size, largest, s.product);
+            layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps, ahead, matrix, chunk.size,
+            largest, s.product);
         if (corrected == rows) continue;
       }
       for (int r = 0; !by_unit && r < tile_rows; ++r) {
@@ -531,8 +569,11 @@ class Launch {
             for (int r = 0; r < here; ++r) bias_offset[r] = (first_output + (at + r) / taps) * layer.bias_stride;
             bias_gather.load_tile(layer.bias_grad, bias_offset, here, 1, &bias_run, 1, 0, by_unit, s.tile);
           }
-          const uint32_t bad = kernels.chunk.apply(s.tile, by_unit, here, storage_ + chunk.storage, kind(), chunk.size,
-                                                   largest, s.product);
+          const uint32_t bad =
+              few ? kernels.chunk.apply_few(s.tile, by_unit, here, few_rows_transposed(chunk, matrix), matrix,
+                                            chunk.row_panels, chunk.size, T(1) / static_cast<T>(options_.damping),
+                                            largest, s.projected, s.product)
+                  : kernels.chunk.apply(s.tile, by_unit, here, matrix, kind(), chunk.size, largest, s.product);
           g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
           if (with_bias) {
             for (int r = 0; r < here; ++r) {
