@@ -1,6 +1,8 @@
 """The time that the preconditioner adds to a training step of GPT-2, ViT and ResNet: capture, launch and both.
 
     python -m benchmarks.micro.bench_frameworks [--models gpt2 vit resnet] [--clock cpu|wall] [--seconds 20]
+    python -m benchmarks.micro.bench_frameworks --json benchmarks/results/small_batches.json \\
+        --models mobilenetv3_small_100 efficientnet_b0 convnext_atto vit_tiny_patch16_224 resnet18
 
 Needs requirements-frameworks.txt.  Models have random weights and random data, because time does not depend on values.
 A step is zero_grad, forward, backward and the optimizer's step, on one thread.  The three kinds of step take turns.
@@ -12,6 +14,7 @@ reproducible, milliseconds less so.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -55,7 +58,18 @@ def resnet():
     return model, optimizer, lambda: functional.cross_entropy(model(x), y)
 
 
+def of_timm(name: str):
+    """A network of timm with few rows a layer: batch 8 of 3 x 64 x 64; SGD with momentum."""
+    (timm,) = frameworks.require("timm")
+    model = timm.create_model(name, num_classes=10, **({"img_size": 64} if name.startswith("vit") else {}))
+    x, y = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    return model, optimizer, lambda: functional.cross_entropy(model(x), y)
+
+
 MODELS = {"gpt2": gpt2, "vit": vit, "resnet": resnet}
+SMALL_BATCHES = ("mobilenetv3_small_100", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224", "resnet18")
+MODELS |= {name: functools.partial(of_timm, name) for name in SMALL_BATCHES}
 
 
 def step_of(build, preconditioned: bool, corrects: bool = True):
@@ -92,7 +106,7 @@ def measure(name: str, seconds: float, clock: str = "cpu", rounds: tuple[int, in
     pre = steps["preconditioned"].preconditioner
     return {
         "name": name,
-        "model": build.__doc__,
+        "model": of_timm.__doc__ if name in SMALL_BATCHES else build.__doc__,
         "parameters": sum(p.numel() for p in build()[0].parameters()),
         "layers": sum(layer.capture is not None for layer in pre._layers),
         "rounds": len(both),
@@ -106,7 +120,7 @@ def measure(name: str, seconds: float, clock: str = "cpu", rounds: tuple[int, in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2", "vit", "resnet"])
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--seconds", type=float, default=20.0, help="for every model, all three kinds of step together")
     parser.add_argument("--json", help="write here instead of benchmarks/results/frameworks.json")

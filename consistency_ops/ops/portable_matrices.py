@@ -264,7 +264,7 @@ def _inverse(factor: Tensor, info: Tensor, on_host: bool) -> Tensor:
     if on_host and size <= _FEW:
         if bool(info.any()):  # cholesky_inverse raises for them
             factor[info > 0] = torch.eye(size, dtype=factor.dtype)
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(factor).contiguous()  # as one that was stored: products then have the same bits
     # On a device cholesky_inverse may wait for its info, and this has none.
     eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_solve(eye.expand_as(factor), factor)
+    return torch.cholesky_solve(eye.expand_as(factor), factor).contiguous()

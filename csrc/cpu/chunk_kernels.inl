@@ -461,11 +461,13 @@ struct Kernels {
     const int64_t width = int64_t{kPanel} * panels, height = int64_t{kPanel} * row_panels;
     VectorOfBits unused{}, largest{};
     if (by_unit) {
-      multiply_panels<1, kMaxTileRows>(g, rows, x_transposed, row_panels, width, size, projected, unused);
+      multiply_panels<1, kMaxTileRows>(g, rows, x_transposed, MatrixKind::kGeneral, row_panels, width, size, projected,
+                                       unused);
     } else {
-      multiply_panels<kTilePitch, 1>(g, rows, x_transposed, row_panels, width, size, projected, unused);
+      multiply_panels<kTilePitch, 1>(g, rows, x_transposed, MatrixKind::kGeneral, row_panels, width, size, projected,
+                                     unused);
     }
-    multiply_panels<kTilePitch, 1>(projected, rows, w, panels, height, height, out, unused);
+    multiply_panels<kTilePitch, 1>(projected, rows, w, MatrixKind::kGeneral, panels, height, height, out, unused);
     for (int r = 0; r < rows; ++r) {
       T* row = out + r * kTilePitch;
       if (by_unit) {
