@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import consistency_ops as co
 from consistency_ops.__main__ import main
 from consistency_ops.analysis import examination
+from consistency_ops.analysis.results import shortened
 from consistency_ops.analysis.roles import by_role, comparable, role
 from consistency_ops.analysis.time_limit import spread
 from consistency_ops.analysis.weight_domination import largest_singular_value, power_iteration
@@ -125,6 +126,13 @@ def test_a_stem_of_many_pixels_is_not_compared_with_a_head():
         block.norm = nn.Identity()
         block.up.weight.data.mul_(0.2)
     assert "of one role" in titles(analyse(deep, torch.randn(300, 8)))["Vanishing gradient"].rule
+
+
+def test_short_names_keep_the_number_of_the_block():
+    names = ["bert.encoder.layer.11.attention.self.query", "bert.encoder.layer.2.attention.output.dense", "bert.pooler"]
+    assert shortened(names) == ["…11…self.query", "…2…output.dense", "pooler"]
+    assert shortened(["blocks.4.2.se.conv_reduce", "head"]) == ["…4.2.se.conv_reduce", "head"]
+    assert shortened(["a.b.1", "a.b.2"]) == ["1", "2"] and shortened(["fc"]) == ["fc"]
 
 
 # ---- what a network is called with

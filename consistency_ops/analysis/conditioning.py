@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPECTRA = ("input", "normalised", "preconditioned", "both", "gradient")
+SMALLEST = 32  # units that stand for a wide layer at least, if there are few rows
 RMS_EPS = 1e-2  # the default of BatchRMSNorm
 
 
@@ -215,12 +216,14 @@ class ConditioningRecorder(Recorder):
         width = x.shape[self._unit_dims[index]]
         if (index, name) not in self._chosen:
             units, groups = None, self._groups[index]
-            if self.max_units is not None and width > self.max_units and width % groups == 0:
+            rows = x.numel() // width if self.max_rows is None else min(x.numel() // width, self.max_rows)
+            most = width if self.max_units is None else min(self.max_units, max(SMALLEST, rows // 2))
+            if width > most and width % groups == 0:
                 size = width // groups  # of a group
-                groups = min(groups, max(1, self.max_units // size))
+                groups = min(groups, max(1, most // size))
                 generator = torch.Generator().manual_seed(index)
                 first = torch.randperm(self._groups[index], generator=generator)[:groups].sort().values
-                within = torch.randperm(size, generator=generator)[: self.max_units].sort().values
+                within = torch.randperm(size, generator=generator)[:most].sort().values
                 units = (first[:, None] * size + within).flatten()
             self._chosen[index, name] = units, groups, width
         return self._chosen[index, name][0]
@@ -306,8 +309,8 @@ def conditioning(
         damping, scaling, chunk: options of the correction that is tried, without its bias unit.
         reduction: how the loss is reduced over rows: with ``"mean"`` output gradients are multiplied by the number of
             rows, which restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).
-        max_units: spectra of wider inputs and outputs are those of so many units, drawn at random: their largest
-            eigenvalues are smaller then; None: of all.
+        max_units: spectra of wider inputs and outputs are those of so many units (and of no more than half as many as
+            there are rows), drawn at random: their largest eigenvalues are smaller then; None: of all.
 
     Example::
 

@@ -25,6 +25,7 @@ KAPPA = 1e3  # kappa_80% of the inputs of a layer
 ONE_DIRECTION = 0.9  # share of the mean square of a layer's inputs along one eigenvector
 CURVATURE = 1e4  # ratio of the largest Fisher eigenvalues of two layers
 IMAGE = 0.3  # share of the residual in the image of the block
+ROWS = 2  # rows a unit, from which on a condition number is judged
 WIDENS = 10.0  # outputs / inputs of a block that is wide for its own sake
 SOME, MANY = (
     20,
@@ -246,9 +247,12 @@ def _dead(statistics: ActivationStatistics, rows: int) -> Finding | None:
     )
 
 
-def _full(layer: LayerConditioning) -> bool:
-    """Whether there were at least as many rows as units, so that kappa_80% means something."""
-    return layer.rows[-1] >= len(layer.spectrum("input"))
+def is_full(layer: LayerConditioning) -> bool:
+    """Whether there were enough rows for kappa_80% to say something of the units, and not of the number of rows.
+
+    With as many rows as units that of white noise is about 40, with twice as many below 10.
+    """
+    return layer.rows[-1] >= ROWS * len(layer.spectrum("input"))
 
 
 def _conditioning(conditioning: Conditioning, synthetic: bool) -> Finding | None:
@@ -256,7 +260,7 @@ def _conditioning(conditioning: Conditioning, synthetic: bool) -> Finding | None
     bad = [
         x
         for x in conditioning.layers
-        if x.input[-1] and _full(x) and x.rows[-1] >= rows and x.kappa("input", P) > KAPPA
+        if x.input[-1] and is_full(x) and x.rows[-1] >= rows and x.kappa("input", P) > KAPPA
     ]
     if not bad:
         return None
@@ -284,7 +288,8 @@ def _conditioning(conditioning: Conditioning, synthetic: bool) -> Finding | None
         f"{len(bad)} of {len(conditioning.layers)} layers have inputs with kappa_{100 * P:g}% above {_times(KAPPA)}; "
         f"worst {worst.name} with {_kappa(before)}."
     )
-    rule = f"kappa_{100 * P:g}% of the layer inputs <= {_times(KAPPA)} (layers with fewer rows than units are left out)"
+    left = f"layers with fewer than {ROWS} rows a unit are left out"
+    rule = f"kappa_{100 * P:g}% of the layer inputs <= {_times(KAPPA)} ({left})"
     advice = f"Gradient descent crawls along the weak directions. Measured for {worst.name}: {tried}. {tail}"
     severity = 2 if 10 * len(bad) >= len(conditioning.layers) and not synthetic else 1
     return Finding(severity, "Ill-conditioned inputs", [x.name for x in bad], text, rule, advice)
@@ -416,9 +421,9 @@ def loses_residual(block: BlockPropagation) -> bool:
 
 def _rows(conditioning: Conditioning) -> Finding | None:
     measured = [x for x in conditioning.layers if x.input[-1]]
-    few = [x.name for x in measured if not _full(x)]
+    few = [x.name for x in measured if not is_full(x)]
     if not few or 2 * len(few) < len(measured):  # single layers are marked in the table
         return None
-    text = f"Fewer rows than units at {_names(few)}: their condition numbers say little."
-    rule = "rows (samples, tokens, pixels) >= units in more than half of the layers"
+    text = f"Fewer than {ROWS} rows a unit at {_names(few)}: their condition numbers say little."
+    rule = f"rows (samples, tokens, pixels) >= {ROWS} units in more than half of the layers"
     return Finding(1, "Too few samples to judge", few, text, rule, "Give more samples.")

@@ -77,7 +77,7 @@ def page(result: Measurements, findings: list[Finding], title: str, about: dict[
         "κ80 %: largest input "
         "eigenvalue over the one at 80 % of the spectrum, as it is, behind a BatchRMSNorm, with the preconditioner "
         f"(damping {result.conditioning.damping:g}, chunks of {result.conditioning.chunk}), and with "
-        f"both; “{_NO_ROWS}”: fewer rows than units, so that it means nothing. λmax: of the "
+        f"both; “{_NO_ROWS}”: fewer than two rows a unit, so that it says little. λmax: of the "
         "inputs and of the output gradients; 2 / (their product) estimates the largest stable "
         "learning rate. ∂W / W: largest singular value of the weight's gradient over that of the weight. Marked cells "
         f"crossed a threshold.{_part_note(result)}</p>",
@@ -261,7 +261,7 @@ def _verdict(result: Measurements, findings: list[Finding]) -> list[str]:
         ratio, first, last = step
         way = f"{number(ratio)} times as long" if ratio >= 1 else f"{number(1 / ratio)} times as short"
         said.append(f"Back from {last} to {first}, layers of one role, the gradient of a sample becomes {way}.")
-    judged = [x for x in result.conditioning.layers if x.input[-1] and x.rows[-1] >= len(x.spectrum("input"))]
+    judged = [x for x in result.conditioning.layers if x.input[-1] and rules.is_full(x)]
     if judged:
         before, after = (
             sorted(x.kappa(which, rules.P) for x in judged)[len(judged) // 2] for which in ("input", "preconditioned")
@@ -284,7 +284,7 @@ def _layers(result: Measurements) -> str:
     rows = []
     for x in result.conditioning.layers:
         s, e = statistics.get(x.name), energy.get(x.name)
-        full = x.rows[-1] >= len(x.spectrum("input"))
+        full = rules.is_full(x)
         kappas: list[Any] = [x.kappa(which, rules.P) if x.input[-1] else math.nan for which in _REMEDIES]
         bad = full and kappas[0] > rules.KAPPA
         if not full:

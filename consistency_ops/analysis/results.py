@@ -76,10 +76,20 @@ def shortened(names: list[str], most: int = 22) -> list[str]:
 
 
 def _end(name: str, most: int) -> str:
-    """The last components of a long name."""
-    while len(name) > most and "." in name:
-        name = "…" + name.lstrip("…").partition(".")[2]
-    return name
+    """Of a long name the last components, and the number of the block: ``…9…attention.output.dense``."""
+    if len(name) <= most:
+        return name
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    fits = next((i for i in (*numbers, len(parts) - 1) if len(".".join(parts[i:])) < most), None)
+    if fits is not None and (fits in numbers or not numbers):
+        return "…" + ".".join(parts[fits:])
+    block = numbers[-1] if numbers else 0
+    first = f"…{parts[block]}…" if numbers else "…"
+    last = len(parts) - 1
+    while last > block + 1 and len(first) + len(".".join(parts[last - 1 :])) <= most:
+        last -= 1
+    return first + ".".join(parts[last:])
 
 
 def series(axis: Axes, names: list[str], values: list[float], colour: Colour, label: str) -> None:

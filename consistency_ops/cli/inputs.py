@@ -20,7 +20,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What one second of a time limit allows for a forward pass of the whole batch; the examination makes about eight of
 # them. Two cores do some 40 GFLOP a second; many small operations are bound by the numbers that they write.
-_FLOPS, _NUMBERS = 1.5e9, 5e6
+_FLOPS, _NUMBERS = 1.5e9, 1.5e7
 _TARGET_LENGTH = 64  # tokens of the decoder, where only the inputs of the encoder are given
 
 
