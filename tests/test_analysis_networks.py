@@ -101,6 +101,11 @@ def test_branches_with_a_zero_scale_are_closed_and_not_broken():
     found = titles(analyse(stack(zero=True), torch.randn(300, 8)))
     assert "No gradient" not in found and found["Branches that are still closed"].severity == 1
     assert "blocks.0.down" in found["Branches that are still closed"].layers
+    small = stack()
+    for block in small.blocks:
+        block.norm.weight.data.fill_(1e-6)  # a layer scale, as in ConvNeXt
+    found = titles(analyse(small, torch.randn(300, 8)))
+    assert "Weight domination" not in found and "4 branches" in found["Branches that are still closed"].measured
     cut = stack()
     cut.blocks[3].up.bias.data.fill_(-1e3)  # no scale: nothing comes through
     assert "blocks.3.up" in titles(analyse(cut, torch.randn(300, 8)))["No gradient"].layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.checks import type_name
 from .activation_statistics import activation_statistics
 from .conditioning import Conditioning, conditioning
-from .findings import Finding, Measurements, find
+from .findings import CLOSED, Finding, Measurements, find
 from .gradient_energy import gradient_energy
 from .html_page import page
 from .lipschitz import LipschitzBound, lipschitz_bound
@@ -203,11 +203,14 @@ def _max_units(model: nn.Module, layers: Layers) -> int:
 
 
 def _zero_scales(model: nn.Module) -> list[str]:
-    """Modules whose weight is 0 and gets a gradient: what is behind them is added from the next step on."""
+    """Modules whose weight is 0, or scales that are nearly so, and that get a gradient: their branches open in time."""
     found = []
     for name, parameter in model.named_parameters():
         owner, _, key = name.rpartition(".")
-        zero = not key.endswith("bias") and parameter.numel() and not parameter.detach().any()
+        if key.endswith("bias") or not parameter.numel():
+            continue
+        largest = CLOSED if parameter.dim() < 2 else 0.0  # a vector that multiplies channels, such as a layer scale
+        zero = float(parameter.detach().abs().max()) <= largest
         if zero and parameter.grad is not None and bool(parameter.grad.any()):
             found.append(owner if key == "weight" else name)
     return found

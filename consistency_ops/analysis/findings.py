@@ -25,6 +25,7 @@ KAPPA = 1e3  # kappa_80% of the inputs of a layer
 ONE_DIRECTION = 0.9  # share of the mean square of a layer's inputs along one eigenvector
 CURVATURE = 1e4  # ratio of the largest Fisher eigenvalues of two layers
 IMAGE = 0.3  # share of the residual in the image of the block
+CLOSED = 1e-3  # largest magnitude of a vector of scales that closes a branch; layer scales begin at 1e-6 to 1e-4
 ROWS = 2  # rows a unit, from which on a condition number is judged
 WIDENS = 10.0  # outputs / inputs of a block that is wide for its own sake
 SOME, MANY = (
@@ -91,7 +92,7 @@ def find(measured: Measurements, finite: bool) -> list[Finding]:
         _conditioning(conditioning, measured.synthetic),
         None if measured.synthetic else _direction(conditioning),
         _curvature(conditioning, _positions(statistics, measured.samples)),
-        _domination(measured.domination),
+        _domination(measured.domination, measured.zero_scales),
         _image(measured.propagation),
         None if measured.synthetic else _rows(conditioning),
     ]
@@ -120,22 +121,24 @@ def _gradient(energy: GradientEnergy, zero_scales: list[str]) -> list[Finding]:
                 3, "No gradient", [alive[-1].name], text, _ENERGY_RULE, "Check that the loss depends on the output."
             )
         ]
-    closed = [name for name in silent if any(name.startswith(_parent(scale)) for scale in zero_scales)]
+    closed = [name for name in silent if _in_branch(name, zero_scales)]
     dark = [name for name in silent if name not in closed]
     if dark:
         text = f"The gradient is exactly 0 at {_names(dark)}."
         advice = "A layer above passes nothing on: see dead units and saturation; or it is detached from the loss."
         found.append(Finding(3, "No gradient", dark, text, "a gradient arrives at every layer", advice))
-    if closed:
+    if zero_scales:
+        inside = closed or [x.name for x in alive if _in_branch(x.name, zero_scales)]
         text = (
-            f"{len(closed)} layers get no gradient in this step, because a scale behind them is 0: "
-            f"{_names(zero_scales, 3)}."
+            f"{len(zero_scales)} branches are scaled by 0 or nearly so ({_names(zero_scales, 3)}), so that "
+            f"{len(inside)} layers get no gradient or a very small one in this step."
         )
         advice = (
-            "This is what residual blocks with a zero initial scale do at the start, and the scales themselves do get "
-            "a gradient. In a trained network these branches would be switched off."
+            "This is how residual blocks with a zero or small initial scale begin, and the scales themselves do get a "
+            "gradient. In a trained network these branches would be switched off."
         )
-        found.append(Finding(1, "Branches that are still closed", closed, text, "no scale is 0", advice))
+        rule = f"no weight is 0, and no scale of channels at most {CLOSED:g}"
+        found.append(Finding(1, "Branches that are still closed", inside, text, rule, advice))
     step = typical_step(energy)
     if step is None:
         return found
@@ -169,6 +172,11 @@ def typical_step(energy: GradientEnergy) -> tuple[float, str, str] | None:
         first, last = group[0], group[-1]
         steps.append((first.norm[-1] / last.norm[-1], first.name, last.name))
     return sorted(steps)[len(steps) // 2] if steps else None
+
+
+def _in_branch(name: str, zero_scales: list[str]) -> bool:
+    """Whether a layer is in a branch that a scale of 0, or nearly so, closes."""
+    return any(name.startswith(_parent(scale)) for scale in zero_scales)
 
 
 def _parent(name: str) -> str:
@@ -275,10 +283,12 @@ def _conditioning(conditioning: Conditioning, synthetic: bool) -> Finding | None
     after = {which: worst.kappa(which, P) for which in texts}
     tried = "; ".join(f"{texts[which]}: {_kappa(value)}" for which, value in after.items())
     useful = [
-        which for which, value in after.items() if before / value > HELPS or (before == math.inf and value < KAPPA)
+        which for which, value in after.items() if (value < KAPPA if before == math.inf else before / value > HELPS)
     ]
     best = min(after, key=after.__getitem__)
-    if not useful:
+    if not useful and before == math.inf:
+        tail = f"They span {worst.rank()} of {len(worst.spectrum('input'))} dimensions: there is nothing to rescale."
+    elif not useful:
         tail = "None lowers it tenfold here."
     else:
         # Take the cheapest useful remedy, unless another one is ten times better.
@@ -362,8 +372,8 @@ def _curvature(conditioning: Conditioning, positions: dict[str, float]) -> Findi
     return Finding(2, "No common learning rate", [steep.name, flat.name], text, rule, advice)
 
 
-def _domination(domination: WeightDomination) -> Finding | None:
-    bad = [x for x in domination.layers if 0 < x.ratio() < DOMINATED]
+def _domination(domination: WeightDomination, zero_scales: list[str]) -> Finding | None:
+    bad = [x for x in domination.layers if 0 < x.ratio() < DOMINATED and not _in_branch(x.name, zero_scales)]
     if not bad:
         return None
     worst = min(bad, key=lambda x: x.ratio())
