@@ -68,16 +68,19 @@ def division(units: int, chunk: int, group: int = 1, seed: int = 0, step: int = 
     """Units in the order in which they are dealt to chunks, shape (units,), int64; cut it at ``chunk_bounds``.
 
     Runs of ``group`` consecutive units move together, after a random cyclic offset; ``group=1`` is the exact division
-    of the paper.  A single chunk keeps the natural order.
+    of the paper.  A single chunk keeps the natural order.  In groups of a multiple of 8 units the offset is a multiple
+    of half a group, and the units behind the last such multiple are not moved by it.
     """
     if units <= chunk:
         return torch.arange(units)
-    offset = (philox(seed, step, layer, 0)[1] * units) >> 32
+    turn = group // 2 if group % 8 == 0 else 1
+    rotated = units // turn * turn
+    offset = ((philox(seed, step, layer, 0)[1] * (units // turn)) >> 32) * turn
     keys = philox(seed, step, layer, 1) + philox(seed, step, layer, 2)
     full = units // group
     order = _bijection(full, keys)[:, None] * group + torch.arange(group)
     positions = torch.cat([order.flatten(), torch.arange(full * group, units)])
-    return (positions + offset) % units
+    return torch.where(positions < rotated, (positions + offset) % rotated, positions)
 
 
 def chunk_bounds(units: int, chunk: int) -> list[int]:

@@ -118,11 +118,29 @@ def test_small_division_draws_every_order_alike():
     ("units", "chunk", "group"), [(5, 2, 1), (16, 8, 1), (33, 8, 1), (64, 16, 4), (100, 32, 8), (129, 128, 8)]
 )
 def test_unit_and_position_are_independent(units, chunk, group):
-    """A fixed unit falls on every position of the division equally often (multinomial with `units` cells)."""
+    """A fixed unit falls on every position of the division equally often (multinomial with `units` cells); in groups of
+    a multiple of 8 units on every one that half a group further on or back would be it again, and the units behind the
+    last half group on their own."""
     draws = division_of(units, chunk, group, 3000)
-    for unit in range(units):
+    turn = group // 2 if group % 8 == 0 else 1
+    rotated = units // turn * turn
+    for unit in range(rotated):
         counts = np.bincount(np.nonzero(draws == unit)[1], minlength=units)
-        assert chi_square_is_plausible(counts, len(draws) / units, units - 1, units), unit
+        cells = counts[unit % turn : rotated : turn]
+        assert counts.sum() == cells.sum(), unit
+        assert chi_square_is_plausible(cells, len(draws) / len(cells), len(cells) - 1, units), unit
+    assert (draws[:, rotated:] == np.arange(rotated, units)).all()
+
+
+@pytest.mark.parametrize(("units", "group"), [(768, 8), (769, 8), (4096, 16), (1000, 16), (785, 8)])
+def test_four_units_on_a_multiple_of_four_stay_together(units, group):
+    """In groups of 8 or 16 units, whose half is a multiple of 4: kernels read them at once."""
+    for step in range(20):
+        order = reference.division(units, 128, group, seed=5, step=step)
+        fours = order[: units // group * group].reshape(-1, 4)
+        whole = fours[:, 0] < units // 4 * 4 - 3
+        assert (fours[whole, 0] % 4 == 0).all()
+        assert (fours[whole] - fours[whole, :1] == torch.arange(4)).all()
 
 
 @pytest.mark.parametrize(("units", "chunk"), [(6, 3), (16, 8), (64, 32), (257, 128)])

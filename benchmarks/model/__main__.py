@@ -63,16 +63,16 @@ class Shape:
 
 @functools.cache
 def shape(x_dtype: int, g_dtype: int, taps: int = 1) -> Shape:
-    """From two sizes of a gram task (64 and 96 rows) and of an apply task (64 and 128 rows)."""
+    """From two sizes of a gram task and of an apply task, 64 and 128 rows: whole stages."""
     outputs = 128 if taps == 1 else 2 * -(-64 // taps)
-    rows = 128, 192
+    rows = 128, 256
     small, large = (
         Launch(2 * CHUNK, rows[n], outputs * (1 + n), taps, x_dtype, g_dtype, TASK_QUEUE, ctas=2) for n in (0, 1)
     )
     gram, more_gram = cost(small.run(0)), cost(large.run(0))
     first_apply = 2 * 2 + 2  # after two gram tasks and a factor task of each of the two chunks
     apply, more_apply = cost(small.run(first_apply)), cost(large.run(first_apply))
-    x_row = (more_gram + gram * -1) * (1 / 32)
+    x_row = (more_gram + gram * -1) * (1 / 64)
     g_rows = outputs * taps / 2
     g_row = (more_apply + apply * -1) * (1 / g_rows)
     return Shape(x_row, g_row, gram + x_row * -64, apply + g_row * -g_rows)

@@ -363,7 +363,9 @@ class Code:
             w.pc += 1
         else:
             w.pc[group] += 1
-        if not nobody:
+        if nobody:
+            w.accessed = ("nothing", 0)
+        else:
             run(w, mask)
         return instruction
 
@@ -474,6 +476,16 @@ class Code:
         def run(w, mask):
             assert mask is None or (mask == w.live).all(), "a barrier that not all threads of a warp reach"
             w.accessed = ("barrier",)
+
+        return run
+
+    def make_vote(self, i, m, o):
+        assert m == ["ANY"] and o[1] == "PT", o  # the ballot of the active lanes, and no predicate
+        d, a = target(o[0]), predicate(o[2])
+
+        def run(w, mask):
+            votes = np.broadcast_to(a(w), (32,)) & (True if mask is None else mask)
+            write(w, d, U32(sum(1 << lane for lane in np.flatnonzero(votes).tolist())), mask)
 
         return run
 

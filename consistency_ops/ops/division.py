@@ -79,12 +79,14 @@ def divisions(
     count, group = np.array([units[i] for i in several]), np.array([groups[i] for i in several])
     numbers = np.array([layers[i] for i in several])
     keys = np.concatenate([philox(seed, step, numbers, 1), philox(seed, step, numbers, 2)]).astype(np.uint32)
-    offsets = (philox(seed, step, numbers, 0)[1] * count.astype(np.uint64)) >> _HALF
+    turn = np.where(group % 8 == 0, group // 2, 1)
+    rotated = count // turn * turn
+    offsets = ((philox(seed, step, numbers, 0)[1] * (count // turn).astype(np.uint64)) >> _HALF).astype(np.int64) * turn
     permuted = _bijections(count // group, keys)
     for n, i in enumerate(several):
         moved = (permuted[n][:, None] * group[n] + np.arange(group[n])).ravel()
         positions = np.concatenate([moved, np.arange(len(moved), units[i])])
-        orders[i] = (positions + int(offsets[n])) % units[i]
+        orders[i] = np.where(positions < rotated[n], (positions + offsets[n]) % rotated[n], positions)
     return orders
 
 

@@ -28,14 +28,13 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
   auto unit_of = [&](int64_t position) {  // unit_at(), with one walk of the bijection a group
     if (layer.permutation != nullptr) return layer.permutation[position];
     if (chunks == 1) return position;
-    int64_t rotated = position;
+    int64_t place = position;
     if (position < permuted) {
       if (in_group == 0) group_start = permuted_group(division, position / division.group) * division.group;
-      rotated = group_start + in_group;
+      place = group_start + in_group;
       if (++in_group == division.group) in_group = 0;
     }
-    rotated += division.offset;
-    return rotated >= plan.units ? rotated - plan.units : rotated;
+    return rotate(division, place);
   };
 
   int32_t panel = 0;

@@ -64,7 +64,7 @@ template <int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 1) spd_inverse_kernel(CO_KERNEL_PARAM(SpdLaunch, launch)) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
-  const Chunk chunk(shared[0], tiles, nullptr);
+  const Chunk chunk(shared[0], tiles);
   const SpdParams& p = launch.problem;
   const int64_t m = blockIdx.x;
   const int n = static_cast<int>(p.n);
@@ -80,7 +80,7 @@ template <int kWarps>
 __global__ void __launch_bounds__(kWarps * 32) spd_solve_kernel(CO_KERNEL_PARAM(SpdLaunch, launch)) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
-  const Chunk chunk(shared[0], tiles, nullptr);
+  const Chunk chunk(shared[0], tiles);
   const SpdParams& p = launch.problem;
   const int64_t m = blockIdx.x / launch.parts, part = blockIdx.x % launch.parts;
   const int n = static_cast<int>(p.n);

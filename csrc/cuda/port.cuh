@@ -29,6 +29,7 @@
 #define CO_DEVICE_MEMORY static __device__
 #define CO_KERNEL_PARAM(T, name) const __grid_constant__ T name
 #define CO_UNROLL _Pragma("unroll")
+#define CO_UNROLL_2 _Pragma("unroll 2")
 #define CO_UNROLL_4 _Pragma("unroll 4")
 #define CO_NO_UNROLL _Pragma("unroll 1")
 

@@ -22,11 +22,11 @@
 //               chunks some 20 us of a full device where eight would cost 150.  A CTA that waits for an inverse asks
 //               L2 for its rows of G meanwhile.
 //
-// What all rungs pay: the random cyclic offset of random.h counts units, so groups of one sector straddle two, and a
-// CTA touches up to twice the bytes of its own columns.  Neighbouring chunks run at the same time on the same rows
-// (task queue), so the other half is usually an L2 hit and DRAM sees every sector once; L2 traffic is what doubles.
-// For group = 1 a gather moves 4 to 15 times the bytes through L2, so the task queue permutes the rows of large
-// matrices first, which makes that 3 (permute.cuh).
+// What all rungs pay: the random cyclic offset of random.h is a multiple of half a group, so in every second step
+// groups of one sector straddle two, and a CTA touches twice the bytes of its own columns.  Neighbouring chunks run at
+// the same time on the same rows (task queue), so the other half is usually an L2 hit and DRAM sees every sector once;
+// L2 traffic is what doubles. For group = 1 a gather moves 4 to 15 times the bytes through L2, so the task queue
+// permutes the rows of large matrices first, which makes that 3 (permute.cuh).
 #include <algorithm>
 #include <cmath>
 
@@ -66,9 +66,16 @@ CO_DEVICE void record_outcome(const PreconditionParams& params, const Task& task
   }
 }
 
+// The first layer of the task's run.  Read anew where it is needed: a register that lives through the factorisation
+// would be spilled.
+CO_DEVICE const PreconditionLayer& layer_of(const PreconditionParams& params, const Chunk& chunk) {
+  return params.layers[chunk.task.layer];
+}
+
 // tiles <- the covariance, not yet divided by the number of rows, of this task's rows or of all; or a given one.
 template <typename Traits>
-CO_DEVICE void load_covariance(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+CO_DEVICE void load_covariance(const PreconditionParams& params, const Chunk& chunk) {
+  const PreconditionLayer& layer = layer_of(params, chunk);
   if (!(chunk.task.stages & kStageCovariance)) {
     load_matrix(params.options, chunk, static_cast<const float*>(layer.covariance), Traits::kThreads);
     return;
@@ -91,14 +98,15 @@ CO_DEVICE void load_covariance(const PreconditionParams& params, const Precondit
 // the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  The
 // CTAs of a cluster hold the same numbers and fail alike.  Without the factor stage only the covariance is written.
 template <typename Traits>
-CO_DEVICE void damped_factor(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chunk) {
   for (;;) {
-    load_covariance<Traits>(params, layer, chunk);
+    load_covariance<Traits>(params, chunk);
     if (chunk.task.role == kGramTask) {
       const int64_t at = static_cast<int64_t>(chunk.task.chunk) * chunk.task.of_layer.gram_tasks + chunk.task.part;
       store_tiles(chunk, chunk.records.gram + at * chunk.records.floats, Traits::kThreads);
       return;
     }
+    const PreconditionLayer& layer = layer_of(params, chunk);
     const bool summed = chunk.task.stages & kStageCovariance;
     float scale = summed ? 1.0f / static_cast<float>(chunk.input.all_rows) : 1.0f;
     if (summed && layer.covariance != nullptr) {
@@ -124,16 +132,18 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Preconditio
 
 // tiles <- A^-1 where it is needed, from this CTA, from another one or from the caller.
 template <typename Traits>
-CO_DEVICE void load_inverse(const PreconditionParams& params, const PreconditionLayer& layer, const Chunk& chunk) {
+CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk) {
   int32_t* status = reinterpret_cast<int32_t*>(chunk.records.inverse + chunk.records.floats);
   if (chunk.task.role == kApplyTask && (params.options.stages & kStageFactor)) {
     if (threadIdx.x == 0) chunk.scratch.failed_minor = *status;
     load_tiles(chunk, chunk.records.inverse, 1, Traits::kThreads);
   } else if (!(chunk.task.stages & kStageFactor)) {
+    const PreconditionLayer& layer = layer_of(params, chunk);
     if (threadIdx.x == 0) chunk.scratch.failed_minor = layer.info[chunk.task.chunk];
     load_matrix(params.options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
   } else {
     if (chunk.scratch.failed_minor == 0) invert<Traits::kWarps>(chunk);
+    const PreconditionLayer& layer = layer_of(params, chunk);
     if (layer.inverse != nullptr) {  // zeros where it failed
       const float scale = chunk.scratch.failed_minor == 0 ? 1.0f : 0.0f;
       store_matrix(params.options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
@@ -147,8 +157,8 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Precondition
 
 template <typename Traits>
 CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
-  const PreconditionLayer& layer = params.layers[chunk.task.layer];
   if (chunk.task.stages == 0) {
+    const PreconditionLayer& layer = layer_of(params, chunk);
     const DType dtype = chunk.task.role == kPackTask ? layer.x_dtype : layer.g_dtype;
     if (dtype == DType::kFloat32) {
       permute_rows<Traits::kThreads, uint32_t>(&layer, chunk, params.shared_bytes);
@@ -157,17 +167,22 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
     }
     return;
   }
-  if (chunk.task.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, layer, chunk);
-  if (chunk.task.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, layer, chunk);
+  if (chunk.task.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, chunk);
+  if (chunk.task.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, chunk);
   if (!(chunk.task.stages & kStageApply) || chunk.scratch.failed_minor != 0) return;
-  const PreconditionLayer* members = params.layers + chunk.task.layer;
+  if constexpr (Traits::kWarps == 8) make_planes(chunk);
   CO_NO_UNROLL
-  for (int m = 0; m < chunk.task.members; ++m) {
-    const OutputRange outputs = outputs_of(members, m, chunk.task);
-    if (members[m].g_dtype == DType::kFloat32) {
-      apply<Traits::kWarps, uint32_t>(members[m], chunk, outputs, params.apply_rows);
+  for (int m = 0; m < chunk.task.members; m = chunk.scratch.part.member + 1) {
+    __syncthreads();  // the last one has been corrected
+    if (threadIdx.x == 0) begin_member(&layer_of(params, chunk), chunk, m);
+    __syncthreads();
+    const PreconditionLayer& member = (&layer_of(params, chunk))[m];
+    if (member.g_dtype == DType::kFloat32) {
+      apply<Traits::kWarps, DType::kFloat32>(member, chunk);
+    } else if (member.g_dtype == DType::kBFloat16) {
+      apply<Traits::kWarps, DType::kBFloat16>(member, chunk);
     } else {
-      apply<Traits::kWarps, uint16_t>(members[m], chunk, outputs, params.apply_rows);
+      apply<Traits::kWarps, DType::kFloat16>(member, chunk);
     }
   }
 }
@@ -184,13 +199,28 @@ CO_DEVICE int32_t unit_of(const PreconditionLayer& layer, const Chunk& chunk, in
   return at < layer.units ? static_cast<int32_t>(at) : chunk.scratch.bias_position;
 }
 
+// Whole warps, a position a thread: its unit, and the run of four positions that it is in.
+CO_DEVICE void enter_unit(const PreconditionLayer& layer, const Chunk& chunk, int position) {
+  const int lane = position % 32, within = lane % 4;
+  const int32_t unit = unit_of(layer, chunk, position);
+  const int32_t first = __shfl_sync(0xffffffffu, unit, lane - within);
+  const uint32_t follow = __ballot_sync(0xffffffffu, first >= 0 && first % 4 == 0 && unit == first + within);
+  const uint32_t none = __ballot_sync(0xffffffffu, unit == kNoUnit);
+  chunk.scratch.unit[position] = unit;
+  if (unit == kBiasUnit) chunk.scratch.has_bias = 1;
+  if (within != 0) return;
+  const bool is_run = (follow >> lane & 15u) == 15u, is_empty = (none >> lane & 15u) == 15u;
+  chunk.scratch.run[position / 4] = is_run ? unit : is_empty ? kNoUnit : kSingles;
+  if (!is_run && !is_empty) chunk.scratch.ragged = 1;
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     precondition_kernel(CO_KERNEL_PARAM(PreconditionParams, params)) {
   CO_DYNAMIC_SHARED(float, dynamic);
   CO_SHARED(ChunkShared, shared, [1]);
   take_task(params, shared[0]);
-  const Chunk chunk(shared[0], dynamic, dynamic + params.tile_floats);
+  const Chunk chunk(shared[0], dynamic);
   const Task& task = chunk.task;
   const PreconditionLayer* members = params.layers + task.layer;
   const bool is_permuted = task.role == kApplyTask && task.of_layer.permute_tasks > 0;
@@ -198,15 +228,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     find_bias(*members, chunk, Traits::kThreads);
     __syncthreads();
   }
-  if (const int thread = fresh_thread(); thread < chunk.padded()) {
-    chunk.scratch.unit[thread] = unit_of(*members, chunk, thread);
-  }
+  if (const int thread = fresh_thread(); thread < chunk.padded()) enter_unit(*members, chunk, thread);
   if (task.awaited != 0 && task.of_layer.permute_tasks == 0 && (task.stages & kStageApply)) {
+    if (threadIdx.x == 0) chunk.scratch.waits = load_acquire(task.awaited_counter) < task.awaited ? 1 : 0;
     __syncthreads();  // the units
     int member = 0;   // the first that this CTA corrects
     OutputRange outputs = outputs_of(members, member, task);
     while (outputs.begin >= outputs.end && ++member < task.members) outputs = outputs_of(members, member, task);
-    if (member < task.members) prefetch_g<Traits::kWarps>(members[member], chunk, outputs);
+    if (member < task.members && chunk.scratch.waits != 0) prefetch_g<Traits::kWarps>(members[member], chunk, outputs);
   }
   wait_for_others(task);
 

@@ -15,6 +15,7 @@ namespace consistency_ops {
 CO_DEVICE int fresh_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);  // or every division by a power of two would round toward zero
   return thread;
 }
 
@@ -61,6 +62,18 @@ CO_DEVICE void store_cluster(Float4* address, int rank, const Float4& value) {
       "r"(rank), "f"(value.v[0]), "f"(value.v[1]), "f"(value.v[2]), "f"(value.v[3])
       : "memory");
 #endif
+}
+
+// Stores 8 or 16 bytes of device memory at once, on a multiple of as many.  (The compiler makes single stores of them
+// where it has put the words together itself.)
+CO_DEVICE void store_words(void* address, const uint32_t (&word)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+}
+
+CO_DEVICE void store_words(void* address, const uint32_t (&word)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+               "r"(word[3])
+               : "memory");
 }
 
 // Fetches the line that holds `address` into L2.  The address must be readable.
@@ -121,6 +134,23 @@ CO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// Two floats to bfloat16, rounded to nearest, ties to even; `low` in the low half.
+CO_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory.  Lane 8 i + r passes the address of row r of matrix
+// i, 8 numbers on 16 bytes; register i of a lane is then {M_i[g][2t], M_i[g][2t + 1]}, the first in the low half (PTX
+// ISA, ldmatrix).
+CO_DEVICE void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
 }
 
 // Loads four 8 x 8 matrices of 16-bit numbers from shared memory, transposed.  Lane 8 i + r passes the address of row r

@@ -20,6 +20,8 @@ enum Wrapper : int32_t {
   kFloatToFloat16,
   kFloatToBFloat16,
   kToTf32,
+  kPackBFloat16,
+  kStoreWords,
   kFreshThread,
   kPrefetch,
   kAddRelease,
@@ -27,6 +29,7 @@ enum Wrapper : int32_t {
   kMatrixProduct,
   kBFloat16Product,
   kFloat16Product,
+  kMatrices,
   kTransposed,
   kCluster,
 };
@@ -52,6 +55,12 @@ __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
     p.out[i] = float_to_bfloat16(__uint_as_float(in));
   } else if (p.wrapper == kToTf32) {
     p.out[i] = __float_as_uint(to_tf32(__uint_as_float(in)));
+  } else if (p.wrapper == kPackBFloat16) {
+    p.out[i] = pack_bfloat16(__uint_as_float(in), __uint_as_float(in ^ 0x80010001u));
+  } else if (p.wrapper == kStoreWords) {
+    const uint32_t word[4] = {in, in + 1, in + 2, in + 3}, pair[2] = {in + 4, in + 5};
+    store_words(p.out + i * 8, word);
+    store_words(p.out + i * 8 + 4, pair);
   } else if (p.wrapper == kFreshThread) {
     p.out[i] = static_cast<uint32_t>(fresh_thread());
   } else if (p.wrapper == kPrefetch) {
@@ -85,12 +94,16 @@ __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
       mma_m16n8k16<false>(d, a, b[0], b[1]);
     }
     for (unsigned k = 0; k < 4; ++k) p.out[thread * 4 + k] = __float_as_uint(d[k]);
-  } else if (p.wrapper == kTransposed) {
+  } else if (p.wrapper == kMatrices || p.wrapper == kTransposed) {
     auto* row = reinterpret_cast<uint16_t*>(matrices + thread);
     for (unsigned k = 0; k < 8; ++k) row[k] = static_cast<uint16_t>(thread << 8 | k);
     __syncwarp();
     uint32_t m[4];
-    load_matrices_transposed(m, row);
+    if (p.wrapper == kMatrices) {
+      load_matrices(m, row);
+    } else {
+      load_matrices_transposed(m, row);
+    }
     for (unsigned k = 0; k < 4; ++k) global_memory(p.out)[thread * 4 + k] = m[k];
   } else if (p.wrapper == kCluster) {
     // Four CTAs of one thread: each writes to its right neighbour and reads from its left one.
@@ -180,6 +193,8 @@ int main() {
   print("float_to_float16", run(kFloatToFloat16, floats, kAll, grid, kBlock));
   print("float_to_bfloat16", run(kFloatToBFloat16, floats, kAll, grid, kBlock));
   print("to_tf32", run(kToTf32, floats, kAll, grid, kBlock));
+  print("pack_bfloat16", run(kPackBFloat16, floats, kAll, grid, kBlock));
+  print("store_words", run(kStoreWords, small, 64 * 8, 1, 64));
   print("fresh_thread", run(kFreshThread, small, 64, 1, 64));
   print("prefetch_l2", run(kPrefetch, small, 64, 1, 64));
   print("add_release", run(kAddRelease, small, 1, 4, 64));
@@ -202,6 +217,7 @@ int main() {
   for (unsigned i = 192; i < 320; ++i) sums[i] = as_bits(i % 2 ? 0x1.fffffep127f : -0x1.fffffep127f);
   print("mma_m16n8k8_tf32<overflow>", run(kMatrixProduct, sums, 128, 1, 32));
   print("mma_m16n8k16<bfloat16,overflow>", run(kBFloat16Product, sums, 128, 1, 32));
+  print("load_matrices", run(kMatrices, small, 128, 1, 32));
   print("load_matrices_transposed", run(kTransposed, small, 128, 1, 32));
   print("cluster", run(kCluster, small, 36, 4, 1, 4));
 }

@@ -12,7 +12,7 @@ using namespace consistency_ops;
 
 namespace {
 
-enum Instruction { kTf32, kBFloat16, kFloat16, kTransposedLoad };
+enum Instruction { kTf32, kBFloat16, kFloat16, kLoad, kTransposedLoad };
 
 struct Params {
   Instruction instruction;
@@ -25,12 +25,16 @@ __global__ void probe(CO_KERNEL_PARAM(Params, p)) {
   CO_SHARED(Float4, rows, [32]);
   const int lane = static_cast<int>(threadIdx.x);
   const auto one = [&](int of_lane, int of_value, int value) { return lane == of_lane && value == of_value; };
-  if (p.instruction == kTransposedLoad) {
+  if (p.instruction == kLoad || p.instruction == kTransposedLoad) {
     auto* row = reinterpret_cast<uint16_t*>(rows + lane);
     for (int k = 0; k < 8; ++k) row[k] = static_cast<uint16_t>(lane * 8 + k);
     __syncwarp();
     uint32_t m[4];
-    load_matrices_transposed(m, row);
+    if (p.instruction == kLoad) {
+      load_matrices(m, row);
+    } else {
+      load_matrices_transposed(m, row);
+    }
     for (int i = 0; i < 4; ++i) p.m[lane * 4 + i] = m[i];
     return;
   }
@@ -84,7 +88,9 @@ int main() {
   probe_pairs("mma.m16n8k16.f32.bf16.bf16.f32", kBFloat16, 8, 4);
   probe_pairs("mma.m16n8k16.f32.f16.f16.f32", kFloat16, 8, 4);
   std::vector<uint32_t> m(128);
-  run({kTransposedLoad, 0, 0, 0, 0, nullptr, m.data()});
-  for (int i = 0; i < 128; ++i)
-    std::printf("ldmatrix.m8n8.x4.trans %d %d %u %u\n", i / 4, i % 4, m[i] & 0xffff, m[i] >> 16);
+  for (const Instruction load : {kLoad, kTransposedLoad}) {
+    run({load, 0, 0, 0, 0, nullptr, m.data()});
+    const char* const name = load == kLoad ? "ldmatrix.m8n8.x4" : "ldmatrix.m8n8.x4.trans";
+    for (int i = 0; i < 128; ++i) std::printf("%s %d %d %u %u\n", name, i / 4, i % 4, m[i] & 0xffff, m[i] >> 16);
+  }
 }

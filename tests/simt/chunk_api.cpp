@@ -53,7 +53,7 @@ template <int kWarps>
 void cholesky_kernel(const CholeskyParams& params) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
-  const Chunk chunk(shared[0], tiles, nullptr);
+  const Chunk chunk(shared[0], tiles);
   if (threadIdx.x == 0) shared[0].task.size = params.n;
   __syncthreads();
   load_lower(chunk, params.a, params.lda, true);
@@ -70,7 +70,7 @@ void cholesky_kernel(const CholeskyParams& params) {
 // tiles <- L and what factor() leaves beside it.
 template <int kWarps>
 Chunk load_factor(const SolveParams& params, float* tiles, ChunkShared& shared) {
-  const Chunk chunk(shared, tiles, nullptr);
+  const Chunk chunk(shared, tiles);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) shared.task.size = params.n;
   __syncthreads();

@@ -22,6 +22,7 @@
 #define CO_DEVICE_MEMORY static
 #define CO_KERNEL_PARAM(T, name) const T& name
 #define CO_UNROLL
+#define CO_UNROLL_2
 #define CO_UNROLL_4
 #define CO_NO_UNROLL
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -367,6 +367,10 @@ LARGE = {
     "128": Case([L(128, 66, rows=520), L(31, 2, layer=1)], chunk=128),
     "128 bfloat16": Case([L(256, 66, rows=600, x_dtype=B, g_dtype=B, group=16)], chunk=128, trace=True),
     "160": Case([L(160, 34, rows=40)], chunk=160),
+    "160 of 16 bits": Case([L(150, 20, rows=40, x_dtype=H, g_dtype=H, bias=True)], chunk=160),
+    "160, one pass of TF32": Case([L(160, 20, rows=40)], chunk=160, tf32=True),
+    # rows that begin on no multiple of four units
+    "not aligned": Case([L(31, 5, rows=150), L(63, 5, rows=140, x_dtype=B, g_dtype=B, layer=1)], chunk=64),
     "256": Case([L(255, 34, rows=40, bias=True)], chunk=256),
     "256 on sm_80": Case([L(256, 17, rows=40)], chunk=256, device="sm_80"),
     "192 on sm_86": Case([L(192, 17, rows=40, taps=(3,))], chunk=192, device="sm_86"),

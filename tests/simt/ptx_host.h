@@ -27,6 +27,16 @@ inline void store_cluster(Float4* address, int rank, const Float4& value) {
   *static_cast<Float4*>(simt::map_shared_rank(address, rank)) = value;
 }
 
+template <int kWords>
+inline void store_words(void* address, const uint32_t (&word)[kWords]) {
+  struct alignas(4 * kWords) Words {
+    uint32_t word[kWords];
+  } words;
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(Words) != 0) simt::fail("a wide store that is not aligned");
+  for (int i = 0; i < kWords; ++i) words.word[i] = word[i];
+  *static_cast<Words*>(address) = words;
+}
+
 inline void prefetch_l2(const void* address) { (void)*static_cast<const volatile unsigned char*>(address); }
 
 inline uint16_t float_to_bfloat16(float value) {
@@ -133,6 +143,30 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b
                              float products[8];
                              for (int k = 0; k < 8; ++k) products[k] = left[row][k] * right[k][column];
                              o->d[i] = sum_of_products(products, o->d[i]);
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+}
+
+inline uint32_t pack_bfloat16(float low, float high) {
+  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
+}
+
+inline void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
+  struct Operands {
+    uint32_t* m;
+    const uint16_t* row;
+  } mine{m, row};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         for (int i = 0; i < 4; ++i) {
+                           for (int lane = 0; lane < 32; ++lane) {
+                             const int g = lane / 4, t = lane % 4;
+                             const uint16_t* of_matrix = static_cast<const Operands*>(lanes[8 * i + g])->row;
+                             static_cast<Operands*>(lanes[lane])->m[i] =
+                                 of_matrix[2 * t] | static_cast<uint32_t>(of_matrix[2 * t + 1]) << 16;
                            }
                          }
                        },

@@ -144,7 +144,7 @@ def accesses(library: Path, report: Path) -> dict[tuple[str, int], list[tuple[st
     sums: dict[tuple[str, int, str], np.ndarray] = {}
     for place, (_, space, *numbers) in zip(places, rows, strict=False):
         file, line = re.match(r"(.*):(\d+|\?)", place).groups()
-        if "csrc/cuda/" in file and line.isdigit():
+        if ("csrc/cuda/" in file or file.endswith("/ptx_host.h")) and line.isdigit():
             key = (Path(file).name, int(line), space)
             sums[key] = sums.get(key, 0) + np.array(numbers, np.int64)
     found: dict[tuple[str, int], list[tuple[str, int, float, float]]] = {}
@@ -338,9 +338,7 @@ class LayerTasks(ctypes.Structure):
 
 
 class CtaShape(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "apply_rows", "shared_bytes")
-    )
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "shared_bytes"))
 
 
 class RowSample(ctypes.Structure):

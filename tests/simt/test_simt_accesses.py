@@ -22,7 +22,7 @@ pytestmark = [
 SHARED = [
     ("gram.cuh", "const float value = left[", 1.0),
     ("gram.cuh", "const float value = right[", 1.0),
-    ("gram.cuh", "chunk.arena[at] = chunk.task.tf32", 1.0),
+    ("gram.cuh", "reinterpret_cast<Raw*>(chunk.arena()) + row * pitch + mine.run * 4) = four", 4.0),  # 512 bytes
     ("gram.cuh", "*element = first ?", 4.0),  # once in 512 rows
     ("factor.cuh", "row[c] = tile[lane * kTilePitch + c]", 1.0),
     ("factor.cuh", "row[c] -= row[j] * tile[c * kTilePitch + j]", 1.0),
@@ -31,15 +31,14 @@ SHARED = [
     ("factor.cuh", "tile[row * kTilePitch + column] = sign * value", 4.0),
     ("tile_product.cuh", "const float value = a[", 1.0),
     ("tile_product.cuh", "const float value = b[", 1.0),
-    ("apply.cuh", "*to = to_float<Raw>(dtype, raw[i])", 1.0),
-    ("apply.cuh", "from_float<Raw>(dtype, *from)", 1.0),
-    ("apply.cuh", "chunk.arena[row * pitch + column + at] = value", 2.0),
+    ("apply.cuh", "value[i][r][0] = from[0]", 1.0),
+    ("apply.cuh", "*reinterpret_cast<uint32_t*>(to) = pair", 1.0),
 ]
-# Sectors a request: 32 floats fill 4.  Rows of X and G begin on 64 bytes here, arrays where malloc puts them.
+# Sectors a request of 512 bytes, which fill 16.  Rows of X and G begin on 64 bytes here, arrays where malloc puts them.
 GLOBAL = [
-    ("gram.cuh", "raw[i] = column[", 5.0),
-    ("apply.cuh", "raw[i] = column[", 5.0),
-    ("apply.cuh", "column[row_offset[i * kStep]] = from_float", 5.0),
+    ("gram.cuh", "four = *reinterpret_cast<const FourUnits<Raw>*>(column", 18.0),
+    ("apply.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)", 24.0),  # 8 rows of 64 bytes
+    ("ptx_host.h", "*static_cast<Words*>(address) = words", 24.0),  # of apply.cuh
 ]
 
 
@@ -87,12 +86,14 @@ VECTORS = [
     ("shared", "const auto unit = *reinterpret_cast<const RowVector<uint16_t, kWidth>*>(work.table", 4.0),
     ("shared", "out.v[i] = work.slab[", 4.0),  # 32 random elements: 3.5 words in the fullest bank
 ]
-READS_AND_WRITES = [  # of X and of G, by lanes that keep their unit and by others
-    ("gram.cuh", "raw[i] = column["),
-    ("gram.cuh", "raw[i] = x["),
-    ("apply.cuh", "raw[i] = column["),
-    ("apply.cuh", "column[row_offset[i * kStep]] = from_float"),
-    ("apply.cuh", "g[chunk.scratch.row_offset[row]"),
+READS_AND_WRITES = [  # of X and of G, four units at once and one by one
+    ("gram.cuh", "four = *reinterpret_cast<const FourUnits<Raw>*>(column"),
+    ("gram.cuh", "raw[i] = column[row_offset[i]]"),
+    ("gram.cuh", "raw[i] = x[chunk.scratch.row_offset[row]"),
+    ("apply.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)"),
+    ("ptx_host.h", "*static_cast<Words*>(address) = words"),
+    ("apply.cuh", "to[r].set(i, row[r][single * layer.g_unit_stride])"),
+    ("apply.cuh", "row[r][single * layer.g_unit_stride] = from_float"),
 ]
 
 
@@ -108,13 +109,14 @@ def moved_sectors(counted):
 
 @pytest.mark.parametrize(
     ("case", "element", "gathered", "permuted"),
-    [("permuted, 16 chunks", 4, 6.0, 3.4), ("permuted, 16 chunks of bfloat16", 2, 10.0, 3.7)],
+    [("permuted, 16 chunks", 4, 6.0, 3.6), ("permuted, 16 chunks of bfloat16", 2, 10.0, 4.0)],
 )
 def test_exact_division_reads_whole_sectors(tmp_path, case, element, gathered, permuted):
     """Sectors moved for every sector of X, read, and of G, read and written: at least ``gathered`` where the units of a
     chunk are gathered, at most ``permuted`` with permuted rows, three passes.
 
-    Arrays begin on 16 bytes here, so that 512, 128 and 64 bytes of a row may touch 17, 5 and 3 sectors.
+    Arrays begin on 16 bytes here (on 256 on a GPU), so that 512 bytes of a row, 128 and 64 of X, and 64 and 32 of G,
+    whose requests have 16 units of 8 rows, may touch 17, 5 and 3, and 3 and 2 sectors.
     """
     layer = cases.named(case).layers[0]
     ideal = (layer.rows + 2 * layer.outputs) * layer.units * element / 32

@@ -36,7 +36,7 @@ HOST = ("return Status::kInvalidArgument;", "return false;", "return plan;", "re
 
 def test_every_line_runs(tmp_path):
     library = simt.build("lines")
-    large = ("96", "128 bfloat16", "256")
+    large = ("96", "128 bfloat16", "256", "160 of 16 bits", "160, one pass of TF32", "not aligned")
     command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

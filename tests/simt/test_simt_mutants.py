@@ -25,7 +25,7 @@ CASES += (
     "trace@queue",
     "NaN in X@queue",
 )
-CASES += ("96", "128", "128@one_cta")
+CASES += ("96", "128", "128@one_cta", "160", "160 of 16 bits", "not aligned")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
 CASES += ("same input@queue", "same input, bias, trace@queue", "permuted, same input@packed")
 FILES = (
@@ -110,11 +110,13 @@ PLANTED = [
     plant("gram.cuh", "next <= kPartialRows)", "next < kPartialRows)"),
     plant("gram.cuh", "row < rows ? chunk.scratch.unit", "row <= rows ? chunk.scratch.unit"),
     plant("gram.cuh", "if (kSplit) {", "if (false) {"),
-    plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8]", "left[i % 2 * 4 * pitch + i / 2 * 8]"),
-    plant("gram.cuh", "lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8", "lane % 16) * pitch + lane / 16 * 8"),
+    plant("gram.cuh", "left[i / 2 * 4 * pitch + i % 2 * 8 + m * 16]", "left[i % 2 * 4 * pitch + i / 2 * 8 + m * 16]"),
     plant(
-        "gram.cuh", "mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[2])", "mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[1])"
+        "gram.cuh",
+        "left = stage + lane / 16 * 8 * pitch + lane / 8 % 2 * 8",
+        "left = stage + lane / 8 % 2 * 8 * pitch + lane / 16 * 8",
     ),
+    plant("gram.cuh", "b[n / 2][n % 2 * 2], b", "b[n / 2][n % 2], b"),
     plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
     plant("factor.cuh", "fma(-row[j], row[j], row[j + 1]), j + 1", "row[j + 1], j + 1"),
@@ -122,11 +124,24 @@ PLANTED = [
     plant("factor.cuh", "base = warp >> 2 * level << (level + 1)", "base = 0"),
     plant("tile_product.cuh", "if (kProducts > 2) mma", "if (kProducts > 3) mma"),
     plant("tile_product.cuh", "i / 2 * inner_a", "i % 2 * inner_a"),
-    plant("apply.cuh", "if (tile >= column) {", "if (true) {"),
-    plant("apply.cuh", "row < rows && chunk.scratch.not_finite[row] == 0", "row < rows"),
-    plant("apply.cuh", "unit == kNoUnit && i < lane.count", "i < lane.count"),
     plant("gram.cuh", " && chunk.x_stage() * columns == kWarps * kLoads", ""),
     plant("apply.cuh", "if (++tap < taps) continue;", "if (++tap <= taps) continue;"),
+    plant("apply.cuh", "sum = chunk.scratch.bias_sum;", "sum = 0.0f;"),
+    plant("apply.cuh", "(p & 2) << 2 | (p & 12) >> 1", "(p & 14)"),
+    plant("apply.cuh", "if (is_below) {", "if (true) {"),
+    plant("apply.cuh", "(b == 0 ? 0 : above_16)", "0"),
+    plant("apply.cuh", "for (int p = 0; p < kLeft && p <= level; ++p)", "for (int p = 0; p < 1 && p <= level; ++p)"),
+    plant("apply.cuh", "multiply_planes<3, 3>", "multiply_planes<2, 2>"),
+    plant("apply.cuh", "const bool below = column >= k / 2;", "const bool below = true;"),
+    plant("apply.cuh", ">> 4 * quad & 15u) == 15u", ">> 4 * quad & 1u) == 1u"),
+    plant("apply.cuh", "if (unit == kNoUnit) return;", ""),
+    plant("apply.cuh", "layer.g_unit_stride == 1 && bits % 4 == 0 ? 1 : 0", "layer.g_unit_stride == 1 ? 1 : 0"),
+    plant("apply.cuh", "index + 8 < part.end ? 2 :", "true ? 2 :"),
+    plant("apply.cuh", "chunk.scratch.not_finite[place_of_lane<kWarps>() + 8 * r] == 0", "true"),
+    plant("precondition.cu", "(none >> lane & 15u) == 15u", "(none >> lane & 1u) == 1u"),
+    plant("precondition.cu", "first >= 0 && first % 4 == 0 &&", "first >= 0 &&"),
+    plant("precondition.cu", "if (!is_run && !is_empty) chunk.scratch.ragged = 1;", ""),
+    plant("scheduler.cuh", "layer.x_unit_stride == 1 && bits % 4 == 0", "layer.x_unit_stride == 1"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),
     plant("gram.cuh", "store_cluster(tiles + e, rank, sum)", "store_cluster(tiles + e, 0, sum)"),

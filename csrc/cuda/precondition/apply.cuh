@@ -1,149 +1,133 @@
 // G[:, c] <- G[:, c] A_c^-1 for this CTA's part of the rows of G of one layer, in place.
 //
-// Rows (output, tap) pass through a stage in shared memory, where A^-1 already is.  A warp multiplies 32 rows by 32
-// columns (16 in CTAs of 512 threads) with TF32 tensor-core tiles: A^-1 is split in two TF32 numbers; float32 gradients
-// are split as well (three products), 16-bit gradients are TF32 numbers already (two products); with `tf32` both are
-// rounded (one product).  A row of the stage whose result has an element that is not finite in the gradient's own type
-// is left as it was, in this chunk only.
+// G never lies in shared memory.  A warp corrects 16 rows (output, tap): its lanes load four neighbouring units at a
+// time, which are the operand of a matrix instruction as they come, because a product may sum over the units in any
+// order that both operands agree on.  The sums of all columns stay in registers until the last unit has been read; then
+// four neighbouring units are stored at a time.  So warps need no barrier, and the next units are on their way while
+// the last ones are multiplied.  Where the units of a chunk are no neighbours in memory (taps of a convolution, the
+// exact division, the ends of ragged chunks) the four are loaded and stored one by one.
 //
-// What the loads and stores cost is addresses, so a lane keeps its units through a stage, and one address is a row's
-// offset and a unit's.  Figures of the model: docs/developer/kernel-model.md.
+// Up to 128 units A^-1 is split once a chunk, in three bfloat16 planes in the order in which ldmatrix wants them
+// (make_planes).  G is split as it comes: float32 in three planes, whose six products have float32's accuracy; float16
+// in two, which hold it exactly; bfloat16 is its own only plane, and two planes of A^-1 serve both 16-bit types.  With
+// `tf32` float32 takes two planes and three products.  Chunks above 128 units have no room for planes: 16 warps, of
+// which two share their rows, multiply by TF32 tensor cores with both operands split as they are read.
+//
+// A row whose result has an element that is not finite in the gradient's own type is left as it was, in this chunk
+// only.  Figures of the model: docs/developer/kernel-model.md.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/precondition/scheduler.cuh"
-#include "cuda/precondition/tile_product.cuh"
 
 namespace consistency_ops {
 
-constexpr int kLoadsInFlight = 8;  // of a lane
+constexpr int kWarpRows = 16;  // of G
+constexpr int kWarpColumns = 128;
 
-// How the lanes of a CTA cover a stage of G.  A warp takes 1 x 32 elements of a row where units are the fast dimension
-// in memory, 8 x 4 where rows are (taps of a convolution).  Where the blocks of a row divide evenly among the warps, a
-// lane has the same few units in all its rows, which `fixed` says; elsewhere StageWalk finds them anew.
-template <int kWarps>
-struct LaneOfG {
-  bool tall, fixed;
-  int columns, across, column;  // blocks along a row; warps that share a row; this warp's first block
-  int first, count;             // its first row, and how many: the next is 1 or, if tall, 8 further
+// Storage of an element of G.
+template <DType kType>
+using RawOf = std::conditional_t<kType == DType::kFloat32, uint32_t, uint16_t>;
 
-  CO_DEVICE LaneOfG(const PreconditionLayer& layer, const Chunk& chunk, int rows)
-      : tall(
-            rows_are_fast(layer.g_tap_stride[kMaxTapDims - 1], layer.g_tap_size[kMaxTapDims - 1], layer.g_unit_stride)),
-        columns(tall ? chunk.padded() / 4 : chunk.padded() / 32),
-        across(min(columns, kWarps)),
-        column(fresh_thread() / 32 % across),
-        count((tall ? rows / 8 : rows) / (kWarps / across)) {
-    first = fresh_thread() / 32 / across * count * (tall ? 8 : 1) + (tall ? fresh_thread() % 8 : 0);
-    fixed = columns % across == 0 && kWarps % across == 0 && count > 0 && count % kLoadsInFlight == 0;
+// Run by one thread, between barriers: what all threads must know of the G that they correct next.  It stays in shared
+// memory, because registers that live through a product would be spilled.
+CO_DEVICE void begin_member(const PreconditionLayer* members, const Chunk& chunk, int member) {
+  GradientPart& part = chunk.scratch.part;
+  part.member = member;
+  const PreconditionLayer& layer = members[member];
+  const OutputRange outputs = outputs_of(members, member, chunk.task);
+  part.taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
+  part.first = static_cast<int>(outputs.begin) * part.taps;
+  part.end = static_cast<int>(outputs.end) * part.taps;
+  uintptr_t bits = reinterpret_cast<uintptr_t>(layer.g) / static_cast<uintptr_t>(element_size(layer.g_dtype)) |
+                   static_cast<uintptr_t>(layer.g_output_stride);
+  CO_UNROLL
+  for (int i = 0; i < kMaxTapDims; ++i) {
+    if (layer.g_tap_size[i] > 1) bits |= static_cast<uintptr_t>(layer.g_tap_stride[i]);
   }
-  // Calls f(unit, position) for the lane's units.
-  template <typename F>
-  CO_DEVICE void for_each_unit(const Chunk& chunk, F&& f) {
-    const int lane = fresh_thread() % 32;
-    CO_NO_UNROLL
-    for (int c = column; c < columns; c += across) {
-      const int position = tall ? c * 4 + lane / 8 : c * 32 + lane;
-      f(chunk.scratch.unit[position], position);
+  part.aligned = layer.g_unit_stride == 1 && bits % 4 == 0 ? 1 : 0;
+}
+
+template <DType kType>
+CO_DEVICE RawOf<kType>* row_of_g(const PreconditionLayer& layer, int taps, int index) {
+  const uint32_t output = taps == 1 ? static_cast<uint32_t>(index) : static_cast<uint32_t>(index / taps);
+  int64_t offset = output * layer.g_output_stride;
+  if (taps > 1) {
+    offset += strided_offset(static_cast<uint32_t>(index) - output * static_cast<uint32_t>(taps), layer.g_tap_size,
+                             layer.g_tap_stride);
+  }
+  return global_memory(static_cast<RawOf<kType>*>(layer.g)) + offset;
+}
+
+// Which of the 128 rows of a round the first of a lane's two is.
+template <int kWarps>
+CO_DEVICE int place_of_lane() {
+  return fresh_thread() / 32 / (kWarps / 8) * kWarpRows + fresh_thread() % 32 / 4;
+}
+
+// The two rows, 8 apart, of which a lane holds elements.
+template <int kWarps, DType kType>
+struct LaneRows {
+  using Raw = RawOf<kType>;
+
+  const PreconditionLayer& layer;
+  const Chunk& chunk;
+  int inside;   // how many of the two there are
+  Raw* row[2];  // the first of the part where there is none
+
+  CO_DEVICE LaneRows(const PreconditionLayer& layer_, const Chunk& chunk_, int first) : layer(layer_), chunk(chunk_) {
+    const GradientPart& part = chunk.scratch.part;
+    const int index = first + place_of_lane<kWarps>();
+    inside = index + 8 < part.end ? 2 : index < part.end ? 1 : 0;
+    CO_UNROLL
+    for (int r = 0; r < 2; ++r) row[r] = row_of_g<kType>(layer, part.taps, r < inside ? index + 8 * r : part.first);
+  }
+  // Positions `position` to `position` + 3 of the chunk; zeros where there is no unit.
+  CO_DEVICE void load(int position, FourUnits<Raw> (&to)[2]) const {
+    const int32_t unit = chunk.scratch.run[position >> 2];
+    to[0] = to[1] = FourUnits<Raw>{};
+    if (unit == kNoUnit) return;
+    if (chunk.scratch.part.aligned != 0 && unit >= 0) {
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        if (r < inside) to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit);
+      }
+      return;
+    }
+    CO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int32_t single = chunk.scratch.unit[position + i];
+      if (single == kNoUnit) continue;
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        if (single == kBiasUnit) {
+          to[r].set(i, from_float<Raw>(kType, chunk.scratch.bias_copy[place_of_lane<kWarps>() + 8 * r]));
+        } else if (r < inside) {
+          to[r].set(i, row[r][single * layer.g_unit_stride]);
+        }
+      }
+    }
+  }
+  // The results of `kCount` positions.
+  template <int kCount>
+  CO_DEVICE void store(int r, int position, const float (&value)[kCount]) const {
+    const int32_t unit = chunk.scratch.run[position >> 2];
+    if (kCount == 4 && chunk.scratch.part.aligned != 0 && unit >= 0) {
+      FourUnits<Raw> four{};
+      CO_UNROLL
+      for (int i = 0; i < 4; i += 2) four.set(kType, i, value[i], value[i + 1]);
+      store_words(row[r] + unit, four.word);
+    } else if (unit != kNoUnit) {
+      CO_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const int32_t single = chunk.scratch.unit[position + i];
+        if (single >= 0) row[r][single * layer.g_unit_stride] = from_float<Raw>(kType, value[i]);
+        if (single == kBiasUnit) chunk.scratch.bias_copy[place_of_lane<kWarps>() + 8 * r] = value[i];
+      }
     }
   }
 };
-
-// Calls f(row, unit, position in the stage) for every element of the stage.
-template <int kWarps, typename F>
-CO_DEVICE void for_each_g(const Chunk& chunk, bool tall, int rows, F&& f) {
-  StageWalk<kWarps> walk(chunk.padded(), tall);
-  const int steps = walk.steps(rows);
-  CO_NO_UNROLL
-  for (int i = 0; i < steps; ++i) {
-    const int row = walk.row(i), position = walk.position(i);
-    if (row < rows) f(row, chunk.scratch.unit[position], row * g_pitch(chunk.padded()) + position);
-  }
-}
-
-// `count` rows of one unit, `kStep` apart, from G to the stage and back.
-template <int kStep, typename Raw>
-CO_DEVICE void load_unit(const Raw* column, const int64_t* row_offset, DType dtype, float* to, int pitch, int count) {
-  CO_NO_UNROLL
-  for (; count > 0; count -= kLoadsInFlight) {
-    Raw raw[kLoadsInFlight];
-    CO_UNROLL
-    for (int i = 0; i < kLoadsInFlight; ++i) raw[i] = column[row_offset[i * kStep]];
-    CO_UNROLL
-    for (int i = 0; i < kLoadsInFlight; ++i) {
-      *to = to_float<Raw>(dtype, raw[i]);
-      to += kStep * pitch;
-    }
-    row_offset += kLoadsInFlight * kStep;
-  }
-}
-
-template <int kStep, typename Raw>
-CO_DEVICE void store_unit(Raw* column, const int64_t* row_offset, DType dtype, const float* from, int pitch,
-                          int count) {
-  CO_NO_UNROLL
-  for (; count > 0; count -= kLoadsInFlight) {
-    CO_UNROLL
-    for (int i = 0; i < kLoadsInFlight; ++i) {
-      column[row_offset[i * kStep]] = from_float<Raw>(dtype, *from);
-      from += kStep * pitch;
-    }
-    row_offset += kLoadsInFlight * kStep;
-  }
-}
-
-// arena <- the first `rows` rows of the stage of `stage`.  The place of the bias is left alone.
-template <int kWarps, typename Raw>
-CO_DEVICE void load_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows, int stage) {
-  const Raw* const g = global_memory(static_cast<const Raw*>(layer.g));
-  const int64_t unit_stride = layer.g_unit_stride;
-  const DType dtype = layer.g_dtype;
-  const int pitch = g_pitch(chunk.padded());
-  LaneOfG<kWarps> lane(layer, chunk, rows);
-  if (lane.fixed && rows == stage) {
-    lane.for_each_unit(chunk, [&](int32_t unit, int position) {
-      float* const to = chunk.arena + lane.first * pitch + position;
-      if (unit < 0) {
-        for (int i = 0; unit == kNoUnit && i < lane.count; ++i) to[i * (lane.tall ? 8 : 1) * pitch] = 0.0f;
-      } else if (lane.tall) {
-        load_unit<8>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, to, pitch, lane.count);
-      } else {
-        load_unit<1>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, to, pitch, lane.count);
-      }
-    });
-    return;
-  }
-  for_each_g<kWarps>(chunk, lane.tall, rows, [&](int row, int32_t unit, int at) {
-    if (unit == kBiasUnit) return;
-    chunk.arena[at] = unit < 0 ? 0.0f : to_float<Raw>(dtype, g[chunk.scratch.row_offset[row] + unit * unit_stride]);
-  });
-}
-
-// And back: the first `rows` rows of the stage of `stage`, except those that must not be written: a 16-bit NaN would
-// come back from float as another one.
-template <int kWarps, typename Raw>
-CO_DEVICE void store_stage(const PreconditionLayer& layer, const Chunk& chunk, int rows, int stage) {
-  Raw* const g = global_memory(static_cast<Raw*>(layer.g));
-  const int64_t unit_stride = layer.g_unit_stride;
-  const DType dtype = layer.g_dtype;
-  const int pitch = g_pitch(chunk.padded());
-  LaneOfG<kWarps> lane(layer, chunk, rows);
-  if (lane.fixed && rows == stage && chunk.scratch.any_not_finite == 0) {
-    lane.for_each_unit(chunk, [&](int32_t unit, int position) {
-      const float* const from = chunk.arena + lane.first * pitch + position;
-      if (unit < 0) return;
-      if (lane.tall) {
-        store_unit<8>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, from, pitch, lane.count);
-      } else {
-        store_unit<1>(g + unit * unit_stride, chunk.scratch.row_offset + lane.first, dtype, from, pitch, lane.count);
-      }
-    });
-    return;
-  }
-  for_each_g<kWarps>(chunk, lane.tall, rows, [&](int row, int32_t unit, int at) {
-    if (unit < 0 || chunk.scratch.not_finite[row] != 0) return;
-    g[chunk.scratch.row_offset[row] + unit * unit_stride] = from_float<Raw>(dtype, chunk.arena[at]);
-  });
-}
 
 constexpr int kPrefetchRows = 256;  // 128 KiB of float32 a CTA, 34 MB in all: what L2 holds beside the rest
 
@@ -151,7 +135,7 @@ constexpr int kPrefetchRows = 256;  // 128 KiB of float32 a CTA, 34 MB in all: w
 template <int kWarps>
 CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk, const OutputRange& outputs) {
   constexpr uintptr_t kSector = 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = fresh_thread() / 32, lane = fresh_thread() % 32;
   const uint32_t taps = static_cast<uint32_t>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
   const int rows = static_cast<int>(min(int64_t{kPrefetchRows}, (outputs.end - outputs.begin) * taps));
   const int64_t bytes = element_size(layer.g_dtype);
@@ -175,20 +159,193 @@ CO_DEVICE void prefetch_g(const PreconditionLayer& layer, const Chunk& chunk, co
   }
 }
 
-// sum += rows [32 half, 32 half + 32) of the stage times columns [first, first + kColumns) of A^-1, of which only lower
-// tiles are stored: above the diagonal the transposed tile is read.
-template <int kProducts, int kColumns>
-CO_DEVICE void multiply_block(TileProduct<kColumns>& product, const Chunk& chunk, int half, int first, int stage) {
-  const int pitch = g_pitch(chunk.padded()), column = first / kTile, within = first % kTile;
-  const float* left = chunk.arena + half * 32 * pitch;
+// Where a matrix instruction of 16 bits wants unit `p` of a tile: lane t = lane % 4 brings the units 4 t to 4 t + 3 of
+// every 16, and the instruction takes the first two of each lane before the last two.  Pairs stay pairs.
+CO_DEVICE int plane_place(int p) { return (p & ~15) | (p & 2) << 2 | (p & 12) >> 1 | (p & 1); }
+
+// Element (row, column) of a plane of a tile: rows of 64 bytes, whose four vectors are turned so that eight rows of a
+// column of vectors lie in 32 banks.
+CO_DEVICE int plane_offset(int row, int column) { return row * kTile + ((column / 8 ^ row / 2 % 4) * 8 | column % 8); }
+
+// All threads of a CTA of 256; begins and ends with a barrier.  The lower tiles of A^-1, float32, become three
+// bfloat16 planes each, in place: value = high + middle + low to 2^-26.  Planes are larger than tiles, so the second
+// half of the tiles goes first, to where no tile of the first half lies.
+CO_DEVICE void make_planes(const Chunk& chunk) {
+  constexpr int kMost = (kMaxPlaneTiles + 1) / 2;
+  const int count = lower_tiles(chunk.side()), row = fresh_thread() / 16, column = fresh_thread() % 16 * 2;
+  uint16_t* const planes = reinterpret_cast<uint16_t*>(chunk.tiles);
   CO_NO_UNROLL
-  for (int tile = 0; tile < chunk.side(); ++tile, left += kTile) {
-    if (tile >= column) {
-      product.template add<kProducts>(left, pitch, 1, lower_tile(chunk.tiles, tile, column) + within, kTilePitch, 1,
-                                      min(stage, kTile));
+  for (int half = 1; half >= 0; --half) {
+    const int first = half == 1 ? count / 2 : 0, tiles = half == 1 ? count - count / 2 : count / 2;
+    float value[kMost][2][2];
+    CO_UNROLL
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= tiles) continue;
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float* from = chunk.tiles + (first + i) * kTileFloats + (r * 16 + row) * kTilePitch + column;
+        value[i][r][0] = from[0];
+        value[i][r][1] = from[1];
+      }
+    }
+    __syncthreads();  // the tiles have been read, also by those who copied them
+    CO_UNROLL
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= tiles) continue;
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        uint16_t* to = planes + (first + i) * kPlaneTile + plane_offset(r * 16 + plane_place(row), plane_place(column));
+        float rest[2] = {value[i][r][0], value[i][r][1]};
+        CO_UNROLL
+        for (int p = 0; p < kPlanes; ++p, to += kTile * kTile) {
+          const uint32_t pair = pack_bfloat16(rest[0], rest[1]);
+          *reinterpret_cast<uint32_t*>(to) = pair;
+          rest[0] -= __uint_as_float(pair << 16);
+          rest[1] -= __uint_as_float(pair & 0xffff0000u);
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// left[p] <- plane p of the units of both rows, as the left operand of a product of 16 units.
+template <DType kType, int kLeft>
+CO_DEVICE void split_rows(const FourUnits<RawOf<kType>> (&raw)[2], const Chunk& chunk, uint32_t (&left)[kLeft][4]) {
+  CO_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (kLeft == 1) {
+      // A zero that the compiler does not know: it would put the words in order anew before every product.
+      left[0][r] = raw[r].word[0] ^ static_cast<uint32_t>(chunk.scratch.failed_minor);
+      left[0][r + 2] = raw[r].word[1] ^ static_cast<uint32_t>(chunk.scratch.failed_minor);
     } else {
-      product.template add<kProducts>(left, pitch, 1, lower_tile(chunk.tiles, column, tile) + within * kTilePitch, 1,
-                                      kTilePitch, min(stage, kTile));
+      float rest[4];
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) rest[i] = raw[r].get(kType, i);
+      CO_UNROLL
+      for (int p = 0; p < kLeft; ++p) {
+        CO_UNROLL
+        for (int pair = 0; pair < 2; ++pair) {
+          const uint32_t bits = left[p][r + 2 * pair] = pack_bfloat16(rest[2 * pair], rest[2 * pair + 1]);
+          rest[2 * pair] -= __uint_as_float(bits << 16);
+          rest[2 * pair + 1] -= __uint_as_float(bits & 0xffff0000u);
+        }
+      }
+    }
+  }
+}
+
+// sum[first], sum[first + 1] += 16 rows x 16 units times 16 columns of A^-1, whose planes begin at `tile`.  is_below:
+// the tile lies on or below the diagonal, and its rows are the columns of the product; else it is read transposed.
+template <int kLevels, int kLeft>
+CO_DEVICE void multiply_planes_16(float (&sum)[2][4], const uint32_t (&left)[kLeft][4], const uint16_t* tile,
+                                  bool is_below) {
+  uint32_t right[kLevels][4];
+  if (is_below) {
+    CO_UNROLL
+    for (int p = 0; p < kLevels; ++p) load_matrices(right[p], tile + p * kTile * kTile);
+  } else {
+    CO_UNROLL
+    for (int p = 0; p < kLevels; ++p) load_matrices_transposed(right[p], tile + p * kTile * kTile);
+  }
+  CO_UNROLL
+  for (int level = kLevels - 1; level >= 0; --level) {  // small products first
+    CO_UNROLL
+    for (int p = 0; p < kLeft && p <= level; ++p) {
+      CO_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        mma_m16n8k16<true>(sum[n], left[p], right[level - p][2 * n], right[level - p][2 * n + 1]);
+      }
+    }
+  }
+}
+
+// sum <- 16 rows of G times A^-1, by its planes.  kLeft planes of G; products of planes whose numbers add up to less
+// than kLevels.  sum[m][n][i] belongs to row i / 2 of the lane's two and to position 16 m + 4 t + 2 n + i % 2.
+template <int kLeft, int kLevels, int kWarps, DType kType>
+CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
+  const int lane = fresh_thread() % 32, t = lane % 4, side = chunk.side();
+  const uint16_t* const planes = reinterpret_cast<const uint16_t*>(chunk.tiles);
+  // Matrices 0 to 3 of ldmatrix: columns 0 and units 0, columns 0 and units 8, columns 8 and units 0, and both 8.
+  const uint16_t* const below = planes + plane_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+  const uint16_t* const above = planes + plane_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
+  // The second 16 units of a tile, or columns: in a row the vectors that lie two further, or back.
+  const int below_16 = (lane / 2 % 4 ^ lane / 8 % 2) < 2 ? 16 : -16,
+            above_16 = (lane / 2 % 4 ^ lane / 16) < 2 ? 16 : -16;
+  constexpr int kAhead = kType == DType::kFloat32 ? 1 : 2;  // of the units that are multiplied, in steps of 16
+  FourUnits<RawOf<kType>> raw[kAhead][2];
+  CO_UNROLL
+  for (int i = 0; i < kAhead; ++i) rows.load(16 * i + 4 * t, raw[i]);
+  CO_NO_UNROLL
+  for (int k = 0; k < side; ++k) {
+    CO_UNROLL
+    for (int s = 0; s < 2; ++s) {
+      uint32_t left[kLeft][4];
+      split_rows<kType>(raw[s % kAhead], chunk, left);
+      const int next = k * kTile + (s + kAhead) * 16;
+      if (next < side * kTile) rows.load(next + 4 * t, raw[s % kAhead]);
+      CO_UNROLL
+      for (int n = 0; n < kWarpColumns / kTile; ++n) {
+        if (n >= side) continue;
+        const int tile = (n >= k ? lower_tiles(n) + k : lower_tiles(k) + n) * kPlaneTile;
+        CO_UNROLL
+        for (int b = 0; b < 2; ++b) {
+          multiply_planes_16<kLevels>(sum[2 * n + b], left,
+                                      n >= k ? below + (s == 0 ? 0 : below_16) + tile + b * 16 * kTile
+                                             : above + (b == 0 ? 0 : above_16) + tile + s * 16 * kTile,
+                                      n >= k);
+        }
+      }
+    }
+  }
+}
+
+// The same for chunks above 128 units, by 128 columns of the float32 tiles.  kProducts: 3 for float32; 2 where G has 16
+// bits, which TF32 holds; 1 rounds both.  sum[m][n][i]: position 128 half + 16 m + 8 n + 2 t + i % 2.
+template <int kProducts, int kWarps, DType kType>
+CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk,
+                              int half) {
+  const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
+  const auto split = [](float value, float& high, float& low) {
+    const SplitFloat parts(value);
+    high = kProducts == 1 ? to_tf32(value) : parts.high;
+    low = parts.low;
+  };
+  FourUnits<RawOf<kType>> raw[2];
+  rows.load(4 * t, raw);
+  CO_NO_UNROLL
+  for (int k = 0; k < 2 * chunk.side(); ++k) {  // 16 units
+    const FourUnits<RawOf<kType>> now[2] = {raw[0], raw[1]};
+    if (k + 1 < 2 * chunk.side()) rows.load((k + 1) * 16 + 4 * t, raw);
+    CO_UNROLL
+    for (int s = 0; s < 2; ++s) {  // two of every lane's four
+      float left[4], left_low[4];
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float value = now[i % 2].get(kType, s * 2 + i / 2);
+        split(value, left[i], left_low[i]);
+        if (kProducts == 2) left[i] = value;
+      }
+      CO_UNROLL
+      for (int n = 0; n < kWarpColumns / kTile; ++n) {
+        const int column = half * (kWarpColumns / kTile) + n;
+        if (column >= chunk.side()) continue;
+        const int unit = k % 2 * 16 + 4 * t + s * 2;
+        const bool below = column >= k / 2;  // on or below the diagonal: rows of the tile are columns of the product
+        const float* tile = lower_tile(chunk.tiles, below ? column : k / 2, below ? k / 2 : column);
+        const int by_unit = below ? 1 : kTilePitch, by_column = below ? kTilePitch : 1;
+        tile += unit * by_unit + g * by_column;
+        CO_UNROLL
+        for (int b = 0; b < 4; ++b) {
+          float right[2], right_low[2];
+          split(tile[b * 8 * by_column], right[0], right_low[0]);
+          split(tile[b * 8 * by_column + by_unit], right[1], right_low[1]);
+          float (&target)[4] = sum[2 * n + b / 2][b % 2];
+          if (kProducts > 2) mma_m16n8k8_tf32(target, left_low, right);
+          if (kProducts > 1) mma_m16n8k8_tf32(target, left, right_low);
+          mma_m16n8k8_tf32(target, left, right);
+        }
+      }
     }
   }
 }
@@ -200,99 +357,130 @@ CO_DEVICE float written_below(DType dtype) {
   return dtype == DType::kBFloat16 ? 0x1.ffp127f : 65520.0f;  // half-way to what rounds to infinity
 }
 
-// Every tap of an output holds a corrected copy of its bias gradient; their mean goes back.  Sums run over the stages
-// in the order of the rows, in one thread where an output has several taps.
-struct BiasMean {
-  float sum = 0.0f;
-  int tap = 0;
-
-  CO_DEVICE void add_stage(const PreconditionLayer& layer, const Chunk& chunk, int position, int rows, int taps) {
-    const int thread = fresh_thread();
-    const float* copies = chunk.arena + position;
-    const int pitch = g_pitch(chunk.padded());
+// The bias gradient of a chunk that has its unit: every row of G has a copy of its output's, corrected like the row,
+// and their mean goes back.  One thread adds the copies of an output with several taps, in the order of the rows.
+struct BiasCopies {
+  CO_DEVICE static void load(const PreconditionLayer& layer, const Chunk& chunk, int first) {
+    const GradientPart& part = chunk.scratch.part;
+    if (const int place = fresh_thread(); place < kRoundRows && first + place < part.end) {
+      chunk.scratch.bias_copy[place] =
+          load_element(layer.bias_dtype, layer.bias_grad, (first + place) / part.taps * layer.bias_stride);
+    }
+  }
+  CO_DEVICE static void store(const PreconditionLayer& layer, const Chunk& chunk, int first) {
+    const int thread = fresh_thread(), taps = chunk.scratch.part.taps;
+    const int count = min(kRoundRows, chunk.scratch.part.end - first);
     if (taps == 1) {
-      if (thread < rows) {
-        store_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[thread], copies[thread * pitch]);
-      }
+      if (thread >= count) return;
+      store_element(layer.bias_dtype, layer.bias_grad, (first + thread) * layer.bias_stride,
+                    chunk.scratch.bias_copy[thread]);
     } else if (thread == 0) {
-      for (int row = 0; row < rows; ++row) {
-        sum += copies[row * pitch];
+      float sum = chunk.scratch.bias_sum;  // of an output that began in the last round
+      int tap = first % taps;
+      for (int place = 0; place < count; ++place) {
+        sum = (tap == 0 ? 0.0f : sum) + chunk.scratch.bias_copy[place];
         if (++tap < taps) continue;
-        store_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[row],
+        store_element(layer.bias_dtype, layer.bias_grad, (first + place) / taps * layer.bias_stride,
                       sum / static_cast<float>(taps));
-        sum = 0.0f;
         tap = 0;
       }
+      chunk.scratch.bias_sum = sum;
     }
   }
 };
 
-// All threads.  `Raw` is uint32_t for float32 gradients, uint16_t for 16-bit ones.
-template <int kWarps, typename Raw>
-CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk, const OutputRange& outputs, int stage) {
-  constexpr int kProducts = sizeof(Raw) == 4 ? 3 : 2;
-  constexpr int kColumns = kWarps == 8 ? 32 : 16;  // one block a warp: 64 rows x 128 columns, or 32 x 256
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int pitch = g_pitch(chunk.padded());
-  const int taps = static_cast<int>(layer.g_tap_size[0] * layer.g_tap_size[1] * layer.g_tap_size[2]);
-  const int last_row = static_cast<int>(outputs.end) * taps;
-  const DType dtype = layer.g_dtype;
-  int bias_position = -1;
-  for (int p = 0; layer.has_bias && p < chunk.size(); ++p) {
-    if (chunk.scratch.unit[p] == kBiasUnit) bias_position = p;
+// written <- whether the whole rows may be written, from what each lane found in its own elements of them.
+CO_DEVICE void join_written(bool (&written)[2]) {
+  const int quad = fresh_thread() % 32 / 4;
+  CO_UNROLL
+  for (int r = 0; r < 2; ++r) written[r] = (__ballot_sync(0xffffffffu, written[r]) >> 4 * quad & 15u) == 15u;
+}
+
+// The sums of a warp with 16 rows.
+template <int kWarps, DType kType>
+CO_DEVICE void multiply_rows(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk, int half) {
+  if constexpr (kWarps > 8) {
+    if (chunk.task.tf32) {
+      multiply_tiles<1>(sum, rows, chunk, half);
+    } else {
+      multiply_tiles<kType == DType::kFloat32 ? 3 : 2>(sum, rows, chunk, half);
+    }
+  } else if constexpr (kType == DType::kFloat16) {
+    multiply_planes<2, 2>(sum, rows, chunk);
+  } else if constexpr (kType == DType::kBFloat16) {
+    multiply_planes<1, 2>(sum, rows, chunk);
+  } else if (chunk.task.tf32) {
+    multiply_planes<2, 2>(sum, rows, chunk);
+  } else {
+    multiply_planes<3, 3>(sum, rows, chunk);
   }
-  BiasMean bias;
+}
 
-  for (int first = static_cast<int>(outputs.begin) * taps; first < last_row; first += stage) {
-    const int rows = min(stage, last_row - first);
-    __syncthreads();  // the last stage has been read and written back
-    if (const int thread = fresh_thread(); thread < rows) {
-      const uint32_t row = static_cast<uint32_t>(first + thread);
-      const uint32_t output = row / static_cast<uint32_t>(taps);
-      chunk.scratch.row_offset[thread] =
-          output * layer.g_output_stride +
-          strided_offset(row - output * static_cast<uint32_t>(taps), layer.g_tap_size, layer.g_tap_stride);
-      chunk.scratch.bias_offset[thread] = output * layer.bias_stride;
-      chunk.scratch.not_finite[thread] = 0;
-      if (thread == 0) chunk.scratch.any_not_finite = 0;
-      if (bias_position >= 0) {
-        chunk.arena[thread * pitch + bias_position] =
-            load_element(layer.bias_dtype, layer.bias_grad, chunk.scratch.bias_offset[thread]);
-      }
-    }
-    __syncthreads();
-    load_stage<kWarps, Raw>(layer, chunk, rows, stage);
-    __syncthreads();
+// Whether this warp has rows in the round that begins at row `first`.
+template <int kWarps>
+CO_DEVICE bool is_busy(const Chunk& chunk, int first) {
+  return first + fresh_thread() / 32 / (kWarps / 8) * kWarpRows < chunk.scratch.part.end;
+}
 
-    const int blocks = chunk.padded() / kColumns, half = warp / blocks, column = warp % blocks * kColumns;
-    const bool busy = half * 32 < rows;
-    TileProduct<kColumns> product;
-    if (busy) {
-      if (chunk.task.tf32) {
-        multiply_block<1>(product, chunk, half, column, stage);
-      } else {
-        multiply_block<kProducts>(product, chunk, half, column, stage);
+// All threads, between barriers; after begin_member, and up to 128 units after make_planes.
+template <int kWarps, DType kType>
+CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk) {
+  constexpr bool kByPlanes = kWarps == 8;
+  constexpr int kHalves = kWarps / 8;  // warps that share their rows
+  CO_NO_UNROLL
+  for (int first = chunk.scratch.part.first; first < chunk.scratch.part.end; first += kRoundRows) {
+    if (kHalves > 1 || chunk.scratch.has_bias != 0) {
+      __syncthreads();  // the flags and copies of the last rows have been read
+      if (const int thread = fresh_thread(); thread < kRoundRows) chunk.scratch.not_finite[thread] = 0;
+      if (chunk.scratch.has_bias != 0) BiasCopies::load(layer, chunk, first);
+      __syncthreads();
+    }
+    const LaneRows<kWarps, kType> rows(layer, chunk, first);
+    float sum[8][2][4] = {};
+    if (is_busy<kWarps>(chunk, first)) multiply_rows(sum, rows, chunk, fresh_thread() / 32 % kHalves);
+    const float limit = written_below(kType);
+    bool written[2] = {true, true};
+    CO_UNROLL
+    for (int m = 0; m < 8; ++m) {
+      CO_UNROLL
+      for (int i = 0; i < 8; ++i) written[i % 4 / 2] = written[i % 4 / 2] && fabs(sum[m][i / 4][i % 4]) < limit;
+    }
+    join_written(written);
+    if (kHalves > 1) {
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        if (is_busy<kWarps>(chunk, first) && !written[r])
+          atomicOr(&chunk.scratch.not_finite[place_of_lane<kWarps>() + 8 * r], 1);
       }
-      const float limit = written_below(dtype);
-      bool is_written = true;
-      product.for_each([&](int, int, float value) { is_written = is_written && fabs(value) < limit; });
-      if (!is_written) {
-        atomicOr(&chunk.scratch.any_not_finite, 1);
-        product.for_each([&](int row, int, float value) {
-          if (!(fabs(value) < limit)) atomicOr(&chunk.scratch.not_finite[half * 32 + row], 1);
-        });
+      __syncthreads();  // all rows have been read, and the flags are complete
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) written[r] = chunk.scratch.not_finite[place_of_lane<kWarps>() + 8 * r] == 0;
+    }
+    CO_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (r >= rows.inside || !written[r]) continue;
+      const int t = fresh_thread() % 4;
+      CO_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        if constexpr (kByPlanes) {
+          if (m * 16 >= chunk.padded()) continue;
+          const float value[4] = {sum[m][0][2 * r], sum[m][0][2 * r + 1], sum[m][1][2 * r], sum[m][1][2 * r + 1]};
+          rows.store(r, m * 16 + 4 * t, value);
+        } else {
+          CO_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            const int position = fresh_thread() / 32 % kHalves * kWarpColumns + m * 16 + n * 8 + 2 * t;
+            if (position >= chunk.padded()) continue;
+            const float value[2] = {sum[m][n][2 * r], sum[m][n][2 * r + 1]};
+            rows.store(r, position, value);
+          }
+        }
       }
     }
-    __syncthreads();  // the stage has been read, and the flags are complete
-    if (busy) {
-      product.for_each([&](int row, int at, float value) {
-        row += half * 32;
-        if (row < rows && chunk.scratch.not_finite[row] == 0) chunk.arena[row * pitch + column + at] = value;
-      });
+    if (chunk.scratch.has_bias != 0) {
+      __syncthreads();  // the copies are complete
+      BiasCopies::store(layer, chunk, first);
     }
-    __syncthreads();
-    store_stage<kWarps, Raw>(layer, chunk, rows, stage);
-    if (bias_position >= 0) bias.add_stage(layer, chunk, bias_position, rows, taps);
   }
 }
 

@@ -10,6 +10,7 @@ namespace consistency_ops {
 constexpr int kMaxGramBlocks = kMaxChunk / kTile * (kMaxChunk / kTile + 1);
 constexpr int32_t kBiasUnit = -1;  // its input is 1, its gradient lies in bias_grad
 constexpr int32_t kNoUnit = -2;    // padding of the chunk to whole tiles
+constexpr int32_t kSingles = -1;   // of a run: units that are no neighbours on a multiple of four
 
 // What a CTA does.
 struct Task {
@@ -33,10 +34,13 @@ struct Task {
 struct InputRows {
   const void* data;
   int64_t unit_stride;
-  RowSample sample;    // this CTA's part of the sampled rows
-  int64_t all_rows;    // sampled rows of all parts
-  int32_t stage_rows;  // rows in a stage of shared memory
+  RowSample sample;     // this CTA's part of the sampled rows
+  int64_t all_rows;     // sampled rows of all parts
+  int32_t stage_rows;   // rows in a stage of shared memory, where four units are loaded at once
+  int32_t single_rows;  // and where they are not: an element then takes a register on its way
+  int32_t arena;        // where the stage lies, floats behind the tiles
   bool rows_are_fast;
+  bool aligned;          // four units that are neighbours can be loaded at once
   char* packed;          // where this CTA's part of the packed rows begins
   int64_t packed_pitch;  // elements
 };
@@ -48,15 +52,29 @@ struct Records {
   int32_t floats;  // of a record
 };
 
+// The G that a CTA corrects: its part of the rows of one layer.
+struct GradientPart {
+  int32_t member;      // of the run of layers
+  int32_t first, end;  // rows
+  int32_t taps;        // of an output
+  int32_t aligned;     // 1: four units that are neighbours can be loaded at once
+};
+
 // What the threads of a CTA tell each other while they work.
 struct Scratch {
-  int64_t row_offset[kMaxStageRows];  // elements, of every row of the stage that is loaded
-  int64_t bias_offset[kMaxApplyRows];
+  // Elements, of every row of the stage that is loaded.  While a diagonal tile is factored its panel lies here.
+  alignas(16) int64_t row_offset[kMaxStageRows];
   int32_t unit[kMaxChunk];             // at every position of the chunk
+  int32_t run[kMaxChunk / 4];          // of four positions: the first of four neighbouring units, or a constant below
   int32_t gram_block[kMaxGramBlocks];  // first row + 65536 * first column of the blocks of 16 x 32 (gram.cuh)
   float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
-  int32_t not_finite[kMaxApplyRows];   // 1: the result of this row of the stage must not be written
-  int32_t any_not_finite;              // 1: there is such a row in the stage
+  int32_t not_finite[kRoundRows];      // 1: the result of this row of G must not be written
+  float bias_copy[kRoundRows];         // corrected, of every row of G
+  float bias_sum;
+  GradientPart part;
+  int32_t has_bias;  // 1: one of the units is the bias
+  int32_t ragged;    // 1: there is a run of kSingles
+  int32_t waits;     // 1: the inverse was not there yet
   float warp_sum[32];
   int32_t warp_count[32];
   int32_t bias_position, last_unit;    // permute.cuh
@@ -78,21 +96,43 @@ struct Chunk {
   const Records& records;
   Scratch& scratch;
   float* tiles;  // tile (i, j), j <= i, of the symmetric or lower triangular matrix
-  float* arena;
 
-  CO_DEVICE Chunk(ChunkShared& shared, float* tiles_, float* arena_)
-      : task(shared.task),
-        input(shared.input),
-        records(shared.records),
-        scratch(shared.scratch),
-        tiles(tiles_),
-        arena(arena_) {}
+  CO_DEVICE Chunk(ChunkShared& shared, float* tiles_)
+      : task(shared.task), input(shared.input), records(shared.records), scratch(shared.scratch), tiles(tiles_) {}
+  CO_DEVICE float* arena() const { return tiles + input.arena; }
   CO_DEVICE int size() const { return task.size; }
   CO_DEVICE int padded() const { return padded_units(task.size); }
   CO_DEVICE int side() const { return padded() / kTile; }
   CO_DEVICE int tile_floats() const { return lower_tiles(side()) * kTileFloats; }
   CO_DEVICE int x_rows() const { return static_cast<int>(input.sample.count); }
-  CO_DEVICE int x_stage() const { return input.stage_rows; }
+  CO_DEVICE bool by_runs() const { return input.aligned && scratch.ragged == 0; }
+  CO_DEVICE int x_stage() const { return by_runs() ? input.stage_rows : input.single_rows; }
+};
+
+// Four neighbouring units of a row of X or G.
+template <typename Raw>
+struct alignas(4 * sizeof(Raw)) FourUnits {
+  uint32_t word[sizeof(Raw)];
+
+  CO_DEVICE float get(DType dtype, int i) const {
+    return to_float<Raw>(dtype, sizeof(Raw) == 4 ? word[i % sizeof(Raw)] : word[i / 2] >> 16 * (i % 2) & 0xffffu);
+  }
+  // Where they were zero.
+  CO_DEVICE void set(int i, uint32_t bits) {
+    if (sizeof(Raw) == 4) {
+      word[i % sizeof(Raw)] = bits;
+    } else {
+      word[i / 2] |= bits << 16 * (i % 2);
+    }
+  }
+  CO_DEVICE void set(DType dtype, int i, float first, float second) {
+    if (sizeof(Raw) == 2 && dtype == DType::kBFloat16) {
+      word[i / 2] = pack_bfloat16(first, second);
+    } else {
+      set(i, from_float<Raw>(dtype, first));
+      set(i + 1, from_float<Raw>(dtype, second));
+    }
+  }
 };
 
 CO_DEVICE float* lower_tile(float* tiles, int i, int j) { return tiles + (lower_tiles(i) + j) * kTileFloats; }

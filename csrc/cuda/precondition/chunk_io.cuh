@@ -21,7 +21,7 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
   CO_NO_UNROLL
   for (int tile = 0; tile < lower_tiles(chunk.side()); ++tile) {
     CO_NO_UNROLL
-    for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += threads) {
+    for (int e = fresh_thread(); e < kTile * kTile; e += threads) {
       f(i * kTile + e / kTile, j * kTile + e % kTile,
         chunk.tiles + tile * kTileFloats + e / kTile * kTilePitch + e % kTile);
     }
@@ -84,7 +84,7 @@ CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, i
 // sum depends only on the shape of the layer and on its number of gram tasks.
 CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
                                   float multiplier, int threads) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int thread = fresh_thread(), lane = thread % 32, warp = thread / 32;
   const Division& division = chunk.task.division;
   const int gram_tasks = chunk.task.of_layer.gram_tasks;
   float sum = 0.0f;

@@ -1,18 +1,18 @@
 // X^T X of the sampled rows of one chunk, into the lower tiles of shared memory.
 //
-// Rows pass through a stage in shared memory while the next stage is already on its way in registers (16 or 8 loads a
-// thread).  float32 inputs are split in two TF32 numbers and take three tensor-core products (high high + high low +
-// low high), which is float32 accuracy.  bfloat16 and float16 inputs stay as they are, whose products are exact: half
-// the shared memory, 3 ldmatrix and 4 mma for a block of 16 x 32 x 16, where TF32 would need 24 loads and 8 mma. Tensor
-// cores round their running sums toward zero, so no sum is longer than 512 rows: partial sums are added in shared
-// memory, in the order of the rows, which is more accurate than a float32 matrix product and the same on every run.
-// With `tf32` float32 inputs are rounded to TF32 and take one product too.
+// Rows pass through a stage in shared memory while the next stage is already on its way in registers, 16 KiB a CTA.
+// Four units that are neighbours in memory are loaded and staged at once.  float32 inputs are split in two TF32 numbers
+// and take three tensor-core products (high high + high low + low high), which is float32 accuracy.  bfloat16 and
+// float16 inputs stay as they are, whose products are exact: half the shared memory, 4 ldmatrix and 8 mma for a tile of
+// 32 x 32 and 16 rows, where TF32 would need 32 loads and 16 mma.  Tensor cores round their running sums toward zero,
+// so no sum is longer than 512 rows: partial sums are added in shared memory, in the order of the rows, which is more
+// accurate than a float32 matrix product and the same on every run.  With `tf32` float32 inputs are rounded to TF32 and
+// take one product too.
 //
 // Not here, by calculation for an H200 (nothing has been measured):
-// cp.async copies 4, 8 or 16 aligned bytes, and a unit of 16-bit X is 2: the random offset of random.h and group = 1
-// lay the units of a chunk on any address.  What it is for, bytes in flight, the registers do: 4096 elements a CTA, 32
-// KiB of float32 on an SM with two CTAs, where 4.3 TB/s over 132 SMs at a latency of 700 ns want 22 KiB.  16-bit X has
-// 16 KiB in flight; if a GPU shows that to be too little, kStageElements is what to raise.
+// cp.async copies 4, 8 or 16 aligned bytes, and group = 1 lays the units of a chunk on any address.  What it is for,
+// bytes in flight, the registers do: 16 KiB a CTA, 32 KiB on an SM with two, where 4.3 TB/s over 132 SMs at a latency
+// of 700 ns want 22 KiB.
 // wgmma reads both operands of a transposed product from shared memory in 16-bit types only, and the sums would not get
 // faster by it: at 62 % of the peak of wgmma, what mma.sync reaches, the covariances of ResNet-50, ViT-B/16 and a Llama
 // block take 24, 70 and 26 us of tensor cores beside 87, 281 and 233 us of DRAM.
@@ -23,6 +23,20 @@
 namespace consistency_ops {
 
 constexpr int kPartialRows = 512;
+
+// Which four units of which rows a thread loads where four neighbours can be loaded at once: the threads of a row are
+// a power of two, so that a thread has the same units in all its rows.  The rows are `step` apart.
+template <int kWarps>
+struct VectorsOfStage {
+  int run, row, step;
+
+  CO_DEVICE explicit VectorsOfStage(const Chunk& chunk) {
+    const int side = chunk.side(), log = side <= 1 ? 3 : side <= 2 ? 4 : side <= 4 ? 5 : 6;  // of the threads of a row
+    run = fresh_thread() & ((1 << log) - 1);
+    row = fresh_thread() >> log;
+    step = kWarps * 32 >> log;
+  }
+};
 
 // Whether a lane has one unit in all its rows of a stage: load i of it is then row first_row + i.  That is so where
 // units are the fast dimension and a stage is full, with 1, 2, 4 or 8 blocks of 32 units in a row.
@@ -39,17 +53,34 @@ struct LaneOfStage {
   }
 };
 
-template <int kWarps, typename Raw, int kLoads>
-CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+template <int kWarps, typename Raw, int kWords>
+CO_DEVICE void fetch_x(uint32_t (&raw)[kWords], const PreconditionLayer& layer, const Chunk& chunk, int rows) {
+  constexpr int kVector = sizeof(Raw);  // words of four units
   const Raw* x = global_memory(static_cast<const Raw*>(chunk.input.data));
   const uint32_t one = one_bits<Raw>(layer.x_dtype);
-  const LaneOfStage<kWarps, kLoads> lane(chunk);
+  if (chunk.by_runs()) {
+    const VectorsOfStage<kWarps> mine(chunk);
+    const int32_t unit = mine.run < chunk.padded() / 4 ? chunk.scratch.run[mine.run] : kNoUnit;
+    const Raw* const column = x + max(unit, 0);
+    CO_UNROLL
+    for (int i = 0; i < kWords / kVector; ++i) {
+      const int row = mine.row + i * mine.step;
+      FourUnits<Raw> four{};
+      if (unit >= 0 && row < rows) {
+        four = *reinterpret_cast<const FourUnits<Raw>*>(column + chunk.scratch.row_offset[row]);
+      }
+      CO_UNROLL
+      for (int w = 0; w < kVector; ++w) raw[i * kVector + w] = four.word[w];
+    }
+    return;
+  }
+  const LaneOfStage<kWarps, kWords> lane(chunk);
   if (lane.keeps_unit && rows == chunk.x_stage()) {
     const int32_t unit = chunk.scratch.unit[lane.position];
     const Raw* const column = x + max(unit, 0) * chunk.input.unit_stride;
     const int64_t* const row_offset = chunk.scratch.row_offset + lane.first_row;
     CO_UNROLL
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       raw[i] = unit == kBiasUnit ? one : 0;
       if (unit >= 0) raw[i] = column[row_offset[i]];
     }
@@ -57,7 +88,7 @@ CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, 
   }
   StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
-  for (int i = 0; i < kLoads; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     const int row = walk.row(i);
     const int32_t unit = row < rows ? chunk.scratch.unit[walk.position(i)] : kNoUnit;
     raw[i] = unit == kBiasUnit ? one : 0;
@@ -65,37 +96,53 @@ CO_DEVICE void fetch_x(uint32_t (&raw)[kLoads], const PreconditionLayer& layer, 
   }
 }
 
-template <int kWarps, typename Raw, int kLoads>
-CO_DEVICE void stage_x(const uint32_t (&raw)[kLoads], const Chunk& chunk, int rows) {
-  const LaneOfStage<kWarps, kLoads> lane(chunk);
+// Element `at` of the stage.
+template <typename Raw>
+CO_DEVICE void stage_element(const Chunk& chunk, int at, uint32_t bits) {
+  if constexpr (sizeof(Raw) == 2) {
+    reinterpret_cast<Raw*>(chunk.arena())[at] = static_cast<Raw>(bits);
+  } else {
+    chunk.arena()[at] = chunk.task.tf32 ? to_tf32(__uint_as_float(bits)) : __uint_as_float(bits);
+  }
+}
+
+template <int kWarps, typename Raw, int kWords>
+CO_DEVICE void stage_x(const uint32_t (&raw)[kWords], const Chunk& chunk, int rows) {
+  constexpr int kVector = sizeof(Raw);
+  const int pitch = x_pitch(chunk.padded());
+  if (chunk.by_runs()) {
+    const VectorsOfStage<kWarps> mine(chunk);
+    if (mine.run >= chunk.padded() / 4) return;
+    CO_UNROLL
+    for (int i = 0; i < kWords / kVector; ++i) {
+      const int row = mine.row + i * mine.step;
+      if (row >= chunk.x_stage()) continue;
+      FourUnits<Raw> four;
+      CO_UNROLL
+      for (int w = 0; w < kVector; ++w) {
+        const uint32_t word = raw[i * kVector + w];
+        four.word[w] = kVector == 4 && chunk.task.tf32 ? __float_as_uint(to_tf32(__uint_as_float(word))) : word;
+      }
+      *reinterpret_cast<FourUnits<Raw>*>(reinterpret_cast<Raw*>(chunk.arena()) + row * pitch + mine.run * 4) = four;
+    }
+    return;
+  }
+  const LaneOfStage<kWarps, kWords> lane(chunk);
   if (lane.keeps_unit && rows == chunk.x_stage()) {
-    const int pitch = x_pitch(chunk.padded());
     int at = lane.first_row * pitch + lane.position;
     CO_UNROLL
-    for (int i = 0; i < kLoads; ++i, at += pitch) {
-      if constexpr (sizeof(Raw) == 2) {
-        reinterpret_cast<Raw*>(chunk.arena)[at] = static_cast<Raw>(raw[i]);
-      } else {
-        chunk.arena[at] = chunk.task.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
-      }
-    }
+    for (int i = 0; i < kWords; ++i, at += pitch) stage_element<Raw>(chunk, at, raw[i]);
     return;
   }
   StageWalk<kWarps> walk(chunk.padded(), chunk.input.rows_are_fast);
   CO_UNROLL
-  for (int i = 0; i < kLoads; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     const int row = walk.row(i);
-    if (row >= chunk.x_stage()) continue;
-    const int at = row * x_pitch(chunk.padded()) + walk.position(i);
-    if constexpr (sizeof(Raw) == 2) {
-      reinterpret_cast<Raw*>(chunk.arena)[at] = static_cast<Raw>(raw[i]);
-    } else {
-      chunk.arena[at] = chunk.task.tf32 ? to_tf32(__uint_as_float(raw[i])) : __uint_as_float(raw[i]);
-    }
+    if (row < chunk.x_stage()) stage_element<Raw>(chunk, row * pitch + walk.position(i), raw[i]);
   }
 }
 
-// Blocks of 16 x 32 on or below the diagonal, a tile row i from i (i + 1) on.
+// Blocks of 16 x 32 on or below the diagonal, a tile row i from i (i + 1) on; two in turn are a tile.
 CO_DEVICE int gram_blocks(const Chunk& chunk) { return chunk.side() * (chunk.side() + 1); }
 
 // In shared memory, because the coordinates of a warp's blocks would take registers that the sums need.
@@ -108,21 +155,25 @@ CO_DEVICE void locate_gram_blocks(const Chunk& chunk) {
   chunk.scratch.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
 }
 
-template <bool kSplit>
-CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+// sum += kRows blocks, one below the other, from the one at `block` on, of the rows of this stage.
+template <bool kSplit, int kRows>
+CO_DEVICE void gram_blocks_32(float (*sum)[4][4], int32_t block, const Chunk& chunk) {
+  const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
   const int pitch = x_pitch(chunk.padded());
-  const float* left = chunk.arena + t * pitch + (block & 0xffff) + g;
-  const float* right = chunk.arena + t * pitch + (block >> 16) + g;
+  const float* left = chunk.arena() + t * pitch + (block & 0xffff) + g;
+  const float* right = chunk.arena() + t * pitch + (block >> 16) + g;
   CO_NO_UNROLL
   for (int k = chunk.x_stage(); k > 0; k -= 8) {
-    float a[4], a_low[4];
+    float a[kRows][4], a_low[kRows][4];
     CO_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float value = left[i / 2 * 4 * pitch + i % 2 * 8];
-      const SplitFloat split(value);
-      a[i] = kSplit ? split.high : value;
-      a_low[i] = split.low;
+    for (int m = 0; m < kRows; ++m) {
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float value = left[i / 2 * 4 * pitch + i % 2 * 8 + m * 16];
+        const SplitFloat split(value);
+        a[m][i] = kSplit ? split.high : value;
+        a_low[m][i] = split.low;
+      }
     }
     CO_UNROLL
     for (int n = 0; n < 4; ++n) {
@@ -134,11 +185,14 @@ CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk)
         b[i] = kSplit ? split.high : value;
         b_low[i] = split.low;
       }
-      if (kSplit) {
-        mma_m16n8k8_tf32(sum[n], a_low, b);
-        mma_m16n8k8_tf32(sum[n], a, b_low);
+      CO_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        if (kSplit) {
+          mma_m16n8k8_tf32(sum[m][n], a_low[m], b);
+          mma_m16n8k8_tf32(sum[m][n], a[m], b_low);
+        }
+        mma_m16n8k8_tf32(sum[m][n], a[m], b);
       }
-      mma_m16n8k8_tf32(sum[n], a, b);
     }
     left += 8 * pitch;
     right += 8 * pitch;
@@ -147,31 +201,53 @@ CO_DEVICE void gram_block(float (&sum)[4][4], int32_t block, const Chunk& chunk)
 
 // The same for a stage of 16-bit numbers.  They lie [row][unit] and the mma wants pairs of rows of one unit, which is
 // what ldmatrix makes when it transposes.
-template <bool kBFloat16>
-CO_DEVICE void gram_block_16(float (&sum)[4][4], int32_t block, const Chunk& chunk) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, pitch = x_pitch(chunk.padded());
-  // Matrices 0 .. 3: rows 0 and units 0, rows 0 and units 8, rows 8 and units 0, rows 8 and units 8.
-  const uint16_t* stage =
-      reinterpret_cast<const uint16_t*>(chunk.arena) + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
-  const uint16_t *left = stage + (block & 0xffff), *right = stage + (block >> 16);
-  CO_NO_UNROLL
+template <bool kBFloat16, int kRows>
+CO_DEVICE void gram_blocks_16(float (*sum)[4][4], int32_t block, const Chunk& chunk) {
+  const int lane = fresh_thread() % 32, pitch = x_pitch(chunk.padded());
+  // Matrices 0 .. 3 of the left operand: rows 0 and units 0, rows 0 and units 8, rows 8 and units 0, rows 8 and units
+  // 8; of the right one, which takes them in pairs, the second and the third change places.
+  const uint16_t* const stage = reinterpret_cast<const uint16_t*>(chunk.arena()) + lane % 8 * pitch;
+  const uint16_t* left = stage + lane / 16 * 8 * pitch + lane / 8 % 2 * 8 + (block & 0xffff);
+  const uint16_t* right = stage + lane / 8 % 2 * 8 * pitch + lane / 16 * 8 + (block >> 16);
+  CO_UNROLL_2
   for (int k = chunk.x_stage(); k > 0; k -= 16) {
-    uint32_t a[4], b[4];
-    load_matrices_transposed(a, left);
+    uint32_t a[kRows][4], b[2][4];
     CO_UNROLL
-    for (int n = 0; n < 4; n += 2) {
-      load_matrices_transposed(b, right + n * 8);
-      mma_m16n8k16<kBFloat16>(sum[n], a, b[0], b[2]);
-      mma_m16n8k16<kBFloat16>(sum[n + 1], a, b[1], b[3]);
+    for (int m = 0; m < kRows; ++m) load_matrices_transposed(a[m], left + m * 16);
+    CO_UNROLL
+    for (int n = 0; n < 2; ++n) load_matrices_transposed(b[n], right + n * 16);
+    CO_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      CO_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        mma_m16n8k16<kBFloat16>(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+      }
     }
     left += 16 * pitch;
     right += 16 * pitch;
   }
 }
 
+template <int kRows, typename Raw>
+CO_DEVICE void multiply_stage(float (*sum)[4][4], int first, const PreconditionLayer& layer, const Chunk& chunk) {
+  if (first >= gram_blocks(chunk)) return;
+  const int32_t block = chunk.scratch.gram_block[first];
+  if constexpr (sizeof(Raw) == 2) {
+    if (layer.x_dtype == DType::kBFloat16) {
+      gram_blocks_16<true, kRows>(sum, block, chunk);
+    } else {
+      gram_blocks_16<false, kRows>(sum, block, chunk);
+    }
+  } else if (chunk.task.tf32) {
+    gram_blocks_32<false, kRows>(sum, block, chunk);
+  } else {
+    gram_blocks_32<true, kRows>(sum, block, chunk);
+  }
+}
+
 // tiles <- or += sum; sum <- 0.
 CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk, bool first) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = fresh_thread() % 32;
   const int row = block & 0xffff, column = block >> 16;
   float* tile =
       lower_tile(chunk.tiles, row / kTile, column / kTile) + (row % kTile + lane / 4) * kTilePitch + lane % 4 * 2;
@@ -190,7 +266,11 @@ CO_DEVICE void add_partial(float (&sum)[4][4], int32_t block, const Chunk& chunk
 // is uint32_t for float32 inputs, uint16_t for 16-bit ones.
 template <int kWarps, int kUnits, typename Raw>
 CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  // A warp has whole tiles, which share their right operand, and of what is left a block.
+  const auto block_of = [](int u) {
+    const int warp = fresh_thread() / 32, before = u / 2 * 2 * kWarps;
+    return u + 1 == kUnits && kUnits % 2 == 1 ? before + warp : before + warp * 2 + u % 2;
+  };
   const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
     const int thread = fresh_thread();
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
@@ -201,7 +281,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     }
   };
 
-  uint32_t raw[kStageElements / (kWarps * 32)];
+  uint32_t raw[kStageWords / (kWarps * 32)];
   float sum[kUnits][4][4] = {};
   locate_gram_blocks(chunk);
   // Turn t writes stage t - 1 to shared memory, has stage t fetched into registers, and multiplies stage t - 1.
@@ -216,26 +296,18 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (next == 0) continue;
     CO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
-      if (warp + u * kWarps < gram_blocks(chunk)) {
-        const int32_t block = chunk.scratch.gram_block[warp + u * kWarps];
-        if constexpr (sizeof(Raw) == 2) {
-          if (layer.x_dtype == DType::kBFloat16) {
-            gram_block_16<true>(sum[u], block, chunk);
-          } else {
-            gram_block_16<false>(sum[u], block, chunk);
-          }
-        } else if (chunk.task.tf32) {
-          gram_block<false>(sum[u], block, chunk);
-        } else {
-          gram_block<true>(sum[u], block, chunk);
-        }
+      constexpr bool kPairs = kWarps == 8;  // the sums of 16 warps leave no registers for the operands of two blocks
+      if (!kPairs || (u % 2 == 0 && u + 1 == kUnits)) {
+        multiply_stage<1, Raw>(sum + u, block_of(u), layer, chunk);
+      } else if (u % 2 == 0) {
+        multiply_stage<2, Raw>(sum + u, block_of(u), layer, chunk);
       }
     }
     if (next % kPartialRows == 0 || next >= chunk.x_rows()) {
       CO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
-        if (warp + u * kWarps < gram_blocks(chunk))
-          add_partial(sum[u], chunk.scratch.gram_block[warp + u * kWarps], chunk, next <= kPartialRows);
+        if (block_of(u) < gram_blocks(chunk))
+          add_partial(sum[u], chunk.scratch.gram_block[block_of(u)], chunk, next <= kPartialRows);
       }
     }
     if (next >= chunk.x_rows()) break;

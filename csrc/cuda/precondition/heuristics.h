@@ -1,15 +1,17 @@
 // The constants and rules by which a launch is shaped: the shared memory of a CTA, and how many CTAs work on a chunk.
 // Without CUDA, so that tests can ask for them anywhere; plan.cpp applies them.
 //
-// A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and one arena
-// that holds a stage of X rows and later a stage of G rows.  Tiles have a pitch of 33 floats, so that reading a tile
-// along rows and along columns is free of bank conflicts alike:
+// A CTA keeps the lower 32 x 32 tiles of its chunk in shared memory from the covariance to the inverse, and an arena
+// for a stage of X rows.  Tiles have a pitch of 33 floats, so that reading a tile along rows and along columns is free
+// of bank conflicts alike.  Up to 128 units A^-1 is turned into 16-bit planes at last, which cover tiles and arena:
 //
-//   chunk  tiles  KiB of tiles  arena KiB (X, G rows)  sm_90 (227 KiB)    sm_80 (163)        sm_86, sm_120 (99)
-//     32     1         4         20 (128, 64)           2, by registers    2                  2
-//    128    10        41         33 (32, 64)            2, by registers    2                  1
-//    192    21        87         25 (16, 32)            1                  1                  1, stages of 8 rows
-//    256    36       149         34 (16, 32)            1                  1, stages of 8     does not fit
+//   chunk  tiles  KiB of tiles  KiB of planes  sm_90 (227 KiB)    sm_80 (163)        sm_86, sm_120 (99)
+//     32     1         4              6         2, by registers    2                  2
+//    128    10        41             60         2, by registers    2                  1
+//    192    21        87              -         1                  1                  1, stages of 8 rows
+//    256    36       149              -         1                  1, stages of 8     does not fit
+//
+// The arena has 20 KiB: 128 rows of 32 units of float32, 32 of 128, 16 of 256.
 #pragma once
 
 #include <algorithm>
@@ -22,31 +24,32 @@ constexpr int kTile = 32;
 constexpr int kTilePitch = kTile + 1;
 constexpr int kTileFloats = kTile * kTilePitch;
 constexpr int kMaxStageRows = 128;      // of X
-constexpr int kMaxApplyRows = 64;       // of G
-constexpr int kStageElements = 4096;    // of X, in flight in the registers of a CTA
+constexpr int kRoundRows = 128;         // of G, that a CTA corrects at a time
+constexpr int kStageWords = 4096;       // of X, 4 bytes each, in flight in the registers of a CTA
 constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
 constexpr int kMaxLaunchLayers = 118;   // descriptors that fit the 32,764 bytes of kernel parameters
 
 CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1) / kTile * kTile; }
 CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
-// Pitches that keep the lanes of an mma fragment in 32 different banks: X is read down columns, G along rows in steps
-// of 8 (apply.cuh).
+// A pitch that keeps the lanes of an mma fragment, who read down columns of X, in 32 different banks.
 CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
-CO_HOST_DEVICE constexpr int g_pitch(int padded) { return padded + 5; }
+// A^-1 of up to 128 units in 16-bit planes (apply.cuh), where tiles and arena were.
+constexpr int kPlanes = 3;
+constexpr int kPlaneTile = kPlanes * kTile * kTile;  // 16-bit numbers
+constexpr int kMaxPlaneTiles = 10;
 
 struct CtaShape {
   int32_t threads;       // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
   int32_t tile_floats;   // for the tiles of the largest chunk
-  int32_t arena_floats;  // for a stage of X or of G
-  int32_t apply_rows;    // rows of G in a stage
+  int32_t arena_floats;  // for a stage of X
   int32_t shared_bytes;  // dynamic shared memory
 };
 
 // Rows of X in a stage: a power of two from 8 to 128, so that stages end at every 512th row.  `arena` counts elements
 // of X, float32 or 16-bit.
-CO_HOST_DEVICE inline int stage_rows(int padded, int arena) {
+CO_HOST_DEVICE inline int stage_rows(int padded, int arena, int element_bytes) {
   int rows = kMaxStageRows;
-  while (rows > 8 && (rows * padded > kStageElements || rows * x_pitch(padded) > arena)) rows /= 2;
+  while (rows > 8 && (rows * padded * element_bytes > kStageWords * 4 || rows * x_pitch(padded) > arena)) rows /= 2;
   return rows;
 }
 
@@ -60,19 +63,16 @@ inline CtaShape choose_cta(int units, int shared_bytes, int slab_bytes = 0) {
   const int room = (shared_bytes - kStaticShared) / 4 - tiles;
   int wanted = 0;  // smaller chunks of the same launch may want more rows, never more floats
   for (int p = kTile; p <= padded; p += kTile) {
-    const int rows = stage_rows(p, 1 << 30);
+    const int rows = stage_rows(p, 1 << 30, 4);
     if (rows * x_pitch(p) > wanted) wanted = rows * x_pitch(p);
   }
-  int apply_rows = side <= 4 ? 64 : 32;
-  if (apply_rows * g_pitch(padded) > wanted) wanted = apply_rows * g_pitch(padded);
   const int arena = wanted < room ? wanted : room / 4 * 4;
-  while (apply_rows > 8 && apply_rows * g_pitch(padded) > arena) apply_rows /= 2;
-  if (8 * x_pitch(padded) > arena || apply_rows * g_pitch(padded) > arena) return cta;
+  if (8 * x_pitch(padded) > arena) return cta;
   cta.threads = threads;
   cta.tile_floats = tiles;
   cta.arena_floats = arena;
-  cta.apply_rows = apply_rows;
-  cta.shared_bytes = std::max((tiles + arena) * 4, slab_bytes);
+  const int planes = threads == 256 ? lower_tiles(side) * kPlaneTile * 2 : 0;
+  cta.shared_bytes = std::max({(tiles + arena) * 4, planes, slab_bytes});
   return cta;
 }
 

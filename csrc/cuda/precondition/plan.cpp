@@ -216,7 +216,6 @@ Status plan_launch(const PreconditionLayer* layers, int64_t count, const Precond
   launch.threads = cta.threads;
   params.tile_floats = cta.tile_floats;
   params.arena_floats = cta.arena_floats;
-  params.apply_rows = cta.apply_rows;
   params.shared_bytes = cta.shared_bytes;
   return Status::kOk;
 }

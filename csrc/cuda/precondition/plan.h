@@ -45,8 +45,8 @@ struct PreconditionParams {
   char* workspace;   // null where no task waits for another
   int32_t counters;  // CudaTuning
   int32_t count, cluster;
-  int32_t tile_floats, arena_floats, apply_rows, shared_bytes;  // CtaShape
-  bool tf32;                                                    // CudaTuning
+  int32_t tile_floats, arena_floats, shared_bytes;  // CtaShape
+  bool tf32;                                        // CudaTuning
 };
 static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
 

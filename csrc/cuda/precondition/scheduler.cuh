@@ -167,6 +167,12 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
   input.unit_stride = layer.x_unit_stride;
   input.rows_are_fast =
       rows_are_fast(layer.x_row_stride[kMaxRowDims - 1], layer.x_row_size[kMaxRowDims - 1], layer.x_unit_stride);
+  uintptr_t bits = reinterpret_cast<uintptr_t>(layer.x) / static_cast<uintptr_t>(element_size(layer.x_dtype));
+  CO_UNROLL
+  for (int i = 0; i < kMaxRowDims; ++i) {
+    if (layer.x_row_size[i] > 1) bits |= static_cast<uintptr_t>(layer.x_row_stride[i]);
+  }
+  input.aligned = layer.x_unit_stride == 1 && bits % 4 == 0;
   if (of_layer.pack_tasks > 0) {
     input.packed_pitch = packed_pitch(layer);
     input.packed = params.workspace + static_cast<int64_t>(params.packed[task.layer]) * 16;
@@ -176,6 +182,7 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
       input.data = input.packed;
       input.unit_stride = 1;
       input.rows_are_fast = false;
+      input.aligned = true;
       input.sample.offset = first;
       input.sample.stride = 1;
     }
@@ -193,8 +200,11 @@ CO_DEVICE void begin_task(const PreconditionParams& params, int number, ChunkSha
       make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
   task.size = static_cast<int32_t>(chunk_begin(division.units, division.chunks, task.chunk + 1) -
                                    chunk_begin(division.units, division.chunks, task.chunk));
-  const int elements = params.arena_floats * (layer.x_dtype == DType::kFloat32 ? 1 : 2);
-  shared.input.stage_rows = stage_rows(padded_units(task.size), elements);  // at least 16 rows of 16-bit numbers
+  const int bytes = static_cast<int>(element_size(layer.x_dtype));  // at least 16 rows of 16-bit numbers
+  shared.input.arena = params.tile_floats;
+  const int padded = padded_units(task.size), elements = params.arena_floats * 4 / bytes;
+  shared.input.stage_rows = stage_rows(padded, elements, bytes);
+  shared.input.single_rows = stage_rows(padded, elements, 4);
   Records& records = shared.records;
   const int64_t chunks = own_chunks(layer, options);
   records.floats = record_floats(division.units, division.chunks);
@@ -202,6 +212,7 @@ CO_DEVICE void begin_task(const PreconditionParams& params, int number, ChunkSha
   records.inverse = records.gram + chunks * task.of_layer.gram_tasks * records.floats +
                     static_cast<int64_t>(task.chunk) * (records.floats + kStatusFloats);
   shared.scratch.failed_tries = shared.scratch.failed_minor = 0;
+  shared.scratch.has_bias = shared.scratch.ragged = 0;
 }
 
 // All threads of the cluster: takes the next ticket.
