@@ -7,6 +7,7 @@ works in whatever floating dtype it is given, so a float64 call is the reference
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,56 @@ def philox(seed: int, step: int, layer: int, purpose: int) -> tuple[int, int, in
     return c0, c1, c2, c3
 
 
-def sample_rows(rows: int, max_rows: int, seed: int = 0, step: int = 0, layer: int = 0) -> slice:
-    """The rows that are used of ``rows``: every ``ceil(rows / max_rows)``-th after a random offset."""
+ROW_DRAW, PAIR_DRAW = 1 << 31, 1 << 30  # kRowDraw and kPairDraw
+
+
+def block_words(
+    kinds: int | Tensor,
+    levels: int | Tensor,
+    count: int,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    layer: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """32 random bits for each of the blocks 0 .. count - 1 of rows, int64: word ``block % 4`` of their counters.
+
+    ``kinds`` and ``levels``: numbers, or int64 tensors (n, 1) for a result of shape (n, count). ``step``: a number, or
+    a tensor of one element. Tensors are on ``device``, where the result is.
+    """
+    counters = torch.arange(-(-count // 4), device=device) & 0xFFFFFF
+    c3: Any = kinds | ((levels & 63) << 24) | counters
+    low: Any = step & _MASK
+    high: Any = (step >> 32) & _MASK
+    zeros = torch.zeros_like(c3)
+    c0, c1, c2 = zeros + low, zeros + high, zeros + (layer & _MASK)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64; a shift brings the sign, the mask takes it
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack([c0, c1, c2, c3], -1).flatten(-2)[..., :count]
+
+
+def sample_rows(
+    rows: int, max_rows: int, seed: int = 0, step: int = 0, layer: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """The rows that are used of ``rows``, ascending: one, drawn at random, of every ``ceil(rows / max_rows)``.
+
+    The last block of rows may be shorter. At least one row is used, unless there is none.
+    """
     stride = max(1, -(-rows // max_rows))
-    offset = (philox(seed, step, layer, 0)[0] * stride) >> 32
-    return slice(offset, rows, stride)
+    count = -(-rows // stride)
+    begin = torch.arange(count, device=device) * stride
+    if stride == 1:
+        return begin
+    words = block_words(ROW_DRAW, 0, count, seed, step, layer, device)
+    return begin + ((words * (rows - begin).clamp(max=stride)) >> 32)
 
 
 def _mix(value: Tensor, key: int) -> Tensor:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import consistency_ops as co
 from consistency_ops import reference
 from consistency_ops.engine.capture_states import STATE_SIZE
 
@@ -58,20 +59,120 @@ def test_every_half_is_widened_exactly():
         torch.testing.assert_close(rows, x.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("sizes", [(10, 10, 10), (3, 90, 1, 40), (200, 5), (1,) * 50], ids=str)
-@pytest.mark.parametrize("capacity", [1, 8, 33, 1000])
-def test_pooled_calls_are_one_evenly_strided_stream(sizes, capacity):
+class Stream:
+    """What capture.h says of several calls, in lists: the kept rows of the stream, one of every block."""
+
+    def __init__(self, capacity, seed, step, layer):
+        self.capacity, self.key = capacity, (seed, step, layer)
+        self.kept, self.stride, self.level, self.position = [], 0, 0, 0
+
+        self.words = {}
+
+    def word(self, kind, level, block):
+        if (kind, level) not in self.words:
+            self.words[kind, level] = reference.block_words(kind, level, 400, *self.key).tolist()
+        return self.words[kind, level][block]
+
+    def row_of(self, block):
+        return block * self.stride + ((self.word(reference.ROW_DRAW, self.level, block) * self.stride) >> 32)
+
+    def due_below(self, end):
+        rows, row = [], self.due
+        while row < end:
+            rows.append(row)
+            row = self.row_of(len(self.kept) + len(rows))
+        return rows, row
+
+    def double(self):
+        """Every pair of blocks keeps the row of one; the block of the row that is due may be either."""
+        old, rows, blocks = self.row_of(len(self.kept) + 1), [*self.kept, self.due], []
+        rows.append(old)  # of the block after it
+        for pair in range(len(self.kept) // 2 + 1):
+            both = rows[2 * pair : 2 * pair + 2]
+            blocks.append(both[self.word(reference.PAIR_DRAW, self.level + 1, pair) >> 31] if len(both) == 2 else None)
+        complete = [row for row in blocks if row is not None and row in self.kept]
+        self.level, self.stride = self.level + 1, self.stride * 2
+        self.kept = complete
+        self.due = blocks[len(complete)] if len(complete) < len(blocks) else self.row_of(len(complete))
+
+    def call(self, size):
+        """The numbers of the rows in the buffer after it."""
+        if self.stride == 0:
+            self.first_end = size
+            self.stride = max(1, -(-size // self.capacity))
+            self.kept = reference.sample_rows(size, self.capacity, *self.key).tolist()
+            self.position = size
+            self.due = self.row_of(len(self.kept))
+            return
+        if self.level == 0 and self.position <= self.first_end:  # its last block goes on
+            block, length = len(self.kept) - 1, (self.position - 1) % self.stride + 1
+            place = (self.word(reference.PAIR_DRAW, 0, block) * self.stride) >> 32
+            if length < self.stride and place >= length:
+                self.kept, self.due = self.kept[:-1], block * self.stride + place
+        end = self.position + size
+        while len(self.kept) + len(self.due_below(end)[0]) > self.capacity:
+            self.double()
+        rows, self.due = self.due_below(end)
+        self.kept += rows
+        self.position = end
+
+
+@pytest.mark.parametrize("sizes", [(10, 10, 10), (3, 90, 1, 40), (200, 5), (1,) * 20, (7, 300, 2, 2, 11, 40)], ids=str)
+@pytest.mark.parametrize("capacity", [1, 2, 8, 33, 1000])
+def test_pooled_calls_are_one_stream_in_blocks(sizes, capacity):
     total = sum(sizes)
-    stream = torch.arange(total, dtype=torch.float32)[:, None]
-    rows, state = torch.empty(capacity, 1), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
-    for part in stream.split(sizes):
-        capture(rows, state, part, 0, -1, 5)
-    taken, stride = rows[: int(state[0, USED]), 0], int(state[0, STRIDE])
-    assert int(state[0, SEEN]) == total and len(taken) <= capacity
-    assert total // stride <= len(taken) <= -(-total // stride)
-    assert torch.equal(taken.diff(), torch.full((max(0, len(taken) - 1),), float(stride)))
-    if total <= capacity:
-        assert torch.equal(rows[:total], stream)
+    values = torch.arange(total, dtype=torch.float32)[:, None]
+    for seed in range(2):
+        rows, state = torch.empty(capacity, 1), torch.zeros(4, STATE_SIZE, dtype=torch.int64)
+        stream = Stream(capacity, seed, 9, 3)
+        state[:, STEP] = 9
+        for part in values.split(sizes):
+            capture(rows, state, part, 3, -1, seed)
+            stream.call(len(part))
+            used, seen, stride = state[3, [USED, SEEN, STRIDE]].tolist()
+            assert rows[:used, 0].tolist() == stream.kept and used <= capacity, (seed, len(part))
+            assert seen == stream.position and stride == stream.stride
+            mark(rows, state, 3, False)
+        assert stream.position // stream.stride <= len(stream.kept) <= -(-stream.position // stream.stride)
+        if total <= capacity:
+            assert torch.equal(rows[:total], values)
+
+
+@pytest.mark.parametrize("period", [2, 3, 8, 31, 32, 64])
+def test_pooled_rows_with_a_period_are_met_as_often_as_they_are(period):
+    """Also where the buffer was thinned several times over; rows that drift are met everywhere."""
+    size, calls, capacity = 1024, 12, 700
+    share, where = torch.zeros(period), torch.zeros(4)
+    for step in range(8):
+        rows, state = torch.empty(capacity, 1), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
+        state[0, STEP] = step
+        for part in torch.arange(size * calls, dtype=torch.float64).view(calls, size, 1):
+            capture(rows, state, part.float(), 0, -1, 1)
+            mark(rows, state, 0, False)
+        taken = rows[: int(state[0, USED]), 0].long()
+        share += torch.bincount(taken % period, minlength=period) / len(taken) / 8
+        where += torch.bincount(taken * 4 // (size * calls), minlength=4) / len(taken) / 8
+    draws = 8 * size * calls // int(state[0, STRIDE])
+    assert (share - 1 / period).abs().max() < 6 * (1 / period / draws) ** 0.5
+    assert (where - 0.25).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("width", [*range(8, 65, 7), 32, 64])
+def test_images_of_every_width_have_their_covariance(width):
+    """A step sees all columns of an image, however its width divides the stride.
+
+    The columns differ as much as they can: the largest error is that of a sample of one column."""
+    columns = torch.nn.functional.one_hot(torch.arange(width) * 8 // width, 8).float()
+    images = columns.T[None, :, None].expand(64, 8, 16, width)
+    rows = images.movedim(1, -1).reshape(-1, 8)
+    full = rows.T @ rows / len(rows)
+    for stride in (width, 2 * width, 16):
+        options = dict(chunk=8, max_rows=len(rows) // stride)
+        errors = [
+            float((co.chunked_covariance(rows, **options, seed=seed)[0] - full).norm() / full.norm())
+            for seed in range(4)
+        ]
+        assert max(errors) < 0.35, (stride, errors)
 
 
 def test_a_paused_layer_and_an_empty_input_leave_everything_alone():
@@ -81,6 +182,27 @@ def test_a_paused_layer_and_an_empty_input_leave_everything_alone():
     before = state.clone()
     capture(rows, state, torch.zeros(2, 3), 0, -1, 0)
     assert torch.equal(state, before) and (rows == 7).all()
+
+
+@pytest.mark.parametrize("forward", [40, 41, 300])
+def test_a_restart_leaves_one_row_of_every_block_behind_it(forward):
+    """The blocks are numbered anew, so that later calls and thinning go on with the rows that stayed."""
+    for seed in range(8):
+        rows, state = torch.full((32, 1), -1.0), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
+        stream = torch.arange(3000, dtype=torch.float32)[:, None]
+        capture(rows, state, stream[:100], 0, -1, seed)
+        mark(rows, state, 0, False)
+        capture(rows, state, stream[100 : 100 + forward], 0, -1, seed)
+        mark(rows, state, 0, True)
+        taken = rows[: int(state[0, USED]), 0]
+        assert taken.min() >= 100
+        for part in stream[100 + forward :].split(500):
+            capture(rows, state, part, 0, -1, seed)
+            mark(rows, state, 0, False)
+            taken, stride = rows[: int(state[0, USED]), 0], int(state[0, STRIDE])
+            # Neighbouring blocks give rows that are less than two blocks apart, and in their order.
+            assert (taken.diff() > 0).all() and taken.diff().max() < 2 * stride and len(taken) <= 32
+            assert 100 <= taken.min() < 100 + 2 * stride
 
 
 def test_a_restart_removes_the_rows_before_the_mark():

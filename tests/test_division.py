@@ -45,20 +45,60 @@ def test_same_division_in_cpp_and_python(library):
 
 
 def test_same_row_sample_in_cpp_and_python(library):
-    counts, limits = (0, 1, 2, 99, 100, 101, 8000, 32_000, 128_000, 512_000, 2**40), (1, 7, 100, 10_000, 2**63 - 1)
+    counts, limits = (0, 1, 2, 99, 100, 101, 8000, 32_000, 2**40), (1, 7, 100, 10_000, 2**63 - 1)
     for rows, max_rows in itertools.product(counts, limits):
-        if rows / max_rows > 2**32:
-            continue  # beyond what random.h promises
+        if rows / max_rows > 2**32 or min(rows, max_rows) > 100_000:
+            continue  # beyond what random.h promises, or what memory holds
         for seed, step, layer in KEYS:
-            out = (ctypes.c_int64 * 3)()
+            want = reference.sample_rows(rows, max_rows, seed, step, layer).numpy()
+            out, count = np.full(len(want) + 1, -7), ctypes.c_int64(-1)
             key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
-            status = library.co_sample_rows(ctypes.c_int64(rows), ctypes.c_int64(max_rows), *key, out)
-            sample = reference.sample_rows(rows, max_rows, seed, step, layer)
-            indices = range(*sample.indices(rows))
-            assert status == 0
-            assert (out[1], out[2]) == (sample.step, len(indices)), (rows, max_rows)
-            assert rows == 0 or out[0] == sample.start, (rows, max_rows)
-            assert len(indices) <= max_rows and (len(indices) >= 1 or rows == 0)
+            arguments = ctypes.c_int64(rows), ctypes.c_int64(max_rows), *key, ctypes.byref(count)
+            assert library.co_sample_rows(*arguments, None) == 0 and count.value == len(want)
+            assert library.co_sample_rows(*arguments, ctypes.c_void_p(out.ctypes.data)) == 0
+            assert np.array_equal(out[:-1], want) and out[-1] == -7, (rows, max_rows)
+            assert len(want) <= max_rows and (len(want) >= 1 or rows == 0)
+
+
+@pytest.mark.parametrize(("rows", "max_rows"), [(100, 100), (101, 100), (1000, 90), (131_072, 4096), (7, 2), (5, 1)])
+def test_one_row_of_every_block(rows, max_rows):
+    stride = -(-rows // max_rows)
+    for step in range(20):
+        taken = reference.sample_rows(rows, max_rows, seed=3, step=step)
+        blocks = torch.arange(-(-rows // stride))
+        assert torch.equal(taken // stride, blocks) and int(taken[-1]) < rows
+        another = reference.sample_rows(rows, max_rows, seed=3, step=step + 1)
+        assert stride == 1 or len(taken) < 10 or not torch.equal(taken, another)
+
+
+def test_every_row_of_a_block_is_taken_as_often_as_any_other():
+    """Also in the last block, which is shorter and gives a row all the same."""
+    rows, stride, steps = 400 * 16 + 5, 16, 60
+    places, last = np.zeros(stride, int), np.zeros(5, int)
+    for step in range(steps):
+        taken = reference.sample_rows(rows, 401, seed=1, step=step, layer=2).numpy()
+        places += np.bincount(taken[:-1] % stride, minlength=stride)
+        last[taken[-1] - 400 * stride] += 1
+    for counts, draws in ((places, 400 * steps), (last, steps)):
+        expected = draws / len(counts)
+        # Chi squared with k - 1 degrees of freedom, beyond the 99.99th percentile of the normal approximation.
+        assert ((counts - expected) ** 2 / expected).sum() < len(counts) - 1 + 5 * (2 * (len(counts) - 1)) ** 0.5
+
+
+def test_rows_with_a_period_are_met_as_often_as_they_are():
+    """Images of every width, and every period that a sequence may have: no column takes more than its share.
+
+    One row in s at a fixed distance would meet a single column wherever s is a multiple of the width."""
+    for period in range(2, 65):
+        rows = 64 * period * 32
+        for stride in (period, 32):
+            share = np.zeros(period)
+            for step in range(4):
+                taken = reference.sample_rows(rows, rows // stride, seed=5, step=step, layer=1).numpy()
+                share += np.bincount(taken % period, minlength=period) / len(taken) / 4
+            draws = 4 * rows // stride
+            # Six standard deviations of a binomial share; strata make it narrower.
+            assert np.abs(share - 1 / period).max() < 6 * (1 / period / draws) ** 0.5, (period, stride)
 
 
 @pytest.mark.parametrize("call", ["division", "sample_rows"])
@@ -69,9 +109,9 @@ def test_bad_arguments_are_refused(library, call):
             arguments = [ctypes.c_int64(v) for v in (units, chunk, group)] + [ctypes.c_uint64(0)] * 2
             assert library.co_division(*arguments, ctypes.c_uint32(0), out) == -1, (units, chunk, group)
     else:
-        for rows, max_rows in ((-1, 4), (4, 0), (4, -3)):
+        for rows, max_rows, count in ((-1, 4, out), (4, 0, out), (4, -3, out), (4, 2, None)):
             arguments = [ctypes.c_int64(rows), ctypes.c_int64(max_rows)] + [ctypes.c_uint64(0)] * 2
-            assert library.co_sample_rows(*arguments, ctypes.c_uint32(0), out) == -1, (rows, max_rows)
+            assert library.co_sample_rows(*arguments, ctypes.c_uint32(0), count, out) == -1, (rows, max_rows)
     assert list(out) == [-7] * 16
 
 
@@ -184,8 +224,9 @@ def test_subsampling_of_the_cifar_network():
     """512000, 128000, 32000, 8000 and 500 rows of its layers give strides of 52, 13, 4, 1, 1.
 
     The released code of arXiv 1708.00631 has no stride above 50. There is no such cap here: max_rows is a promise."""
-    strides = [reference.sample_rows(rows, 10_000).step for rows in (512_000, 128_000, 32_000, 8_000, 500)]
-    assert strides == [52, 13, 4, 1, 1]
+    for rows, stride in ((512_000, 52), (128_000, 13), (32_000, 4), (8_000, 1), (500, 1)):
+        taken = reference.sample_rows(rows, 10_000)
+        assert torch.equal(taken // stride, torch.arange(-(-rows // stride)))
 
 
 @pytest.mark.parametrize("seed", range(4))

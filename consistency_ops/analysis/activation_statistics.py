@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..reference import sample_rows
 from .recorder import Layers, Point, Recorder, signalling
 from .results import COLOURS, Result, figure, log_scale, over_layers, series
 from .saturation import is_activation, saturated
@@ -114,10 +115,13 @@ def _moments(x: Tensor) -> Tensor:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Return at most _SAMPLES values, evenly spread, in float32 or wider."""
-    step = -(-x.numel() // _SAMPLES)
-    step += step > 1 and step % 2 == 0  # odd, because an even step would meet the same units in every sample
-    flat = x.reshape(-1)[::step]
+    """Return at most _SAMPLES values, one drawn of every block of all, in float32 or wider.
+
+    A fixed distance between them would meet the same units in every sample wherever it is a multiple of their number.
+    """
+    flat = x.reshape(-1)
+    if len(flat) > _SAMPLES:
+        flat = flat[sample_rows(len(flat), _SAMPLES, device=x.device)]
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 

@@ -305,7 +305,8 @@ def conditioning(
     Args:
         model, layers, every, average: see :class:`~consistency_ops.analysis.Recorder`; by default all layers with
             weights.
-        max_rows: largest number of rows (samples, tokens, pixels) per layer and pass, evenly spread; None: all.
+        max_rows: largest number of rows (samples, tokens, pixels) per layer and pass; None: all. Of more, one
+            of every block of them, drawn at random.
         damping, scaling, chunk: options of the correction that is tried, without its bias unit.
         reduction: how the loss is reduced over rows: with ``"mean"`` output gradients are multiplied by the number of
             rows, which restores the gradient of one sample (in convolutions, as in the paper's code, times the pixels).

@@ -7,11 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..reference import chunk_bounds, damped_cholesky, division, trace_scale_of
+from ..reference import chunk_bounds, damped_cholesky, division, sample_rows, trace_scale_of
 
 
 def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None, units: Tensor | None = None) -> tuple[Tensor, int]:
-    """Return every ``ceil(M / max_rows)``-th row as a float64 copy (rows, units), and M, the number of all rows.
+    """Return one row of every ``ceil(M / max_rows)`` as a float64 copy (rows, units), and M, the number of all rows.
 
     ``units``: the indices of those to take; None: all.
     """
@@ -20,8 +20,8 @@ def unit_rows(x: Tensor, unit_dim: int, max_rows: int | None, units: Tensor | No
         rows = rows.index_select(-1, units.to(x.device))
     rows = rows.reshape(-1, rows.shape[-1])
     count = len(rows)
-    if max_rows is not None:
-        rows = rows[:: max(1, -(-count // max_rows))]
+    if max_rows is not None and count > max_rows:
+        rows = rows[sample_rows(count, max_rows, device=rows.device)]
     return rows.to(torch.float64, copy=True), count
 
 

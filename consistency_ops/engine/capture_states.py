@@ -18,7 +18,7 @@ from ..ops.backend import is_out_of_memory
 if TYPE_CHECKING:
     from .ownership import Ownership
 
-USED, SEEN, STRIDE, NEXT, MARK, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 2, 3, 4, 6, 7, 8, 10
+USED, SEEN, STRIDE, NEXT, MARK, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 2, 3, 4, 6, 7, 8, 11
 NEW, _LIMIT = 100, 1000  # weight of a new gradient, and of one that is added to: ten new ones a layer are too many
 
 

@@ -377,11 +377,11 @@ def precondition(
         group: the number of consecutive units that are dealt to chunks together, 1 to ``chunk``. 1 is the exact
             division of the paper. Default: as many units as fill 32 bytes in the dtype of ``grad`` (8 for float32), or
             ``chunk`` if that is smaller.
-        max_rows: at most so many rows enter the second moment, every ``ceil(rows / max_rows)``-th after a random
-            offset.
+        max_rows: at most so many rows enter the second moment: of every block of ``ceil(rows / max_rows)`` rows one,
+            drawn at random.
         permutation: int64, ``(units,)``, or ``(units + 1,)`` with ``bias_grad``. The units are dealt to chunks in this
             order, instead of a random one.
-        seed, step: they decide the random division and the offset of the rows. The layer counts as position 0 of
+        seed, step: they decide the random division and which rows are drawn. The layer counts as position 0 of
             :func:`foreach_precondition_`.
         bias_grad: gradient of the bias, ``(out,)``. The bias is one more unit, whose input is 1 and whose index is the
             last. With several kernel taps each corrects a copy of it, and the copies are averaged.

@@ -88,8 +88,3 @@ def divisions(
         positions = np.concatenate([moved, np.arange(len(moved), units[i])])
         orders[i] = np.where(positions < rotated[n], (positions + offsets[n]) % rotated[n], positions)
     return orders
-
-
-def row_bits(layers: Sequence[int], seed: int, step: int) -> list[int]:
-    """For every layer the 32 random bits from which ``sample_rows`` draws the offset of its rows."""
-    return [int(bits) for bits in philox(seed, step, np.array(layers, np.int64), 0)[0]]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .division import row_bits
+from ..reference import ROW_DRAW, block_words
 from .portable_matrices import Matrices, Source, blocks_of, divide
 
 # What a dtype can hold without becoming infinite when it is rounded to: just below the midpoint of its largest value
@@ -39,25 +39,21 @@ def _sampled(
     if count is None or x.device.type == "cpu":
         rows = total if count is None else min(max(int(count), 0), total)
         stride = max(1, -(-rows // max_rows))
-        kept = range((source.row_offset * stride) >> 32, rows, stride)
-        source.rows = len(kept)
+        source.rows = -(-rows // stride)
         if stride == 1 and x.dim() == 2:
             return x[:rows], None
-        if x.dim() == 2:
-            return x[kept.start : kept.stop : kept.step], None
         if stride > 1:
-            index = torch.arange(kept.start, kept.stop, kept.step, device=x.device)
-        elif len(kept) < total:
-            return x.reshape(total, -1)[: len(kept)], None
+            index = _drawn(source, source.rows, stride, rows, x.device)
+        elif rows < total:
+            return x.reshape(total, -1)[:rows], None
     else:
         count = count.view(()).clamp(0, total)
         if total <= max_rows:
             valid = torch.arange(total, device=x.device) < count
         else:
             apart = ((count + (max_rows - 1)) // max_rows).clamp(min=1)
-            index = ((source.row_offset * apart) >> 32) + torch.arange(max_rows, device=x.device) * apart
-            valid = index < count
-            index = index.clamp(max=total - 1)
+            valid = torch.arange(max_rows, device=x.device) * apart < count
+            index = _drawn(source, max_rows, apart, count, x.device).clamp(0, total - 1)
         source.rows = valid.sum()
     if index is None:
         return x.reshape(total, x.shape[-1]), valid
@@ -66,6 +62,14 @@ def _sampled(
         digits.append(index % size)
         index = index // size
     return x[tuple(reversed(digits))], valid
+
+
+def _drawn(source: Source, blocks: int, stride: int | Tensor, rows: int | Tensor, device: torch.device) -> Tensor:
+    """The row of every block: ``reference.sample_rows`` where the data are."""
+    begin = torch.arange(blocks, device=device) * stride
+    words = block_words(ROW_DRAW, 0, blocks, source.seed, source.step, source.layer, device)
+    left = rows - begin
+    return begin + ((words * torch.where(left < stride, left, stride)) >> 32)
 
 
 def _deal(matrix: Tensor, source: Source) -> Tensor:
@@ -300,8 +304,8 @@ def foreach_precondition_(
         parts = x.shape[unit_dims[i]] // grad.shape[1] if grad.shape[1] else 1  # without units, a bias alone
         blocks = blocks_of(units, chunk)
         sources.append(Source(units, bias, parts, groups[i], layers[i], orders[i], blocks))
-    for source, bits in zip(sources, row_bits(layers, seed % 2**64, step % 2**64), strict=True):
-        source.row_offset = bits
+    for source in sources:
+        source.seed, source.step = seed % 2**64, step % 2**64
     head = _shared(sources, inputs, counts)
     heads = [sources[i] for i in sorted(set(head))]
     divide(heads, chunk, seed, step, device)
@@ -337,8 +341,8 @@ def foreach_covariance(
     for i, x in enumerate(inputs):
         parts, total = x.shape[unit_dims[i]] // units[i], units[i] + bias[i]
         sources.append(Source(total, bias[i], parts, groups[i], layers[i], orders[i], blocks_of(total, chunk)))
-    for source, bits in zip(sources, row_bits(layers, seed % 2**64, step % 2**64), strict=True):
-        source.row_offset = bits
+    for source in sources:
+        source.seed, source.step = seed % 2**64, step % 2**64
     divide(sources, chunk, seed, step, device)
     matrices = Matrices(sources, _compute_dtype(*inputs), device)
     results = []

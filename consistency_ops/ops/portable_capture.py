@@ -11,31 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-USED, SEEN, STRIDE, NEXT, MARK, THINNED, FORWARD, STEP, PAUSED = range(9)  # of the state; the tenth is the kernel's
-_MASK = 0xFFFFFFFF
-_THINNING = 16  # first purpose of the bits that choose which rows are dropped
+from ..reference import PAIR_DRAW, ROW_DRAW, block_words
 
-
-def _philox(seed: int, step: Tensor, layer: int, purposes: Tensor) -> Tensor:
-    """The first word of ``random.h``'s philox for every purpose, int64; ``step`` is a tensor of one element."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    c0, c1 = (step & _MASK).expand_as(purposes), ((step >> 32) & _MASK).expand_as(purposes)
-    c2, c3 = torch.full_like(purposes, layer & _MASK), purposes
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64; a shift brings the sign, the mask takes it
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0
-
-
-def _due(following: Tensor, end: Tensor, stride: Tensor) -> Tensor:
-    """How many of the rows next, next + stride, ... lie below ``end``."""
-    return ((end - following + stride - 1).clamp(min=0)).div(stride, rounding_mode="floor")
+# The fields of the state; another one is the kernel's.
+USED, SEEN, STRIDE, NEXT, MARK, THINNED, FORWARD, STEP, PAUSED, SKIPPED = range(10)
+_FIELDS = 10
 
 
 def capture_rows_(
@@ -46,42 +26,77 @@ def capture_rows_(
     if count == 0 or rows.shape[1] == 0:
         return
     layer = state[index]
-    used, seen, stride, following, mark, thinned, forward, step, paused = layer[:9].unbind()
+    used, seen, stride, following, mark, thinned, forward, step, paused, skipped = layer[:_FIELDS].unbind()
     takes = paused == 0
     if in_backward:
         takes = takes & (forward == 0)
-    # The rows on the pattern, those in the buffer and those that are due, are halved until they fit: at most so often.
-    halvings = math.ceil(math.log2((capacity + count) / capacity))
-    purposes = torch.arange(_THINNING - 1, _THINNING + halvings, device=state.device)
-    purposes = torch.where(purposes < _THINNING, 0, purposes + thinned)
-    bits = _philox(seed % 2**64, step.view(1), index, purposes).unbind()
-    first_stride = max(1, -(-count // capacity))
-    begins = stride == 0
-    following = torch.where(begins, (bits[0] * first_stride) >> 32, following)
-    stride = torch.where(begins, first_stride, stride)
-    end = seen + count
-    move_first, move_stride = torch.zeros_like(used), torch.ones_like(used)
-    for word in bits[1:]:
-        thins = used + _due(following, end, stride) > capacity
-        parity = word & 1
-        following = torch.where(thins & (used % 2 != parity), following + stride, following)
-        mark = torch.where(thins, (mark - parity + 1).clamp(min=0) // 2, mark)
-        used = torch.where(thins, (used - parity + 1).clamp(min=0) // 2, used)
-        move_first = torch.where(thins, move_first + parity * move_stride, move_first)
-        move_stride, stride = torch.where(thins, move_stride * 2, move_stride), torch.where(thins, stride * 2, stride)
-        thinned = torch.where(thins, thinned + 1, thinned)
-    added = _due(following, end, stride)
+    # Rows in the buffer and rows that are due are halved until they fit: at most so often, and once more
+    # for a block that is incomplete.
+    halvings = math.ceil(math.log2((capacity + count) / capacity)) + 1
+    # The random words of the levels from here on: of rows, then of pairs of blocks.  Blocks behind the buffer's end
+    # matter to no decision.
+    levels = thinned + torch.arange(halvings + 1, device=rows.device)
+    kinds = torch.full_like(levels, ROW_DRAW), torch.full_like(levels, PAIR_DRAW)
+    words = block_words(
+        torch.cat(kinds)[:, None], levels.repeat(2)[:, None], capacity + 2, seed % 2**64, step, index, rows.device
+    ).view(2, halvings + 1, -1)
+    of_rows, seconds = words[0], words[1] >> 31
     place = torch.arange(capacity, device=rows.device)
+
+    def drawn(level: int, block: Tensor) -> Tensor:
+        return block * stride + ((of_rows[level].take(block.clamp(max=capacity + 1)) * stride) >> 32)
+
+    def due(level: int) -> Tensor:
+        """How many of the blocks used, used + 1, ... give a row below ``end``; the last may be incomplete."""
+        last = end // stride
+        return torch.where(following >= end, 0, (last - used + (drawn(level, last) < end)).clamp(min=1))
+
+    # The first call: one row of every block, the last of which may be shorter.
+    begins = stride == 0
+    first_stride = max(1, -(-count // capacity))
+    blocks = -(-count // first_stride)
+    at_first = (of_rows[0][:capacity] * (count - place * first_stride).clamp(1, first_stride)) >> 32
+    stride = torch.where(begins, first_stride, stride)
+    skipped = torch.where(begins, blocks * first_stride - count, skipped)
+    # Later calls: the last block of the first call goes on, and may have its row from one of them.
+    goes_on = ~begins & (skipped > 0)
+    last = (used - 1).clamp(min=0)
+    place_in_last = (words[1][0].take(last) * stride) >> 32
+    replaced = goes_on & (place_in_last >= stride - skipped)
+    following = torch.where(replaced, last * stride + place_in_last, following)
+    used, mark = torch.where(replaced, last, used), torch.where(replaced, torch.minimum(mark, last), mark)
+    skipped = torch.where(goes_on, 0, skipped)
+    origin = torch.where(begins, 0, seen + skipped)
+    end = origin + count
+    doublings = []
+    for level in range(halvings):
+        thins = ~begins & (used + due(level) > capacity)
+        doublings.append(thins)
+        second = seconds[level + 1]
+        pair, marked, has_row = used // 2, mark // 2, used % 2 == 1
+        goes = second.take(pair) == 1
+        following = torch.where(thins & goes & ~has_row, drawn(level, used + 1), following)
+        mark = torch.where(thins, marked + ((mark % 2 == 1) & (second.take(marked) == 0)), mark)
+        used = torch.where(thins, pair + (has_row & ~goes), used)
+        stride = torch.where(thins, stride * 2, stride)
+        following = torch.where(thins & has_row & ~goes, drawn(level + 1, used), following)
+        of_rows[level + 1] = torch.where(thins, of_rows[level + 1], of_rows[level])  # the level is reached, or the last
+    added = torch.where(begins, blocks, due(halvings))
+    moved = place
+    for level, thins in reversed(list(enumerate(doublings))):  # from the last level down to the rows as they lie
+        moved = torch.where(thins, 2 * moved + seconds[level + 1].take(moved.clamp(max=capacity - 1)), moved)
     appended = place - used
-    moved = torch.where(appended < 0, move_first + place * move_stride, place).clamp(max=capacity - 1)
-    taken = (following - seen + appended * stride).clamp(min=0, max=count - 1)
+    taken = place * stride + torch.where(begins, at_first, ((of_rows[halvings][:capacity] * stride) >> 32) - origin)
+    taken = torch.where(~begins & (appended == 0), following - origin, taken).clamp(0, count - 1)
     is_new = takes & (appended >= 0) & (appended < added)
-    moved = torch.where(takes, moved, place)
+    moved = torch.where(takes & (appended < 0), moved, place).clamp(max=capacity - 1)
     rows.copy_(torch.where(is_new[:, None], _select(x, taken).to(rows.dtype), rows.index_select(0, moved)))
     if not in_backward:
         forward = torch.ones_like(forward)
-    after = torch.stack([used + added, end, stride, following + added * stride, mark, thinned, forward, step, paused])
-    layer[:9].copy_(torch.where(takes, after, layer[:9]))
+    following = torch.where(added > 0, drawn(halvings, used + added), following)
+    thinned = thinned + torch.stack(doublings).sum()
+    after = [used + added, seen + count, stride, following, mark, thinned, forward, step, paused, skipped]
+    layer[:_FIELDS].copy_(torch.where(takes, torch.stack(after), layer[:_FIELDS]))
 
 
 def _select(x: Tensor, taken: Tensor) -> Tensor:
@@ -106,5 +121,8 @@ def capture_mark_(rows: Tensor, state: Tensor, index: int, restart: bool) -> Non
         place = torch.arange(rows.shape[0], device=rows.device)
         source = torch.where(place < kept, place + first, place).clamp(max=rows.shape[0] - 1)
         rows.copy_(rows.index_select(0, source))
+        left_out = first * layer[STRIDE]
+        layer[NEXT] -= left_out
+        layer[SKIPPED] -= left_out
     layer[USED] = kept
     layer[MARK] = kept

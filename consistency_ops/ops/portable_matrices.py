@@ -48,7 +48,8 @@ class Source:
     gather: Tensor | None = None  # (units,): the unit at every position, 0 for the bias; None: the natural order
     inverse: Tensor | None = None  # (units,): the position of every unit
     slots: tuple[slice, ...] = ()  # for every run of `blocks`: its chunks among all of that size
-    row_offset: int = 0  # 32 random bits
+    seed: int = 0
+    step: int = 0
     rows: int | Tensor = 1  # that are used, a number or an int64 scalar on the device
 
     @property

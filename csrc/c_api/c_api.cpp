@@ -137,12 +137,12 @@ int co_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint
   return 0;
 }
 
-int co_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer, int64_t* out) {
-  if (rows < 0 || max_rows < 1 || out == nullptr) return CO_ERROR_INVALID_ARGUMENT;
-  const RowSample sample = sample_rows(rows, max_rows, seed, step, layer);
-  out[0] = sample.offset;
-  out[1] = sample.stride;
-  out[2] = sample.count;
+int co_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer, int64_t* count,
+                   int64_t* rows_out) {
+  if (rows < 0 || max_rows < 1 || count == nullptr) return CO_ERROR_INVALID_ARGUMENT;
+  const RowSample sample = sample_rows(rows, max_rows);
+  *count = sample.count;
+  if (rows_out != nullptr) draw_rows({seed, step, layer, 0, sample.stride, rows}, 0, sample.count, 0, rows_out);
   return 0;
 }
 

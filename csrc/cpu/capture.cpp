@@ -22,8 +22,7 @@ constexpr int64_t kTaskBytes = 512 * 1024;  // below this, waking a thread costs
 
 struct Copy {
   const CaptureProblem* problem;
-  int64_t first, stride, count;  // rows of x to take
-  int64_t begin;                 // row of the buffer that gets the first
+  const CapturePlan* plan;
   int64_t task_rows;
 };
 
@@ -58,14 +57,16 @@ template <typename From, typename To>
 void run_task(void* argument, int64_t task) {
   const Copy& copy = *static_cast<const Copy*>(argument);
   const CaptureProblem& p = *copy.problem;
-  const int64_t end = std::min(copy.count, (task + 1) * copy.task_rows);
-  To* to = static_cast<To*>(p.rows) + copy.begin * p.units;
+  const CapturePlan& plan = *copy.plan;
+  const int64_t end = std::min(plan.count, (task + 1) * copy.task_rows);
+  To* to = static_cast<To*>(p.rows) + plan.kept * p.units;
   int64_t offset[kTile];
   for (int64_t row = task * copy.task_rows; row < end; row += kTile) {
     const int64_t count = std::min(kTile, end - row);
+    draw_rows(plan.draws, plan.kept + row, count, plan.origin, offset);
+    if (row == 0) offset[0] = plan.first;
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t taken = copy.first + (row + r) * copy.stride;
-      offset[r] = cpu::offset_of(p.row_size, p.row_stride, kMaxCaptureDims, taken);
+      offset[r] = cpu::offset_of(p.row_size, p.row_stride, kMaxCaptureDims, offset[r]);
     }
     copy_tile<From, To>(p, offset, count, to + row * p.units);
   }
@@ -120,25 +121,25 @@ void copy_past_cache(void* to, const void* from, size_t bytes) {
 #endif
 }
 
-bool one_block(const CaptureProblem& p, const Copy& copy) {
+bool one_block(const CaptureProblem& p, const CapturePlan& plan) {
   int64_t dense = p.units;
   for (int i = kMaxCaptureDims - 1; i >= 0; --i) {
     if (p.row_size[i] != 1 && p.row_stride[i] != dense) return false;
     dense *= p.row_size[i];
   }
-  return p.x_dtype == p.rows_dtype && p.unit_stride == 1 && copy.stride == 1;
+  return p.x_dtype == p.rows_dtype && p.unit_stride == 1 && plan.draws.stride == 1;
 }
 
 // Rows move to lower places only, so the order of the copies matters and no copy is needed in between.
 void move_rows(const CaptureProblem& p, const CapturePlan& plan) {
   char* rows = static_cast<char*>(p.rows);
   const int64_t bytes = row_bytes(p);
-  if (plan.move_stride == 1) {
+  if (plan.levels == 0) {
     std::memmove(rows, rows + plan.move_first * bytes, static_cast<size_t>(plan.kept * bytes));
     return;
   }
   for (int64_t row = 0; row < plan.kept; ++row) {
-    const int64_t from = plan.move_first + row * plan.move_stride;
+    const int64_t from = plan.source_of(row);
     if (from != row) std::memcpy(rows + row * bytes, rows + from * bytes, static_cast<size_t>(bytes));
   }
 }
@@ -150,21 +151,21 @@ Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
   if (p.capacity < 1 || task == nullptr) return Status::kInvalidArgument;
   const CapturePlan plan = plan_capture(p, *p.state);
   if (plan.moves()) move_rows(p, plan);
-  Copy copy{&p, plan.first, plan.stride, plan.count, plan.kept, 0};
-  if (copy.count > 0 && one_block(p, copy)) {
+  Copy copy{&p, &plan, 0};
+  if (plan.count > 0 && one_block(p, plan)) {
     const int64_t bytes = row_bytes(p);
-    copy_past_cache(static_cast<char*>(p.rows) + copy.begin * bytes, static_cast<const char*>(p.x) + copy.first * bytes,
-                    static_cast<size_t>(copy.count * bytes));
-  } else if (copy.count > 0) {
-    const int64_t wanted = (copy.count * row_bytes(p) + kTaskBytes - 1) / kTaskBytes;
-    const int64_t tiles = (copy.count + kTile - 1) / kTile;
+    copy_past_cache(static_cast<char*>(p.rows) + plan.kept * bytes, static_cast<const char*>(p.x) + plan.first * bytes,
+                    static_cast<size_t>(plan.count * bytes));
+  } else if (plan.count > 0) {
+    const int64_t wanted = (plan.count * row_bytes(p) + kTaskBytes - 1) / kTaskBytes;
+    const int64_t tiles = (plan.count + kTile - 1) / kTile;
     const int64_t tasks =
         pool.run == nullptr ? 1 : std::max<int64_t>(1, std::min({wanted, tiles, int64_t{pool.threads}}));
     copy.task_rows = (tiles + tasks - 1) / tasks * kTile;
     if (tasks == 1) {
       task(&copy, 0);
     } else {
-      pool.run(pool.context, (copy.count + copy.task_rows - 1) / copy.task_rows, task, &copy);
+      pool.run(pool.context, (plan.count + copy.task_rows - 1) / copy.task_rows, task, &copy);
     }
   }
   *p.state = plan.after;

@@ -82,9 +82,9 @@ int64_t covariance_work(const LayerPlan& layer) {
 
 void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int64_t row, int64_t rows,
                      int64_t* row_offset) {
+  draw_rows(plan.draws, row, rows, 0, row_offset);
   for (int64_t k = 0; k < rows; ++k) {
-    row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims,
-                              plan.sample.offset + (row + k) * plan.sample.stride);
+    row_offset[k] = offset_of(layer.x_row_size, layer.x_row_stride, kMaxRowDims, row_offset[k]);
   }
 }
 
@@ -107,7 +107,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     at.row_block = kRowBlock;
     while (at.row_block > kLeastRowBlock && at.units * at.row_block * element > kPackedBytes) at.row_block /= 2;
     at.bias_chunk = -1;
-    at.sample = {0, 1, 0};
+    at.sample = {1, 0};
     at.head = layer.same_input ? plan.layers[l - 1].head : l;
     LayerPlan& head = plan.layers[at.head];
     ++head.members;
@@ -120,7 +120,9 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     const PreconditionLayer& layer = layers[l];
     LayerPlan& at = plan.layers[l];
     if (at.active && (options.stages & kStageCovariance)) {
-      at.sample = sample_rows(row_count(layer), options.max_rows, options.seed, options.step, layer.layer);
+      const int64_t rows = row_count(layer);
+      at.sample = sample_rows(rows, options.max_rows);
+      at.draws = {options.seed, options.step, layer.layer, 0, at.sample.stride, rows};
       at.active = at.sample.count > 0 || without_rows;
     }
     if (at.active && has_one_unit(layers, count, l, options)) {

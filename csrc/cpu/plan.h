@@ -41,6 +41,7 @@ struct LayerPlan {
   bool active;
   bool one_unit;  // corrected apart (one_unit.h); not active
   RowSample sample;
+  RowDraws draws;     // the row of each of its blocks
   int64_t units;      // with the bias
   int64_t row_block;  // rows that are packed at once: as many as fit kPackedBytes, so that a wide X is read only once
   int64_t taps, outputs_per_block;

@@ -149,6 +149,12 @@ API void simt_division(int64_t units, int64_t chunk, int64_t group, uint64_t see
   for (int64_t p = 0; p < units; ++p) units_out[p] = unit_at(division, p);
 }
 
-API RowSample simt_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer) {
-  return sample_rows(rows, max_rows, seed, step, layer);
+API int64_t simt_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer,
+                             int64_t* out) {
+  const RowSample sample = sample_rows(rows, max_rows);
+  const RowDraws draws{seed, step, layer, 0, sample.stride, rows};
+  if (out != nullptr) {
+    for (int64_t i = 0; i < sample.count; ++i) out[i] = draws.row(i);  // one by one, as a kernel
+  }
+  return sample.count;
 }

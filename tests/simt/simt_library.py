@@ -341,10 +341,6 @@ class CtaShape(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "tile_floats", "arena_floats", "shared_bytes"))
 
 
-class RowSample(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("offset", "stride", "count"))
-
-
 class Modulus(ctypes.Structure):
     """ModulusParams and ModulusBackwardParams: (x, y, signs) or (grad, signs, grad_x), then the same."""
 
@@ -438,7 +434,7 @@ class Library:
         self._library.simt_permutes.restype = ctypes.c_bool
         self._library.simt_trace_scale.restype = ctypes.c_double
         self._library.simt_damping_of_try.restype = ctypes.c_double
-        self._library.simt_sample_rows.restype = RowSample
+        self._library.simt_sample_rows.restype = ctypes.c_int64
         self._library.simt_stats.restype = Stats
         mirrors = {
             b"PreconditionLayer": Layer,
@@ -606,11 +602,8 @@ class Library:
         return order
 
     def sample_rows(self, rows: int, max_rows: int, seed: int, step: int, layer: int) -> np.ndarray:
-        s = self._library.simt_sample_rows(
-            ctypes.c_int64(rows),
-            ctypes.c_int64(max_rows),
-            ctypes.c_uint64(seed),
-            ctypes.c_uint64(step),
-            ctypes.c_uint32(layer),
-        )
-        return s.offset + s.stride * np.arange(s.count)
+        key = ctypes.c_uint64(seed), ctypes.c_uint64(step), ctypes.c_uint32(layer)
+        arguments = ctypes.c_int64(rows), ctypes.c_int64(max_rows), *key
+        taken = np.empty(self._library.simt_sample_rows(*arguments, None), np.int64)
+        self._library.simt_sample_rows(*arguments, ctypes.c_void_p(taken.ctypes.data))
+        return taken

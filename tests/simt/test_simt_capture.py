@@ -7,7 +7,7 @@ import pytest
 import simt_library as simt
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-STATE, PAUSED = 10, 8
+STATE, PAUSED, ARRIVED = 11, 8, 10
 STORAGE = {simt.FLOAT32: np.float32, simt.FLOAT64: np.float64, simt.BFLOAT16: np.uint16, simt.FLOAT16: np.uint16}
 WIDER = {
     simt.FLOAT32: (simt.FLOAT32, simt.FLOAT64),
@@ -104,7 +104,7 @@ def test_layouts_and_types(library, dtype, capacity):
             buffer = both(library, capacity, x.shape[axis], to, [rows_of(library, x, dtype, axis)])
             rows = x.size // x.shape[axis]
             assert buffer.state[0] == rows if capacity == 5000 else 0 <= buffer.state[0] <= capacity, name
-            assert buffer.state[1] == rows and buffer.state[9] == 0, name
+            assert buffer.state[1] == rows and buffer.state[ARRIVED] == 0, name
 
 
 @pytest.mark.parametrize("capacity", [1, 8, 33, 100, 200])

@@ -52,7 +52,7 @@ AGAIN = {
     },
     "test_capture.py": {
         "test_rows_of_one_call_are_the_reference_sample",
-        "test_pooled_calls_are_one_evenly_strided_stream",
+        "test_pooled_calls_are_one_stream_in_blocks",
         "test_a_paused_layer_and_an_empty_input_leave_everything_alone",
         "test_a_restart_removes_the_rows_before_the_mark",
     },

@@ -223,7 +223,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The chunks of a call in the order of ``info``."""
     rows = row_matrix(grad, inputs)
-    rows = rows[reference.sample_rows(len(rows), max_rows, seed, step, layer)]
+    rows = rows[reference.sample_rows(len(rows), max_rows, seed, step, layer).numpy()]
     matrix = grad.detach().to(torch.float64).numpy()
     matrix = matrix.reshape(*matrix.shape[:2], -1).swapaxes(1, 2)  # (outputs, taps, units)
     if bias_grad is not None:

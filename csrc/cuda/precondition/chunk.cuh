@@ -34,8 +34,10 @@ struct Task {
 struct InputRows {
   const void* data;
   int64_t unit_stride;
-  RowSample sample;     // this CTA's part of the sampled rows
-  int64_t all_rows;     // sampled rows of all parts
+  RowDraws draws;     // of the sampled rows of all parts
+  int64_t all_rows;   // how many they are
+  int64_t first_row;  // this CTA's part of them
+  int64_t rows;
   int32_t stage_rows;   // rows in a stage of shared memory, where four units are loaded at once
   int32_t single_rows;  // and where they are not: an element then takes a register on its way
   int32_t arena;        // where the stage lies, floats behind the tiles
@@ -104,7 +106,9 @@ struct Chunk {
   CO_DEVICE int padded() const { return padded_units(task.size); }
   CO_DEVICE int side() const { return padded() / kTile; }
   CO_DEVICE int tile_floats() const { return lower_tiles(side()) * kTileFloats; }
-  CO_DEVICE int x_rows() const { return static_cast<int>(input.sample.count); }
+  CO_DEVICE int x_rows() const { return static_cast<int>(input.rows); }
+  // In X or in its packed copy, of this CTA's i-th row.
+  CO_DEVICE int64_t x_row(int i) const { return input.draws.row(input.first_row + i); }
   CO_DEVICE bool by_runs() const { return input.aligned && scratch.ragged == 0; }
   CO_DEVICE int x_stage() const { return by_runs() ? input.stage_rows : input.single_rows; }
 };

@@ -274,7 +274,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
   const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
     const int thread = fresh_thread();
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
-      const int64_t row = chunk.input.sample.offset + (first + thread) * chunk.input.sample.stride;
+      const int64_t row = chunk.x_row(first + thread);
       chunk.scratch.row_offset[thread] =
           chunk.input.data == layer.x ? strided_offset(static_cast<uint32_t>(row), layer.x_row_size, layer.x_row_stride)
                                       : row * chunk.input.packed_pitch;

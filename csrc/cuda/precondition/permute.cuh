@@ -172,10 +172,9 @@ CO_DEVICE void permute_rows(const PreconditionLayer* members, const Chunk& chunk
       const int count = min(stage, rows - first);
       __syncthreads();  // the table is complete, and the last stage has been written
       if (const int thread = fresh_thread(); thread < count) {
-        const int64_t row = first + thread;
+        const int row = first + thread;
         chunk.scratch.row_offset[thread] =
-            pack ? strided_offset(static_cast<uint32_t>(chunk.input.sample.offset + row * chunk.input.sample.stride),
-                                  layer.x_row_size, layer.x_row_stride)
+            pack ? strided_offset(static_cast<uint32_t>(chunk.x_row(row)), layer.x_row_size, layer.x_row_stride)
                  : (outputs.begin + row) * layer.g_output_stride;
         work.slab[thread * work.slab_pitch + units] = one_bits<Raw>(first_layer.x_dtype);
       }

@@ -143,8 +143,9 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
   const PreconditionLayer& layer = params.layers[task.layer];
   int64_t rows = rows_of_x(layer);
   if (layer.row_count != nullptr) rows = max(int64_t{0}, min(*layer.row_count, rows));
-  input.sample = sample_rows(rows, options.max_rows, options.seed, options.step, layer.layer);
-  input.all_rows = input.sample.count;
+  const RowSample sample = sample_rows(rows, options.max_rows);
+  input.draws = {options.seed, options.step, layer.layer, 0, sample.stride, rows};
+  input.all_rows = sample.count;
   int64_t all_outputs = 0, all_rows_of_g = 0;
   for (int m = 0; m < task.members; ++m) {
     all_outputs += params.layers[task.layer + m].outputs;
@@ -159,10 +160,8 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
   const int g_parts = role == kApplyTask                             ? of_layer.apply_tasks
                       : role == kPermuteTask || role == kRestoreTask ? of_layer.permute_tasks
                                                                      : 1;
-  int64_t first;
-  part_of(input.all_rows, part, x_parts * task.cluster, first, input.sample.count);
+  part_of(input.all_rows, part, x_parts * task.cluster, input.first_row, input.rows);
   part_of(all_outputs, part, g_parts * task.cluster, task.first_output, task.outputs);
-  input.sample.offset += first * input.sample.stride;
   input.data = layer.x;
   input.unit_stride = layer.x_unit_stride;
   input.rows_are_fast =
@@ -177,14 +176,13 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
     input.packed_pitch = packed_pitch(layer);
     input.packed = params.workspace + static_cast<int64_t>(params.packed[task.layer]) * 16;
     if (role == kPackTask) {
-      input.packed += first * input.packed_pitch * element_size(layer.x_dtype);
+      input.packed += input.first_row * input.packed_pitch * element_size(layer.x_dtype);
     } else {
       input.data = input.packed;
       input.unit_stride = 1;
       input.rows_are_fast = false;
       input.aligned = true;
-      input.sample.offset = first;
-      input.sample.stride = 1;
+      input.draws.stride = 1;
     }
   }
 }

@@ -68,8 +68,11 @@ CO_API int co_cholesky_solve_f64(int64_t n, int64_t nrhs, const double* l, int64
 CO_API int co_division(int64_t units, int64_t chunk, int64_t group, uint64_t seed, uint64_t step, uint32_t layer,
                        int64_t* units_out);
 
-/* out[0..2] = offset, stride, count of the rows sampled from `rows`. */
-CO_API int co_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer, int64_t* out);
+/* *count = how many of `rows` are used, at most max_rows: one of every block of ceil(rows / max_rows), the last of
+ * which may be shorter.  rows_out[i] = which row of block i, or NULL; it has *count entries, so ask for the count
+ * first, or bring max_rows of them. */
+CO_API int co_sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step, uint32_t layer, int64_t* count,
+                          int64_t* rows_out);
 
 /* ---- The launchers. */
 

@@ -35,17 +35,61 @@ CO_HOST_DEVICE inline int64_t below(uint32_t bits, int64_t n) {
   return static_cast<int64_t>((static_cast<uint64_t>(bits) * static_cast<uint64_t>(n)) >> 32);
 }
 
-// Rows are taken at offset, offset + stride, ...: at most max_rows of `rows`, at least one.
-struct RowSample {
-  int64_t offset, stride, count;
+// Numbers of blocks: block i of a level gets one word of its own.  Four neighbouring blocks share a counter.  `kind` is
+// one of the two constants; numbers repeat after 2^26 blocks, and levels after 64.
+constexpr uint32_t kRowDraw = 1u << 31;   // which row of a block is taken
+constexpr uint32_t kPairDraw = 1u << 30;  // which one of two neighbouring blocks keeps its row (capture.h)
+
+CO_HOST_DEVICE inline uint32_t draw_purpose(uint32_t kind, uint32_t level, int64_t block) {
+  return kind | (level & 63) << 24 | (static_cast<uint32_t>(block >> 2) & 0xFFFFFF);
+}
+
+CO_HOST_DEVICE inline uint32_t word_of(const Philox4& words, int64_t block) {
+  const auto which = static_cast<uint32_t>(block) & 3;  // no index into an array: it would leave the registers
+  const uint32_t low = which & 1 ? words.v[1] : words.v[0], high = which & 1 ? words.v[3] : words.v[2];
+  return which & 2 ? high : low;
+}
+
+// One row of every block of `stride` rows; a row behind `end` is never taken, so the last block may be shorter.  One
+// row in `stride` at a fixed distance would meet the same column of an image, or the same position of a sequence, again
+// and again.
+struct RowDraws {
+  uint64_t seed, step;
+  uint32_t layer, level;
+  int64_t stride, end;
+
+  // The row of this block, from the four words of its counter.
+  CO_HOST_DEVICE int64_t row(int64_t block, const Philox4& words) const {
+    const int64_t begin = block * stride, size = end - begin < stride ? end - begin : stride;
+    return begin + below(word_of(words, block), size);
+  }
+  CO_HOST_DEVICE int64_t row(int64_t block) const {
+    if (stride == 1) return block;
+    return row(block, philox(seed, step, layer, draw_purpose(kRowDraw, level, block)));
+  }
 };
 
-CO_HOST_DEVICE inline RowSample sample_rows(int64_t rows, int64_t max_rows, uint64_t seed, uint64_t step,
-                                            uint32_t layer) {
-  if (rows <= 0) return {0, 1, 0};
+// The rows of blocks first .. first + count - 1, less `origin`, with one call of the generator for four.
+inline void draw_rows(const RowDraws& draws, int64_t first, int64_t count, int64_t origin, int64_t* rows) {
+  Philox4 words{};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t block = first + i;
+    if (draws.stride > 1 && (i == 0 || block % 4 == 0)) {
+      words = philox(draws.seed, draws.step, draws.layer, draw_purpose(kRowDraw, draws.level, block));
+    }
+    rows[i] = (draws.stride > 1 ? draws.row(block, words) : block) - origin;
+  }
+}
+
+// At most max_rows of `rows`, at least one: `count` blocks, each of which gives one.
+struct RowSample {
+  int64_t stride, count;
+};
+
+CO_HOST_DEVICE inline RowSample sample_rows(int64_t rows, int64_t max_rows) {
+  if (rows <= 0) return {1, 0};
   const int64_t stride = rows / max_rows + (rows % max_rows != 0);
-  const int64_t offset = below(philox(seed, step, layer, 0).v[0], stride);
-  return {offset, stride, (rows - offset + stride - 1) / stride};
+  return {stride, rows / stride + (rows % stride != 0)};
 }
 
 // How the units 0 .. units-1 (the bias, if any, is the last) are dealt to chunks.
