@@ -209,11 +209,38 @@ class Attachment:
         held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
         self.vigil.step(held, bool(steps or pooled))
         finished = not states.paused
+        waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []
         for capture in _captures(own):
             capture.begin_step(finished)
         states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
+        for capture, still in waits:
+            capture.wait(still)
         if first:
             notice_failures(correction, own, self._notices)
+
+    def _waiting(self, own: list[Layer], steps: list[LayerStep], pooled: set[int]) -> list[tuple[Capture, bool]]:
+        """Layers that wait for rows, or have done so until now, and whether they wait on.
+
+        An expert without tokens in a step that inverts has nothing to invert, and its inverse of the steps before has
+        another division: it captures until it has rows, and is corrected by these.
+        """
+        inverts = not self.states.paused
+        with_rows = {s.layer.index for s in steps if s.layer.capture is not None and not s.layer.capture.idle}
+        found = []
+        for layer in own:
+            capture = layer.capture
+            if capture is None or layer.index in pooled:
+                continue
+            waits = layer.index not in with_rows and (inverts or capture.waits)
+            if waits and inverts and not layer.pending:
+                self.correction.retire_inverse(layer)
+            if capture.waits and not (waits or inverts) and capture.state is not None:
+                source = capture.source or capture
+                self.states.keep_last(capture.state.device, source.index)
+                capture.last_source = source.index
+            if waits or capture.waits:
+                found.append((capture, waits))
+        return found
 
     def _leave_if_private(self, own: list[Layer]) -> list[Layer]:
         """Leave a model alone that turns out to be trained with differential privacy; all parameters have the mark."""
@@ -258,6 +285,7 @@ class Attachment:
         self.store.adopt()
         self._drop_misfits(self.own_layers())
         self.states.move_to(self.correction.step)
+        self._wait_for_what_is_missing()
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self.store.after_load(optimizer)
@@ -273,6 +301,16 @@ class Attachment:
             capture.begin_step()
         step = self.correction.step
         self.states.reset(step, paused=not self.correction.refreshes(step), finished=False)
+        self._wait_for_what_is_missing()
+
+    def _wait_for_what_is_missing(self) -> None:
+        """After a load: a layer without an inverse, where others have one, was waiting for rows; see _waiting."""
+        paused = self.states.paused and self.correction.reuses_batches
+        for layer in self.own_layers():
+            if layer.capture is not None:
+                waits = paused and not self.correction.has_inverse(layer)
+                if waits or layer.capture.waits:
+                    layer.capture.wait(waits)
 
     def _drop_misfits(self, layers: list[Layer]) -> None:
         dropped = self.correction.resume(layers)

@@ -74,8 +74,9 @@ class Preconditioner:
             up to 256; larger chunks are inverted by ``torch.linalg``, which is dear, so use ``every`` and ``decay``
             with them.
         group: consecutive units that stay together in the random division; ``None``: as many as fill 32 bytes.
-        max_rows: input rows of a layer that are used in a step, a uniform sample where there are more. A layer's
-            buffer takes ``max_rows`` x units x 4 bytes (8 in float64).
+        max_rows: input rows of a layer that are used in a step. Where there are more, each block of them gives one,
+            drawn at random. A layer's buffer takes as many rows as it sees, at most ``max_rows``, x units x 4 bytes (2
+            for inputs of 16 bits, 8 in float64).
         decay: weight of the old value in a running average of the covariances, in [0, 1). ``None``: 0 in mode
             ``"correct"``, 0.95 in mode ``"whiten"``. With 0 only the current step's inputs count, and every refresh
             draws a new random division in mode ``"correct"``. Above 0 the division is fixed, the average is

@@ -274,7 +274,7 @@ def test_adapters_are_corrected_and_the_frozen_base_costs_nothing(launched):
     frozen = copy.deepcopy(model.q.base_layer.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pre = Preconditioner(model, optimizer)
-    assert all((layer.capture.rows is None) == ("base_layer" in layer.name) for layer in pre._layers)
+    assert all((layer.capture.state is None) == ("base_layer" in layer.name) for layer in pre._layers)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(30, 12)).square().sum().backward()

@@ -175,17 +175,18 @@ def test_a_schedule_that_fails_leaves_gradients_and_rows_alone():
 
 
 def test_a_constructor_that_fails_leaves_no_hooks(monkeypatch):
-    """Out of memory for the buffer of the second layer, say."""
+    """Out of memory at the second layer, say."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before, empty = hooks_of(model, optimizer), torch.empty
+    before, on, devices = hooks_of(model, optimizer), CaptureStates.on, []
 
-    def limited(rows, units, **options):
-        if units == 20:
+    def limited(states, device):
+        devices.append(device)
+        if len(devices) == 2:
             raise MemoryError
-        return empty(rows, units, **options)
+        return on(states, device)
 
-    monkeypatch.setattr(torch, "empty", limited)
+    monkeypatch.setattr(CaptureStates, "on", limited)
     with pytest.raises(MemoryError):
         Preconditioner(model, optimizer)
     assert hooks_of(model, optimizer) == before

@@ -31,7 +31,7 @@ def test_autocast(dtype, compiled):
     for layer, (weight, bias) in zip((model[0], model[2]), expected, strict=True):
         torch.testing.assert_close(layer.weight.grad.double(), weight[:, :, 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.bias.grad.double(), bias, rtol=1e-4, atol=1e-5)
-    assert all(layer.capture.rows.dtype == torch.float32 for layer in pre._layers)
+    assert [layer.capture.rows.dtype for layer in pre._layers] == [torch.float32, dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 from support.training import assert_equal, backward, data, gradients, mlp
 
@@ -214,7 +215,47 @@ def test_a_layer_that_is_not_called_in_some_steps(options):
         assert torch.equal(before, model.expert.weight) != used
         if not used:
             after = pre.state_dict()["layers"].get("expert", {})
+            if step == 2 and "every" in options:  # others invert: its division is no longer that of the steps
+                assert state.pop("info").eq(0).all() and after["info"].ne(0).all()
             assert all(torch.equal(value, after[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("options", [{}, dict(decay=0.5), dict(every=4), dict(decay=0.5, every=4)], ids=str)
+@pytest.mark.parametrize("called", [False, True])
+def test_an_expert_without_tokens_is_corrected_as_soon_as_it_has_some(options, called, caplog):
+    """Also where the step that inverts for the next ones finds it without: by the first rows that come."""
+    experts = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)])
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.01)
+    pre = Preconditioner(experts, optimizer, chunk=7, **options)
+    changed, first_rows = [], {}
+    for step in range(12):
+        x, mask = torch.randn(16, 6), torch.rand(16) > 0.5
+        if step % 4 == 0:
+            mask[:] = False
+        optimizer.zero_grad()
+        loss = experts[0](x[~mask]).square().sum()
+        if called or mask.any():
+            loss = loss + experts[1](x[mask]).square().sum()
+        loss.backward()
+        grad = experts[1].weight.grad
+        if grad is None:
+            optimizer.step()
+            continue
+        before, bias = grad.clone(), experts[1].bias.grad.clone()
+        if mask.any():
+            first_rows.setdefault(step // 4, x[mask])
+        optimizer.step()
+        if mask.any():
+            changed.append(not torch.equal(before, grad))
+            if options == dict(every=4):
+                want, want_bias = co.precondition(
+                    before, first_rows[step // 4], damping=0.1, scaling="trace", chunk=7, bias_grad=bias
+                )
+                torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(experts[1].bias.grad, want_bias, rtol=1e-4, atol=1e-5)
+                assert pre.stats()["rows"]["1"] == len(first_rows[step // 4])
+    assert all(changed) and len(changed) == 9
+    assert pre.stats()["failed_chunks"] == 0 and not caplog.records
 
 
 def test_a_recurrent_cell_called_hundreds_of_times():

@@ -266,9 +266,9 @@ class Placements:
     def _exchanges_units(capture: Capture, view: DTensor) -> bool:
         """Whether the weight is sharded over its units, and every rank has seen inputs of its own with all of them."""
         dim = sharded_units(view)
-        if dim is None or capture.rows is None or capture.same_rows is None:
+        if dim is None or capture.state is None or capture.same_rows is None:
             return False
-        return mesh_groups(view)[dim] not in capture.same_rows and capture.rows.shape[1] == view.shape[1]
+        return mesh_groups(view)[dim] not in capture.same_rows and capture.width == view.shape[1]
 
 
 def _left(layer: Layer, reason: str) -> Placement:

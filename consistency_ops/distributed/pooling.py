@@ -137,9 +137,9 @@ class Pooling:
         layer.lost_rows = capture.lost
         source = capture.source or capture
         source.settle(weight.grad, capture)
-        assert source.rows is not None and source.count is not None
+        assert source.count is not None
         count = torch.zeros_like(source.count) if layer.lost_rows else source.count
-        return LayerStep(layer, weight, grad, bias_grad, source.rows, count)
+        return LayerStep(layer, weight, grad, bias_grad, source.buffer, count)
 
     def _refresh(self, check: RankCheck, groups: tuple[Group, ...], steps: list[LayerStep]) -> list[Tensor] | None:
         """Pooled covariances, or None if they are inverted already, because all layers' inverses are needed."""

@@ -6,7 +6,9 @@ once. The columns of the state tensor are the fields of ``CaptureState`` in ``cs
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 import weakref
 from types import FrameType
 from typing import Any
@@ -17,58 +19,34 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from .._ops import ops
-from ..ops.registration import NAMESPACE, register_fake
-from .capture_states import MARK, NEW, STRIDE, USED, CaptureStates, empty
+from ..reference import sample_rows
+from .capture_operators import capture_mark, capture_rows, capture_traced_rows
+from .capture_states import MARK, NEW, PAUSED, STRIDE, USED, CaptureStates
 from .dtensors import Group, as_plain, is_dtensor, local_input
 from .layer_types import LayerType
 from .pickles import nothing, reduce_to_nothing
+from .row_buffer import ROOMY, RowBuffer
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_VAIN = 3  # gradients made anew within a step, all for nothing, before their rows are kept no longer
 
-_capture_rows: Any = ops.capture_rows_.default
-_capture_mark = ops.capture_mark_.default
+_no_interpreter: Any = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func transforms
+_is_tracing: Any = torch._C._is_tracing
+_graph_task: Any = torch._C._current_graph_task_id  # -1 outside of backward passes
+_turn = threading.Lock()  # of the replicas of nn.DataParallel
 
-# A compiled graph cannot tell while it is traced whether it will run in a backward pass: this one asks when it runs.
-_library: Any = torch.library.Library(  # type: ignore[no-untyped-call]  # torch does not annotate it
-    NAMESPACE, "FRAGMENT"
-)
-_library.define(
-    "capture_traced_rows_(Tensor(a!) rows, Tensor(b!) state, Tensor x, SymInt index, SymInt unit_dim, SymInt seed) "
-    "-> ()"
-)
+_by_key: weakref.WeakValueDictionary[int, Capture] = weakref.WeakValueDictionary()
+_keys = itertools.count()
 
 
-def _capture_traced(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
-    _capture_rows(rows, state, x, index, unit_dim, seed, torch._C._current_graph_task_id() != -1)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+def _fix_buffer(key: int, dtype: torch.dtype) -> bool:
+    """Called while a model is traced, and not by the compiled model: what is traced reads the buffer afterwards."""
+    _by_key[key].fix(dtype)
+    return True
 
 
-_library.impl("capture_traced_rows_", _capture_traced, "CompositeExplicitAutograd")
-_capture_traced_rows = ops.capture_traced_rows_.default
-
-# The operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
-for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
-
-@register_fake("capture_rows_")
-def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int, in_backward: bool = False) -> None:
-    return None
-
-
-@register_fake("capture_traced_rows_")
-def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
-    return None
-
-
-@register_fake("capture_mark_")
-def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
-    return None
-
-
-class Capture:
+class Capture(RowBuffer):
     """The rows of one layer: a forward pre-hook, and a hook on the weight that notices abandoned gradients.
 
     A module that is called several times in a step, or in several micro-batches, pools its rows. With activation
@@ -84,16 +62,11 @@ class Capture:
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
     ) -> None:
+        super().__init__(states, index, max_rows, seed)
         self.weight_name: str = kind.weight
         self.unit_dim: int = kind.unit_dim
         self.kind = kind
-        self.states = states
-        self.index = index
-        self.max_rows = max_rows
-        self.seed = seed
-        self.rows: Tensor | None = None
-        self.state: Tensor | None = None
-        self.count: Tensor | None = None  # rows in the buffer: int64, shape (1,), on the device
+        self.waits = False  # captures although others pause: there were no rows when they did
         self.same_rows: frozenset[Group] | None = None  # eager only: see dtensors.local_input; None: no call yet
         self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them
         self._width: int | None = None  # of the inputs, eager
@@ -112,8 +85,9 @@ class Capture:
         self._restarted = 0  # `calls` when a backward pass began a new gradient
         self._before_handle: RemovableHandle | None = None
         self._adds = False  # the running backward pass adds to the gradient that the last one made
-        self._kept: list[tuple[Tensor, Tensor]] = []  # rows of gradients that were taken away in this step
-        self._vain = 0  # steps in a row in which such rows were not needed
+        self._key = next(_keys)
+        _by_key[self._key] = self
+        self._position = kind.position
         weight = kind.parameter(module)
         if not torch.nn.parameter.is_lazy(weight):
             self.follow(module, weight)
@@ -125,7 +99,7 @@ class Capture:
         if not self._follows(weight):
             self.states.new_weights = True
             self._fit(module, weight)
-        elif self._place != place or (self.rows is None and weight.requires_grad):
+        elif self._place != place or (self.state is None and weight.requires_grad):
             self._fit(module, weight)
         else:
             return
@@ -141,15 +115,16 @@ class Capture:
     def _fit(self, module: nn.Module, weight: Tensor) -> None:
         if not weight.requires_grad:  # a frozen layer needs no buffer
             self._mark_nothing()
-            self.rows = self.state = self.count = None
+            self.state = self.count = None
+            self._release()
             return
-        # Half precision is widened while it is copied, so that one dtype is read whatever autocast made of the input.
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self._units, self._all_units, rows = self.kind.units(module), self.kind.all_units(module), self.rows
+        device, double = weight.device, weight.dtype == torch.float64
+        self._units, self._all_units = self.kind.units(module), self.kind.all_units(module)
         width = self._width if self._width in (self._units, self._all_units) else self._units
-        if rows is None or rows.device != weight.device or rows.dtype != dtype or rows.shape[1] != width:
-            self.rows = empty(self.max_rows, width, dtype, weight.device)
-            self.state = self.states.on(weight.device)
+        if (self.state is None, self._device, self._double, self.width) != (False, device, double, width):
+            self._release()
+            self._device, self._double, self.width = device, double, width
+            self.state = self.states.on(device)
             self.count = self.state[self.index, USED : USED + 1]
             self.count.zero_()
         self._mark_nothing()
@@ -167,50 +142,87 @@ class Capture:
             self._before_handle.remove()
             self._before_handle = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is known, without a look at the device, that this step has no rows."""
+        source = self.source or self
+        return not self.fixed and not source.fixed and source.offered == 0
+
+    # The hooks
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weight = module._parameters.get(self.weight_name)
-        if not (module.training and torch.is_grad_enabled() and isinstance(weight, Parameter) and weight.requires_grad):
+        if not (
+            module.training
+            and torch.is_grad_enabled()
+            and (type(weight) is Parameter or isinstance(weight, Parameter))
+            and weight.requires_grad
+        ):
             if weight is None and module.training and module.__dict__.get("_is_replica"):
                 self._capture_replica(self._input(args, kwargs))
             return
-        x = self._input(args, kwargs)
-        if is_dtensor(x):
-            x, same_rows = local_input(x, self.unit_dim)
-            if same_rows is not None:
-                self.same_rows = same_rows
+        x = args[self._position] if len(args) > self._position else self._input(args, kwargs)
+        if type(x) is not Tensor:
+            x = self._plain_input(x)
+            if x is None:
+                return
         elif self.same_rows is None and not torch.compiler.is_compiling():
             self.same_rows = frozenset()
-        if type(x) not in (Tensor, Parameter):
-            x = as_plain(x)
-        if x is None or x.layout is not torch.strided:
+        if x.layout is not torch.strided:
             return
         if torch.compiler.is_compiling():
-            if self._takes(x) and not torch.compiler.is_exporting():
-                mask = self.states.mask
-                x = x if mask is None else mask.select(x, self.unit_dim)
-                _capture_traced_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
+            self._trace(x)
             return
-        if self.states.stopped or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing():
+        states, dim, dtype = self.states, self.unit_dim, x.dtype
+        if states.stopped or (states.paused and not self.waits) or _no_interpreter() is not None or _is_tracing():
             return
-        if self.rows is None or self.rows.device != x.device or self.rows.dtype is not x.dtype is torch.float64:
+        if self.state is None or self._device != x.device or (dtype is torch.float64 and not self._double):
             self.follow(module, weight)
-        self._make_room(module, weight, x)
-        if self._takes(x) and not self._shares(x):
-            in_backward = torch._C._current_graph_task_id() != -1
+        if x.dim() < -dim:
+            return
+        width = x.size(dim)
+        if not width == self.width == self._width:
+            self._make_room(module, weight, width)
+        if (dtype is self._taken or self._takes(x)) and width == self.width and not self._shares(x):
+            in_backward = _graph_task() != -1
             if not in_backward:
                 self._plain = True
-            elif self._plain and not _is_recomputed():
+            elif self._plain:
+                if _is_recomputed():
+                    return
                 in_backward = False  # a part under reentrant checkpointing, whose first pass nobody saw
-            mask = self.states.mask
-            x = x if mask is None else mask.select(x, self.unit_dim)
-            _capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
+            if states.mask is not None:
+                x = states.mask.select(x, dim)
+            self._put(x, in_backward)
+
+    def _put(self, x: Tensor, in_backward: bool) -> None:
+        """Capture rows of the inputs of a call, which are as wide as the buffer and where it is."""
+        count = x.numel() // (self.width or 1)
+        if count == 0:
+            return
+        if self._mark_due:
+            self._mark_now()
+        self.offered += count
+        if self.offered > self._room or x.dtype is not self._taken:
+            self._grow(self.offered, x.dtype)
+        if x.is_cuda and not self.fixed and torch.cuda.is_current_stream_capturing():
+            self.fixed, self._room = True, ROOMY
+        capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
+
+    def _trace(self, x: Tensor) -> None:
+        if torch.compiler.is_exporting() or not self._takes(x):
+            return
+        mask = self.states.mask
+        x = x if mask is None else mask.select(x, self.unit_dim)
+        _fix_buffer(self._key, x.dtype)
+        capture_traced_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed)
 
     def take(self, x: Tensor) -> None:
         """Capture an input that the module itself is not given, just before its weight is used."""
-        module, rows = self._module(), self.rows
+        module = self._module()
         if module is not None:
-            if x.dtype is torch.float64 and rows is not None and rows.dtype is not x.dtype:
-                x = x.to(rows.dtype)  # the weight was cast, too
+            if x.dtype is torch.float64 and self.state is not None and not self._double:
+                x = x.to(torch.float32)  # the weight was cast, too
             self(module, (None,) * self.kind.position + (x,), {})
 
     @property
@@ -221,8 +233,8 @@ class Capture:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Units that an input may have: of this rank, and of all; empty while there is no buffer."""
-        return () if self.rows is None else (self._units, self._all_units)
+        """Units that an input may have: of this rank, and of all; empty while it is frozen."""
+        return () if self.state is None else (self._units, self._all_units)
 
     def unhook(self) -> None:
         """The inputs of the module are not those of the weight: only :meth:`take` captures."""
@@ -230,13 +242,14 @@ class Capture:
 
     def _capture_replica(self, x: Any) -> None:
         """An input of a copy that ``nn.DataParallel`` made for one pass; its weight is no parameter."""
-        x, rows = as_plain(x), self.rows
-        if x is None or rows is None or not torch.is_grad_enabled() or self.states.stopped:
+        x, device = as_plain(x), self._device
+        if x is None or self.state is None or not torch.is_grad_enabled() or self.states.stopped:
             return
         mask = self.states.mask
-        x = x.detach().to(rows.device) if mask is None else mask.select(x.detach(), self.unit_dim).to(rows.device)
+        x = x.detach().to(device) if mask is None else mask.select(x.detach(), self.unit_dim).to(device)
         if self._takes(x):
-            _capture_rows(rows, self.state, x, self.index, self.unit_dim, self.seed, False)
+            with _turn:
+                self._put(x, False)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = self.kind
@@ -244,32 +257,42 @@ class Capture:
             return args[kind.position]
         return next(iter(kwargs.values()), None) if kind.keyword is None else kwargs.get(kind.keyword)
 
-    def _make_room(self, module: nn.Module, weight: Tensor, x: Tensor) -> None:
+    def _plain_input(self, x: Any) -> Tensor | None:
+        """What a tensor that is not simply one has of rows."""
+        if is_dtensor(x):
+            x, same_rows = local_input(x, self.unit_dim)
+            if same_rows is not None:
+                self.same_rows = same_rows
+        elif self.same_rows is None and not torch.compiler.is_compiling():
+            self.same_rows = frozenset()
+        return as_plain(x)
+
+    def _make_room(self, module: nn.Module, weight: Tensor, width: int) -> None:
         """For all units, where it turns out that they are sharded in the weight and not in the input."""
-        dim, rows = self.unit_dim, self.rows
-        if x.dim() < -dim or (self.same_rows and x.shape[dim] != self._units):
+        if self.same_rows and width != self._units:
             return
-        self._width = x.shape[dim]
-        if rows is not None and self._width != rows.shape[1]:
-            if self._width in (self._units, self._all_units):
-                self.rows = empty(self.max_rows, self._width, rows.dtype, rows.device)
+        self._width = width
+        if self.state is not None and width != self.width:
+            if width in (self._units, self._all_units):
+                self._release()
+                self.width = width
             elif self._follows(weight):  # fully_shard puts another one in its place during the forward pass
                 self.follow(module, weight)
 
     def expect_all_units(self) -> None:
         """As :meth:`_make_room` for a compiled model, which cannot: if no call of the first step fitted. Waits once."""
-        if self._width is None and self.rows is not None:
-            self._width = self.rows.shape[1]
+        if self._width is None and self.state is not None:
+            self._width = self.width
             if self.count is not None and int(self.count) == 0:
                 self._width, self.same_rows = self._all_units, frozenset()
-                self.rows = empty(self.max_rows, self._width, self.rows.dtype, self.rows.device)
+                self._release()
+                self.width = self._all_units
 
     def _takes(self, x: Tensor) -> bool:
         """Where this is false, the layer itself will say what is wrong with its input."""
-        rows = self.rows
-        if rows is None or rows.device != x.device or x.dim() < -self.unit_dim or x.dtype not in _FLOATS:
+        if self.state is None or self._device != x.device or x.dim() < -self.unit_dim or x.dtype not in _FLOATS:
             return False
-        return x.shape[self.unit_dim] == rows.shape[1] and (x.dtype is not torch.float64 or rows.dtype is x.dtype)
+        return x.shape[self.unit_dim] == self.width and (self._double or x.dtype is not torch.float64)
 
     def _shares(self, x: Tensor) -> bool:
         """Whether another layer has captured this tensor, and nothing in this step that this layer did not see."""
@@ -279,8 +302,7 @@ class Capture:
         seen = inputs.get(id(x))
         if seen is not None and seen[0]() is x and seen[1] == version and not self._alone:
             source, call = seen[2:]
-            assert source.rows is not None and self.rows is not None
-            fits = source.unit_dim == self.unit_dim and source.rows.dtype == self.rows.dtype and source is not self
+            fits = source.unit_dim == self.unit_dim and source._double == self._double and source is not self
             if fits and source.calls == call == self.calls and (call == 1 or self.source is source):
                 self.source = source
                 return True
@@ -295,10 +317,14 @@ class Capture:
         """Go on with a copy of the rows that were shared so far; none if the source has since captured others."""
         self._alone, self.source = True, None
         if source.calls == self.calls - 1:
-            assert self.rows is not None and self.state is not None
-            assert source.rows is not None and source.state is not None
-            self.rows.copy_(source.rows)
-            self.state[self.index].copy_(source.state[source.index])
+            assert self.state is not None and source.state is not None
+            self.offered, self._marked_offered = source.offered, source._marked_offered
+            self._mark_due = source._mark_due
+            if source.rows is not None:
+                self._grow(len(source.rows), source.rows.dtype)
+                assert self.rows is not None
+                self.rows[: len(source.rows)].copy_(source.rows)
+                self.state[self.index].copy_(source.state[source.index])
         else:
             self._lost = True
 
@@ -321,16 +347,33 @@ class Capture:
         restart = last is not None and last() is not grad
         if torch.is_grad_enabled():  # create_graph=True: a sum is a new tensor
             restart = not self._is_sum(weight, grad) and restart
-        states.wait(NEW if restart or last is None else 1)
+        states.waiting += NEW if restart or last is None else 1
+        if states.waiting > states.limit:
+            states.alarm()
         self._grad = weakref.ref(grad)
         source = self.source or self
-        self._marked_calls, source._marked_calls = self.calls, source.calls
+        self._marked_calls = self.calls
+        source._marked_calls = source.calls
         if restart and source.calls and source._restarted == source.calls:
             restart = False  # another layer that shares these rows was first
+        if not restart and not source.fixed:
+            source._mark_due = True  # in time for the next call, whose rows are not of this pass
+            return
+        source._restart(restart)
+
+    def _restart(self, restart: bool) -> None:
+        """A backward pass has begun a new gradient (``restart``), or a graph is to note each."""
+        if self._mark_due:
+            self._mark_now()
+        marked, self._marked_offered = self._marked_offered, self.offered
         if restart:
-            source._restarted = source.calls
-            source._keep_rows()
-        _capture_mark(source.rows, source.state, source.index, restart)
+            self._restarted = self.calls
+            self._keep_rows()
+            if marked < self.offered:
+                self.offered -= marked
+                self._marked_offered = self.offered
+        if self.rows is not None:
+            capture_mark(self.rows, self.state, self.index, restart)
 
     def _is_sum(self, weight: Tensor, grad: Tensor) -> bool:
         """Whether a backward pass with ``create_graph=True`` has added to the gradient that the last one made."""
@@ -346,22 +389,6 @@ class Capture:
         weight = None if module is None else module._parameters.get(self.weight_name)
         old = None if weight is None else weight.grad
         self._adds = old is not None and self._grad is not None and self._grad() is old
-
-    def _keep_rows(self) -> None:
-        """Keep the rows of a gradient that was taken away: of a skipped step, or to be added up by hand."""
-        rows, state = self.rows, self.state
-        if (
-            self._vain >= _VAIN
-            or rows is None
-            or state is None
-            or (rows.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return
-        mark, used = state[self.index, MARK], state[self.index, USED]
-        count = torch.where(mark < used, mark, 0)  # without new rows the same forward pass is differentiated again
-        size = len(rows) if rows.is_cuda else int(count)
-        if size:
-            self._kept.append((rows[:size].clone(), count))
 
     def settle(self, grad: Tensor | None, maker: Capture) -> None:
         """Decide about the rows of gradients that were taken away within this step, before it uses the rows.
@@ -379,39 +406,49 @@ class Capture:
         if not self._kept:
             return
         kept, self._kept = self._kept, []
-        if made:
+        if made or self.state is None or self.rows is None:
             self._vain += 1
             return
-        assert self.state is not None and self.rows is not None
-        state, buffer = self.state[self.index], self.rows
-        rows = torch.cat([*(part[: int(count)] for part, count in kept), buffer[: int(state[USED])]])
+        state = self.state[self.index]
+        rows = torch.cat([*(part[: int(count)] for part, count in kept), self.rows[: int(state[USED])]])
+        self._grow(len(rows), rows.dtype)
+        self.offered, self._mark_due, buffer = len(rows), False, self.buffer
         if len(rows) > len(buffer):
-            thinned = -(-len(rows) // len(buffer))
-            rows = rows[torch.arange(len(buffer), device=rows.device) * len(rows) // len(buffer)]
-            state[STRIDE] *= thinned
+            state[STRIDE] *= -(-len(rows) // len(buffer))
+            key = self.seed % 2**64, self.states.step, self.index
+            rows = rows[sample_rows(len(rows), len(buffer), *key, rows.device)]
         buffer[: len(rows)] = rows
         state[USED] = state[MARK] = len(rows)
 
+    def wait(self, waits: bool) -> None:
+        """Capture although others pause, or pause like them; after the states have begun a step."""
+        self.waits = waits
+        if self.state is not None:
+            self.state[self.index, PAUSED].fill_(int(self.states.paused and not waits))
+
+    def note_mark(self) -> None:
+        """Let the state know the last backward pass."""
+        if self._mark_due:
+            self._mark_now()
+
     def drop_unmarked(self) -> None:
         """A forward pass has failed: forget its calls. The rows are in :meth:`CaptureStates.drop_unmarked`."""
-        self.calls = self._marked_calls
+        self.calls, self.offered = self._marked_calls, self._marked_offered
         if self.calls == 0:
             self.source, self._lost, self._plain = None, False, False
 
     def begin_step(self, finished: bool = False) -> None:
         if finished:
             self.last_source = self.index if self.source is None else self.source.index
+            if self._grown:
+                self._trim()
+        self.offered = self._marked_offered = 0
+        self._mark_due = False
         self.calls, self.source, self._lost = 0, None, False
         self._grad = None
         self._plain, self._marked_calls, self._restarted = False, 0, 0
         if self._kept:
             self._kept = []
-
-    def take_state(self) -> None:
-        """After the states have grown."""
-        if self.state is not None:
-            self.state = self.states.on(self.state.device)
-            self.count = self.state[self.index, USED : USED + 1]
 
     def remove(self) -> None:
         self._handle.remove()

@@ -45,6 +45,7 @@ class CaptureStates:
 
     def __init__(self, layers: int, ownership: weakref.ref[Ownership] | None = None) -> None:
         self.layers: int = layers
+        self.limit: int = _LIMIT * layers  # of `waiting`
         self.ownership: weakref.ref[Ownership] | None = (
             ownership  # of the optimizer whose steps they are; None: they are the user's calls
         )
@@ -72,7 +73,7 @@ class CaptureStates:
         """Make room for more layers; returns whether the captures have to take their state from new tensors."""
         if layers <= self.layers:
             return False
-        self.layers, before = layers, self._tensors
+        self.layers, self.limit, before = layers, _LIMIT * layers, self._tensors
         self._tensors = {}
         for device, (state, last, *_) in before.items():
             self.on(device)[: len(state)] = state
@@ -98,7 +99,7 @@ class CaptureStates:
     def wait(self, weight: int) -> None:
         """A gradient came that has not been corrected yet."""
         self.waiting += weight
-        if self.waiting > _LIMIT * self.layers:
+        if self.waiting > self.limit:
             self.alarm()
 
     def last_count(self, device: torch.device, index: int) -> Tensor:
@@ -110,6 +111,11 @@ class CaptureStates:
     def last_step(self, device: torch.device, index: int) -> list[int]:
         """The state of a layer at the end of the last step that captured; waits for the device."""
         return self._tensors[device][1][index].tolist()
+
+    def keep_last(self, device: torch.device, index: int) -> None:
+        """Let the last finished step of one layer be this one."""
+        state, last = self._tensors[device][:2]
+        last[index].copy_(state[index])
 
     def reset(self, step: int, paused: bool, finished: bool) -> None:
         """Forget all rows and begin ``step``; ``finished``: the rows forgotten are those of a finished step."""

@@ -91,6 +91,11 @@ class Correction:
         """Whether a layer's covariance or inverse outlives the step."""
         return self.options.every > 1 or self.options.decay > 0
 
+    @property
+    def reuses_batches(self) -> bool:
+        """Whether the inverse of one batch serves several steps; a layer without rows in the first of them waits."""
+        return self.options.every > 1 and self.options.decay == 0
+
     def begin_step(self) -> None:
         """Forget what an abandoned step has left; called before the gradients of a step are looked at."""
 
@@ -148,8 +153,16 @@ class Correction:
             self.fused(steps, *self._launch(steps))
             return
         if not self.refreshes(self.step):
+            late = [step for step in steps if _has_waited(step)]
+            if late:
+                self._from_rows(late)
+                steps = [step for step in steps if step not in late]
             self.apply_stored(steps)
             return
+        self._from_rows(steps)
+
+    def _from_rows(self, steps: list[LayerStep]) -> None:
+        """Correct by the rows of this step, and by the average if there is one."""
         covariances = self.covariances(steps)
         # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
         for i, step in enumerate(steps):
@@ -319,7 +332,18 @@ class Correction:
             return None
         if len(inverse) != self.num_chunks(step):
             return None
-        return inverse.to(step.rows.dtype), info.to(torch.int32)  # where a load has cast them, or the model changed
+        return inverse.to(step.compute_dtype), info.to(torch.int32)  # where a load has cast them, or the model changed
+
+    def has_inverse(self, layer: Layer) -> bool:
+        """Whether a chunk of the stored inverse can be used. Waits for the device."""
+        info = self._store.get(layer).get("info")
+        return info is not None and not bool(info.all())
+
+    def retire_inverse(self, layer: Layer) -> None:
+        """Let the stored inverse count as failed. It keeps its place: a checkpoint is read into what is there."""
+        info = self._store.get(layer).get("info")
+        if info is not None:
+            self._store.put(layer, "info", torch.ones_like(info))
 
     def damping(self) -> float:
         """The damping of this step; call it once for every inversion, because reports show the last one.
@@ -400,6 +424,12 @@ class Correction:
             return False
         chunks = layer.kind.num_groups(module) * -(-units // self.chunk_of(units))
         return all(matrix.dim() == 3 and len(matrix) == chunks for matrix in matrices)
+
+
+def _has_waited(step: LayerStep) -> bool:
+    """Whether these are the first rows since the layer had none in a step that inverts."""
+    capture = step.layer.capture
+    return capture is not None and capture.waits and not capture.idle
 
 
 def largest(tensors: list[Tensor]) -> Tensor:

@@ -24,11 +24,13 @@ class FailedForward:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # checkpointing breaks off a recomputation as soon as it has what it needs
+        captures = [layer.capture for layer in self._layers if layer.capture is not None]
+        for capture in captures:
+            capture.note_mark()
         for states in self._states:
             states.drop_unmarked()
-        for layer in self._layers:
-            if layer.capture is not None:
-                layer.capture.drop_unmarked()
+        for capture in captures:
+            capture.drop_unmarked()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> object:
         return nothing

@@ -55,8 +55,8 @@ class Layer:
         """Units of one convolution group, the bias included. The weight must be initialised."""
         module = self.module()
         assert module is not None
-        rows = None if self.capture is None else self.capture.rows
-        units = self.kind.units(module) if rows is None else rows.shape[1]
+        capture = self.capture
+        units = self.kind.units(module) if capture is None or capture.state is None else capture.width
         return units // self.kind.num_groups(module) + self.joins_bias
 
     @property
@@ -72,9 +72,9 @@ class Layer:
     def last_state(self) -> list[int] | None:
         """The capture state at the end of the last step that captured. Waits for the device."""
         capture = self.capture
-        if capture is None or capture.rows is None:
+        if capture is None or capture.state is None:
             return None
-        return capture.states.last_step(capture.rows.device, capture.last_source)
+        return capture.states.last_step(capture.state.device, capture.last_source)
 
     def captured_rows(self) -> int:
         """Rows that the last step captured. Waits for the device."""

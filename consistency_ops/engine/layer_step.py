@@ -37,12 +37,17 @@ class LayerStep:
         self.weight: Parameter = weight
         self.grad: Tensor = grad  # (out, in) or (out, in / groups, *kernel), a view of weight.grad
         self.bias_grad: Tensor | None = bias_grad  # (out,)
-        self.rows: Tensor = rows  # (max_rows, in); only the first `count` rows hold data
+        self.rows: Tensor = rows  # (at most max_rows, in); only the first `count` rows hold data
         self.count: Tensor = count  # int64, (1,), on the device
         # Third argument of the random division, next to seed and step.
         self.division_id: int = layer.index
         self.units: int = width if bias_grad is None else width + 1  # of one convolution group, the bias included
         self.convolution_groups: int = rows.shape[1] // width
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of covariances and inverses."""
+        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
 
     @property
     def units_unchanged(self) -> bool:
@@ -99,8 +104,9 @@ def layer_step(layer: Layer, owned: Container[int], notices: Notices) -> LayerSt
     bias_grad = bias.grad if bias is not None and id(bias) in owned else None
     if bias_grad is not None:
         bias_grad = kind.bias_view(bias_grad) if is_plain(bias_grad) else None
-    assert source.rows is not None and source.count is not None
-    return LayerStep(layer, weight, kind.view(module, grad), bias_grad, source.rows, source.count)
+    assert source.count is not None
+    rows = source.buffer if source.rows is None else source.rows
+    return LayerStep(layer, weight, kind.view(module, grad), bias_grad, rows, source.count)
 
 
 def _notice_lost_rows(layer: Layer, notices: Notices) -> None:
@@ -133,13 +139,13 @@ def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
 
 
 def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int], int]) -> list[list[LayerStep]]:
-    """The layers that one launch can correct: those on one device whose rows have one dtype, with chunks of one size.
+    """The layers that one launch can correct: those on one device, of one precision, with chunks of one size.
 
     ``chunk_of``: the largest chunk for a layer of so many units.
     """
     found: dict[tuple[torch.device, torch.dtype, int], list[LayerStep]] = {}
     for step in steps:
-        found.setdefault((step.rows.device, step.rows.dtype, chunk_of(step.units)), []).append(step)
+        found.setdefault((step.rows.device, step.compute_dtype, chunk_of(step.units)), []).append(step)
     return list(found.values())
 
 

@@ -94,7 +94,7 @@ class WhiteningCorrection(Correction):
 
     def run(self, steps: list[LayerStep]) -> None:
         if not self.refreshes(self.step):
-            self.apply_stored(steps)
+            super().run(steps)
             return
         # Groups of a convolution have one average in several matrices, which goes by stages.
         alone = [step for step in steps if step.convolution_groups == 1 or self.options.decay == 0]
@@ -108,7 +108,7 @@ class WhiteningCorrection(Correction):
         launch, grads, bias_grads = self._launch_of(steps)
         averages = [self._running_average(step) for step in steps] if self.options.decay > 0 else []
         chunk = launch.chunk
-        factors = [step.rows.new_zeros(self.num_chunks(step), chunk, chunk) for step in steps]
+        factors = [step.rows.new_zeros(self.num_chunks(step), chunk, chunk, dtype=step.compute_dtype) for step in steps]
         info, used, has_gradient = foreach_whiten_(
             grads,
             bias_grads,
@@ -131,14 +131,14 @@ class WhiteningCorrection(Correction):
         layer, chunk = step.layer, self.chunk_of(step.units)
         state = self._store.get(layer)
         total, weight = state.get("covariance"), state.get("weight")
-        shape, dtype = (self.num_chunks(step), chunk, chunk), step.rows.dtype
+        shape, dtype = (self.num_chunks(step), chunk, chunk), step.compute_dtype
         layer.inverse_units, same_units = step.units, step.units_unchanged
         if total is not None and weight is not None and total.shape == shape and same_units:
             if total.dtype == dtype and weight.dtype == dtype and total.is_contiguous():
                 return total, weight
             total, weight = total.to(dtype).contiguous(), weight.to(dtype)
         else:
-            total, weight = step.rows.new_zeros(shape), step.rows.new_zeros(1)
+            total, weight = step.rows.new_zeros(shape, dtype=dtype), step.rows.new_zeros(1, dtype=dtype)
         layer.pending.update(covariance=total, weight=weight)
         return total, weight
 
@@ -170,13 +170,16 @@ class WhiteningCorrection(Correction):
             else:
                 self._fresh[layer.index] = pair
 
+    def retire_inverse(self, layer: Layer) -> None:
+        """The division is fixed, so the factor of earlier rows still fits."""
+
     def stored_inverse(self, step: LayerStep) -> tuple[Tensor, Tensor] | None:
         layer = step.layer
         if (fresh := self._fresh.get(layer.index)) is not None:
             return fresh
         if (kept := self._kept.get(layer.index)) is not None:
             current = layer.pending.get("inverse") is kept[0] or self._store.holds(layer, "inverse", kept[0])
-            fits = kept[0].dtype == step.rows.dtype and len(kept[0]) == self.num_chunks(step)
+            fits = kept[0].dtype == step.compute_dtype and len(kept[0]) == self.num_chunks(step)
             if current and fits and step.units_unchanged:
                 return kept
         return super().stored_inverse(step)

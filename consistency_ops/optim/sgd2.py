@@ -205,7 +205,7 @@ class _WholeLayerCorrection(Correction):
 
     def _solve(self, step: LayerStep) -> None:
         """One layer that is too large for the compiled kernels, by ``torch.linalg``."""
-        rows = step.rows[: int(step.count)]
+        rows = step.rows[: int(step.count)].to(step.compute_dtype)
         with torch.autocast(rows.device.type, enabled=False):  # the step may be inside an autocast region
             grad, bias_grad, info, used = reference.precondition(
                 step.grad.to(rows.dtype),

@@ -28,11 +28,12 @@ def condition_numbers(correction: Correction, layers: list[Layer], of: list[Laye
         layers: all layers, by index; some share the rows of others.
         of: the layers that are asked for.
     """
-    batches: dict[tuple[torch.device, torch.dtype, int], list[Layer]] = {}
+    batches: dict[tuple[torch.device, bool, int], list[Layer]] = {}
     for layer in of:
-        rows, chunk = _capture(layer).rows, correction.chunk_of(_units(layer))
-        if rows is not None and chunk <= ops.MAX_CHUNK and _matrix(layer).numel() > 0:
-            batches.setdefault((rows.device, rows.dtype, chunk), []).append(layer)
+        capture, chunk = _capture(layer), correction.chunk_of(_units(layer))
+        if capture.state is not None and chunk <= ops.MAX_CHUNK and _matrix(layer).numel() > 0:
+            rows = capture.buffer
+            batches.setdefault((rows.device, rows.dtype == torch.float64, chunk), []).append(layer)
     found: dict[str, Tensor] = {}
     for (*_, chunk), batch in batches.items():
         found.update(_largest(correction, layers, batch, chunk))
@@ -42,7 +43,7 @@ def condition_numbers(correction: Correction, layers: list[Layer], of: list[Laye
 
 
 def _largest(correction: Correction, layers: list[Layer], of: list[Layer], chunk: int) -> dict[str, Tensor]:
-    """Layers on one device, with rows of one dtype and chunks of one size."""
+    """Layers on one device, of one precision, with chunks of one size."""
     options = correction.options
     covariances = _covariances(correction, layers, of, chunk)
     units = [_units(layer) for layer in of]
@@ -71,9 +72,8 @@ def _covariances(correction: Correction, layers: list[Layer], of: list[Layer], c
     rows, row_counts = [], []
     for layer in of:
         source = _capture(layers[_capture(layer).last_source])
-        assert source.rows is not None
-        rows.append(source.rows)
-        row_counts.append(source.states.last_count(source.rows.device, source.index))
+        rows.append(source.buffer)
+        row_counts.append(source.states.last_count(rows[-1].device, source.index))
     return correction.covariances_of(
         rows=rows,
         row_counts=row_counts,

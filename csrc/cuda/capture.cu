@@ -89,6 +89,7 @@ CO_DEVICE int64_t offset_of(const CaptureProblem& p, uint32_t index) {
 struct CaptureShared {
   CapturePlan plan;
   int64_t offset[kRows];  // of the rows of a tile, in x
+  int64_t source[kRows];  // of the rows of a block that moves, in the buffer
 };
 
 // One thread.
@@ -157,19 +158,24 @@ CO_DEVICE void turn_rows(const CaptureProblem& p, const CaptureShared& shared, i
 }
 
 // Moves the slice of units [column, column + 32) of the kept rows down, in ascending order: what a block of 64 rows
-// overwrites is read by no later block, so one barrier a block is enough.
+// overwrites is read by no later block, so one barrier between reading and writing a block is enough.
 template <typename To>
-CO_DEVICE void move_slice(const CaptureProblem& p, const CapturePlan& plan, int64_t column) {
+CO_DEVICE void move_slice(const CaptureProblem& p, CaptureShared& shared, int64_t column) {
+  const CapturePlan& plan = shared.plan;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   To* rows = static_cast<To*>(p.rows) + column + lane;
   const bool inside = column + lane < p.units;
   CO_NO_UNROLL
   for (int64_t first = 0; first < plan.kept; first += kRows) {
+    if (threadIdx.x < kRows && first + threadIdx.x < plan.kept) {
+      shared.source[threadIdx.x] = plan.source_of(first + threadIdx.x);
+    }
+    __syncthreads();
     To value[kSteps];
     CO_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int64_t row = first + warp + s * kWarps;
-      if (row < plan.kept && inside) value[s] = rows[plan.source_of(row) * p.units];
+      if (row < plan.kept && inside) value[s] = rows[shared.source[row - first] * p.units];
     }
     __syncthreads();
     CO_UNROLL
@@ -201,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) capture_kernel(CO_KERNEL_PARA
   for (uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const uint32_t first = moves ? 0 : task / slices, end = moves ? tiles : first + 1;
     const int64_t column = int64_t{moves ? task : task - first * slices} * width;
-    if (moves) move_slice<To>(p, plan, column);
+    if (moves) move_slice<To>(p, shared, column);
     CO_NO_UNROLL
     for (uint32_t tile = first; tile < end; ++tile) {
       const int64_t row = int64_t{tile} * kRows;

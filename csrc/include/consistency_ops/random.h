@@ -45,9 +45,10 @@ CO_HOST_DEVICE inline uint32_t draw_purpose(uint32_t kind, uint32_t level, int64
 }
 
 CO_HOST_DEVICE inline uint32_t word_of(const Philox4& words, int64_t block) {
-  const auto which = static_cast<uint32_t>(block) & 3;  // no index into an array: it would leave the registers
-  const uint32_t low = which & 1 ? words.v[1] : words.v[0], high = which & 1 ? words.v[3] : words.v[2];
-  return which & 2 ? high : low;
+  // No index into the array, and no choice between two of its elements: it would leave the registers.
+  const uint32_t odd = 0u - (static_cast<uint32_t>(block) & 1), upper = 0u - (static_cast<uint32_t>(block) >> 1 & 1);
+  const uint32_t low = (words.v[0] & ~odd) | (words.v[1] & odd), high = (words.v[2] & ~odd) | (words.v[3] & odd);
+  return (low & ~upper) | (high & upper);
 }
 
 // One row of every block of `stride` rows; a row behind `end` is never taken, so the last block may be shorter.  One
