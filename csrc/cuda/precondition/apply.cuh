@@ -102,7 +102,7 @@ struct LaneRows {
       CO_UNROLL
       for (int r = 0; r < 2; ++r) {
         if (single == kBiasUnit) {
-          to[r].set(i, from_float<Raw>(kType, chunk.scratch.bias_copy[place_of_lane<kWarps>() + 8 * r]));
+          to[r].set(i, from_float<Raw>(kType, chunk.scratch.bias_copies()[place_of_lane<kWarps>() + 8 * r]));
         } else if (r < inside) {
           to[r].set(i, row[r][single * layer.g_unit_stride]);
         }
@@ -123,7 +123,7 @@ struct LaneRows {
       for (int i = 0; i < kCount; ++i) {
         const int32_t single = chunk.scratch.unit[position + i];
         if (single >= 0) row[r][single * layer.g_unit_stride] = from_float<Raw>(kType, value[i]);
-        if (single == kBiasUnit) chunk.scratch.bias_copy[place_of_lane<kWarps>() + 8 * r] = value[i];
+        if (single == kBiasUnit) chunk.scratch.bias_copies()[place_of_lane<kWarps>() + 8 * r] = value[i];
       }
     }
   }
@@ -363,7 +363,7 @@ struct BiasCopies {
   CO_DEVICE static void load(const PreconditionLayer& layer, const Chunk& chunk, int first) {
     const GradientPart& part = chunk.scratch.part;
     if (const int place = fresh_thread(); place < kRoundRows && first + place < part.end) {
-      chunk.scratch.bias_copy[place] =
+      chunk.scratch.bias_copies()[place] =
           load_element(layer.bias_dtype, layer.bias_grad, (first + place) / part.taps * layer.bias_stride);
     }
   }
@@ -373,12 +373,12 @@ struct BiasCopies {
     if (taps == 1) {
       if (thread >= count) return;
       store_element(layer.bias_dtype, layer.bias_grad, (first + thread) * layer.bias_stride,
-                    chunk.scratch.bias_copy[thread]);
+                    chunk.scratch.bias_copies()[thread]);
     } else if (thread == 0) {
       float sum = chunk.scratch.bias_sum;  // of an output that began in the last round
       int tap = first % taps;
       for (int place = 0; place < count; ++place) {
-        sum = (tap == 0 ? 0.0f : sum) + chunk.scratch.bias_copy[place];
+        sum = (tap == 0 ? 0.0f : sum) + chunk.scratch.bias_copies()[place];
         if (++tap < taps) continue;
         store_element(layer.bias_dtype, layer.bias_grad, (first + place) / taps * layer.bias_stride,
                       sum / static_cast<float>(taps));

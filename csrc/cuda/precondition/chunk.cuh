@@ -70,8 +70,9 @@ struct Scratch {
   int32_t run[kMaxChunk / 4];          // of four positions: the first of four neighbouring units, or a constant below
   int32_t gram_block[kMaxGramBlocks];  // first row + 65536 * first column of the blocks of 16 x 32 (gram.cuh)
   float inverse_pivot[kMaxChunk];      // 1 / L[i][i]
-  int32_t not_finite[kRoundRows];      // 1: the result of this row of G must not be written
-  float bias_copy[kRoundRows];         // corrected, of every row of G
+  // Copies of the bias gradient, corrected, of every row of G, which come when the pivots have been used.
+  CO_DEVICE float* bias_copies() { return inverse_pivot; }
+  int32_t not_finite[kRoundRows];  // 1: the result of this row of G must not be written
   float bias_sum;
   GradientPart part;
   int32_t has_bias;  // 1: one of the units is the bias
