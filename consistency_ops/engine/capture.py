@@ -59,6 +59,10 @@ class Capture(RowBuffer):
     first captures them, and ``source`` of the others is the first. In eager mode only.
     """
 
+    width: int
+    offered: int
+    fixed: bool
+
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
     ) -> None:
@@ -66,7 +70,7 @@ class Capture(RowBuffer):
         self.weight_name: str = kind.weight
         self.unit_dim: int = kind.unit_dim
         self.kind = kind
-        self.waits = False  # captures although others pause: there were no rows when they did
+        self.waits: bool = False  # captures although others pause: there were no rows when they did
         self.same_rows: frozenset[Group] | None = None  # eager only: see dtensors.local_input; None: no call yet
         self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them
         self._width: int | None = None  # of the inputs, eager
