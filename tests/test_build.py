@@ -33,7 +33,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "csrc" / "include", target / "csrc" / "include")
     (target / "csrc" / "bindings").mkdir()
     shutil.copy(ROOT / "csrc" / "flags.txt", target / "csrc")
-    for name in ("module.cpp", "schemas.inc"):
+    for name in ("module.cpp", "build.h", "schemas.inc"):
         shutil.copy(ROOT / "csrc" / "bindings" / name, target / "csrc" / "bindings")
     for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml", "build_backend.py"):
         shutil.copy(ROOT / name, target)

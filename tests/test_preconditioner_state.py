@@ -259,7 +259,7 @@ def test_loading_foreign_state_is_refused():
     pre = Preconditioner(mlp())
     with pytest.raises(ValueError, match="state_dict version must be 1 or 2, got 7"):
         pre.load_state_dict({"version": 7, "layers": {}})
-    with pytest.raises(ValueError, match=r"got \['other'\]"):
+    with pytest.raises(ValueError, match=r"got list \('other'\)"):
         pre.load_state_dict({"version": 1, "step": 1, "layers": {"other": {}}})
 
 
