@@ -219,6 +219,23 @@ def test_linear_of_torch_geometric_is_known_by_name():
     check(layer, x, x)
 
 
+def test_layers_of_timm_are_known_by_name():
+    """Their forward is their own, and does what that of their base does."""
+
+    def linear(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def convolution(self, x):  # padded as TensorFlow does, on the right and below
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+    names = {"__module__": "timm.layers.linear", "forward": linear}
+    x = torch.randn(20, 7)
+    check(type("Linear", (nn.Linear,), names)(7, 5), x, x)
+    names = {"__module__": "timm.layers.conv2d_same", "forward": convolution}
+    images = torch.randn(3, 4, 6, 6)
+    check(type("Conv2dSame", (nn.Conv2d,), names)(4, 5, 2), images, images.movedim(1, -1).reshape(-1, 4))
+
+
 def test_subclass_is_covered_as_its_base():
     class Named(nn.Linear):
         pass

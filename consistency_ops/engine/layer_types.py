@@ -190,6 +190,9 @@ _BY_NAME = {
     for module in ("transformers.pytorch_utils", "transformers.modeling_utils")
 }
 _BY_NAME["torch_geometric.nn.dense.linear.Linear"] = LayerType(-1, "weight", "bias")
+# timm's casts its weight under TorchScript, and pads its input: neither changes the units.
+_BY_NAME["timm.layers.linear.Linear"] = LayerType(-1, "weight", "bias")
+_BY_NAME["timm.layers.conv2d_same.Conv2dSame"] = LayerType(-3, "weight", "bias", groups="groups")
 
 
 # Experts in one parameter of three dimensions. All of them have one second moment, that of their pooled input rows:
