@@ -163,7 +163,7 @@ def patched(layer):
         (
             lambda: Scaled(norm4(), nn.Linear(4, 4)),
             TypeError,
-            "must be a plain nn.Sequential, got Scaled with a forward",
+            "must be a plain nn.Sequential, got .*Scaled with a forward",
         ),
         (lambda: nn.Sequential(norm4(), Scaled(nn.Linear(4, 4))), ValueError, r"layer, got Scaled \(1\)"),
         (lambda: nn.Sequential(norm4(), nn.MaxPool1d(3, 1, 1), nn.Linear(4, 4)), ValueError, r"got MaxPool1d \(1\)"),

@@ -195,7 +195,7 @@ class Pair(nn.Module):
         (
             lambda m, o: ResidualNoise(m, layers="no"),
             ValueError,
-            r"layers must name modules .*, got \('no',\)",
+            r"layers must name modules .*, got tuple \('no'\)",
         ),
         (lambda m, o: ResidualNoise(p := nn.Sequential(Pair()), layers=Pair) and p(1), TypeError, "must be a Tensor"),
     ],

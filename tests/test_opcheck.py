@@ -108,7 +108,8 @@ def capture():
         pre = co.Preconditioner(model, optimizer, chunk=16, **options)
         for _ in range(2 + 20 * (options["mode"] == "whiten")):  # whose first 20 steps all renew the factors
             optimizer.zero_grad()
-            model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+            for _ in range(2):  # the second forward pass lets the state know of the first backward pass
+                model(torch.randn(2, 3, 5, 5)).square().mean().backward()
             optimizer.step()
         if options["mode"] == "whiten":
             pre.remove()

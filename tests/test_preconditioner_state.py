@@ -352,7 +352,10 @@ def test_matrices_of_another_division_are_dropped(change, how, caplog):
     backward(model, *data())
     before = gradients(model)
     other.step() if how == "attached" else again.step()
-    assert_equal(before, gradients(model))  # until the next inversion
+    # Nothing is stored that fits, so the layers that waited begin with the rows of this step.
+    corrected = gradients(model)
+    assert all(gradient.isfinite().all() for gradient in corrected)
+    assert not any(torch.equal(old, new) for old, new in zip(before[::2], corrected[::2], strict=True))
 
 
 @pytest.mark.parametrize("options", [dict(decay=0.9), dict(every=4)], ids=str)

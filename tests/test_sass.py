@@ -65,7 +65,7 @@ KERNELS = {
         registers=80, static_shared=19 << 10, need=("LDG.E.128", "STG.E.128")
     ),
     ("capture", r"capture_kernel.*tfLi4E"): Budget(
-        registers=80, static_shared=10 << 10, need=("LDG.E.64", "STG.E.128")
+        registers=80, static_shared=11 << 10, need=("LDG.E.64", "STG.E.128")
     ),
     # One CTA an SM at least, up to 512 threads; fixed arrays as those of the correction.
     ("linalg", r"spd_inverse_kernel"): Budget(

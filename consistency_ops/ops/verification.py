@@ -242,7 +242,7 @@ def problems() -> Iterator[Problem]:
     matrices[1, 20, 20] = -1
     yield Problem("one is not positive definite", "spd_inverse", (matrices,))
     yield Problem("one is not positive definite", "spd_solve", (matrices, _random(3, 40, 35, seed=15)))
-    state = torch.zeros(3, 10, dtype=torch.int64)
+    state = torch.zeros(3, 11, dtype=torch.int64)  # CaptureState of capture.h
     yield Problem("more rows than room", "capture_rows_", (torch.zeros(64, 70), state, x, 1, -1, 5, False), exact=True)
     begun = state.clone()
     begun[1, :7] = torch.tensor([60, 60, 1, 60, 20, 0, 1])
