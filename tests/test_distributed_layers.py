@@ -91,7 +91,7 @@ def test_a_step_that_all_ranks_skip_leaves_nothing_behind(results, name):
 
 
 def test_autocast_on_ranks(results):
-    """Weight gradients are rounded to bfloat16 (eps 8e-3) on each rank, in four steps; rows are as autocast made them."""
+    """Weight gradients are rounded to bfloat16 (eps 8e-3) on each rank, in four steps; so are the rows."""
     want = scenarios.single_autocast()
     for found in of(results, "autocast"):
         assert difference(found["parameters"], want) < 0.03
