@@ -211,7 +211,7 @@ CO_DEVICE void enter_unit(const PreconditionLayer& layer, const Chunk& chunk, in
   if (within != 0) return;
   const bool is_run = (follow >> lane & 15u) == 15u, is_empty = (none >> lane & 15u) == 15u;
   chunk.scratch.run[position / 4] = is_run ? unit : is_empty ? kNoUnit : kSingles;
-  if (!is_run && !is_empty) chunk.scratch.ragged = 1;
+  if (!is_run && !is_empty) atomicOr(&chunk.scratch.ragged, 1);  // by several threads
 }
 
 template <typename Traits>

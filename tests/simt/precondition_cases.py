@@ -369,6 +369,7 @@ LARGE = {
     "160": Case([L(160, 34, rows=40)], chunk=160),
     "160 of 16 bits": Case([L(150, 20, rows=40, x_dtype=H, g_dtype=H, bias=True)], chunk=160),
     "160, one pass of TF32": Case([L(160, 20, rows=40)], chunk=160, tf32=True),
+    "160, overflow of float16": Case([L(150, 20, g_dtype=H, spoil=("g", 1, 60000.0))], chunk=160, damping=1e-3),
     # rows that begin on no multiple of four units
     "not aligned": Case([L(31, 5, rows=150), L(63, 5, rows=140, x_dtype=B, g_dtype=B, layer=1)], chunk=64),
     "256": Case([L(255, 34, rows=40, bias=True)], chunk=256),

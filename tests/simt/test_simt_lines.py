@@ -30,13 +30,15 @@ FILES = (
 RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
 RUNGS += ["same input@queue"]
 RUNGS += [f"permuted, {name}@packed" for name in ("aligned, bias", "not aligned", "four layers")]
-# The launcher's refusals, which test_simt_precondition.py provokes, and what one thread of many launches would reach.
-HOST = ("return Status::kInvalidArgument;", "return false;", "return plan;", "return status;")
+# The launcher's refusals, which test_simt_precondition.py provokes, clusters that do not fit among them, and what one
+# thread of many launches would reach.
+HOST = ("without_clusters", "return Status::kInvalidArgument;", "return false;", "return plan;", "return status;")
 
 
 def test_every_line_runs(tmp_path):
     library = simt.build("lines")
-    large = ("96", "128 bfloat16", "256", "160 of 16 bits", "160, one pass of TF32", "not aligned")
+    large = ("96", "128 bfloat16", "256", "160 of 16 bits", "160, one pass of TF32", "160, overflow of float16")
+    large += ("not aligned",)
     command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
