@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from consistency_ops.ops import backend
 from support.kernels import AGAIN, KINDS, NOT_ON_SECOND, Kernels, behind_the_operators, is_for
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random numbers, whatever ran before it."""
+    """Every test starts from the same random numbers and on the same backend, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    before = backend._backend
+    yield
+    if backend._backend != before:
+        backend.set_backend(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
