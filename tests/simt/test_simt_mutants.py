@@ -140,7 +140,7 @@ PLANTED = [
     plant("apply.cuh", "chunk.scratch.not_finite[place_of_lane<kWarps>() + 8 * r] == 0", "true"),
     plant("precondition.cu", "(none >> lane & 15u) == 15u", "(none >> lane & 1u) == 1u"),
     plant("precondition.cu", "first >= 0 && first % 4 == 0 &&", "first >= 0 &&"),
-    plant("precondition.cu", "if (!is_run && !is_empty) chunk.scratch.ragged = 1;", ""),
+    plant("precondition.cu", "if (!is_run && !is_empty) atomicOr(&chunk.scratch.ragged, 1);", ""),
     plant("scheduler.cuh", "layer.x_unit_stride == 1 && bits % 4 == 0", "layer.x_unit_stride == 1"),
     plant("chunk.cuh", "((1 << 16) + columns - 1) / columns", "(1 << 16) / columns"),
     plant("gram.cuh", "add(sum, load_cluster(tiles + e, rank))", "add(sum, load_cluster(tiles + e, 0))"),
