@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 
 import torch
 
 import consistency_ops as co
 from benchmarks.micro.compositions import batched, by_inverse, by_solve, compiled, divide, per_layer, sgemm
-from benchmarks.micro.timing import Group, interleaved, medians, save
+from benchmarks.micro.timing import Group, add_clock, interleaved, medians, save
 from benchmarks.micro.workloads import LARGE, WORKLOADS, LayerShape, useful_flops
 
 DAMPING = 0.1
@@ -153,14 +152,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 1024, 2048])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="of timed work for each row of the table")
-    parser.add_argument(
-        "--cpu-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="CPU instead of wall time, for one thread on a busy machine",
-    )
+    add_clock(parser)
     parser.add_argument(
         "--compile",
         choices=("none", "few", "all"),

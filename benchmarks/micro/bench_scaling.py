@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import consistency_ops as co
-from benchmarks.micro.timing import Group, interleaved, medians, save
+from benchmarks.micro.timing import Group, add_clock, interleaved, medians, save
 
 CHUNK = 128
 EXPECTED = {"rows": 1, "width": 1, "layers": 1, "threads": -1}
@@ -134,14 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the series in which threads do not change")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timed work for each point")
     parser.add_argument("--points", type=int, help="only so many of each series")
-    parser.add_argument(
-        "--cpu-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="CPU instead of wall time, for one thread on a busy machine; never for the series of threads",
-    )
+    add_clock(parser, "; never for the series of threads")
     parser.add_argument("--json", help="write here instead of benchmarks/results/scaling.json, the plot beside it")
     arguments = parser.parse_args()
     results = {"chunk": CHUNK, "clock": arguments.clock.__name__, "rows": []}

@@ -10,14 +10,13 @@ RMS norms, too, but no preconditioner; figures are medians.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.micro.timing import Group, interleaved, medians, save
+from benchmarks.micro.timing import Group, add_clock, interleaved, medians, save
 from consistency_ops.cli import models
 
 BATCH = 500
@@ -58,14 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument(
-        "--cpu-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="CPU instead of wall time, for one thread on a busy machine",
-    )
+    add_clock(parser)
     parser.add_argument("--json", help="write here instead of benchmarks/results/step.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

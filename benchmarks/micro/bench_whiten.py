@@ -11,7 +11,6 @@ gathered, are not timed.  ``host``: a network of 50 layers of 8 units, where nea
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.micro.timing import interleaved, save
+from benchmarks.micro.timing import add_clock, interleaved, save
 from benchmarks.peers.cost import Sequence
 from benchmarks.peers.tasks import named, small_convnet
 
@@ -69,14 +68,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of timed work for each model")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument(
-        "--cpu-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="CPU instead of wall time, for one thread on a busy machine",
-    )
+    add_clock(parser)
     parser.add_argument("--json", help="write here instead of benchmarks/results/whiten.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -62,6 +62,18 @@ def interleaved(
     return times
 
 
+def add_clock(parser: argparse.ArgumentParser, exception: str = "") -> None:
+    """Add ``--cpu-time``, which makes ``clock`` of the arguments the CPU time; else it is the wall time."""
+    parser.add_argument(
+        "--cpu-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help=f"CPU instead of wall time, for one thread on a busy machine{exception}",
+    )
+
+
 def one_thread(about: str, name: str, seconds: float, of: str = "row of the table") -> argparse.Namespace:
     """Parse ``--seconds`` and ``--json`` and use one thread; ``of`` says what is timed for ``--seconds``."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,12 +89,13 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def command() -> str:
-    """Return the command line of this run without ``--json FILE``, which does not change the figures."""
+    """Return the command line of this run without the place of its results, which does not change the figures."""
     spec = sys.modules["__main__"].__spec__
     arguments = sys.argv[1:]
-    if "--json" in arguments:
-        at = arguments.index("--json")
-        del arguments[at : at + 2]
+    for option in ("--json", "--out"):
+        if option in arguments:
+            at = arguments.index(option)
+            del arguments[at : at + 2]
     return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *arguments])
 
 

@@ -33,7 +33,7 @@ from benchmarks import DATA
 from benchmarks.micro.timing import command
 from benchmarks.peers import optimizers as known
 from benchmarks.peers.optimizers import PEERS, Peer, corrected, whitened
-from benchmarks.peers.runs import LOST, RESULTS, Store, measure, versions
+from benchmarks.peers.runs import LOST, RESULTS, Store, batches, measure, versions
 from benchmarks.peers.tasks import (
     BYTES_CONTEXT,
     TASKS,
@@ -205,18 +205,12 @@ def train(
     model.train()
     step = build(model, task.loss_type, **setting)
     schedule = Schedule(step)
-    shuffle = torch.Generator().manual_seed(1000 + seed)
     judge = (lambda: mean_loss(task, model, split.held_out)) if trial else (lambda: _measured(task, model, split))
     points = TRIAL_POINTS if trial else task.points
     marks = {round(steps * k / points) for k in range(1, points + 1)}
     curve, times, losses = [[0, 0.0, None, judge()]], [], []
     first, failure = None, None
-    order = torch.empty(0, dtype=torch.long)
-    for i in range(1, steps + 1):
-        if len(order) < task.batch:
-            order = torch.randperm(len(split.train[0]), generator=shuffle)
-        batch, order = order[: task.batch], order[task.batch :]
-        x, y = split.train[0][batch], split.train[1][batch]
+    for i, (x, y) in zip(range(1, steps + 1), batches(task, split, seed), strict=False):
         schedule.set(factor(i, steps))
         start = time.process_time()
         try:

@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,17 @@ def measure(task: Task, model: nn.Module, part: tuple[torch.Tensor, torch.Tensor
     return total / len(part[0])
 
 
+def batches(task: Task, split: Split, seed: int) -> Iterator[tuple]:
+    """Training batches without end; examples that do not fill a last batch of an epoch are left out."""
+    shuffle = torch.Generator().manual_seed(1000 + seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        if len(order) < task.batch:
+            order = torch.randperm(len(split.train[0]), generator=shuffle)
+        batch, order = order[: task.batch], order[task.batch :]
+        yield split.train[0][batch], split.train[1][batch]
+
+
 def train(
     task: Task, peer: str, setting: dict, split: Split, seed: int, steps: int, judge: str, rival: list | None = None
 ) -> dict:
@@ -44,17 +56,11 @@ def train(
     torch.manual_seed(seed)
     model = task.model(seed)
     step = PEERS[peer].build(model, task.loss_type, **setting)
-    shuffle = torch.Generator().manual_seed(1000 + seed)
     part = getattr(split, judge)
     points = task.points if judge == "test" else TRIAL_POINTS
     curve, times, losses = [[0, 0.0, None, _finite(measure(task, model, part))]], [], []
     first, failure = None, None
-    order = torch.empty(0, dtype=torch.long)
-    for i in range(1, steps + 1):
-        if len(order) < task.batch:
-            order = torch.randperm(len(split.train[0]), generator=shuffle)
-        batch, order = order[: task.batch], order[task.batch :]
-        x, y = split.train[0][batch], split.train[1][batch]
+    for i, (x, y) in zip(range(1, steps + 1), batches(task, split, seed), strict=False):
         start = time.process_time()
         try:
             loss = step(x, y, task.loss)
