@@ -368,6 +368,13 @@ def unwhiten(
     return before + mapped, moved_bias
 
 
+def norm_scales(squares: Tensor) -> Tensor:
+    """``s`` of every layer, from (layers, 2): ``|D|^2`` and ``|D L^-1|^2``. It is 1 where the latter is 0 or not
+    finite."""
+    ratio = (squares[:, 0] / squares[:, 1]).sqrt()
+    return torch.where((squares[:, 1] > 0) & ratio.isfinite(), ratio, torch.ones_like(ratio))
+
+
 # Activation and normalisation
 
 

@@ -25,6 +25,15 @@ def seeded():
         backend.set_backend(before)
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """The devices that an operation runs on."""

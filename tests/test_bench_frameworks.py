@@ -12,13 +12,6 @@ from support import frameworks
 MODELS = {"gpt2": (3454464, 16), "vit": (1803850, 26), "resnet": (11181642, 21)}  # parameters, corrected layers
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    yield torch.set_num_threads(1)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_round_of_every_model(name, one_thread):

@@ -15,13 +15,8 @@ DTYPES = (torch.float32, torch.float64)
 SIZES = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 128, 129, 200, 255, 256)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch's own batched inv and solve, which these tests compare with, fail now and then on two threads of MKL."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# torch's own batched inv and solve, which these tests compare with, fail now and then on two threads of MKL.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spd(*shape, dtype=torch.float64, condition=100.0, seed=0):

@@ -24,6 +24,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from .. import ops
 from ..ops.whitening import Layers, foreach_multiply_, foreach_unwhiten_, foreach_whiten_, foreach_whiten_by_
+from ..reference import norm_scales
 from .correction import Correction, CorrectionOptions
 from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
@@ -332,10 +333,7 @@ class WhiteningCorrection(Correction):
             finish=False,
         )
         squares = torch.stack(sum_over_shards([step.weight for step in steps], list(squares.unbind())))
-        scales = torch.ones_like(squares[:, 0])
-        if self._keeps_norm:
-            ratio = (squares[:, 0] / squares[:, 1]).sqrt()
-            scales = torch.where((squares[:, 1] > 0) & ratio.isfinite(), ratio, scales)
+        scales = norm_scales(squares) if self._keeps_norm else torch.ones_like(squares[:, 0])
         moved = whitened.has_gradient > 0
 
         def finish(i: int, now: Tensor, move: Tensor, before: Tensor) -> None:

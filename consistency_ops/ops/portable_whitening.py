@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference import norm_scales
 from .portable import foreach_apply_, foreach_covariance, foreach_inverse
 
 
@@ -121,10 +122,7 @@ def foreach_unwhiten_(
     squares = torch.stack([torch.stack(before_squares), torch.stack([_sum_of_squares(t) for t in of_layer])], 1)
     moved = has_gradient > 0
     if finish:
-        scale = torch.ones_like(squares[:, 0])
-        if keep_norm:
-            ratio = (squares[:, 0] / squares[:, 1]).sqrt()
-            scale = torch.where((squares[:, 1] > 0) & ratio.isfinite(), ratio, scale)
+        scale = norm_scales(squares) if keep_norm else torch.ones_like(squares[:, 0])
         for tensors, factor in zip(of_layer, scale.to(dtype), strict=True):
             torch._foreach_mul_(tensors, factor)
         torch._foreach_add_([*moves, *bias_moves], [old.to(dtype) for old in (*weights_before, *biases_before)])

@@ -153,45 +153,37 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
 }
 
-inline void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+// ldmatrix.x4: lane 8 i + r names row r of matrix i; a lane gets two neighbours of a row, or, transposed, of a column.
+template <bool kTransposed>
+inline void load_four_matrices(uint32_t (&m)[4], const uint16_t* row, simt::Site site) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
   struct Operands {
     uint32_t* m;
     const uint16_t* row;
   } mine{m, row};
-  simt::warp_operation(0xffffffffu, &mine,
-                       [](void* const lanes[32], uint32_t) {
-                         for (int i = 0; i < 4; ++i) {
-                           for (int lane = 0; lane < 32; ++lane) {
-                             const int g = lane / 4, t = lane % 4;
-                             const uint16_t* of_matrix = static_cast<const Operands*>(lanes[8 * i + g])->row;
-                             static_cast<Operands*>(lanes[lane])->m[i] =
-                                 of_matrix[2 * t] | static_cast<uint32_t>(of_matrix[2 * t + 1]) << 16;
-                           }
-                         }
-                       },
-                       {__builtin_FILE(), __builtin_LINE()});
+  simt::warp_operation(
+      0xffffffffu, &mine,
+      [](void* const lanes[32], uint32_t) {
+        for (int i = 0; i < 4; ++i) {
+          for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            const auto at = [&](int along) -> uint32_t {
+              const int r = kTransposed ? along : g, c = kTransposed ? g : along;
+              return static_cast<const Operands*>(lanes[8 * i + r])->row[c];
+            };
+            static_cast<Operands*>(lanes[lane])->m[i] = at(2 * t) | at(2 * t + 1) << 16;
+          }
+        }
+      },
+      site);
+}
+
+inline void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+  load_four_matrices<false>(m, row, {__builtin_FILE(), __builtin_LINE()});
 }
 
 inline void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
-  struct Operands {
-    uint32_t* m;
-    const uint16_t* row;
-  } mine{m, row};
-  simt::warp_operation(0xffffffffu, &mine,
-                       [](void* const lanes[32], uint32_t) {
-                         for (int i = 0; i < 4; ++i) {
-                           for (int lane = 0; lane < 32; ++lane) {
-                             const int g = lane / 4, t = lane % 4;
-                             const auto at = [&](int r) -> uint32_t {
-                               return static_cast<const Operands*>(lanes[8 * i + r])->row[g];
-                             };
-                             static_cast<Operands*>(lanes[lane])->m[i] = at(2 * t) | at(2 * t + 1) << 16;
-                           }
-                         }
-                       },
-                       {__builtin_FILE(), __builtin_LINE()});
+  load_four_matrices<true>(m, row, {__builtin_FILE(), __builtin_LINE()});
 }
 
 template <bool kBFloat16>
