@@ -16,7 +16,7 @@ using torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-inline void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int64_t first_unit, const char* op) {
+inline void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, const char* op) {
   if (!collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride)) {
     x = contiguous_copy(x);
     STD_TORCH_CHECK(collapse(x, unit_dim, 0, kMaxRowDims, layer.x_row_size, layer.x_row_stride), op,
@@ -24,12 +24,10 @@ inline void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, int
   }
   layer.x_dtype = dtype_of(x, op, "inputs");
   layer.x_unit_stride = x.stride(unit_dim);
-  layer.x =
-      static_cast<const char*>(x.const_data_ptr()) + first_unit * layer.x_unit_stride * element_size(layer.x_dtype);
+  layer.x = x.const_data_ptr();
 }
 
-inline void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_group, int64_t conv_groups,
-                     const char* op) {
+inline void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_groups, const char* op) {
   STD_TORCH_CHECK(grad.dim() >= 2 && grad.dim() <= 2 + kMaxTapDims, op, ": grad must have 2 to 5 dimensions, got ",
                   grad.dim());
   layer.units = grad.size(1);
@@ -38,27 +36,27 @@ inline void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_
   layer.g_unit_stride = grad.stride(1);
   collapse(grad, -1, 2, kMaxTapDims, layer.g_tap_size, layer.g_tap_stride);
   layer.g_dtype = dtype_of(grad, op, "grad");
-  layer.g = static_cast<char*>(grad.mutable_data_ptr()) +
-            conv_group * layer.outputs * layer.g_output_stride * element_size(layer.g_dtype);
+  layer.g = grad.mutable_data_ptr();
 }
 
-inline void set_bias(PreconditionLayer& layer, const Tensor& bias, int64_t conv_group, const char* op) {
+inline void set_bias(PreconditionLayer& layer, const Tensor& bias, const char* op) {
   STD_TORCH_CHECK(bias.dim() == 1, op, ": bias_grad must have 1 dimension, got ", bias.dim());
   layer.has_bias = true;
   layer.bias_stride = bias.stride(0);
   layer.bias_dtype = dtype_of(bias, op, "bias_grad");
-  layer.bias_grad = static_cast<char*>(bias.mutable_data_ptr()) +
-                    conv_group * layer.outputs * layer.bias_stride * element_size(layer.bias_dtype);
+  layer.bias_grad = bias.mutable_data_ptr();
 }
 
-// From a group of a convolution to the next one.
-inline void to_next_group(PreconditionLayer& layer) {
+inline void* after(void* data, int64_t bytes) { return data == nullptr ? nullptr : static_cast<char*>(data) + bytes; }
+
+// The setters describe the first group of a convolution; from one to the next, of which there may be hundreds, only
+// pointers move.  `bytes`: of the matrices of one group.
+inline void to_next_group(PreconditionLayer& layer, int64_t bytes = 0) {
   layer.x = static_cast<const char*>(layer.x) + layer.units * layer.x_unit_stride * element_size(layer.x_dtype);
-  layer.g = static_cast<char*>(layer.g) + layer.outputs * layer.g_output_stride * element_size(layer.g_dtype);
-  if (layer.has_bias) {
-    layer.bias_grad =
-        static_cast<char*>(layer.bias_grad) + layer.outputs * layer.bias_stride * element_size(layer.bias_dtype);
-  }
+  layer.g = after(layer.g, layer.outputs * layer.g_output_stride * element_size(layer.g_dtype));
+  layer.bias_grad = after(layer.bias_grad, layer.outputs * layer.bias_stride * element_size(layer.bias_dtype));
+  layer.covariance = after(layer.covariance, bytes);
+  layer.inverse = after(layer.inverse, bytes);
 }
 
 // entries[i] belongs to layer owners[i]: the entry of every layer, or null.
@@ -198,13 +196,14 @@ inline std::vector<PreconditionLayer> matrix_layers(const Tensors& grads, const 
     STD_TORCH_CHECK(bias[l] == nullptr || bias[l]->numel() == grads[l].size(0), op, ": bias_grad must have ",
                     grads[l].size(0), " elements");
     const int64_t bytes = matrices[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], options.chunk, op);
+    set_grad(layer, grads[l], conv_groups, op);
+    if (bias[l] != nullptr) set_bias(layer, *bias[l], op);
+    set_permutation(layer, permutation[l], op);
+    layer.*member = const_cast<void*>(matrices[l].const_data_ptr());
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], options.chunk, op);
-      set_grad(layer, grads[l], g, conv_groups, op);
-      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
-      set_permutation(layer, permutation[l], op);
-      layer.*member = const_cast<char*>(static_cast<const char*>(matrices[l].const_data_ptr())) + g * bytes;
       layers.push_back(layer);
+      to_next_group(layer, bytes);
     }
   }
   return layers;

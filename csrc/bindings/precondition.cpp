@@ -123,13 +123,13 @@ std::tuple<Tensor, Tensor> foreach_precondition_(const Tensors& grads, const Ten
                       bias[l]->numel());
     }
     PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
-    set_grad(layer, grad, 0, conv_groups, op);
-    set_input(layer, x, unit_dim, 0, op);
-    if (bias[l] != nullptr) set_bias(layer, *bias[l], 0, op);
+    set_grad(layer, grad, conv_groups, op);
+    set_input(layer, x, unit_dim, op);
+    if (bias[l] != nullptr) set_bias(layer, *bias[l], op);
     set_permutation(layer, permutation[l], op);
     set_row_count(layer, row_count[l], op);
     options.float64 |= layer.x_dtype == DType::kFloat64 || layer.g_dtype == DType::kFloat64;
-    for (int64_t g = 0; g < conv_groups; ++g) {  // hundreds in a depthwise convolution
+    for (int64_t g = 0; g < conv_groups; ++g) {
       layers.push_back(layer);
       to_next_group(layer);
     }
@@ -165,16 +165,16 @@ Tensors foreach_covariance(Tensors inputs, const Tensors& permutations, const Te
     covariances.push_back(empty_contiguous(x, {conv_groups * chunks, chunk, chunk},
                                            options.float64 ? ScalarType::Double : ScalarType::Float));
     torch::stable::zero_(covariances.back());
+    PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+    layer.units = units[l];
+    layer.has_bias = with_bias[l];
+    set_input(layer, x, unit_dims[l], op);
+    set_permutation(layer, permutation[l], op);
+    set_row_count(layer, row_count[l], op);
+    layer.covariance = covariances.back().mutable_data_ptr();
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
-      layer.units = units[l];
-      layer.has_bias = with_bias[l];
-      set_input(layer, x, unit_dims[l], g * units[l], op);
-      set_permutation(layer, permutation[l], op);
-      set_row_count(layer, row_count[l], op);
-      layer.covariance = static_cast<char*>(covariances.back().mutable_data_ptr()) +
-                         g * chunks * chunk * chunk * (options.float64 ? 8 : 4);
       layers.push_back(layer);
+      to_next_group(layer, chunks * chunk * chunk * (options.float64 ? 8 : 4));
     }
   }
   launch(layers, options, inputs[0], op);
@@ -199,12 +199,13 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
     const int64_t conv_groups = check_matrices(covariances[l], units[l], options, op);
     inverses.push_back(empty_like_of(covariances[l]));
     const int64_t bytes = covariances[l].numel() / conv_groups * (options.float64 ? 8 : 4);
+    PreconditionLayer layer = empty_layer(0, 1, chunk, op);
+    layer.units = units[l];
+    layer.covariance = const_cast<void*>(covariances[l].const_data_ptr());
+    layer.inverse = inverses.back().mutable_data_ptr();
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(0, 1, chunk, op);
-      layer.units = units[l];
-      layer.covariance = const_cast<char*>(static_cast<const char*>(covariances[l].const_data_ptr())) + g * bytes;
-      layer.inverse = static_cast<char*>(inverses.back().mutable_data_ptr()) + g * bytes;
       layers.push_back(layer);
+      to_next_group(layer, bytes);
     }
   }
   const auto [info, used] = launch_reporting(layers, options, covariances[0], op);

@@ -109,16 +109,16 @@ std::tuple<Tensor, Tensor, Tensor> foreach_whiten_(const Tensors& grads, const T
                       op, ": layer ", l,
                       " must have one group, the average of its chunks, and one weight of its dtype");
     }
+    PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
+    set_grad(layer, grad, conv_groups, op);
+    set_input(layer, x, unit_dim, op);
+    if (bias[l] != nullptr) set_bias(layer, *bias[l], op);
+    set_row_count(layer, &row_counts[l], op);
+    layer.inverse = factors[l].mutable_data_ptr();
     for (int64_t g = 0; g < conv_groups; ++g) {
-      PreconditionLayer layer = empty_layer(layer_indices[l], groups[l], chunk, op);
-      set_grad(layer, grad, g, conv_groups, op);
-      set_input(layer, x, unit_dim, g * units, op);
-      if (bias[l] != nullptr) set_bias(layer, *bias[l], g, op);
-      set_row_count(layer, &row_counts[l], op);
-      layer.inverse =
-          static_cast<char*>(factors[l].mutable_data_ptr()) + g * chunks * chunk * chunk * (options.float64 ? 8 : 4);
       layers.push_back(layer);
       owners.push_back(l);
+      to_next_group(layer, chunks * chunk * chunk * (options.float64 ? 8 : 4));
     }
   }
   const int64_t chunks = total_chunks(layers, options);
