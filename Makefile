@@ -17,6 +17,8 @@ COMPILE = set -o pipefail; python setup.py -q build_ext --inplace | \
 	{ grep --line-buffered -vE '^\[[0-9]+/[0-9]+\] |^ninja: no work' || true; }
 # torch's libraries come with torch.  The tag is the lowest whose C library has every symbol that was linked.
 REPAIR = auditwheel repair --exclude 'libtorch*.so*' --exclude 'libc10*.so*'
+# A test that hangs fails after this many seconds, with the stack of every thread; the slowest takes three minutes.
+PYTEST = python -m pytest -q -n $(MAX_JOBS) --timeout 900 --timeout-method thread
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
 	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 
@@ -38,13 +40,13 @@ train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned met
 	python -m consistency_ops train $(ARGS)
 
 test: $(LIBRARY) ## the tests, within 15 minutes on two cores
-	python -m pytest -q -n $(MAX_JOBS) -m "not slow and not nightly" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(LIBRARY) $(addprefix $(VENV)/,.frameworks .docs .oracle .release .aarch64) ## long trainings, sanitizers, CUDA compilation, wheels, trainers of other people
-	python -m pytest -q -n $(MAX_JOBS) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
-	python -m pytest -q -n $(MAX_JOBS) -m nightly $(ARGS)
+	$(PYTEST) -m nightly $(ARGS)
 
 test-all: test test-slow ## the tests and the slow ones
 
