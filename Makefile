@@ -17,7 +17,7 @@ COMPILE = set -o pipefail; python setup.py -q build_ext --inplace | \
 	{ grep --line-buffered -vE '^\[[0-9]+/[0-9]+\] |^ninja: no work' || true; }
 # torch's libraries come with torch.  The tag is the lowest whose C library has every symbol that was linked.
 REPAIR = auditwheel repair --exclude 'libtorch*.so*' --exclude 'libc10*.so*'
-# A test that hangs fails after this many seconds, with the stack of every thread; the slowest takes three minutes.
+# A test that hangs fails after this many seconds (pyproject.toml has its stack printed before); the slowest takes three minutes.
 PYTEST = python -m pytest -q -n $(MAX_JOBS) --timeout 900 --timeout-method thread
 CXX_FILES = $(shell find csrc tests benchmarks -name build -prune -o \
 	\( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
