@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-BENCH ?= modulus memory step host precondition scaling peers decorrelation orthogonal
+BENCH ?=
 BIN := $(CURDIR)/$(VENV)/bin
 LIBRARY := consistency_ops/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -type f)
@@ -50,7 +50,8 @@ test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted 
 
 test-all: test test-slow ## the tests and the slow ones
 
-bench: $(LIBRARY) ## speed and memory against torch, steps against other optimizers; BENCH="step peers" for some of it
+bench: $(LIBRARY) ## speed against torch in one table; BENCH="step memory peers" for all sizes of some, stored as JSON
+	@test -n "$(BENCH)" || python -m benchmarks.micro $(ARGS)
 	@set -e; for name in $(BENCH); do \
 		if [ $$name = peers ]; then python -m benchmarks.peers --quick; \
 		else python -m benchmarks.micro.bench_$$name $(ARGS); fi; done

@@ -1,7 +1,10 @@
 """The comparison with other optimizers: its tasks run, its tables say what the JSON says, README agrees with both."""
 
 import dataclasses
+import gc
+import importlib
 import json
+import logging
 import math
 import os
 import subprocess
@@ -14,7 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import report
-from benchmarks.micro import bench_host, bench_scaling
+from benchmarks.micro import MODULES, bench_host, bench_scaling
+from benchmarks.micro import __main__ as summary
+from benchmarks.micro.timing import Group
 from benchmarks.micro.workloads import LayerShape, useful_flops
 from benchmarks.peers import ablations, ideas, runs, tables
 from benchmarks.peers.optimizers import PEERS
@@ -376,6 +381,29 @@ def test_microbenchmarks_run_under_pytest_benchmark(tmp_path):
     assert {entry["group"] for entry in found} == {"modulus: 1000 elements"}
     assert {entry["name"] for entry in found} == {"modulus", "abs", "python"}
     assert all(entry["stats"]["median"] > 0 for entry in found)
+
+
+def test_the_summary_compares_ours_with_the_strongest_baseline(caplog):
+    passed = 0.0
+
+    def takes(seconds):
+        def run():
+            nonlocal passed
+            passed += seconds
+
+        return run
+
+    candidates = {"ours": takes(2.0), "slow": takes(8.0), "strong": takes(3.0), "another job": takes(1.0)}
+    group = Group(candidates, ours="ours", baselines=("slow", "strong"))
+    row = summary.compare(group, seconds=0, clock=lambda: passed)
+    assert row == {"ours": "ours", "strongest": "strong", "rounds": 11, "times_as_fast": [1.5] * 3}
+    for module in MODULES:
+        for name, build in importlib.import_module(f"benchmarks.micro.bench_{module}").GROUPS.items():
+            group = build()
+            assert {group.ours, *group.baselines} <= {None, *group.candidates}, (module, name)
+    del group
+    with caplog.at_level(logging.CRITICAL, "consistency_ops"):  # they go without having run, and would say so
+        gc.collect()
 
 
 def test_host_benchmark_measures_every_phase_of_every_candidate():

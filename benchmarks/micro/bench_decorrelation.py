@@ -34,7 +34,8 @@ def group(batch: int, inputs: int, outputs: int, image: int, kernel: int) -> Gro
             "channels": lambda: co.precondition(grad, x, damping=0.1, chunk=128, max_rows=ROWS),
             "im2col": lambda: decorrelate_im2col(grad, x, damping=0.1, padding=padding, max_rows=ROWS),
             "fft": lambda: decorrelate_fft(grad, x, damping=0.1, padding=padding),
-        }
+        },
+        ours="channels",
     )
 
 

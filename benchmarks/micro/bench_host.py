@@ -90,7 +90,8 @@ def candidates() -> dict[str, Candidate]:
 def group() -> Group:
     """Whole steps; :func:`measure` tells the phases apart."""
     x = torch.randn(BATCH, WIDTH)
-    return Group({name: lambda c=candidate: c.run(x) for name, candidate in candidates().items()})
+    steps = {name: lambda c=candidate: c.run(x) for name, candidate in candidates().items()}
+    return Group(steps, ours="preconditioner", baselines=("plain",))
 
 
 GROUPS = {f"{LAYERS} small layers": group}

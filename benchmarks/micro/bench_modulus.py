@@ -51,7 +51,8 @@ def group(size: int, dtype: torch.dtype, repeats: int = 1) -> Group:
         for _ in range(repeats):
             torch.autograd.grad(function(x), x, grad)
 
-    return Group({name: lambda f=function: run(f) for name, function in FUNCTIONS.items()})
+    candidates = {name: lambda f=function: run(f) for name, function in FUNCTIONS.items()}
+    return Group(candidates, ours="modulus", baselines=("abs",))
 
 
 GROUPS = {f"{size} elements": lambda size=size: group(size, torch.float32) for size in (1_000, 1_000_000)}

@@ -25,7 +25,8 @@ def group(features: int) -> Group:
     x = torch.randn(ROWS, features, requires_grad=True)
     grad = torch.randn(ROWS, features)
     filters = {kind: OrthogonalFilter(features, kind) for kind in KINDS}
-    return Group({kind: lambda f=f: torch.autograd.grad(f(x), x, grad) for kind, f in filters.items()})
+    candidates = {kind: lambda f=f: torch.autograd.grad(f(x), x, grad) for kind, f in filters.items()}
+    return Group(candidates, ours="permutation", baselines=("dense",))
 
 
 GROUPS = {"256 features": lambda: group(256)}

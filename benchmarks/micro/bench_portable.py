@@ -67,7 +67,7 @@ def group(name: str, chunk: int, rows: int) -> tuple[Group, dict[str, float]]:
     differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
     assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences
 
-    return Group(candidates, restore), differences
+    return Group(candidates, restore, ours="portable", baselines=tuple(compositions)), differences
 
 
 GROUPS = {"mlp": lambda: group("mlp", 128, 512)[0]}

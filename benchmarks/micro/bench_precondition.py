@@ -72,7 +72,7 @@ def group(name: str, chunk: int, rows: int, compositions: dict) -> tuple[Group, 
     ours(permutation=[d.permutation(layer.units) for d, layer in zip(divisions, layers, strict=True)])
     differences = {label: relative_difference(candidates[label](), grads) for label in compositions}
     assert max(differences.values()) < max(1e-3, 2 * torch.finfo(workload.grads).eps), differences
-    return Group(candidates, restore), differences
+    return Group(candidates, restore, ours="ours", baselines=tuple(compositions)), differences
 
 
 GROUPS = {

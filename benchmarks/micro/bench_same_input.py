@@ -39,7 +39,7 @@ def group(layers: int, units: int, outputs: int, rows: int) -> Group:
         "apart": lambda: co.foreach_precondition_(work, copies, layers=[0] * layers, **OPTIONS),
         "concatenated": concatenated,
     }
-    return Group(candidates, restore)
+    return Group(candidates, restore, ours="shared")
 
 
 GROUPS = {"3 x 256 units": lambda: group(3, 256, 256, 1024)}

@@ -47,7 +47,8 @@ def step_of(options: dict | None, x: torch.Tensor, y: torch.Tensor):
 def group() -> Group:
     torch.manual_seed(0)
     x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-    return Group({name: step_of(options, x, y) for name, options in SETTINGS.items()})
+    candidates = {name: step_of(options, x, y) for name, options in SETTINGS.items()}
+    return Group(candidates, ours="preconditioned", baselines=("sgd",))
 
 
 GROUPS = {"deep MLP, batch 500": group}

@@ -1,11 +1,11 @@
-"""The microbenchmarks in the form of pytest-benchmark, from the same functions as ``make bench``.
+"""The groups of ``make bench`` in the form of pytest-benchmark.
 
     pytest benchmarks/micro --benchmark-only --benchmark-group-by=group
     pytest benchmarks/micro -k modulus --benchmark-json=now.json
     pytest benchmarks/micro --benchmark-compare --benchmark-histogram
 
-Each module's ``GROUPS`` are timed one candidate after the other, on one thread.  The ratios of record are those that
-``make bench`` measures in turns, in one run.
+Each module's ``GROUPS`` are timed one candidate after the other, on one thread.  The ratios of record are measured in
+turns, in one run: ``python -m benchmarks.micro`` and the modules themselves.
 """
 
 from __future__ import annotations
@@ -19,20 +19,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.micro import MODULES
 from benchmarks.micro.timing import Group
-
-MODULES = (
-    "modulus",
-    "step",
-    "precondition",
-    "scaling",
-    "decorrelation",
-    "orthogonal",
-    "portable",
-    "same_input",
-    "host",
-    "linalg",
-)
 
 
 @functools.lru_cache(maxsize=1)  # one group in memory at a time

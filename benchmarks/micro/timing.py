@@ -27,10 +27,15 @@ class Group:
 
     A module's ``GROUPS`` names the small groups that ``pytest benchmarks/micro`` times one candidate after the other;
     its ``measure`` times groups of any size in turns, which gives the ratios of record.
+
+    ``ours`` is compared with the strongest of ``baselines``, by default all others, in the table of
+    ``python -m benchmarks.micro``; None where there is nothing to compare with.
     """
 
     candidates: dict[str, Callable[[], object]]
     before: Callable[[], object] = lambda: None  # runs untimed before every candidate
+    ours: str | None = None
+    baselines: tuple[str, ...] = ()
 
 
 def interleaved(
