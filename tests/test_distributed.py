@@ -28,6 +28,7 @@ SCENARIOS = [
         "flattened",
     ),
     *("tensor_parallel", "tensor_parallel_and_fully_shard", "dtensor_inputs", "checkpoint_fully_shard"),
+    "tensor_parallel_whiten",
     *(
         "shared",
         "shared_absolute",
@@ -438,6 +439,29 @@ def test_whitened_coordinates_of_a_weight_stored_as_in_out(results):
         assert difference(found["parameters"], want) < TOLERANCE
         assert found["same"] and found["failed"] == 0
         assert found["summary"].count("  ok") == 2
+
+
+@pytest.mark.parametrize("parts", [4, 2])
+@pytest.mark.parametrize("name", list(scenarios.TENSOR_PARALLEL_WHITEN))
+def test_whitened_coordinates_of_tensor_parallel_layers_equal_one_process(results, name, parts):
+    """Without fully_shard on four ranks, and with it on two by two."""
+    want = scenarios.single_split(parts, scenarios.TENSOR_PARALLEL_WHITEN[name], name=name)
+    for found in of(results, "tensor_parallel_whiten"):
+        assert named_difference(found[name, parts]["named"], want) < TOLERANCE
+        assert found[name, parts]["same"]
+
+
+def test_the_norm_of_a_tensor_parallel_step_is_that_of_all_ranks(results):
+    """Adam's first step is the rate in every entry. Kept and free norm have one direction in a whole layer."""
+    for found in of(results, "tensor_parallel_whiten"):
+        kept, free = found["moves", True], found["moves", False]
+        layer = torch.cat([kept["up.weight"].flatten(), kept["up.bias"]])  # the bias is joined
+        for moved in (layer, kept["down.weight"], kept["down.bias"]):
+            assert float(moved.norm()) == pytest.approx(0.01 * moved.numel() ** 0.5, rel=1e-3)
+        for name in ("up.weight", "down.weight"):
+            ratio = float(kept[name].norm() / free[name].norm())
+            assert abs(ratio - 1) > 0.01
+            torch.testing.assert_close(kept[name], ratio * free[name], rtol=1e-9, atol=1e-12)
 
 
 def test_whole_layers_on_ranks_equal_one_process(results):

@@ -38,6 +38,7 @@ class CoveredLayer:
         self.count = 0
         self.factors: tuple[Tensor | None, Tensor | None] | None = None
         self.left_factor: Tensor | None = None
+        self.scale = 1.0
 
     def matrix(self, tensors: list[Tensor]) -> Tensor:
         """Return weight (and bias) as rows; of a convolution every output channel and tap is a row, with its bias."""
@@ -87,7 +88,9 @@ class Family:
         damping: in units of the mean eigenvalue, or with ``relative="largest"`` of the largest one.
         decay: of the averages, corrected for their start at 0.
         every: steps between two factors.
-        norm: of the mapped displacement of a layer: ``"keep"`` the optimizer's, ``"clip"`` to it, or ``"free"``.
+        norm: of the mapped displacement of a layer: ``"keep"`` the optimizer's, ``"clip"`` to it, or ``"free"``; or
+            times a number that only the factor says: ``"white"`` keeps the norm that a displacement of white noise has
+            on average, ``"outputs"`` what such a displacement does to the outputs.
         chunk: largest number of units together; None: whole layers.
         bias: whether the bias is a unit.
         skip: patterns of names.
@@ -152,9 +155,11 @@ class Family:
         for layer, old in zip(self.layers, before, strict=True):
             moved = layer.matrix([p - b for p, b in zip(layer.parameters, old, strict=True)])
             new = self._mapped(layer, moved, 1)
-            if self.norm != "free":
+            if self.norm in ("keep", "clip"):
                 ratio = moved.norm() / new.norm().clamp(min=1e-30)
                 new = new * (ratio.clamp(max=1) if self.norm == "clip" else ratio)
+            elif self.norm != "free":
+                new = new * layer.scale
             for p, b, change in zip(layer.parameters, old, layer.tensors(new), strict=True):
                 p.copy_(b + change)
         self.steps += 1
@@ -182,6 +187,8 @@ class Family:
         if layer.factors is not None and self.steps >= WARM_UP and self.steps % self.every:
             return
         damped = self._damped(layer.moment, layer.units)
+        if self.norm in ("white", "outputs"):
+            layer.scale = self._scale_of(damped, layer.units)
         if self.root == "cholesky":
             eye = torch.eye(damped.shape[1])
             lower = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(damped)[0], eye, upper=False)
@@ -193,6 +200,14 @@ class Family:
             layer.left_factor = power(
                 *torch.linalg.eigh(self._damped(layer.left_moment, layer.left.units)), -self.output
             )
+
+    def _scale_of(self, damped: Tensor, units: int) -> float:
+        """The fixed scale: E |D L^-1|^2 is |D|^2 tr(M^-1) / d for white D, and of the outputs' change 1 - damping times
+        that."""
+        padding = damped.shape[0] * damped.shape[1] - units
+        inverse = torch.linalg.inv(damped).diagonal(dim1=1, dim2=2).sum() - padding / self.damping
+        share = float(inverse) / units
+        return share**-0.5 if self.norm == "white" else max(1 - self.damping * share, 1e-3) ** -0.5
 
     def _damped(self, moment: Tensor, units: int) -> Tensor:
         """M; padding has the eigenvalue of the damping."""

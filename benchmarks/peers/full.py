@@ -116,6 +116,18 @@ METHODS: dict[str, Method] = {
     "muon+white": method("muon+pre", 0.01, f"Muon, whitened, damping {WHITEN}", whitened("muon"), damping=WHITEN),
     "adamw+white 0.1": method("adamw+pre", 0.003, "AdamW, whitened, damping 0.1", whitened("adamw"), damping=0.1),
     "muon+white 0.1": method("muon+pre", 0.01, "Muon, whitened, damping 0.1", whitened("muon"), damping=0.1),
+    **{
+        f"{base}+free": method(
+            f"{base}+pre",
+            start,
+            f"{text}, whitened, norm free, damping {WHITEN}, every 10",
+            whitened(base),
+            damping=WHITEN,
+            every=10,
+            keep_norm=False,
+        )
+        for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
+    },
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),
     "muon+pre": method("muon+pre", 0.01, "Muon, corrected"),
     "sgd+white": method("sgd+pre", 0.03, f"SGD, whitened, damping {WHITEN}", whitened("sgd"), damping=WHITEN),

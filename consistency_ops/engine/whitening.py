@@ -53,6 +53,34 @@ class _Whitened:
     weights: list[Tensor]
     biases: list[Tensor]
 
+    def as_they_are_now(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and joined biases after the optimizer's step."""
+        return [_weight_of(step) for step in self.steps], [_bias_of(self.steps[i]) for i in self.launch.biases]
+
+    def unwhiten_(
+        self, now: list[Tensor], before: list[Tensor], biases: list[Tensor], *, keep_norm: bool, finish: bool = True
+    ) -> Tensor:
+        """Map the displacements ``now - before`` of the weights, and those of the biases, in place."""
+        return foreach_unwhiten_(
+            now,
+            biases,
+            before,
+            self.biases,
+            self.factors,
+            self.info,
+            self.has_gradient,
+            self.launch,
+            keep_norm=keep_norm,
+            finish=finish,
+        )
+
+    def write_back(self, weights: list[Tensor]) -> None:
+        """Give their weights to the layers whose type made copies of them."""
+        for step, weight in zip(self.steps, weights, strict=True):
+            module = _module(step)
+            if step.layer.kind.copies(module):
+                step.layer.kind.write_back(module, weight, step.weight.detach())
+
 
 class WhiteningCorrection(Correction):
     """Whitens gradients before the optimizer's step, and maps its displacements back after it.
@@ -128,16 +156,18 @@ class WhiteningCorrection(Correction):
         self._hold(steps, launch, factors, info, has_gradient)
 
     def _running_average(self, step: LayerStep) -> tuple[Tensor, Tensor]:
-        """The running sum of covariances as it is stored, or zeros, and its weight. They are changed in place."""
+        """Copies of the stored running sum of covariances and of its weight, or zeros; the call changes them in place.
+
+        What is stored stays until the step is over: if the optimizer breaks it off, its rows have not counted.
+        """
         layer, chunk = step.layer, self.chunk_of(step.units)
         state = self._store.get(layer)
         total, weight = state.get("covariance"), state.get("weight")
         shape, dtype = (self.num_chunks(step), chunk, chunk), step.compute_dtype
         layer.inverse_units, same_units = step.units, step.units_unchanged
         if total is not None and weight is not None and total.shape == shape and same_units:
-            if total.dtype == dtype and weight.dtype == dtype and total.is_contiguous():
-                return total, weight
-            total, weight = total.to(dtype).contiguous(), weight.to(dtype)
+            total = torch.empty(shape, dtype=dtype, device=total.device).copy_(total)
+            weight = weight.to(dtype, copy=True)
         else:
             total, weight = step.rows.new_zeros(shape, dtype=dtype), step.rows.new_zeros(1, dtype=dtype)
         layer.pending.update(covariance=total, weight=weight)
@@ -293,45 +323,22 @@ class WhiteningCorrection(Correction):
         super().finish_step(layers)
 
     def _map_back(self, whitened: _Whitened) -> None:
-        """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where the optimizer normalises."""
-        steps, launch = whitened.steps, whitened.launch
-        weights, biases = [_weight_of(step) for step in steps], [_bias_of(steps[i]) for i in launch.biases]
-        foreach_unwhiten_(
-            weights,
-            biases,
-            whitened.weights,
-            whitened.biases,
-            whitened.factors,
-            whitened.info,
-            whitened.has_gradient,
-            launch,
-            keep_norm=self._keeps_norm,
-        )
-        for step, weight in zip(steps, weights, strict=True):
-            _write_back(step, weight)
+        """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where it is kept."""
+        weights, biases = whitened.as_they_are_now()
+        whitened.unwhiten_(weights, whitened.weights, biases, keep_norm=self._keeps_norm)
+        whitened.write_back(weights)
 
     def _map_back_over_ranks(self, whitened: _Whitened) -> None:
         """The same where ranks hold parts of the weights: the norms are those of all parts."""
-        steps, launch = whitened.steps, whitened.launch
-        weights, biases = [_weight_of(step) for step in steps], [_bias_of(steps[i]) for i in launch.biases]
+        steps = whitened.steps
+        weights, biases = whitened.as_they_are_now()
         # Of a layer whose units are dealt to ranks the rows of the displacement are gathered, and dealt again.
         exchanged = {i for i, step in enumerate(steps) if weights[i].shape != step.grad.shape}
         rows, rows_before = list(weights), list(whitened.weights)
         for i in exchanged:
             rows[i] = _rows_of(steps[i], weights[i] - whitened.weights[i])
             rows_before[i] = torch.zeros_like(rows[i])
-        squares = foreach_unwhiten_(
-            rows,
-            biases,
-            rows_before,
-            whitened.biases,
-            whitened.factors,
-            whitened.info,
-            whitened.has_gradient,
-            launch,
-            keep_norm=self._keeps_norm,
-            finish=False,
-        )
+        squares = whitened.unwhiten_(rows, rows_before, biases, keep_norm=self._keeps_norm, finish=False)
         squares = torch.stack(sum_over_shards([step.weight for step in steps], list(squares.unbind())))
         scales = norm_scales(squares) if self._keeps_norm else torch.ones_like(squares[:, 0])
         moved = whitened.has_gradient > 0
@@ -342,9 +349,9 @@ class WhiteningCorrection(Correction):
 
         for i, (step, weight, before) in enumerate(zip(steps, weights, whitened.weights, strict=True)):
             finish(i, weight, _units_of(step, rows[i]) if i in exchanged else weight, before)
-            _write_back(step, weight)
-        for i, bias, before in zip(launch.biases, biases, whitened.biases, strict=True):
+        for i, bias, before in zip(whitened.launch.biases, biases, whitened.biases, strict=True):
             finish(i, bias, bias, before)
+        whitened.write_back(weights)
 
 
 def _module(step: LayerStep) -> nn.Module:
@@ -356,12 +363,6 @@ def _module(step: LayerStep) -> nn.Module:
 def _weight_of(step: LayerStep) -> Tensor:
     """What this rank holds of the weight, in the shape of its gradient; a copy where the layer's type says so."""
     return step.layer.kind.local_view(_module(step), step.weight.detach())
-
-
-def _write_back(step: LayerStep, weight: Tensor) -> None:
-    module = _module(step)
-    if step.layer.kind.copies(module):
-        step.layer.kind.write_back(module, weight, step.weight.detach())
 
 
 def _bias_parameter(step: LayerStep) -> Tensor:

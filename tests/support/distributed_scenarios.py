@@ -786,9 +786,9 @@ def block(seed=0) -> Block:
     return Block().double()
 
 
-def single_split(parts: int, options: dict, steps=STEPS) -> dict[str, torch.Tensor]:
+def single_split(parts: int, options: dict, steps=STEPS, name="sgd") -> dict[str, torch.Tensor]:
     model = Split(block(), parts)
-    optimizer = sgd(model)
+    optimizer = sgd(model, name)
     Preconditioner(model, optimizer, chunk=8, **options)
     train(model, optimizer, range(4), steps=steps)
     found = {name: p.detach() for name, p in model.up.named_parameters(prefix="up")}
@@ -830,13 +830,18 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tensor_parallel(options: dict, mesh, ranks, shard=None) -> dict:
+def _parallel_block(mesh, shard=None):
     model = parallelize_module(block(), mesh["tp"], PARALLEL)
     if shard is not None:
         for layer in (model.up, model.down):
             fully_shard(layer, mesh=shard)
         fully_shard(model, mesh=shard)
-    optimizer = sgd(model)
+    return model
+
+
+def _tensor_parallel(options: dict, mesh, ranks, shard=None, name="sgd") -> dict:
+    model = _parallel_block(mesh, shard)
+    optimizer = sgd(model, name)
     pre = Preconditioner(model, optimizer, chunk=8, **options)
     train(model, optimizer, ranks, steps=STEPS - 1)
     x = torch.cat([share(STEPS - 1, rank)[0] for rank in ranks])
@@ -861,6 +866,32 @@ def tensor_parallel_and_fully_shard():
     return {
         name: _tensor_parallel(options, mesh, (first, first + 1), shard=mesh["dp"]) for name, options in OPTIONS.items()
     }
+
+
+TENSOR_PARALLEL_WHITEN = {
+    "sgd": WHITEN,
+    # A norm that is kept is that of the whole row-parallel layer, which `Split` has in parts.
+    "adamw": {**WHITEN, "keep_norm": False},
+}
+
+
+def tensor_parallel_whiten():
+    """Displacements of column- and row-parallel weights, without and with fully_shard; and a first step's norms."""
+    alone = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    first = 2 * both.get_local_rank("dp")
+    found = {}
+    for name, options in TENSOR_PARALLEL_WHITEN.items():
+        found[name, 4] = _tensor_parallel(options, alone, range(4), name=name)
+        found[name, 2] = _tensor_parallel(options, both, (first, first + 1), shard=both["dp"], name=name)
+    for keep_norm in (True, False):
+        model = _parallel_block(alone)
+        before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
+        Preconditioner(model, optimizer, mode="whiten", chunk=8, keep_norm=keep_norm)
+        train(model, optimizer, range(4), steps=1)
+        found["moves", keep_norm] = {n: p.detach().full_tensor() - before[n] for n, p in model.named_parameters()}
+    return found
 
 
 def tensor_parallel_and_group():
