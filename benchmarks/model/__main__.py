@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import plans
 from benchmarks.model import launch as launching
-from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, Launch, Layer, plan
+from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, Launch
 from benchmarks.model.timing import CLOCK_MHZ, OCCUPIES, SMS, Trace
 
 BYTES_A_US = 4.3e6
@@ -117,21 +118,22 @@ def model(name: str) -> dict:
     title, target, layers, rows, x_dtype, g_dtype = workloads()[name]
     x_bytes, g_bytes = launching.BYTES[x_dtype], launching.BYTES[g_dtype]
     described = [
-        Layer(4096, rows, units, 4096, outputs, taps, x_dtype, g_dtype, 32 // g_bytes, 0)
+        plans.module().Shape(units, rows, outputs, taps, x_dtype, g_dtype, group=32 // g_bytes)
         for outputs, units, taps in layers
     ]
-    planned, _ = plan(described, workspace=4096)
-    total, moved = Cost(), planned.workspace * 2.0
-    for row in planned.tasks[: len(layers)]:
-        layer, chunks, units, gram_tasks, apply_tasks = row[:5]
-        outputs, _, taps = layers[layer]
+    planned = plans.module().cuda_plan(described)
+    total, moved = Cost(), planned["workspace_bytes"] * 2.0
+    for of_layer in planned["layers"]:
+        chunks, units = of_layer["chunks"], of_layer["units"]
+        outputs, width, taps = layers[of_layer["layer"]]
         padded = (units + 31) // 32 * 32
         of = shape(x_dtype, g_dtype, min(taps, 9))
         wide = padded / CHUNK  # of the cost of a row of 128 units
         total += of.x_row * (wide * rows * chunks) + of.g_row * (wide * outputs * taps * chunks)
-        total += factor_task() * (chunks * planned.cluster * wide * wide)
-        total += of.gram_task * (chunks * gram_tasks * wide) + of.apply_task * (chunks * apply_tasks * wide)
-        moved += (rows * x_bytes + 2 * outputs * taps * g_bytes) * layers[layer][1]
+        total += factor_task() * (chunks * planned["cluster"] * wide * wide)
+        total += of.gram_task * (chunks * of_layer["gram_tasks"] * wide)
+        total += of.apply_task * (chunks * of_layer["apply_tasks"] * wide)
+        moved += (rows * x_bytes + 2 * outputs * taps * g_bytes) * width
     cycles = 1 / (SMS * CLOCK_MHZ)
     bounds = {
         "issue_us": total.instructions / 4 * cycles,
@@ -139,7 +141,7 @@ def model(name: str) -> dict:
         "passes_us": total.passes * cycles,
         "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
     }
-    result = {"title": title, "ctas": planned.ctas, "waves": planned.ctas / (2 * SMS), "sectors": total.sectors}
+    result = {"title": title, "ctas": planned["ctas"], "waves": planned["ctas"] / (2 * SMS), "sectors": total.sectors}
     if name == "i":
         bounds["latency_us"] = Launch(784, 128, 100).run(0).cycles / CLOCK_MHZ
     if name == "ii":  # one of the eight CTAs of a cluster; what these exchange is not in it

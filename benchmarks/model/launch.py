@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import plans
 from benchmarks.model.emulator import Code, Cta, Memory
 from benchmarks.model.sass import ROOT, compile_kernels, read_jump_tables, read_kernel
 from benchmarks.model.timing import Trace, run_cta
 
 BUILD = ROOT / "build" / "model"
-SOURCES = [ROOT / "csrc" / "cuda" / "precondition.cu", ROOT / "csrc" / "cuda" / "precondition" / "plan.cpp"]
+SOURCE = ROOT / "csrc" / "cuda" / "precondition.cu"
 FLOAT32, BFLOAT16 = 0, 2  # DType
 ONE_CTA, TASK_QUEUE = 1, 3  # PreconditionRung
 BYTES = {FLOAT32: 4, BFLOAT16: 2}
 
 
-class Layer(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("x", "rows", "units", "g", "outputs", "taps", "x_dtype", "g_dtype", "group", "same_input")
-    )
-
-
-class How(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("layers", "trace", "rung", "ctas_a_chunk", "workspace"))
-
-
-class Plan(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_int64) for n in ("ctas", "threads", "shared_bytes", "cluster", "workspace", "parameter_bytes")),
-        ("tasks", ctypes.c_int64 * 7 * 118),
-    )
-
-
 def digest() -> str:
-    """Of everything that is compiled here."""
+    """Of everything that is compiled for the device."""
     sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
-    return hashlib.sha256(
-        b"".join(p.read_bytes() for p in [*sources, Path(__file__).with_name("plan.cpp")])
-    ).hexdigest()[:16]
-
-
-def library() -> ctypes.CDLL:
-    """plan.cpp with the launcher's host code, compiled."""
-    target = BUILD / f"plan-{digest()}.so"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-        partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", partial, Path(__file__).with_name("plan.cpp"), SOURCES[1]], check=True)
-        os.replace(partial, target)
-    return ctypes.CDLL(str(target))
-
-
-def plan(
-    layers: list[Layer], trace: bool = False, rung: int = 0, ctas: int = 0, workspace: int = 0
-) -> tuple[Plan, bytes]:
-    """The plan of one launch, and its kernel's parameter."""
-    result, parameter = Plan(), ctypes.create_string_buffer(32764)
-    how = How(len(layers), trace, rung, ctas, workspace)
-    array = (Layer * len(layers))(*layers)
-    if library().model_plan(ctypes.byref(how), array, ctypes.byref(result), parameter) != 0:
-        raise ValueError("the launcher refuses this launch")
-    return result, parameter.raw[: result.parameter_bytes]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
 
 
 _codes: dict[int, Code] = {}
@@ -84,7 +38,7 @@ def use_cubin(path: Path) -> None:
 def kernel(threads: int = 256) -> Code:
     """The compiled correction for CTAs of this many threads (256: chunks up to 128 units)."""
     if threads not in _codes:
-        cubin = _cubin[0] if _cubin else compile_kernels(SOURCES[0], BUILD / f"precondition-{digest()}.cubin")
+        cubin = _cubin[0] if _cubin else compile_kernels(SOURCE, BUILD / f"precondition-{digest()}.cubin")
         _codes[threads] = Code(read_kernel(cubin, f"ILi{threads}E"), read_jump_tables(cubin, f"ILi{threads}E"))
     return _codes[threads]
 
@@ -119,9 +73,11 @@ class Launch:
         x, g = encode(self.x, x_dtype), encode(self.g, g_dtype)
         self.shape, self.g_address = g, self.memory.place(g)
         group = 32 // BYTES[g_dtype]
-        layer = Layer(self.memory.place(x), rows, units, self.g_address, outputs, taps, x_dtype, g_dtype, group, 0)
+        layer = plans.module().Shape(
+            units, rows, outputs, taps, x_dtype, g_dtype, group, x=self.memory.place(x), g=self.g_address
+        )
         workspace = self.memory.place(np.zeros(1 << 20, np.uint8))
-        self.plan, self.parameter = plan([layer], rung=rung, ctas=ctas, workspace=workspace)
+        self.plan = plans.module().cuda_plan([layer], rung=rung, ctas=ctas, workspace=workspace)
         self.counters = workspace - 0x10_0000_0000
 
     def run(self, ticket: int) -> Trace:
@@ -129,9 +85,9 @@ class Launch:
         counters = self.memory.bytes[self.counters : self.counters + 2048].view(np.uint32)
         counters[:] = 1 << 20
         counters[0], counters[1] = ticket, 0
-        plan = self.plan
-        code = kernel(plan.threads)
-        cta = Cta(self.memory, self.parameter, ticket, plan.ctas, plan.threads, plan.shared_bytes, code.jump_tables)
+        parameter, *shape = (self.plan[name] for name in ("parameter", "ctas", "threads", "shared_bytes"))
+        code = kernel(self.plan["threads"])
+        cta = Cta(self.memory, parameter, ticket, *shape, code.jump_tables)
         return run_cta(code, cta)
 
     def gradient(self) -> np.ndarray:

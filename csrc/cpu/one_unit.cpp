@@ -209,13 +209,6 @@ void run_block(void* argument, int64_t index) {
 
 }  // namespace
 
-bool has_one_unit(const PreconditionLayer* layers, int64_t count, int64_t l, const PreconditionOptions& options) {
-  const PreconditionLayer& layer = layers[l];
-  const bool alone = !layer.same_input && (l + 1 == count || !layers[l + 1].same_input);
-  return alone && layer.units == 1 && options.stages == kStageAll && layer.covariance == nullptr &&
-         layer.inverse == nullptr && layer.permutation == nullptr && (!layer.has_bias || options.chunk > 1);
-}
-
 void correct_one_unit(const PreconditionLayer* layers, const PreconditionOptions& options, const Plan& plan,
                       const ThreadPool& pool) {
   Work work{layers, &options, &plan, {}};
