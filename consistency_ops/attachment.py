@@ -205,7 +205,8 @@ class Attachment:
             except RuntimeError as error:
                 raise _with_a_cure(error) from None
             for step in batch:
-                step.write_back()
+                if step.layer.kind.groups is not None:  # no other has a copy that must be written back
+                    step.write_back()
         held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
         self.vigil.step(held, bool(steps or pooled))
         finished = not states.paused

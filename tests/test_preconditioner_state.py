@@ -239,6 +239,38 @@ def test_distributed_checkpoint_keeps_the_state(options, name, tmp_path):
     assert_equal(model.parameters(), resumed.parameters())
 
 
+def test_the_step_is_beside_every_parameter_that_was_updated():
+    """Whatever becomes of the optimizer's entries between two steps."""
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pre = Preconditioner(model, optimizer, chunk=8)
+    parameters = list(model.parameters())
+    late = parameters[-1].requires_grad_(False)
+
+    def step():
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+        steps = [optimizer.state[p].get("consistency_step") for p in parameters if p in optimizer.state]
+        assert all(int(s) == pre.steps for s in steps)
+        return len(steps)
+
+    assert [step() for _ in range(3)] == [5, 5, 5]
+    late.requires_grad_(True)
+    assert step() == 6
+    optimizer.state.clear()
+    assert step() == 6
+    del optimizer.state[parameters[2]]
+    assert step() == 6
+    optimizer.state = type(optimizer.state)(dict)
+    assert step() == 6
+    optimizer.state[parameters[1]].clear()  # one alone comes back with its turn
+    for _ in parameters:
+        backward(model, x, y)
+        optimizer.step()
+    assert all(int(optimizer.state[p]["consistency_step"]) == pre.steps for p in parameters)
+
+
 def test_state_by_name_beside_an_optimizer():
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())

@@ -99,8 +99,10 @@ class Capture(RowBuffer):
 
     def follow(self, module: nn.Module, weight: Tensor) -> None:
         """Fit buffer and mark hook to this weight, which may have been moved, cast, reshaped, replaced or unfrozen."""
-        place = weight.device, weight.dtype, weight.shape
-        if not self._follows(weight):
+        place, handle = (weight.device, weight.dtype, weight.shape), self._mark_handle
+        if self._weight != id(weight) or not (
+            handle is None or handle.id in (weight._post_accumulate_grad_hooks or ())
+        ):
             self.states.new_weights = True
             self._fit(module, weight)
         elif self._place != place or (self.state is None and weight.requires_grad):

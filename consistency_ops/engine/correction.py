@@ -361,10 +361,12 @@ class Correction:
 
     def record_outcome(self, steps: list[LayerStep], info: Tensor, used: Tensor) -> None:
         """Note for every layer which entries of ``info`` and of the damping used are its own."""
-        begin = 0
+        begin = chunks = 0
+        sizes = -1, -1  # of the layer before, which often are those of the next
         for step in steps:
-            end = begin + self.num_chunks(step)
-            layer = step.layer
+            if (step.units, step.convolution_groups) != sizes:
+                sizes, chunks = (step.units, step.convolution_groups), self.num_chunks(step)
+            end, layer = begin + chunks, step.layer
             layer.info_slice, layer.damping_slice = (info, begin, end), (used, begin, end)
             layer.inverse_units, layer.division_id = step.units, step.division_id
             begin = end

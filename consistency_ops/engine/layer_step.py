@@ -84,8 +84,9 @@ def layer_step(layer: Layer, owned: Container[int], notices: Notices) -> LayerSt
     module, capture, kind = layer.module(), layer.capture, layer.kind
     if module is None or capture is None:
         return None
-    weight = module._parameters.get(kind.weight)
-    if weight is None or layer.tied or id(weight) not in owned or is_lazy(weight):
+    parameters = module._parameters
+    weight = parameters.get(kind.weight)
+    if weight is None or layer.tied or id(weight) not in owned or (type(weight) is not Parameter and is_lazy(weight)):
         return None
     capture.follow(module, weight)
     grad = gradient = weight.grad
@@ -100,7 +101,7 @@ def layer_step(layer: Layer, owned: Container[int], notices: Notices) -> LayerSt
         return None
     source = capture.source or capture
     source.settle(gradient, capture)
-    bias = module._parameters.get(kind.bias) if layer.joins_bias and kind.bias else None
+    bias = parameters.get(kind.bias) if layer.joins_bias and kind.bias else None
     bias_grad = bias.grad if bias is not None and id(bias) in owned else None
     if bias_grad is not None:
         bias_grad = kind.bias_view(bias_grad) if is_plain(bias_grad) else None
@@ -144,8 +145,15 @@ def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int], int]) -> lis
     ``chunk_of``: the largest chunk for a layer of so many units.
     """
     found: dict[tuple[torch.device, torch.dtype, int], list[LayerStep]] = {}
+    last: tuple[torch.device, torch.dtype, int] | None = None  # the layer before is often of the same kind: quicker
+    batch: list[LayerStep] = []
     for step in steps:
-        found.setdefault((step.rows.device, step.compute_dtype, chunk_of(step.units)), []).append(step)
+        rows = step.rows
+        kind = rows.device, rows.dtype, step.units
+        if kind != last:
+            last = kind
+            batch = found.setdefault((rows.device, step.compute_dtype, chunk_of(step.units)), [])
+        batch.append(step)
     return list(found.values())
 
 

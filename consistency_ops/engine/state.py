@@ -49,6 +49,8 @@ class StateStore:
         _STEPS.add(id(self._step))
         weakref.finalize(self, _STEPS.discard, id(self._step)).atexit = False
         self._loading: Mapping[str, Any] = {}
+        # What the last look at every parameter found: the state and its length, those with our step and those without.
+        self._looked: tuple[Any, int, list[Tensor], list[Tensor]] | None = None
 
     def get(self, layer: Layer) -> dict[str, Tensor]:
         if self._optimizer is None:
@@ -103,13 +105,38 @@ class StateStore:
             return
         if not self._optimizer.parts:
             state = self._optimizer.saving.state
-            for parameter in self._optimizer.parameters:
-                if parameter.grad is not None or parameter in state:
-                    state[parameter][_STEP] = self._step
+            if not self._is_marked(state, step):
+                self._mark(state, self._optimizer.parameters)
             return
         for parameter in self._optimizer.parameters:
             if parameter.grad is not None or self._optimizer.has_state(parameter):
                 self._optimizer.state_of(parameter)[_STEP] = self._step
+
+    def _mark(self, state: dict[Tensor, dict[str, Any]], parameters: list[Tensor]) -> None:
+        marked: list[Tensor] = []
+        unmarked: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None or parameter in state:
+                state[parameter][_STEP] = self._step
+                marked.append(parameter)
+            else:
+                unmarked.append(parameter)
+        self._looked = state, len(state), marked, unmarked
+
+    def _is_marked(self, state: dict[Tensor, dict[str, Any]], step: int) -> bool:
+        """Whether all parameters still have our step, which is one tensor, so that nothing is to be written.
+
+        Looks at the first parameter and at another one in every step, because a look at all takes a tenth of a step of
+        small layers; entries that a user takes away without a change of the length come back with their turn.
+        """
+        if self._looked is None:
+            return False
+        looked, length, marked, unmarked = self._looked
+        if state is not looked or len(state) != length or not marked:
+            return False
+        if any(state.get(p, {}).get(_STEP) is not self._step for p in (marked[0], marked[step % len(marked)])):
+            return False
+        return all(p.grad is None and p not in state for p in unmarked)
 
     def counted_steps(self) -> int:
         if self._optimizer is None:
@@ -131,6 +158,7 @@ class StateStore:
     def clear(self, others: Set[Tensor]) -> None:
         """Forget everything but the entries of these weights, which are another preconditioner's."""
         self._own.clear()
+        self._looked = None
         if self._optimizer is not None:
             for state in self._optimizer.states():
                 for parameter in [p for p in state if not any(p is other for other in others)]:
@@ -138,6 +166,7 @@ class StateStore:
 
     def forget_strangers(self) -> None:
         """Take our entries from parameters that the optimizer holds no longer: its ``state_dict`` cannot name them."""
+        self._looked = None
         if self._optimizer is None:
             return
         held = {id(parameter) for parameter in self._optimizer.parameters}

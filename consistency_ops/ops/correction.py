@@ -68,6 +68,7 @@ def launch_correction(
     Returns:
         ``(info, damping_used)`` of all chunks, in the order of the layers.
     """
+    groups = {dtype: default_group(dtype, chunk) if group is None else group for dtype in {g.dtype for g in grads}}
     results: tuple[Tensor, Tensor] = call(
         "foreach_precondition_",
         chunk,
@@ -81,7 +82,7 @@ def launch_correction(
         permutation_layers,
         row_count_layers,
         layers,
-        [default_group(grad.dtype, chunk) if group is None else group for grad in grads],
+        [groups[grad.dtype] for grad in grads],
         damping,
         scaling == "trace",
         chunk,
