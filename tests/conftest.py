@@ -5,6 +5,8 @@ import os
 import random
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its waiting threads spin, and starve the tests that run beside
+# torch's compiler waits without a limit for processes of its own, which are forked beside threads; here it needs none.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -1,6 +1,5 @@
 """``analyse`` on the networks that people have: inputs by name, residual blocks, wide layers, and little time."""
 
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +18,7 @@ from consistency_ops.analysis.roles import by_role, comparable, role
 from consistency_ops.analysis.time_limit import spread
 from consistency_ops.analysis.weight_domination import largest_singular_value, power_iteration
 from consistency_ops.cli import inputs
+from support import processes
 
 HERE = Path(__file__).parent / "support"
 
@@ -380,7 +380,7 @@ def test_timm(name, tmp_path):
         "--out",
         "o.html",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = processes.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "o.html").read_text(encoding="utf-8")
     assert "prevents training." not in page.partition("<h2>Layer by layer")[0].replace("Nothing here prevents", "")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.device import attestation, run
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = {"device": "a GPU"}
@@ -115,7 +115,7 @@ STATUS = {"fails": "failed", "hangs": "timeout", "crashes": "crashed", "forks": 
 def rehearse(out, *behaviours, limit="1", **variables):
     command = [sys.executable, "-m", "benchmarks.device.run", "first", "second", "--limit", limit, "--rehearse"]
     environment = {**os.environ, "OUT": str(out), **variables}
-    done = subprocess.run([*command, *behaviours], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = processes.run([*command, *behaviours], cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return done, lines, json.loads((out / "summary.json").read_text())
 
@@ -154,16 +154,14 @@ def test_a_gpu_that_went_silent_leaves_the_rest_of_its_stages(tmp_path):
 
 def test_a_call_that_is_killed_has_kept_what_it_had(tmp_path):
     command = [sys.executable, "-m", "benchmarks.device.run", "first", "--limit", "60", "--rehearse", "timings=hangs"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and '"line": "timings"' not in read(tmp_path / "results.jsonl"):
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with processes.running(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and '"line": "timings"' not in read(tmp_path / "results.jsonl"):
+            time.sleep(0.1)
     lines = [json.loads(line) for line in read(tmp_path / "results.jsonl").splitlines()]
     assert {"stage": "timings", "line": "timings"} in lines
     assert set(json.loads(read(tmp_path / "attestation.json"))["stages"]) == {"device", "library", "golden", "smoke"}
-    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
+    for line in processes.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
         if "stub.py timings hangs" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
 
@@ -185,7 +183,7 @@ def test_without_a_device_it_says_so_and_goes_on(tmp_path):
     names = ["device", "golden", "graphs", "memcheck", "peers"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "benchmarks" / "device_run.sh"), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = processes.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["device"] is None
@@ -198,6 +196,6 @@ def test_without_a_device_it_says_so_and_goes_on(tmp_path):
 
 def test_unknown_stage_is_refused(tmp_path):
     command = [sys.executable, "-m", "benchmarks.device.run", "nonsense"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True)
+    done = processes.run(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no stage nonsense: choose from first, second, device, library" in done.stderr

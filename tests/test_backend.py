@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 import warnings
 
@@ -13,7 +12,7 @@ from torch import nn
 import consistency_ops as co
 from consistency_ops.ops import backend, verification
 from consistency_ops.ops.registration import NAMESPACE
-from support import second_device
+from support import processes, second_device
 from support.samples import layer
 
 
@@ -198,7 +197,7 @@ def test_a_wrong_name_is_refused():
 
 
 def _python(code, **environment):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from benchmarks.micro import bench_cuda, streaming
 from benchmarks.micro.compositions import by_solve, divide, per_layer
 from benchmarks.micro.expert import expert
 from benchmarks.micro.workloads import WORKLOADS, LayerShape
+from support import processes
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
@@ -119,7 +119,7 @@ def test_a_division_moves_to_its_device():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_says_so():
     command = [sys.executable, "-m", "benchmarks.micro.bench_cuda", "--workloads", "i"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "no CUDA device: nothing was measured"
     assert done.stdout.startswith("C: ")

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from benchmarks.peers import ablations, ideas, runs, tables
 from benchmarks.peers.optimizers import PEERS
 from benchmarks.peers.references import Foof, Isaac, rows
 from benchmarks.peers.tasks import CHARACTERS, CONTEXT, TASKS, VARIANTS, Split, characters
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"cifar-convnet": (3, 16, 16), "cifar-resnet": (3, 16, 16), "autoencoder": (784,)}
@@ -337,13 +337,13 @@ def test_report_check_exits_with_1_on_a_difference(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("<!-- table: step -->\nwrong\n<!-- end -->\n")
     command = [sys.executable, "-m", "benchmarks.report", "--check", "--file", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = processes.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "-wrong" in result.stdout
     both = [*command, str(tmp_path / "page.md")]
     (tmp_path / "page.md").write_text("<!-- table: monitors -->\nother\n<!-- end -->\n")
     path.write_text(report.rebuild(path.read_text()))
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
-    result = subprocess.run(both, cwd=ROOT, capture_output=True, text=True)
+    assert processes.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
+    result = processes.run(both, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "-other" in result.stdout and "wrong" not in result.stdout
 
 
@@ -376,7 +376,7 @@ def test_microbenchmarks_run_under_pytest_benchmark(tmp_path):
         "modulus-1000_",
     ]
     alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    subprocess.run([*command, "--benchmark-only", f"--benchmark-json={target}"], cwd=ROOT, check=True, env=alone)
+    processes.run([*command, "--benchmark-only", f"--benchmark-json={target}"], cwd=ROOT, check=True, env=alone)
     found = json.loads(target.read_text())["benchmarks"]
     assert {entry["group"] for entry in found} == {"modulus: 1000 elements"}
     assert {entry["name"] for entry in found} == {"modulus", "abs", "python"}

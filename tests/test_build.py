@@ -1,11 +1,11 @@
 """Every problem of a build or import is answered by one sentence that says what to do, never by a traceback."""
 
 import ctypes
+import functools
 import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -18,6 +18,7 @@ import torch
 
 import consistency_ops as co
 from consistency_ops.ops import backend, library
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +44,7 @@ def checkout(tmp_path):
 def python(checkout, *arguments, **environment):
     ours = ("CXX", "CUDA_HOME", "CUDA_PATH")
     clean = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("CONSISTENCY_OPS_")}
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *arguments], cwd=checkout, env={**clean, **environment}, capture_output=True, text=True
     )
 
@@ -197,7 +198,7 @@ def test_make_in_a_folder_whose_name_has_a_space(tmp_path):
     folder.mkdir()
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    told = subprocess.run(["make", "-n", ".venv/.installed"], cwd=folder, capture_output=True, text=True, check=True)
+    told = processes.run(["make", "-n", ".venv/.installed"], cwd=folder, capture_output=True, text=True, check=True)
     assert told.stdout.count(f'"{folder}/.venv/bin/python"') == 2
     assert told.stdout.count(f"{folder}/.venv") == 2
 
@@ -272,7 +273,7 @@ def torch_in(folder, version="2.10.0+cu130"):
 @pytest.fixture
 def environment(tmp_path):
     """A virtual environment without packages."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)
     return tmp_path / "environment"
 
 
@@ -290,7 +291,7 @@ def requirements(interpreter, folder=None, **variables):
         "-c",
         f"import sys; sys.path = [p for p in sys.path if not p.endswith('site-packages')]; {ASK}",
     ]
-    return subprocess.run(program, cwd=ROOT, env={**clean, **variables}, capture_output=True, text=True)
+    return processes.run(program, cwd=ROOT, env={**clean, **variables}, capture_output=True, text=True)
 
 
 def isolated(folder):
@@ -325,7 +326,7 @@ def test_backend_finds_torch_through_a_pth_file(environment, tmp_path):
 def test_backend_finds_the_torch_of_the_system_below_a_virtual_environment(tmp_path):
     """The tests' interpreter stands for the system: a container's, with torch in it."""
     folder = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder], check=True)
     if sys.prefix != sys.base_prefix:  # the system of a virtual environment is that of its own system
         (site_packages(folder) / "system.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     done = requirements(folder / "bin" / "python", tmp_path)
@@ -340,7 +341,7 @@ def test_backend_finds_the_environment_that_uv_installs_into(environment, tmp_pa
     """uv builds with an interpreter of another environment; the parent process says which one it installs into."""
     torch_in(site_packages(environment))
     other = tmp_path / "other"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
     folder = tmp_path / "project" / "inner"
     folder.mkdir(parents=True)
     arguments, variables = ["pip", "install", "."], {}
@@ -360,7 +361,7 @@ def test_backend_finds_the_environment_that_uv_installs_into(environment, tmp_pa
         f"subprocess.run([{str(other / 'bin' / 'python')!r}, '-c', {ASK!r}], cwd={str(ROOT)!r}, env=env, check=True)"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("UV", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", build, *arguments],
         cwd=folder,
         env={**clean, **variables, "PYTHONPATH": f"{ROOT}:{isolated(None)}"},
@@ -373,7 +374,7 @@ def test_backend_finds_the_environment_that_uv_installs_into(environment, tmp_pa
 def test_the_interpreter_to_build_with_can_be_named(environment, tmp_path):
     torch_in(site_packages(environment))
     other = tmp_path / "other"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
     named = str(environment / "bin" / "python")
     assert requirements(other / "bin" / "python", CONSISTENCY_OPS_TORCH=named).stdout == "[]\n"
     for wrong in (str(other / "bin" / "python"), str(tmp_path), "no-such-python"):
@@ -386,7 +387,7 @@ def test_setup_builds_with_the_torch_that_the_backend_finds(environment, tmp_pat
     folder = torch_in(tmp_path / "elsewhere", "2.10.0")
     (folder / "torch" / "__init__.py").write_text("__version__ = '2.9.0'  # to be seen in the sentence\n")
     (site_packages(environment) / "elsewhere.pth").write_text(f"{folder}\n")
-    done = subprocess.run(
+    done = processes.run(
         [environment / "bin" / "python", "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(isolated(None))},
@@ -407,8 +408,9 @@ def test_two_builds_of_one_checkout_wait_for_each_other_without_the_flock_comman
     assert "flock" not in (ROOT / "Makefile").read_text()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     clean = {**os.environ, "CONSISTENCY_OPS_CUDA": "0"}
-    both = [subprocess.Popen(command, cwd=checkout, env=clean, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [(one.wait(), one.stderr.read())[0] for one in both] == [0, 0]
+    build = functools.partial(processes.run, command, cwd=checkout, env=clean, capture_output=True, text=True)
+    both = processes.in_threads(build, build)
+    assert [one.returncode for one in both] == [0, 0], [one.stderr for one in both]
     assert (checkout / "consistency_ops" / "_C.abi3.so").exists()
 
 
@@ -448,8 +450,8 @@ def test_without_an_address_the_long_description_has_no_dead_links(checkout):
 
 
 def test_the_address_comes_from_git_and_goes_on_through_a_source_distribution(checkout):
-    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
-    subprocess.run(["git", "remote", "add", "origin", "git@git.example.org:a/b.git"], cwd=checkout, check=True)
+    processes.run(["git", "init", "-q"], cwd=checkout, check=True)
+    processes.run(["git", "remote", "add", "origin", "git@git.example.org:a/b.git"], cwd=checkout, check=True)
     text = metadata(checkout)
     assert "https://git.example.org/a/b/blob/" in text
     shutil.rmtree(checkout / ".git")
@@ -475,7 +477,7 @@ def test_a_build_without_cuda_kernels_warns_where_there_is_a_gpu(monkeypatch, ca
 
 def test_it_is_said_once_when_the_package_is_imported():
     program = "import logging; logging.basicConfig(level=logging.INFO); import consistency_ops as co; co.modulus"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = processes.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("has no CUDA kernels") == (0 if backend.has_kernels("CUDA") else 1)
 

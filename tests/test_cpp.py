@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import consistency_ops as co
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "tests" / "cpp"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is 
 
 
 def cmake(*arguments):
-    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True)
+    done = processes.run(["cmake", *map(str, arguments)], capture_output=True, text=True, timeout=processes.LONG)
     assert done.returncode == 0, f"cmake {arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -30,7 +30,7 @@ def build_and_run(build, prefix, *options, problems=12, train=True, emulator=())
     environment = {"PATH": os.environ["PATH"]} if emulator else {}
     programs = [["cholesky"], ["correct"], ["launchers"], ["stress", str(problems)]] + [["train"]] * train
     for name, *arguments in programs:
-        done = subprocess.run([*emulator, build / name, *arguments], capture_output=True, text=True, env=environment)
+        done = processes.run([*emulator, build / name, *arguments], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{name}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
     return outputs
@@ -46,7 +46,7 @@ def test_another_minor_version_is_refused(tmp_path):
     wanted = f"find_package(ConsistencyOps {major}.{int(minor) + 1} REQUIRED)"
     (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.18)\nproject(user CXX)\n{wanted}\n")
     configure = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={co.cmake_prefix_path()}"]
-    done = subprocess.run(configure, capture_output=True, text=True)
+    done = processes.run(configure, capture_output=True, text=True)
     assert done.returncode != 0
     assert f"ConsistencyOpsConfig.cmake, version: {co.__version__}" in done.stderr
 
@@ -61,7 +61,7 @@ def test_headers_are_c_and_cpp(tmp_path):
             source = tmp_path / f"{header.stem}.{language}"
             source.write_text(f"#include <consistency_ops/{header.name}>\n")
             flags = ["-x", language, standard, "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-            done = subprocess.run(["c++", *flags, f"-I{co.include_dir()}", source], capture_output=True, text=True)
+            done = processes.run(["c++", *flags, f"-I{co.include_dir()}", source], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
 
 
@@ -109,9 +109,7 @@ def test_on_aarch64(tmp_path, aarch64):
         tmp_path / "build", co.cmake_prefix_path(), *target, *compilers, train=False, emulator=aarch64
     )
     assert cholesky.rstrip().endswith(", portable")
-    kind = subprocess.run(
-        ["readelf", "-h", tmp_path / "build" / "cholesky"], capture_output=True, text=True, check=True
-    )
+    kind = processes.run(["readelf", "-h", tmp_path / "build" / "cholesky"], capture_output=True, text=True, check=True)
     assert "AArch64" in kind.stdout
 
 
@@ -123,7 +121,7 @@ def test_bindings_compile_for_aarch64(aarch64):
     folders = [csrc, csrc / "include", *include_paths(), sysconfig.get_path("include")]
     for source in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
         command = [AARCH64[1], "-std=c++17", "-fsyntax-only", *defines, *(f"-I{folder}" for folder in folders), source]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = processes.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
@@ -136,7 +134,7 @@ def test_cuda_launcher_links(tmp_path):
     cmake("-S", PROGRAMS, "-B", build, f"-DCMAKE_PREFIX_PATH={co.cmake_prefix_path()}", *options)
     cmake("--build", build, "--parallel", "2", "--target", "correct_cuda", "launchers_cuda")
     for program in ("correct_cuda", "launchers_cuda"):
-        done = subprocess.run([build / program], capture_output=True, text=True)
+        done = processes.run([build / program], capture_output=True, text=True)
         if done.returncode == 77:
             assert done.stdout == "no CUDA device\n"
         else:
@@ -150,6 +148,6 @@ def test_libtorch(tmp_path):
     build = tmp_path / "build"
     cmake("-S", PROGRAMS / "libtorch", "-B", build, f"-DCMAKE_PREFIX_PATH={prefixes}", "-DCONSISTENCY_OPS_CUDA=OFF")
     cmake("--build", build, "--target", "dispatcher")
-    done = subprocess.run([build / "dispatcher"], capture_output=True, text=True)
+    done = processes.run([build / "dispatcher"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "chunk must be in [1, 256], got 257" in done.stdout

@@ -11,6 +11,7 @@ import torch
 import consistency_ops as co
 from consistency_ops import ops
 from consistency_ops.engine.capture_states import STATE_SIZE
+from support import processes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,14 +94,13 @@ def test_nothing_waits_for_the_device():
 
 def test_a_bad_permutation_is_an_assertion_on_the_device():
     """It runs in its own process, because a device assertion ends all CUDA work of a process."""
-    import subprocess
     import sys
 
     code = (
         "import torch, consistency_ops as co; g = torch.ones(2, 3, device='cuda'); x = torch.ones(4, 3, device='cuda')"
     )
     code += "; co.precondition(g, x, permutation=torch.tensor([0, 0, 9], device='cuda')); torch.cuda.synchronize()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "assert" in done.stderr
 

@@ -5,7 +5,6 @@ Nothing is launched: what the kernels compute is tested in tests/simt, and on a 
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from consistency_ops import environment
+from support import processes
 from support.kernels import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ assert list(y) == [0] * 4
 
 
 def check(library, code=CHECK):
-    done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code, library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -49,7 +49,7 @@ def test_library_with_cuda_kernels_loads_without_a_gpu(tmp_path):
     folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
     environment = {**os.environ, "CONSISTENCY_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=processes.LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stderr, done.stderr
     (library,) = tmp_path.glob("lib/consistency_ops/_C*.so")

@@ -1,7 +1,6 @@
 """The manual: it is built without a warning, its links lead somewhere, README is short, every name has its place."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from consistency_ops import experimental, ops
 from consistency_ops.analysis.findings import Measurements
 from consistency_ops.analysis.results import Result
 from consistency_ops.distributed.placement import Placement
-from support import documents
+from support import documents, processes
 
 ROOT = documents.ROOT
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -102,7 +101,7 @@ def test_the_manual_is_built_without_a_warning(tmp_path):
         pytest.importorskip(package)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     places = ["-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")]
-    done = subprocess.run([*command, *places], capture_output=True, text=True)
+    done = processes.run([*command, *places], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "html" / "api" / "preconditioner.html").read_text()
     assert "max_rows" in page and "load_state_dict" in page

@@ -1,7 +1,6 @@
 """Trouble that others bring: graphs on gradients, parameters given twice or not at all, states that do not fit."""
 
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from consistency_ops.optim import SGD2
 from consistency_ops.preconditioner import Preconditioner
+from support import processes
 from support.training import assert_equal, backward, data, gradients, mlp, train
 
 STORED = [{}, dict(decay=0.9), dict(every=2)]
@@ -107,7 +107,7 @@ for inputs, options in ((many, dict(max_rows=100_000)), (x, dict(chunk=None, dec
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_out_of_memory_has_torchs_type_and_says_what_needs_less():
     """Searches for a batch size (Lightning's, Accelerate's) look for torch.OutOfMemoryError."""
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows, step = done.stdout.splitlines()
     assert "out of memory for the input rows of a layer, 4578 MiB for 100000 rows of 12000 units: a smaller" in rows

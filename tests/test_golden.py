@@ -5,12 +5,13 @@ One program, golden.cu, prints every wrapper's results; here with the host bodie
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simt_library as simt
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "golden.txt"
@@ -25,7 +26,7 @@ def host():
         pytest.skip("needs a C++ compiler")
     units = [("tests/simt/runtime.cpp", ["-O2"]), ("tests/golden/golden.cu", ["-O2", *simt.KERNEL])]
     program = simt.link("golden", simt.ROOT, units, ["-O2"], program=True)
-    return parse(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+    return parse(processes.run([program], capture_output=True, text=True, check=True).stdout)
 
 
 def parse(text):

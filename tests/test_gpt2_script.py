@@ -4,7 +4,6 @@ import array
 import json
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.training import gpt2
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"batch": 256, "rows": 2, "context": 32, "vocabulary": 64, "width": 32, "blocks": 2, "heads": 2}
@@ -37,7 +37,7 @@ def start(data: list[str], out: Path, *more: str) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "benchmarks.training.gpt2", *data, *TINY, "--cpu", "--out", str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import consistency_ops as co
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "build.toml").exists(), reason="needs the checkout that holds build.toml")
@@ -133,9 +133,9 @@ def test_a_build_under_another_name_works_beside_this_one(config, tmp_path):
                 command = ["c++", "-std=c++17", "-fPIC", "-c", str(ROOT / source), "-o", str(objects[-1]), *flags]
                 command += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DCPU_KERNEL", "-DPy_LIMITED_API=0x030A0000"]
                 command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{folder}" for folder in include)]
-                subprocess.run(command, check=True)
+                processes.run(command, check=True)
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", "-lpthread"]
-    subprocess.run(["c++", "-shared", *objects, "-o", package / f"{NAME}.abi3.so", *libraries], check=True)
+    processes.run(["c++", "-shared", *objects, "-o", package / f"{NAME}.abi3.so", *libraries], check=True)
 
     name = "consistency_ops_of_the_hub"
     spec = importlib.util.spec_from_file_location(

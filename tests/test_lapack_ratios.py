@@ -9,9 +9,12 @@ LAPACK itself accepts 30; a float32 that takes a TF32 shortcut would pass 30 and
 """
 
 import ctypes
+import functools
 
 import numpy as np
 import pytest
+
+from support import processes
 
 SIZES = (0, 1, 2, 3, 5, 10, 15, 16, 17, 31, 32, 33, 50, 64, 65, 100, 128, 129, 200, 255, 256)
 RIGHT_HAND_SIDES = (0, 1, 3, 16, 33, 100)
@@ -253,8 +256,6 @@ def test_too_large_and_invalid_arguments(library, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_may_call_at_the_same_time(library, precision):
-    from concurrent.futures import ThreadPoolExecutor
-
     dtype = PRECISIONS[precision]
     problems = [matrix("cond-1e3", n, dtype, np.random.default_rng(n)) for n in (33, 64, 129, 256)] * 8
 
@@ -264,5 +265,9 @@ def test_threads_may_call_at_the_same_time(library, precision):
         return storage.tobytes()
 
     want = [factor(a) for a in problems]
-    with ThreadPoolExecutor(4) as executor:
-        assert list(executor.map(factor, problems)) == want
+
+    def share(worker):
+        return [factor(a) for a in problems[worker::4]]
+
+    found = processes.in_threads(*(functools.partial(share, worker) for worker in range(4)))
+    assert found == [want[worker::4] for worker in range(4)]

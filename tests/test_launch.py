@@ -1,10 +1,11 @@
 """The launch of csrc/cuda/port.cuh under the driver's rules, which no GPU is needed for: a fake runtime has them."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -14,9 +15,9 @@ def run(tmp_path, *flags, csrc=ROOT / "csrc"):
     program = tmp_path / "launch_limits"
     command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", *flags, f"-I{csrc}"]
     command += [f"-I{csrc / 'include'}", f"-I{ROOT / 'tests/cpp/fake_cuda'}", ROOT / "tests/cpp/launch_limits.cpp"]
-    done = subprocess.run([*command, "-o", program], capture_output=True, text=True)
+    done = processes.run([*command, "-o", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+    return processes.run([program], capture_output=True, text=True)
 
 
 def test_shared_memory_and_clusters(tmp_path):
@@ -59,5 +60,5 @@ def test_an_older_toolkit_is_refused(tmp_path):
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc/include'}",
     ]
-    done = subprocess.run([*command, source], capture_output=True, text=True)
+    done = processes.run([*command, source], capture_output=True, text=True)
     assert done.returncode != 0 and "needs CUDA toolkit 12.1 or newer" in done.stderr

@@ -6,7 +6,6 @@ import importlib
 import re
 import sys
 import sysconfig
-import threading
 import weakref
 
 import pytest
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import consistency_ops as co
 from consistency_ops import reference
 from consistency_ops.ops import library
+from support import processes
 
 implementation = sys.modules[co.modulus.__module__]  # the function hides the module of its name
 
@@ -318,22 +318,15 @@ def test_autocast_leaves_the_dtype_alone():
 def test_threads_share_a_graph():
     x = leaf(40_000)
     y = co.modulus(x)
-    results, errors = [], []
+    results = []
 
     def run():
-        try:
-            for _ in range(10):
-                results.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
-                torch.autograd.grad(co.modulus(x).sum(), x)
-        except Exception as error:
-            errors.append(error)
+        for _ in range(10):
+            results.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+            torch.autograd.grad(co.modulus(x).sum(), x)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and all(torch.equal(r, results[0]) for r in results) and len(results) == 40
+    processes.in_threads(*[run] * 4)
+    assert all(torch.equal(r, results[0]) for r in results) and len(results) == 40
 
 
 def test_a_long_chain_is_freed_without_recursion():

@@ -4,13 +4,14 @@ What is new in the headers of the installed torch is easily used by mistake: ``T
 functions, not new members of old classes.
 """
 
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 BINDINGS = sorted((ROOT / "csrc" / "bindings").glob("*.cpp"))
@@ -21,7 +22,7 @@ def include(request, tmp_path_factory):
     """torch/include of the published wheel, without its libraries."""
     folder = tmp_path_factory.mktemp("torch")
     command = ["pip", "download", "-q", "--no-deps", "--dest", folder, f"torch=={request.param}"]
-    found = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    found = processes.run([sys.executable, "-m", *command], capture_output=True, text=True)
     if found.returncode != 0:
         pytest.skip(f"the package index has no torch {request.param}: {found.stderr.strip().splitlines()[-1]}")
     (wheel,) = folder.glob("*.whl")
@@ -36,7 +37,7 @@ def include(request, tmp_path_factory):
 def test_bindings_compile_with_older_torch(include, binding):
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_EXTENSION_NAME=_C"]
     folders = [ROOT / "csrc", ROOT / "csrc" / "include", include, sysconfig.get_path("include")]
-    done = subprocess.run(
+    done = processes.run(
         ["g++", "-std=c++17", "-fsyntax-only", *defines, *[f"-I{folder}" for folder in folders], binding],
         capture_output=True,
         text=True,

@@ -9,11 +9,12 @@ import collections
 import importlib.util
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import simt_library as simt
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / "tests" / "oracle"
@@ -68,10 +69,10 @@ def tables(tmp_path_factory):
     (made / "instructions.inc").write_text("\n".join(lines) + "\n")
     program = made / "tables"
     command = ["nvcc", "-std=c++17", "-w", f"-I{folder}", f"-I{made}", ORACLE / "cute_tables.cu", "-o", program]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = collections.defaultdict(dict)
-    for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in processes.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
         name, part, *numbers = line.split()
         values, *elements = map(int, numbers)
         found[name][part] = values, elements
@@ -86,7 +87,7 @@ def probes():
     units = [("tests/simt/runtime.cpp", ["-O2"]), ("tests/oracle/host_probe.cu", ["-O2", *simt.KERNEL])]
     program = simt.link("oracle", simt.ROOT, units, ["-O2"], program=True)
     found = collections.defaultdict(list)
-    for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in processes.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
         name, *numbers = line.split()
         found[name].append(tuple(map(int, numbers)))
     return found

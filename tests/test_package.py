@@ -6,7 +6,6 @@ import logging
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 import consistency_ops as co
 from consistency_ops.ops.library import library
-from support import documents, frameworks
+from support import documents, frameworks, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(library._name)
@@ -24,7 +23,7 @@ LIBRARY = Path(library._name)
 def symbols(*options):
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.run(["nm", "-D", *options, LIBRARY], capture_output=True, text=True, check=True).stdout
+    listing = processes.run(["nm", "-D", *options, LIBRARY], capture_output=True, text=True, check=True).stdout
     return {line.split()[-1].split("@")[0] for line in listing.splitlines()}
 
 
@@ -90,7 +89,7 @@ def test_build_info():
 
 
 def test_the_report_on_the_command_line(tmp_path):
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "consistency_ops"],
         capture_output=True,
         text=True,
@@ -111,7 +110,7 @@ def test_the_commands_of_the_readme_exist():
     named = set(re.findall(r"^\s*make ([a-z-]+)", texts, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", texts))
     assert {"train", "test", "docs"} <= named <= targets
     if shutil.which("make"):
-        listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listed = processes.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert set(re.findall(r"^make (\S+)", listed, re.MULTILINE)) == targets
 
 

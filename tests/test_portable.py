@@ -3,7 +3,6 @@
 The ordinary tests of the operators run on them, too: the kinds ``torch`` and ``second`` of support/kernels.py.
 """
 
-import subprocess
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 import consistency_ops as co
 from consistency_ops import ops, reference
 from consistency_ops.ops.division import divisions, philox
-from support import second_device
+from support import processes, second_device
 from support.samples import (
     average_bias,
     build,
@@ -262,7 +261,7 @@ except torch.OutOfMemoryError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_without_memory_the_error_says_how_much_is_needed():
-    done = subprocess.run([sys.executable, "-c", _TOO_LARGE], capture_output=True, text=True, timeout=120)
+    done = processes.run([sys.executable, "-c", _TOO_LARGE], capture_output=True, text=True)
     assert "foreach_precondition_: out of memory: the call needs about 768 MiB of workspace" in done.stdout, done.stderr
     assert "a smaller chunk" in done.stdout
 

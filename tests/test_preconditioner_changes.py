@@ -1,7 +1,5 @@
 """Changes that a script makes to model, optimizer and training loop between two steps or in the middle of one."""
 
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch.nn import functional as F
 
 from consistency_ops.engine.capture_states import CaptureStates
 from consistency_ops.preconditioner import Preconditioner
+from support import processes
 from support.training import assert_equal, backward, data, gradients, hooks_of, mlp, train
 
 
@@ -239,11 +238,7 @@ def test_threads_that_share_a_model():
         for _ in range(calls):
             model(x)
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    processes.in_threads(*[work] * threads)
     capture = pre._layers[0].capture
     used, seen, stride = capture.state[0, :3].tolist()
     assert seen == threads * calls * 4000

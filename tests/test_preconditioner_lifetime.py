@@ -6,7 +6,6 @@ import gc
 import io
 import itertools
 import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from consistency_ops.preconditioner import Preconditioner
+from support import processes
 from support.training import (
     assert_equal,
     backward,
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(options, leak):
     # The heap of a process that has run other tests settles for a long time: a fresh one, with one arena.
     here = Path(__file__).resolve()
     program = f"from {here.stem} import grown; print(grown({options}, {leak}))"
-    found = subprocess.run(
+    found = processes.run(
         [sys.executable, "-c", program],
         env={
             **os.environ,

@@ -9,11 +9,12 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("sm_80", "sm_90a", "sm_100")
@@ -110,7 +111,8 @@ def compiled(request):
         command = ["nvcc", "-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC", "-c", "-o", partial]
         command += [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include")]
         command += [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHS]
-        done = subprocess.run([*command, ROOT / f"csrc/cuda/{request.param}.cu"], capture_output=True, text=True)
+        source = ROOT / f"csrc/cuda/{request.param}.cu"
+        done = processes.run([*command, source], capture_output=True, text=True, timeout=processes.LONG)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr, done.stderr
         os.replace(partial, target)
@@ -120,7 +122,7 @@ def compiled(request):
 def cuobjdump(*arguments) -> str:
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}{os.pathsep}{Path(tool('nvdisasm')).parent}"}
     command = [tool("cuobjdump"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return processes.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def resources(target) -> dict[tuple[str, str], dict[str, int]]:

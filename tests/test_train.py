@@ -23,6 +23,7 @@ from consistency_ops.cli.console import Console
 from consistency_ops.cli.errors import UserError
 from consistency_ops.cli.files import write_whole
 from consistency_ops.cli.training_loop import Contestant, Task
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
@@ -34,7 +35,7 @@ def command(*args):
 
 
 def run(*args, cwd):
-    return subprocess.run(command(*args), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return processes.run(command(*args), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def load(folder):
@@ -154,15 +155,16 @@ def test_interrupt_writes_what_was_done(tmp_path):
     options = ("train", "--epochs", "100000", "--lr", "0.01", "--out", "here")
     # A job in the background of a shell ignores the signal, and so would its children.
     heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    process = subprocess.Popen(
+    started = processes.running(
         command(*options), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, **heeds
     )
-    for line in process.stdout:
-        if "epoch   2/" in line and "adam+pre" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
-    assert process.wait(60) == 130
+    with started as process:
+        for line in process.stdout:
+            if "epoch   2/" in line and "adam+pre" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(60) == 130
     assert "interrupted" in rest and "Traceback" not in rest
     result = load(tmp_path / "here")
     assert result["status"] == "interrupted"
@@ -192,12 +194,12 @@ def test_interrupt_at_any_moment(epochs, tmp_path, monkeypatch, capsys):
 
 def test_killed_run_leaves_a_report(tmp_path):
     options = ("train", "--epochs", "100000", "--lr", "0.01", "--out", "here")
-    process = subprocess.Popen(command(*options), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    for _ in process.stdout:
-        if (tmp_path / "here" / "report.json").exists() and load(tmp_path / "here")["runs"][0]["epochs"]:
-            break
-    process.kill()
-    process.communicate()
+    started = processes.running(command(*options), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    with started as process:
+        for _ in process.stdout:
+            if (tmp_path / "here" / "report.json").exists() and load(tmp_path / "here")["runs"][0]["epochs"]:
+                break
+        process.kill()
     assert load(tmp_path / "here")["status"] == "running"
 
 
@@ -229,7 +231,7 @@ def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, "-m", "consistency_ops"], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT
         )
     assert done.stderr == b""

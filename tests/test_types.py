@@ -3,11 +3,12 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 USER = ROOT / "tests" / "typed_user.py"
@@ -41,7 +42,7 @@ def reported(tmp_path_factory):
     mistakes = tmp_path_factory.mktemp("types") / "mistakes.py"
     mistakes.write_text(MISTAKES)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(USER), str(mistakes)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = processes.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr, done.stdout + done.stderr
     found: dict[str, dict[int, str]] = {}
     for path, line, code in re.findall(r"^(.+?):(\d+): error: .*?\[([\w-]+)\]$", done.stdout, re.MULTILINE):
@@ -62,6 +63,6 @@ def test_mistakes_of_a_user_are_found(reported):
 
 def test_a_users_program_runs():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(USER)], env=environment, capture_output=True, text=True)
+    done = processes.run([sys.executable, str(USER)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0 chunks failed" in done.stdout

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import consistency_ops as co
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the checkout that holds the Makefile")
@@ -45,7 +45,7 @@ def test_cibuildwheel_understands_its_settings(arch, tmp_path):
             shutil.copy(ROOT / name, tmp_path)
         (tmp_path / "pyproject.toml").write_text(text)
         command = ["cibuildwheel", "--platform", "linux", "--archs", arch, "--print-build-identifiers", "."]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return processes.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     text = (ROOT / "pyproject.toml").read_text()
     done = identifiers(text)
@@ -64,12 +64,13 @@ def test_a_wheel_that_an_index_takes_and_that_works_elsewhere(tmp_path):
     (source / ".venv").symlink_to(ROOT / ".venv")
     if not (ROOT / ".venv" / ".release").exists():
         pytest.skip("the tools that check a wheel are not installed: make test-slow installs them")
-    made = subprocess.run(
+    made = processes.run(
         ["make", "wheel", "-o", ".venv/.release"],
         cwd=source,
         env={**os.environ, "CONSISTENCY_OPS_REPOSITORY": "https://git.example.org/a/b"},
         capture_output=True,
         text=True,
+        timeout=processes.LONG,
     )
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = (source / "dist").glob("*.whl")
@@ -91,16 +92,16 @@ def test_a_wheel_that_an_index_takes_and_that_works_elsewhere(tmp_path):
 
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    done = subprocess.run(
+    processes.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    done = processes.run(
         [sys.executable, "-c", PROGRAM], cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     file, prefix = done.stdout.splitlines()
     assert file.startswith(str(site)) and prefix.startswith(str(site))
     if shutil.which("cmake"):
-        run = {"check": True, "cwd": tmp_path, "stdout": subprocess.DEVNULL}
+        run = {"check": True, "cwd": tmp_path, "capture_output": True, "text": True}
         configure = ["cmake", "-S", ROOT / "tests" / "cpp", "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}"]
-        subprocess.run([*configure, "-DCONSISTENCY_OPS_CUDA=OFF"], **run)
-        subprocess.run(["cmake", "--build", tmp_path / "build", "--parallel", "2"], **run)
-        subprocess.run([tmp_path / "build" / "correct"], **run)
+        processes.run([*configure, "-DCONSISTENCY_OPS_CUDA=OFF"], **run)
+        processes.run(["cmake", "--build", tmp_path / "build", "--parallel", "2"], **run)
+        processes.run([tmp_path / "build" / "correct"], **run)

@@ -17,11 +17,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the scripts, and for pytest --noconftest
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("precondition.cu", "modulus.cu", "batch_rms_norm.cu", "capture.cu", "linalg.cu")
@@ -140,7 +143,7 @@ def accesses(library: Path, report: Path) -> dict[tuple[str, int], list[tuple[st
     rows = [line.split() for line in report.read_text().splitlines()]
     ask = ["addr2line", "-e", library]
     offsets = "\n".join(row[0] for row in rows)
-    places = subprocess.run(ask, input=offsets, capture_output=True, text=True, check=True).stdout.split("\n")
+    places = processes.run(ask, input=offsets, capture_output=True, text=True, check=True).stdout.split("\n")
     sums: dict[tuple[str, int, str], np.ndarray] = {}
     for place, (_, space, *numbers) in zip(places, rows, strict=False):
         file, line = re.match(r"(.*):(\d+|\?)", place).groups()
@@ -161,7 +164,7 @@ def lines_not_run(folder: Path) -> dict[str, set[int]]:
         notes = ROOT / "build" / "simt" / f"{data.stem}.gcno"
         shutil.copy(notes, data.parent)
         ask = ["gcov", "--json-format", "--stdout", data]
-        report = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=folder).stdout
+        report = processes.run(ask, capture_output=True, text=True, check=True, cwd=folder).stdout
         for file in (file for text in report.splitlines() for file in json.loads(text)["files"]):
             if "csrc/cuda/" not in file["file"]:
                 continue
@@ -195,7 +198,7 @@ def sanitizer_environment(kind: str) -> dict[str, str]:
     """Return the environment for a Python that loads the library of ``kind``."""
     names = {"memory": ("libasan.so", "libubsan.so"), "races": ("libtsan.so",)}.get(kind, ())
     ask = [[COMPILER, f"-print-file-name={name}"] for name in names]
-    found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
+    found = [processes.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
     return {
         **os.environ,
         "SIMT_BUILD": kind,
@@ -208,7 +211,7 @@ def sanitizer_environment(kind: str) -> dict[str, str]:
 
 
 def run(command: list) -> None:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    done = processes.run([str(c) for c in command], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
 
 

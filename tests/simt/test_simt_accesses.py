@@ -6,12 +6,13 @@ that reads scattered sectors.
 
 import os
 import shutil
-import subprocess
 import sys
 
 import precondition_cases as cases
 import pytest
 import simt_library as simt
+
+from support import processes
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +47,7 @@ def count(folder, *case, script="run_cases.py"):
     """Return the counts of simt.accesses for one case, or for another script."""
     library, report = simt.build("accesses"), folder / "report"
     command = [sys.executable, simt.ROOT / "tests/simt" / script, library, *(("1", *case) if case else ())]
-    done = subprocess.run(command, env={**os.environ, "SIMT_ACCESS_OUT": str(report)}, capture_output=True, text=True)
+    done = processes.run(command, env={**os.environ, "SIMT_ACCESS_OUT": str(report)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return simt.accesses(library, report)
 

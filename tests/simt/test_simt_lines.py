@@ -1,12 +1,13 @@
 """Every line of the correction kernels runs under the schedules of run_cases.py."""
 
 import shutil
-import subprocess
 import sys
 
 import precondition_cases as cases
 import pytest
 import simt_library as simt
+
+from support import processes
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,7 +42,7 @@ def test_every_line_runs(tmp_path):
     large += ("not aligned",)
     command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = processes.run(command, env=environment, capture_output=True, text=True, timeout=processes.LONG)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     missed = simt.lines_not_run(tmp_path)
     assert set(FILES) <= set(missed), "gcov reports every file"

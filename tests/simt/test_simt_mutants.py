@@ -6,11 +6,12 @@ A line that ends in ``// redundant: why`` is left out.
 
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import simt_library as simt
+
+from support import processes
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
@@ -67,7 +68,7 @@ def outcome(folder, kind, seeds):
     """Exit status and report of the cases, 0 if nothing was noticed."""
     script = simt.ROOT / "tests" / "simt" / "run_cases.py"
     command = [sys.executable, script, simt.build(kind, folder), str(seeds), *CASES]
-    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=900)
+    done = processes.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=900)
     return done.returncode, (done.stdout + done.stderr)[-1000:]
 
 
@@ -81,7 +82,7 @@ def capture_noticed(folder):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", file]
     for kind, selection in (("plain", ""), ("races", "tiles or restart or thin")):
         environment = {**simt.sanitizer_environment(kind), "SIMT_LIBRARY": str(simt.build(kind, folder))}
-        done = subprocess.run([*command, "-k", selection], env=environment, capture_output=True, timeout=900)
+        done = processes.run([*command, "-k", selection], env=environment, capture_output=True, timeout=900)
         if done.returncode != 0:
             return True
     return False

@@ -6,7 +6,6 @@ PTX, of the rounding of tensor cores or of speed.
 
 import dataclasses
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ import simt_library as simt
 import torch
 
 from consistency_ops import reference
+from support import processes
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 COVARIANCE, FACTOR, APPLY = 1, 2, 4
@@ -322,7 +322,9 @@ def test_sanitizers(kind):
         permuted = [f"permuted, {name}" for name in ("aligned, bias", "not aligned", "blocks")]
     rungs += [f"{name}@packed" for name in permuted]
     command = [sys.executable, script, simt.build(kind), "2", *cases.SMALL, "96", "128", "256 on sm_80", *rungs]
-    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
+    done = processes.run(
+        command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=processes.LONG
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
 
@@ -353,7 +355,9 @@ def test_sanitizers_of_elementwise_kernels(kind, name, selection):
         selection,
         file,
     ]
-    done = subprocess.run(command, env=simt.sanitizer_environment(kind), capture_output=True, text=True)
+    done = processes.run(
+        command, env=simt.sanitizer_environment(kind), capture_output=True, text=True, timeout=processes.LONG
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
 

@@ -11,13 +11,14 @@ eps cond (1.5e-6 and 3.1e-6) where 4 are allowed, because sums that are cut drif
 
 import os
 import shutil
-import subprocess
 import sys
 
 import precondition_cases as cases
 import pytest
 import run_cases
 import simt_library as simt
+
+from support import processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
@@ -45,7 +46,7 @@ def test_cases(library, name):
 def test_ordinary_tests(file, selection):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not slow and not nightly"]
     environment = {**os.environ, "SIMT_BUILD": "rounding"}
-    done = subprocess.run(
+    done = processes.run(
         [*command, "-k", selection], cwd=simt.ROOT, env=environment, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-3000:]

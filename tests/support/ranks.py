@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from support import processes
 
 TIMEOUT = datetime.timedelta(seconds=60)  # a rank that waits for another that does not come
 
@@ -30,7 +31,7 @@ def run(module: str, scenarios: list[str], world: int, folder: Path) -> dict[str
     tests = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(tests.parent), str(tests)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = processes.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"ranks failed with {done.returncode}\n{done.stdout}\n{done.stderr}")
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
