@@ -42,7 +42,7 @@ def test_bank_conflicts_are_counted():
 def test_the_emulated_machine_code_gives_the_result():
     """What the model counts is what the kernel does: its compiled code, run lane by lane, corrects a gradient."""
     emulated = launch.Launch(64, rows=40, outputs=24)
-    for cta in range(emulated.plan.ctas):
+    for cta in range(emulated.plan["ctas"]):
         emulated.run(cta)
     grad, inputs = (torch.from_numpy(array) for array in (emulated.g[..., 0].copy(), emulated.x))
     expected = co.precondition(grad.double(), inputs.double(), damping=0.1, chunk=128, group=8)
@@ -54,7 +54,7 @@ def test_the_emulated_machine_code_gives_the_result():
 def test_tasks_of_the_queue_are_emulated():
     """A task finds what it waits for through a table of jumps, which lies in a constant bank of its own."""
     queued = launch.Launch(64, 8, 8, rung=launch.TASK_QUEUE, ctas=2)
-    roles = [queued.run(ticket).issued for ticket in (0, queued.plan.ctas - 1)]
+    roles = [queued.run(ticket).issued for ticket in (0, queued.plan["ctas"] - 1)]
     assert roles[0]["gram.cuh"] > 1000 > roles[1]["gram.cuh"]
     assert roles[1]["apply.cuh"] > 1000 > roles[0]["apply.cuh"]
 
