@@ -65,9 +65,11 @@ def check_compiler() -> None:
     cure = "install g++ 11 or newer (Debian, Ubuntu: `apt-get install g++`) or set CXX to one."
     if shutil.which(compiler[0]) is None:
         fail(f"no C++ compiler ({compiler[0]} is not on the PATH): {cure}")
-    # The newest that the kernels ask of the compiler: C++17 and the AVX-512 bfloat16 instructions, on x86 only.
+    # The newest that the kernels ask of the compiler: C++17; the AVX-512 bfloat16 instructions, on x86 only.
     newest = '#if defined(__x86_64__)\n#pragma GCC target("avx512bf16")\n#include <immintrin.h>\n#endif\n'
-    flags = ["-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
+    # And of its assembler: AMX, on Linux.
+    newest += '#if defined(__x86_64__) && defined(__linux__)\nvoid end() { asm volatile("tilerelease"); }\n#endif\n'
+    flags = ["-std=c++17", "-x", "c++", "-c", "-o", os.devnull, "-"]
     if subprocess.run([*compiler, *flags], input=newest, text=True, capture_output=True).returncode != 0:
         fail(f"{shlex.join(compiler)} does not compile C++17 for this machine's instruction sets: {cure}")
 

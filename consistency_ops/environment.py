@@ -18,7 +18,7 @@ class BuildInfo(TypedDict):
 
     Keys: ``version`` of this package; ``torch``, the version that runs; ``torch_build``, the one it was compiled with;
     ``compiler``; ``cuda_toolkit`` and ``cuda_archs`` (``None`` in a build without CUDA kernels); ``cpu``, its name;
-    ``cpu_isa``, the kernels in use: "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
+    ``cpu_isa``, the kernels in use: "amx", "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
     ``omp_wait_policy``; ``gpus``, their names, empty without a CUDA device; ``os``; ``python``; ``library``, the path
     of the compiled file; ``torch_abi``: "loaded" if ``csrc/torch_abi``, which makes small calls faster, was built for
     this torch and this Python, else "not built".

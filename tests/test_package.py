@@ -82,7 +82,7 @@ def test_build_info():
     info = co.build_info()
     assert info["torch"] == torch.__version__
     assert info["torch_build"].startswith("2.") and info["compiler"]
-    assert info["cpu_isa"] in ("avx512bf16", "avx512", "avx2", "portable")
+    assert info["cpu_isa"] in ("amx", "avx512bf16", "avx512", "avx2", "portable")
     assert info["threads"] == torch.get_num_threads()
     assert len(info["gpus"]) == torch.cuda.device_count()
     assert (info["cuda_toolkit"] is None) == (info["cuda_archs"] is None)

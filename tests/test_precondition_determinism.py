@@ -216,7 +216,8 @@ def library():
 
 
 def available_isas(library):
-    return [name for name in (b"portable", b"avx2", b"avx512", b"avx512bf16") if library.co_set_cpu_isa(name) == 0]
+    names = (b"portable", b"avx2", b"avx512", b"avx512bf16", b"amx", b"amx_model")
+    return [name for name in names if library.co_set_cpu_isa(name) == 0]
 
 
 def test_unknown_instruction_set_is_refused(library):

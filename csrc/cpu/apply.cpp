@@ -39,6 +39,8 @@ template <typename T>
 void Launch<T>::apply(const Task& task, const Scratch<T>& s) {
   const int64_t outputs = plan_.layers[task.layer].outputs_per_block;
   if (unwhitens_ && !whitened_[task.layer].moves) return;
+  const bool on_tiles = plan_.layers[plan_.layers[task.layer].head].on_tiles && fits_tiles(layers_[task.layer]);
+  const TileScope tiles(on_tiles ? plan_.tiles : nullptr);
   for (int64_t first = task.begin; first < task.end; first += outputs) {
     const int64_t here = std::min<int64_t>(outputs, task.end - first);
     Squares* squares = unwhitens_ ? &states_[task.layer].squares[first / outputs] : nullptr;
@@ -85,6 +87,12 @@ void Launch<T>::apply_block(int32_t index, int64_t first_output, int64_t outputs
     const Run bias_run{0, 0, plan.bias_column, 1};
     const bool few = states_[head].few_rows[c];
     const T* matrix = this->matrix(chunk);
+    if (chunk.tiles >= 0 && fits_tiles(layer)) {
+      plan_.tiles->correct(layer.g, s.row_offset, rows, runs, chunk.num_runs, ahead,
+                           reinterpret_cast<const uint16_t*>(storage_ + chunk.tiles), chunk.size,
+                           states_[head].tile_scale[c], static_cast<float>(largest));
+      continue;
+    }
     int64_t corrected = 0;
     if (!with_bias && !few) {
       corrected = kernels.direct[static_cast<int>(layer.g_dtype)].correct(

@@ -103,14 +103,29 @@ struct DirectKernels {
                      int64_t count, int64_t taps, int64_t ahead, const T* inverse, int64_t size, T limit, T* product);
 };
 
-// X in bfloat16 where the machine multiplies pairs of it: the products are exact and summed in float, at twice the
-// rate. A packed block holds two rows in every 32-bit word, the even row in the lower half: rows / 2 rows of words.
+// Products of G in bfloat16 with the inverse as two terms of bfloat16, x = upper + lower to 16 bits: no more is lost
+// than the rounding of the result to bfloat16.
+struct TileKernels {
+  // Before and after any of the others (and PairKernels' gram), once a task, on the thread that calls them.
+  void (*begin)();
+  void (*end)();
+  // `tiles`: the inverse in tile order, room for 2 * panels * round_up(panels, 2) * 16 * 16 elements.  Returns a power
+  // of two by which the products with it are multiplied.
+  float (*split)(const float* inverse, int panels, uint16_t* tiles);
+  // load_tile, apply and store_tile in one, for rows whose units lie side by side.
+  void (*correct)(void* g, const int64_t* row_offset, int64_t rows, const Run* runs, int64_t count, int64_t ahead,
+                  const uint16_t* tiles, int64_t size, float scale, float limit);
+};
+
+// X in bfloat16 where the machine multiplies pairs of it: the products are exact and summed in float.  A packed block
+// holds two rows in every 32-bit word, the even row in the lower half: rows / 2 rows of words.
 struct PairKernels {
   // As GatherKernels::pack; a last odd row is paired with zeros.
   void (*pack)(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
                const Run* runs, int64_t count, uint32_t* packed);
-  // As ChunkKernels::gram, `pairs` and `pitch` in words.
-  void (*gram)(const uint32_t* p, int64_t pairs, int64_t pitch, int panels, bool accumulate, float* c);
+  // As ChunkKernels::gram, `pairs` and `pitch` in words.  May write zeros up to the next multiple of 16 pairs.
+  void (*gram)(uint32_t* p, int64_t pairs, int64_t pitch, int panels, bool accumulate, float* c);
+  const TileKernels* tiles;  // null: gram needs no begin and end
 };
 
 template <typename T>
@@ -121,7 +136,7 @@ struct IsaKernels {
 };
 
 // In rising order: a machine with one level has all levels below it.
-enum class IsaLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class IsaLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The instruction set in use: the best this machine has, unless use_isa chose another.
 IsaLevel isa_level();

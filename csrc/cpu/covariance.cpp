@@ -64,6 +64,7 @@ void Launch<T>::accumulate(const Task& task, const Scratch<T>& s) {
   // Where the chunks of a layer have 64 and 65 units, only some may have few rows.
   const bool few = plan.chunks.front().row_panels > 0 || plan.chunks.back().row_panels > 0;
   if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16 && !few) pairs = pair_kernels();
+  const TileScope tiles(pairs == nullptr ? nullptr : pairs->tiles);
   const int32_t first_panel = plan.chunks[task.begin].first_panel;
   const ChunkPlan& last = plan.chunks[task.end - 1];
   const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;

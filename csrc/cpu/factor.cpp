@@ -1,5 +1,6 @@
 // The factor tasks of a launch: one chunk is damped, factored and inverted.
 #include <algorithm>
+#include <type_traits>
 
 #include "consistency_ops/damping.h"
 #include "cpu/chunk_storage.h"
@@ -42,6 +43,7 @@ void Launch<T>::factor(const Task& task, const Scratch<T>& s) {
   LayerState& state = states_[task.layer];
   if (!(options_.stages & kStageFactor)) {
     state.info[c] = layer.info[c];
+    if (state.info[c] == 0) to_tiles(task.layer, c, s);
     return;
   }
   const ChunkKernels<T>& kernels = isa_kernels<T>().chunk;
@@ -99,6 +101,22 @@ void Launch<T>::factor(const Task& task, const Scratch<T>& s) {
   }
   // What is applied is the transpose of what is kept.
   if (whitened_ != nullptr && info == 0) transpose(chunk, matrix);
+  if (info == 0) to_tiles(task.layer, c, s);
+}
+
+template <typename T>
+void Launch<T>::to_tiles(int64_t l, int64_t c, const Scratch<T>& s) {
+  const ChunkPlan& chunk = plan_.layers[l].chunks[c];
+  if (chunk.tiles < 0) return;
+  if constexpr (std::is_same_v<T, float>) {
+    const float* inverse = matrix(chunk);
+    if (chunk.tiles == chunk.storage) {
+      std::copy_n(inverse, int64_t{chunk.panels} * chunk.panels * kBlock, s.factor);
+      inverse = s.factor;
+    }
+    uint16_t* tiles = reinterpret_cast<uint16_t*>(storage_ + chunk.tiles);
+    states_[l].tile_scale[c] = plan_.tiles->split(inverse, chunk.panels, tiles);
+  }
 }
 
 template <typename T>

@@ -79,6 +79,7 @@ Launch<T>::Launch(const PreconditionLayer* layers, const PreconditionOptions& op
     states_[l].diagonals.resize(plan.layers[l].chunks.size());
     states_[l].info.assign(plan.layers[l].chunks.size(), 0);
     states_[l].few_rows.assign(plan.layers[l].chunks.size(), 0);
+    states_[l].tile_scale.resize(plan.layers[l].chunks.size());
     if (whitened_ == nullptr) continue;
     states_[l].averaged.resize(plan.layers[l].chunks.size());
     if (whitening.finite != nullptr) states_[l].finite = whitening.finite[l] != 0;

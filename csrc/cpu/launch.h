@@ -29,6 +29,7 @@ struct LayerState {
   std::vector<DiagonalSum> diagonals;  // by chunk
   std::vector<int32_t> info;
   std::vector<uint8_t> few_rows;  // whether the chunk's storage has the form of few_rows.h
+  std::vector<float> tile_scale;  // by chunk, what TileKernels::split has returned
   // Of whitening.
   std::atomic<bool> finite{true};  // whether the gradient and the covariance are
   std::vector<double> averaged;    // by chunk, the diagonal's sum in the average so far
@@ -39,6 +40,22 @@ template <typename T>
 struct Scratch {
   int64_t* row_offset;
   T *packed, *factor, *inverse_factor, *tile, *product, *projected, *inverse_diagonal, *bias;
+};
+
+// Between these two a thread may use the kernels on tiles.  Null: nothing.
+class TileScope {
+ public:
+  explicit TileScope(const TileKernels* tiles) : tiles_(tiles) {
+    if (tiles_ != nullptr) tiles_->begin();
+  }
+  ~TileScope() {
+    if (tiles_ != nullptr) tiles_->end();
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  const TileKernels* tiles_;
 };
 
 // What a call does beside a correction.
@@ -75,6 +92,9 @@ class Launch {
   double multiplier(const Task& task) const;
   // The form of few_rows.h, if the chunk is well enough conditioned; or else its covariance, in the same place.
   bool factor_few(const ChunkPlan& chunk, const DiagonalSum& diagonal, int64_t rows, T scale, const Scratch<T>& s);
+
+  // The inverse in tile order, where it is to be applied so.
+  void to_tiles(int64_t layer, int64_t c, const Scratch<T>& s);
 
   void apply(const Task& task, const Scratch<T>& s);
   // Corrects some outputs; `more`: as many come next.

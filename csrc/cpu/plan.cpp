@@ -10,6 +10,9 @@ namespace consistency_ops::cpu {
 
 namespace {
 
+// Below so many panels a chunk's products take less time than moving G, and a tile less of it is filled.
+constexpr int kLeastTilePanels = 4;
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int64_t row_count(const PreconditionLayer& layer) {
@@ -44,6 +47,8 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
     chunk.size = chunk_begin(plan.units, chunks, c + 1) - begin;
     chunk.panels = static_cast<int32_t>((chunk.size + kPanel - 1) / kPanel);
     chunk.first_panel = panel;
+    chunk.storage = 0;
+    chunk.tiles = -1;
     chunk.first_run = static_cast<int64_t>(plan.runs.size());
     for (int64_t q = 0; q < chunk.size; ++q) {
       const int64_t unit = unit_of(begin + q);
@@ -66,10 +71,36 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
   }
 }
 
+int64_t matrix_of(const ChunkPlan& chunk) { return int64_t{chunk.panels} * chunk.panels * kPanel * kPanel; }
+
+// Of the inverse in tile order: two terms of half a float, an even number of panels high.
+int64_t tiles_of(const ChunkPlan& chunk) {
+  return int64_t{chunk.panels} * ((chunk.panels + 1) / 2 * 2) * kPanel * kPanel;
+}
+
+int64_t storage_of(const ChunkPlan& chunk) {
+  if (chunk.tiles < 0) return matrix_of(chunk);
+  return chunk.tiles == chunk.storage ? std::max(matrix_of(chunk), tiles_of(chunk))
+                                      : matrix_of(chunk) + tiles_of(chunk);
+}
+
 int64_t storage_of(const LayerPlan& layer) {
   int64_t elements = 0;
-  for (const ChunkPlan& chunk : layer.chunks) elements += int64_t{chunk.panels} * chunk.panels * kPanel * kPanel;
+  for (const ChunkPlan& chunk : layer.chunks) elements += storage_of(chunk);
   return elements;
+}
+
+// Which chunks of a head have their inverse in tile order.  The offsets are those in an empty workspace.
+void place_tiles(const PreconditionLayer* layers, LayerPlan& head) {
+  const PreconditionLayer* end = layers + head.members;
+  const int64_t fitting = std::count_if(layers, end, fits_tiles);
+  for (size_t c = 0; c < head.chunks.size(); ++c) {
+    ChunkPlan& chunk = head.chunks[c];
+    const bool has_bias = static_cast<int32_t>(c) == head.bias_chunk;
+    if (fitting == 0 || has_bias || chunk.row_panels > 0 || chunk.panels < kLeastTilePanels) continue;
+    chunk.tiles = fitting == head.members ? 0 : matrix_of(chunk);
+    head.on_tiles = true;
+  }
 }
 
 int64_t panels_of(const LayerPlan& layer) { return layer.chunks.back().first_panel + layer.chunks.back().panels; }
@@ -94,6 +125,9 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
   plan.layers.resize(count);
   const int64_t element = options.float64 ? 8 : 4;
   int64_t largest_layer = 0;
+  if (options.stages & kStageApply && !options.float64 && !options.triangular && pair_kernels() != nullptr) {
+    plan.tiles = pair_kernels()->tiles;
+  }
 
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
@@ -133,6 +167,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     at.chunks.resize(num_chunks(layer, options));
     divide(layer, options, at);
     for (ChunkPlan& chunk : at.chunks) chunk.row_panels = few_row_panels(layer, options, at, chunk);
+    if (plan.tiles != nullptr) place_tiles(&layer, at);
     at.runs.shrink_to_fit();
     plan.table_bytes += static_cast<int64_t>(at.runs.capacity() * sizeof(Run) + at.chunks.size() * sizeof(ChunkPlan));
     largest_layer = std::max(largest_layer, storage_of(at));
@@ -189,8 +224,10 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       const int64_t needed = storage_of(layer);
       if (used > 0 && used + needed > capacity) break;
       for (ChunkPlan& chunk : layer.chunks) {
-        chunk.storage = used;
-        used += int64_t{chunk.panels} * chunk.panels * kPanel * kPanel;
+        const int64_t elements = storage_of(chunk);
+        chunk.storage += used;
+        if (chunk.tiles >= 0) chunk.tiles += used;
+        used += elements;
       }
       wave.push_back(next);
       work += covariance_work(layer);

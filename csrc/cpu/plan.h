@@ -29,6 +29,9 @@ struct ChunkPlan {
   int64_t first_run, num_runs;
   int32_t row_panels;  // ceil(rows / 16) if the rows are few and stand for the covariance (few_rows.h), else 0
   int64_t storage;     // offset of the matrix in the workspace of the wave, in elements
+  // Where the inverse is in tile order, for layers with fits_tiles: its offset, that of the matrix if no other layer
+  // needs that; or -1.
+  int64_t tiles;
 };
 
 // Layers with the same input follow one another; the first of them is their head.  The head has the division of the
@@ -40,6 +43,7 @@ struct LayerPlan {
   // have no gradient at all; info and damping_used then get their defaults, and G is not touched.
   bool active;
   bool one_unit;  // corrected apart (one_unit.h); not active
+  bool on_tiles;  // in a head: whether a chunk has its inverse in tile order
   RowSample sample;
   RowDraws draws;     // the row of each of its blocks
   int64_t units;      // with the bias
@@ -75,7 +79,13 @@ struct Task {
   int32_t wait_in_phase;  // so many tasks of the layer's previous phase
 };
 
+// Whether G may be multiplied by TileKernels::correct, where there are such kernels.
+inline bool fits_tiles(const PreconditionLayer& layer) {
+  return layer.g_dtype == DType::kBFloat16 && layer.g_unit_stride == 1;
+}
+
 struct Plan {
+  const TileKernels* tiles = nullptr;  // null where no layer is corrected with them
   std::vector<LayerPlan> layers;
   std::vector<Task> tasks;
   int64_t storage_elements = 0;   // the largest wave

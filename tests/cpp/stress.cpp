@@ -233,7 +233,7 @@ int main(int argc, char** argv) {
   const int problems = argc > 1 ? std::atoi(argv[1]) : 20;
   const co::DType types[] = {co::DType::kFloat32, co::DType::kFloat64, co::DType::kBFloat16, co::DType::kFloat16};
   int sets = 0;
-  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16", "amx", "amx_model"}) {
     if (co_set_cpu_isa(isa) != 0) continue;
     ++sets;
     for (int problem = 0; problem < problems; ++problem) {

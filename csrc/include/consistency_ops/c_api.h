@@ -42,11 +42,11 @@
 /* Version of the library, major * 10000 + minor * 100 + patch. */
 CO_API int32_t co_version(void);
 
-/* The instruction set that the CPU kernels use here: "avx512bf16", "avx512", "avx2" or "portable". */
+/* The instruction set that the CPU kernels use here: "amx", "avx512bf16", "avx512", "avx2" or "portable". */
 CO_API const char* co_cpu_isa(void);
 
 /* Use another instruction set from now on, for the whole process; for tests and measurements.  Invalid argument if this
- * machine lacks it. */
+ * machine lacks it.  "amx_model": the kernels of "amx" with its instructions in plain C++, slow, on any machine. */
 CO_API int co_set_cpu_isa(const char* name);
 
 /* ---- The chunk kernels alone.  As LAPACK: column-major, the lower triangle, only that triangle read or written. */
