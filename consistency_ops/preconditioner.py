@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ._hooks import hide
 from .attachment import Attachment, held_weights, remove_hooks
 from .engine.capture import Capture
 from .engine.capture_states import RowMask
@@ -159,6 +160,7 @@ class Preconditioner:
                 raise ValueError(f"Preconditioner: model must have a layer to correct, got none\n{table}")
             watch = FailedForward([part.states for part in self._attachments], self._layers)
             handles.append(model.register_forward_hook(watch, always_call=True))
+            hide(model)
             for attachment in self._attachments:
                 attachment.hook_optimizer()
                 attachment.resume()

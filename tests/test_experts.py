@@ -167,7 +167,7 @@ def test_nothing_is_left_behind_and_nothing_goes_with_a_copy():
     copied = copy.deepcopy(model)
     copied(torch.randn(8, WIDTH)).sum().backward()
     assert [layer.captured_rows() for layer in pre._layers] == [0, 0, 0]
-    assert all(hook.__reduce__()[0] is getattr for hook in model.experts._forward_hooks.values())
+    assert model.experts._forward_hooks and not copied.experts._forward_hooks
     model.eval()
     model(torch.randn(8, WIDTH))
     with pytest.raises(RuntimeError):

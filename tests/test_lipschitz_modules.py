@@ -1,7 +1,6 @@
 """Modules that do not compute what their type says: hooks, replaced forwards, derived weights, other numbers."""
 
 import contextlib
-import copy
 import math
 import pickle
 import warnings
@@ -77,19 +76,15 @@ def test_hooks_of_this_package_only_read():
     pre.remove()
 
 
-@pytest.mark.parametrize(
-    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
-def test_what_a_copied_model_carries_in_place_of_a_hook_changes_nothing(again):
+def test_what_older_versions_left_in_a_copied_model_in_place_of_a_hook_changes_nothing():
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     expected = co.analysis.lipschitz_bound(model).bound
-    pre = co.Preconditioner(model, torch.optim.SGD(model.parameters(), 0.1))
-    copied = again(model)
-    pre.remove()
-    assert copied[0]._forward_pre_hooks and not model[0]._forward_pre_hooks
-    assert co.analysis.lipschitz_bound(copied, torch.randn(2, 3)).bound == expected
     x = torch.randn(2, 3)
-    assert torch.equal(copied(x), model(x))
+    output = model(x)
+    model[0].register_forward_pre_hook(contextlib.nullcontext.__exit__)
+    copied = pickle.loads(pickle.dumps(model))
+    assert co.analysis.lipschitz_bound(copied, x).bound == expected
+    assert torch.equal(copied(x), output)
 
 
 def test_other_functions_of_context_managers_are_refused_as_hooks():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._hooks import Unpickled, hide
 from ..layers import layer_type
 from ..ops.checks import check_module, shown
 
@@ -115,15 +116,7 @@ class Point:
         counts[name] = counts.get(name, 0) + count
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing: the hook of a copied or unpickled model, in place of a recorder's."""
-
-
-def _unpickle() -> Callable[..., None]:
-    return _nothing
-
-
-class _Hook:
+class _Hook(Unpickled):
     """A hook that is not copied with the model and does not keep the recorder alive."""
 
     def __init__(self, method: Callable[..., None], *args: Any) -> None:
@@ -133,12 +126,6 @@ class _Hook:
         method = self.method()
         if method is not None:
             method(*self.args, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, ()
 
 
 class Recorder:
@@ -180,6 +167,8 @@ class Recorder:
         for index, module in enumerate(chosen.values()):
             self._handles.append(module.register_forward_hook(_Hook(self._see, index), with_kwargs=True))
         self._handles.append(model.register_forward_hook(_Hook(self._end), always_call=True))
+        for module in (model, *chosen.values()):
+            hide(module)
 
     def detach(self) -> None:
         """Remove every hook; what was recorded stays."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from .._hooks import Unpickled, hide
 from ..reference import sample_rows
 from .capture_operators import capture_mark, capture_rows, capture_traced_rows
 from .capture_states import MARK, NEW, PAUSED, STRIDE, USED, CaptureStates
 from .dtensors import Group, as_plain, is_dtensor, local_input
 from .layer_types import LayerType
-from .pickles import nothing, reduce_to_nothing
 from .row_buffer import ROOMY, RowBuffer
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -46,7 +46,7 @@ def _fix_buffer(key: int, dtype: torch.dtype) -> bool:
     return True
 
 
-class Capture(RowBuffer):
+class Capture(RowBuffer, Unpickled):
     """The rows of one layer: a forward pre-hook, and a hook on the weight that notices abandoned gradients.
 
     A module that is called several times in a step, or in several micro-batches, pools its rows. With activation
@@ -96,6 +96,7 @@ class Capture(RowBuffer):
         if not torch.nn.parameter.is_lazy(weight):
             self.follow(module, weight)
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        hide(module)  # a copy of the model must not write into the original's buffers, nor carry a copy of them
 
     def follow(self, module: nn.Module, weight: Tensor) -> None:
         """Fit buffer and mark hook to this weight, which may have been moved, cast, reshaped, replaced or unfrozen."""
@@ -459,13 +460,6 @@ class Capture(RowBuffer):
     def remove(self) -> None:
         self._handle.remove()
         self._mark_nothing()
-
-    # A copy of the model must not write into the original's buffers, nor carry a copy of them.
-    def __deepcopy__(self, memo: dict[int, Any]) -> object:
-        return nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return reduce_to_nothing()
 
 
 def _is_recomputed() -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._hooks import Unpickled
 from .capture_states import CaptureStates
 from .layer import Layer
-from .pickles import nothing, reduce_to_nothing
 
 
-class FailedForward:
+class FailedForward(Unpickled):
     """Forward hook of the model, called even if the pass raises: then the rows that it has left are forgotten."""
 
     def __init__(self, states: list[CaptureStates], layers: list[Layer]) -> None:
@@ -31,9 +31,3 @@ class FailedForward:
             states.drop_unmarked()
         for capture in captures:
             capture.drop_unmarked()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> object:
-        return nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return reduce_to_nothing()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .pickles import nothing, reduce_to_nothing
+from .._hooks import Unpickled, hide
 
 # Products and where they have the two factors. Under a TorchFunctionMode functions and methods come with their names.
 _PRODUCTS = {
@@ -38,13 +38,15 @@ def watch_products(module: nn.Module, taker: Taker) -> list[RemovableHandle]:
     In eager mode only: a compiled forward is not watched.
     """
     modes: list[_Products | None] = []  # of the calls that are running
-    return [
+    handles = [
         module.register_forward_pre_hook(_Enter(taker, modes)),
         module.register_forward_hook(_Leave(taker, modes), always_call=True),
     ]
+    hide(module)
+    return handles
 
 
-class _Enter:
+class _Enter(Unpickled):
     def __init__(self, taker: Taker, modes: list[_Products | None]) -> None:
         self._taker, self._modes = taker, modes
 
@@ -57,12 +59,6 @@ class _Enter:
         if mode is not None:
             mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes.append(mode)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> object:
-        return nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return reduce_to_nothing()
 
 
 class _Leave(_Enter):

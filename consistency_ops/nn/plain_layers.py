@@ -5,7 +5,6 @@ Certificates and projections read ``module.weight`` and trust the type. What can
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .._hooks import nothing
+
 _PACKAGE = __name__.partition(".")[0]
 # Hooks of this package that read and never write: rows of the preconditioner and of SGD2, and the monitors.
 _READERS = tuple(f"{_PACKAGE}.{part}" for part in ("engine.", "analysis.", "optim.sgd2"))
-# What a copied or unpickled model has in place of a hook of the preconditioner (``nothing`` in engine.pickles).
-# It returns None, which leaves inputs and outputs as they are.
-_NOTHING = contextlib.nullcontext.__exit__
 # Old-style hooks of torch that recompute a weight before every forward pass; in evaluation mode, from parameters alone.
 _RECOMPUTE = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 # What a subclass may define without changing what forward computes.
@@ -51,7 +49,7 @@ def table_type(module: nn.Module, table: Mapping[type, Any]) -> type | None:
 
 
 def _reads_only(hook: Callable[..., Any]) -> bool:
-    return hook is _NOTHING or str(getattr(hook, "__module__", "")).startswith(_READERS)
+    return hook is nothing or str(getattr(hook, "__module__", "")).startswith(_READERS)
 
 
 def recomputing_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import reference
+from .._hooks import Unpickled, hide
 from ..engine.correction import Correction, CorrectionOptions
 from ..engine.layer import Layer
 from ..engine.layer_step import LayerStep
@@ -181,7 +182,9 @@ class _WholeLayerCorrection(Correction):
         if not self._conv_mean or module is None or weight is None or weight.dim() <= 2:
             return []
         self._positions[layer.index] = hook = _OutputPositions(weight.dim() - 2)
-        return [module.register_forward_hook(hook)]
+        handle = module.register_forward_hook(hook)
+        hide(module)
+        return [handle]
 
     def chunk_of(self, units: int) -> int:
         if self._divide is not None and units > self._max_size:
@@ -221,7 +224,7 @@ class _WholeLayerCorrection(Correction):
         self.record_outcome([step], info, used)
 
 
-class _OutputPositions:
+class _OutputPositions(Unpickled):
     """Forward hook: how many output positions a convolution has for one image."""
 
     def __init__(self, spatial: int) -> None:
