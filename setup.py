@@ -128,7 +128,7 @@ def torch_abi_extension(cpp_extension) -> Extension:
     return cpp_extension.CppExtension(
         "consistency_ops._torch_abi_" + re.sub(r"\W", "_", torch.__version__),
         sorted(str(s.relative_to(ROOT)) for s in ROOT.glob("csrc/torch_abi/*.cpp")),
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         extra_compile_args=[
             *("-O2", *HIDDEN, "-Wall", "-Wextra", "-g0", *prefix_maps(cpp_extension)),
             *("-isystem", str(torch_include(cpp_extension))),
@@ -218,7 +218,7 @@ class BuildExt(build_ext):
             if wanted == "1":
                 fail(f"csrc/torch_abi does not build with this torch ({error}): set CONSISTENCY_OPS_TORCH_ABI=0.")
             print(
-                "consistency_ops: without csrc/torch_abi, which this torch does not build; small calls of modulus take "
+                "consistency_ops: without csrc/torch_abi, which this torch does not build; small layers and calls take "
                 "some microseconds more.",
                 file=sys.stderr,
             )

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .distributed.placement import Placements
 from .distributed.pooling import Pooling
+from .engine import host_path
 from .engine.capture import Capture
 from .engine.capture_states import CaptureStates
 from .engine.correction import Correction
@@ -191,14 +192,34 @@ class Attachment:
         for layer in own:
             layer.info_slice = None
         pooled = self.pooling.correct()
-        steps = self._layer_steps(own, pooled)
-        if states.new_weights:  # seen while the steps were made
-            self.attach()
-            own = self.own_layers()
-            steps = self._layer_steps(own, pooled)
+        steps: list[LayerStep] = []
         first = False
-        if not (self._hooks_fire or states.paused):
-            self._hooks_fire = first = notice_unseen(steps, self._notices)
+        quick = bool(self._hooks_fire) and not (pooled or states.new_weights)
+        corrected = quick and host_path.correct(correction, own, self.ownership)
+        if not corrected:
+            steps = self._layer_steps(own, pooled)
+            if states.new_weights:  # seen while the steps were made
+                self.attach()
+                own = self.own_layers()
+                steps = self._layer_steps(own, pooled)
+            if not (self._hooks_fire or states.paused):
+                self._hooks_fire = first = notice_unseen(steps, self._notices)
+            self._run(steps)
+            corrected = bool(steps or pooled)
+        held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
+        self.vigil.step(held, corrected)
+        finished = not states.paused
+        waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []
+        host_path.begin_step(own, finished)
+        states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
+        for capture, still in waits:
+            capture.wait(still)
+        if first:
+            notice_failures(correction, own, self._notices)
+
+    def _run(self, steps: list[LayerStep]) -> None:
+        """Correct the gradients of these layers, one launch for all that fit together."""
+        correction = self.correction
         for batch in by_launch(steps, correction.chunk_of):
             try:
                 correction.run(batch)
@@ -207,17 +228,6 @@ class Attachment:
             for step in batch:
                 if step.layer.kind.groups is not None:  # no other has a copy that must be written back
                     step.write_back()
-        held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
-        self.vigil.step(held, bool(steps or pooled))
-        finished = not states.paused
-        waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []
-        for capture in _captures(own):
-            capture.begin_step(finished)
-        states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
-        for capture, still in waits:
-            capture.wait(still)
-        if first:
-            notice_failures(correction, own, self._notices)
 
     def _waiting(self, own: list[Layer], steps: list[LayerStep], pooled: set[int]) -> list[tuple[Capture, bool]]:
         """Layers that wait for rows, or have done so until now, and whether they wait on.

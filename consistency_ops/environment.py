@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 
-from .ops.library import build_config, library, torch_abi
+from .ops.library import build_config, is_torch_abi_off, library, torch_abi
 
 __version__ = "0.1.0"
 
@@ -20,8 +20,8 @@ class BuildInfo(TypedDict):
     ``compiler``; ``cuda_toolkit`` and ``cuda_archs`` (``None`` in a build without CUDA kernels); ``cpu``, its name;
     ``cpu_isa``, the kernels in use: "amx", "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
     ``omp_wait_policy``; ``gpus``, their names, empty without a CUDA device; ``os``; ``python``; ``library``, the path
-    of the compiled file; ``torch_abi``: "loaded" if ``csrc/torch_abi``, which makes small calls faster, was built for
-    this torch and this Python, else "not built".
+    of the compiled file; ``torch_abi``: "loaded" if ``csrc/torch_abi``, which makes small layers and calls faster, was
+    built for this torch and this Python, "off" where ``CONSISTENCY_OPS_TORCH_ABI=0`` says so, else "not built".
     """
 
     version: str
@@ -96,7 +96,7 @@ def build_info() -> BuildInfo:
         "os": platform.platform(),
         "python": platform.python_version(),
         "library": library._name,
-        "torch_abi": "not built" if torch_abi is None else "loaded",
+        "torch_abi": "loaded" if torch_abi is not None else "off" if is_torch_abi_off() else "not built",
     }
 
 

@@ -59,9 +59,34 @@ class Capture(RowBuffer, Unpickled):
     first captures them, and ``source`` of the others is the first. In eager mode only.
     """
 
-    width: int
-    offered: int
-    fixed: bool
+    __slots__ = (
+        "_adds",
+        "_all_units",
+        "_alone",
+        "_before_handle",
+        "_grad",
+        "_handle",
+        "_key",
+        "_lost",
+        "_mark_handle",
+        "_marked_calls",
+        "_module",
+        "_place",
+        "_plain",
+        "_position",
+        "_restarted",
+        "_units",
+        "_weight",
+        "_width",
+        "calls",
+        "kind",
+        "last_source",
+        "same_rows",
+        "source",
+        "unit_dim",
+        "waits",
+        "weight_name",
+    )
 
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int

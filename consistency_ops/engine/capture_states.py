@@ -43,6 +43,23 @@ def empty(rows: int, units: int, dtype: torch.dtype, device: torch.device) -> Te
 class CaptureStates:
     """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
 
+    # Slots, as those of RowBuffer.
+    __slots__ = (
+        "_tensors",
+        "alarm",
+        "inputs",
+        "layers",
+        "limit",
+        "mask",
+        "new_weights",
+        "ownership",
+        "paused",
+        "step",
+        "stopped",
+        "taken",
+        "waiting",
+    )
+
     def __init__(self, layers: int, ownership: weakref.ref[Ownership] | None = None) -> None:
         self.layers: int = layers
         self.limit: int = _LIMIT * layers  # of `waiting`

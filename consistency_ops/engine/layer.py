@@ -15,7 +15,7 @@ from .layer_types import LayerType
 Slice = tuple[Tensor, int, int]  # a tensor that one launch wrote for all layers; first and last entry of this layer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Layer:
     """One weight of a module, with two or more dimensions, corrected or not."""
 

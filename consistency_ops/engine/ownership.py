@@ -27,6 +27,11 @@ class Ownership:
         self._in_order, self.owned = now, frozenset(now)
         return True
 
+    @property
+    def ids(self) -> frozenset[int] | None:
+        """Of the parameters; None: all are owned."""
+        return self.owned if isinstance(self.owned, frozenset) else None
+
     def owns(self, parameter: Tensor) -> bool:
         return id(parameter) in self.owned
 

@@ -24,7 +24,7 @@ from .. import reference
 from .._ops import add_op_namespace_prefix, ops
 from . import portable, portable_capture, portable_elementwise, portable_memory, portable_whitening
 from .checks import MAX_CHUNK, shown
-from .library import build_config
+from .library import build_config, torch_abi
 from .registration import NAMESPACE, PORTABLE_NAMESPACE, portable_ops
 
 Backend = Literal["auto", "native", "torch"]
@@ -178,6 +178,7 @@ def _put_before(key: str, make: Callable[[str], Callable[..., Any]]) -> None:
         for name in PORTABLE:
             library.impl(name, make(name), key, allow_override=True)
     _before[key] = library
+    _tell_torch_abi(key)
 
 
 def _put_gate(key: str) -> None:
@@ -190,6 +191,13 @@ def _take_away(key: str) -> None:
     if (library := _before.pop(key, None)) is not None:
         _kept_alive.extend(torch.library.get_kernel(add_op_namespace_prefix(name), key) for name in PORTABLE)
         library._destroy()
+    _tell_torch_abi(key)
+
+
+def _tell_torch_abi(key: str) -> None:
+    """csrc/torch_abi calls the kernels of the CPU past torch's dispatcher: not while something stands before them."""
+    if key == "CPU" and torch_abi is not None:
+        torch_abi.use_host_path(key not in _before)
 
 
 def set_backend(name: Backend) -> None:

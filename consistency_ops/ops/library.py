@@ -69,10 +69,19 @@ def _is_of(library: ctypes.CDLL) -> bool:
     return compiled == file.read_bytes().strip().removeprefix(b'R"(').removesuffix(b')"')
 
 
+def is_torch_abi_off() -> bool:
+    return os.environ.get("CONSISTENCY_OPS_TORCH_ABI") == "0"
+
+
 def _load_torch_abi() -> ModuleType | None:
-    """None unless it was built for exactly this torch (its name says which) and this Python (its suffix does)."""
+    """None unless it was built for exactly this torch (its name says which) and this Python (its suffix does).
+
+    ``CONSISTENCY_OPS_TORCH_ABI=0`` leaves it out here, too, and not only when the library is built.
+    """
     import torch
 
+    if is_torch_abi_off():
+        return None
     try:  # setup.py makes the same name
         return importlib.import_module("..._torch_abi_" + re.sub(r"\W", "_", torch.__version__), __name__)
     except ImportError:

@@ -7,6 +7,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/cuda_scope.h"
+#include "bindings/host_calls.h"
 #include "bindings/layout.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
@@ -31,16 +32,14 @@ Status run_capture(const CaptureProblem& p, [[maybe_unused]] const Tensor& rows)
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(rows)) return capture_rows_cuda(p, consistency_ops::bindings::CudaScope(rows).stream());
 #endif
-  const std::lock_guard<std::mutex> turn(cpu_turn);
-  return capture_rows_cpu(p, consistency_ops::bindings::thread_pool());
+  return consistency_ops::bindings::capture_rows_in_turn(p);
 }
 
 Status run_mark(const CaptureProblem& p, bool restart, [[maybe_unused]] const Tensor& rows) {
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(rows)) return capture_mark_cuda(p, restart, consistency_ops::bindings::CudaScope(rows).stream());
 #endif
-  const std::lock_guard<std::mutex> turn(cpu_turn);
-  return capture_mark_cpu(p, restart);
+  return consistency_ops::bindings::capture_mark_in_turn(p, restart);
 }
 
 CaptureProblem describe_buffer(const Tensor& rows, const Tensor& state, int64_t index) {
@@ -95,6 +94,16 @@ void capture_mark_(Tensor rows, Tensor state, int64_t index, bool restart) {
 }
 
 }  // namespace
+
+consistency_ops::Status consistency_ops::bindings::capture_rows_in_turn(const CaptureProblem& problem) {
+  const std::lock_guard<std::mutex> turn(cpu_turn);
+  return capture_rows_cpu(problem, thread_pool());
+}
+
+consistency_ops::Status consistency_ops::bindings::capture_mark_in_turn(const CaptureProblem& problem, bool restart) {
+  const std::lock_guard<std::mutex> turn(cpu_turn);
+  return capture_mark_cpu(problem, restart);
+}
 
 CO_REGISTER(m) {
   m.impl("capture_rows_", TORCH_BOX(&capture_rows_));

@@ -4,28 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "bindings/describe.h"
 #include "consistency_ops/types.h"
 
 namespace consistency_ops::bindings {
 
 using torch::stable::Tensor;
-
-inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16");
-  }
-  return DType::kFloat32;
-}
 
 inline void check_status(Status status, const char* op) {
   STD_TORCH_CHECK(status != Status::kOutOfMemory, op, ": out of memory for the workspace; no gradient was changed");

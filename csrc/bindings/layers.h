@@ -7,6 +7,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/cuda_scope.h"
+#include "bindings/describe.h"
 #include "bindings/layout.h"
 #include "consistency_ops/precondition.h"
 
@@ -25,38 +26,6 @@ inline void set_input(PreconditionLayer& layer, Tensor& x, int64_t unit_dim, con
   layer.x_dtype = dtype_of(x, op, "inputs");
   layer.x_unit_stride = x.stride(unit_dim);
   layer.x = x.const_data_ptr();
-}
-
-inline void set_grad(PreconditionLayer& layer, const Tensor& grad, int64_t conv_groups, const char* op) {
-  STD_TORCH_CHECK(grad.dim() >= 2 && grad.dim() <= 2 + kMaxTapDims, op, ": grad must have 2 to 5 dimensions, got ",
-                  grad.dim());
-  layer.units = grad.size(1);
-  layer.outputs = grad.size(0) / conv_groups;
-  layer.g_output_stride = grad.stride(0);
-  layer.g_unit_stride = grad.stride(1);
-  collapse(grad, -1, 2, kMaxTapDims, layer.g_tap_size, layer.g_tap_stride);
-  layer.g_dtype = dtype_of(grad, op, "grad");
-  layer.g = grad.mutable_data_ptr();
-}
-
-inline void set_bias(PreconditionLayer& layer, const Tensor& bias, const char* op) {
-  STD_TORCH_CHECK(bias.dim() == 1, op, ": bias_grad must have 1 dimension, got ", bias.dim());
-  layer.has_bias = true;
-  layer.bias_stride = bias.stride(0);
-  layer.bias_dtype = dtype_of(bias, op, "bias_grad");
-  layer.bias_grad = bias.mutable_data_ptr();
-}
-
-inline void* after(void* data, int64_t bytes) { return data == nullptr ? nullptr : static_cast<char*>(data) + bytes; }
-
-// The setters describe the first group of a convolution; from one to the next, of which there may be hundreds, only
-// pointers move.  `bytes`: of the matrices of one group.
-inline void to_next_group(PreconditionLayer& layer, int64_t bytes = 0) {
-  layer.x = static_cast<const char*>(layer.x) + layer.units * layer.x_unit_stride * element_size(layer.x_dtype);
-  layer.g = after(layer.g, layer.outputs * layer.g_output_stride * element_size(layer.g_dtype));
-  layer.bias_grad = after(layer.bias_grad, layer.outputs * layer.bias_stride * element_size(layer.bias_dtype));
-  layer.covariance = after(layer.covariance, bytes);
-  layer.inverse = after(layer.inverse, bytes);
 }
 
 // entries[i] belongs to layer owners[i]: the entry of every layer, or null.
@@ -84,10 +53,7 @@ inline void check_overlap(const Tensors& grads, const Tensors& bias_grads, const
       extents.emplace_back(begin, begin + tensor.numel() * element_size(dtype_of(tensor, op, "grads")));
     }
   }
-  std::sort(extents.begin(), extents.end());
-  for (size_t i = 1; i < extents.size(); ++i) {
-    STD_TORCH_CHECK(extents[i - 1].second <= extents[i].first, op, ": gradients must not overlap");
-  }
+  STD_TORCH_CHECK(!overlap(extents), op, ": gradients must not overlap");
 }
 
 inline void set_permutation(PreconditionLayer& layer, const Tensor* permutation, const char* op) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/allocation.h"
+#include "bindings/describe.h"
 
 namespace consistency_ops::bindings {
 
@@ -76,31 +77,6 @@ inline bool is_dense(const Tensor& tensor) {
     if (stride != expected) return false;
     expected *= size;
   }
-  return true;
-}
-
-// Describes the dimensions >= first_dim of `tensor`, without skip_dim, as at most `limit` pairs (size, stride), the
-// innermost last.  Adjacent dimensions that one stride serves are merged; unused leading pairs are (1, 0).  False if
-// more than `limit` pairs remain.
-inline bool collapse(const Tensor& tensor, int64_t skip_dim, int64_t first_dim, int limit, int64_t* size,
-                     int64_t* stride) {
-  int dims = 0;
-  for (int64_t d = first_dim; d < tensor.dim(); ++d) {
-    const int64_t n = tensor.size(d), s = tensor.stride(d);
-    if (d == skip_dim || n == 1) continue;
-    if (dims > 0 && stride[dims - 1] == n * s) {
-      size[dims - 1] *= n;
-      stride[dims - 1] = s;
-      continue;
-    }
-    if (dims == limit) return false;
-    size[dims] = n;
-    stride[dims++] = s;
-  }
-  std::copy_backward(size, size + dims, size + limit);
-  std::copy_backward(stride, stride + dims, stride + limit);
-  std::fill(size, size + limit - dims, 1);
-  std::fill(stride, stride + limit - dims, 0);
   return true;
 }
 

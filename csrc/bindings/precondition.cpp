@@ -18,24 +18,6 @@
 namespace consistency_ops::bindings {
 namespace {
 
-// Marks the layers that have the input, or the covariance, and the division of the one before them.
-void find_same_inputs(std::vector<PreconditionLayer>& layers) {
-  constexpr int kMostLayers = 64;  // with one input: the CUDA launcher takes kMaxLaunchLayers
-  int run = 1;
-  for (size_t l = 1; l < layers.size(); ++l) {
-    PreconditionLayer& layer = layers[l];
-    const PreconditionLayer& before = layers[l - 1];
-    layer.same_input = run < kMostLayers && layer.x == before.x && layer.x_dtype == before.x_dtype &&
-                       std::equal(layer.x_row_size, layer.x_row_size + kMaxRowDims, before.x_row_size) &&
-                       std::equal(layer.x_row_stride, layer.x_row_stride + kMaxRowDims, before.x_row_stride) &&
-                       layer.x_unit_stride == before.x_unit_stride && layer.covariance == before.covariance &&
-                       layer.units == before.units && layer.has_bias == before.has_bias &&
-                       layer.permutation == before.permutation && layer.row_count == before.row_count &&
-                       layer.layer == before.layer && layer.group == before.group;
-    run = layer.same_input ? run + 1 : 1;
-  }
-}
-
 #if defined(CO_CUDA_KERNELS)
 // What co_set_cuda_tuning has chosen for this thread.
 thread_local CudaTuning forced_tuning;

@@ -10,7 +10,13 @@
 #define CO_CONCATENATE(a, b) CO_CONCATENATE_(a, b)
 
 PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
-  static PyMethodDef methods[] = {{"modulus", consistency_ops::torch_abi::modulus, METH_O, nullptr},
+  using namespace consistency_ops::torch_abi;
+  static PyMethodDef methods[] = {{"modulus", modulus, METH_O, nullptr},
+                                  {"bind_host_path", bind_host_path, METH_VARARGS, nullptr},
+                                  {"use_host_path", use_host_path, METH_O, nullptr},
+                                  {"plan_step", plan_step, METH_VARARGS, nullptr},
+                                  {"run_step", run_step, METH_VARARGS, nullptr},
+                                  {"begin_step", begin_step, METH_VARARGS, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {};
   definition.m_name = "_torch_abi";

@@ -1,0 +1,324 @@
+// The host's part of a step: what consistency_ops/engine/layer_step.py and Correction.fused do for all layers, where
+// all of them are the plain case.  consistency_ops/engine/host_path.py calls the three functions at the end.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <map>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/describe.h"
+#include "torch_abi/host_path.h"
+#include "torch_abi/torch_abi.h"
+
+namespace consistency_ops::torch_abi {
+namespace {
+
+constexpr char kPlan[] = "consistency_ops.host_plan";
+
+// One layer of a step; the tensors keep the memory that `problem` points to.
+struct Planned {
+  THPObjectPtr layer;
+  at::Tensor grad, bias_grad, rows, count;
+  PreconditionLayer problem;
+  int64_t convolution_groups, rows_id;
+  bool is_double;
+};
+using Plan = std::vector<Planned>;
+
+enum class Look { kPlanned, kNothing, kPython };  // kNothing: this layer has nothing to correct in this step
+
+PyObject* attribute(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+bool owns(PyObject* owned, PyObject* parameter) {
+  if (owned == Py_None) return true;
+  THPObjectPtr key(PyLong_FromVoidPtr(parameter));
+  const int found = key ? PySet_Contains(owned, key.get()) : -1;
+  if (found < 0) PyErr_Clear();
+  return found == 1;
+}
+
+// The gradient of a parameter, if it can be corrected where it lies.
+bool plain_gradient(const at::Tensor& grad) {
+  if (!is_plain(grad)) return false;
+  THPObjectPtr object(THPVariable_Wrap(grad));  // it may be of a subclass that only Python sees
+  return object && is_tensor(object.get()) &&
+         (grad.is_contiguous() || at::has_internal_overlap(grad) != at::MemOverlap::Yes);
+}
+
+// As Capture._follows: the weight is the one that was hooked, and is so still.
+bool follows(PyObject* capture, PyObject* weight) {
+  const CaptureClass& c = host.capture;
+  THPObjectPtr id(PyLong_FromVoidPtr(weight));
+  PyObject *known = c.weight.get(capture), *handle = c.mark_handle.get(capture);
+  if (!id || known == nullptr || known == Py_None || handle == nullptr || handle == Py_None) return false;
+  if (PyObject_RichCompareBool(id.get(), known, Py_EQ) != 1) return false;
+  PyObject* hooks = reinterpret_cast<THPVariable*>(weight)->post_accumulate_grad_hooks;
+  THPObjectPtr hook(attribute(handle, host.id));
+  return hook && hooks != nullptr && PyDict_Check(hooks) && PyDict_Contains(hooks, hook.get()) == 1;
+}
+
+// The bias of a layer that joins it to its units, if it has a gradient of this optimizer.
+bool find_bias(PyObject* layer, PyObject* kind, PyObject* parameters, PyObject* owned, at::Tensor& grad) {
+  if (!host.layer.joins_bias.is_true(layer)) return true;
+  THPObjectPtr name(attribute(kind, host.bias));
+  if (!name) return false;
+  PyObject* bias = name.get() == Py_None ? nullptr : PyDict_GetItemWithError(parameters, name.get());
+  if (bias == nullptr || bias == Py_None) return true;
+  if (!is_parameter(bias)) return false;
+  if (!owns(owned, bias) || !THPVariable_Unpack(bias).grad().defined()) return true;
+  grad = THPVariable_Unpack(bias).grad();
+  return plain_gradient(grad) && grad.dim() == 1;
+}
+
+Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planned& found) {
+  const LayerClass& l = host.layer;
+  const CaptureClass& c = host.capture;
+  PyObject *capture = l.capture.get(layer), *kind = l.kind.get(layer), *tied = l.tied.get(layer);
+  if (capture == nullptr || Py_TYPE(capture) != c.type || Py_TYPE(kind) != host.kind_type) return Look::kPython;
+  THPObjectPtr module(referent(l.module.get(layer)));
+  THPObjectPtr parameters(module ? attribute(module.get(), host.parameters) : nullptr);
+  if (!parameters || !PyDict_CheckExact(parameters.get()) || !PyUnicode_Check(tied)) return Look::kPython;
+  PyObject* weight_object = PyDict_GetItemWithError(parameters.get(), c.weight_name.get(capture));
+  if (weight_object == nullptr || !is_parameter(weight_object)) return Look::kPython;
+  if (PyUnicode_GET_LENGTH(tied) > 0 || !owns(owned, weight_object)) return Look::kNothing;
+
+  const at::Tensor& weight = THPVariable_Unpack(weight_object);
+  PyObject* source = c.source.get(capture);
+  if (source == nullptr || source == Py_None) source = capture;
+  PyObject* kept = c.kept.get(source);
+  const bool plain = weight.requires_grad() && is_plain(weight) && follows(capture, weight_object) &&
+                     Py_TYPE(source) == c.type && !c.lost.is_true(capture) && !l.lost_rows.is_true(layer) &&
+                     !l.unfit_gradient.is_true(layer) && c.calls.integer(source, -1) == c.calls.integer(capture, -2) &&
+                     kept != nullptr && PyList_Check(kept) && PyList_GET_SIZE(kept) == 0 &&
+                     c.restarted.integer(source, 1) == 0 &&
+                     c.is_double.is_true(capture) == (weight.scalar_type() == at::kDouble);
+  if (!plain) return Look::kPython;
+  found.grad = weight.grad();
+  if (!found.grad.defined()) return Look::kNothing;
+
+  const at::Tensor &grad = found.grad, *rows = tensor_in(c.rows, source), *count = tensor_in(c.count, source);
+  if (rows == nullptr || count == nullptr || !is_plain(*rows) || !is_plain(*count)) return Look::kPython;
+  THPObjectPtr matrix(attribute(kind, host.matrix)), packed(attribute(kind, host.packed));
+  if (matrix.get() != Py_None || packed.get() != Py_False || !plain_gradient(grad)) return Look::kPython;
+  if (!find_bias(layer, kind, parameters.get(), owned, found.bias_grad)) return Look::kPython;
+  if (grad.dim() < 2 || grad.dim() > 2 + kMaxTapDims || rows->dim() != 2 || rows->size(0) == 0 || grad.size(1) == 0) {
+    return Look::kPython;
+  }
+  found.convolution_groups = rows->size(1) / grad.size(1);
+  const bool sizes_fit = found.convolution_groups * grad.size(1) == rows->size(1) &&
+                         (grad.dim() > 2 || found.convolution_groups == 1) &&
+                         grad.size(0) % found.convolution_groups == 0 &&
+                         (!found.bias_grad.defined() || found.bias_grad.size(0) == grad.size(0));
+  if (!sizes_fit) return Look::kPython;
+
+  found.layer = THPObjectPtr(Py_NewRef(layer));
+  found.rows = *rows;
+  found.count = *count;
+  found.rows_id = reinterpret_cast<int64_t>(c.rows.get(source));
+  found.is_double = rows->scalar_type() == at::kDouble;
+  PreconditionLayer& p = found.problem;
+  for (int64_t& size : p.x_row_size) size = 1;
+  p.x = rows->const_data_ptr();
+  p.x_row_size[kMaxRowDims - 1] = rows->size(0);
+  p.x_row_stride[kMaxRowDims - 1] = rows->size(1);
+  p.x_unit_stride = 1;
+  p.x_dtype = bindings::dtype_of(*rows, "foreach_precondition_", "inputs");
+  bindings::set_grad(p, grad, found.convolution_groups, "foreach_precondition_");
+  if (found.bias_grad.defined()) bindings::set_bias(p, found.bias_grad, "foreach_precondition_");
+  p.row_count = count->const_data_ptr<int64_t>();
+  p.layer = static_cast<uint32_t>(l.index.integer(layer, 0));
+  // default_group of ops/arguments.py
+  p.group = static_cast<int32_t>(std::min(group > 0 ? group : 32 / element_size(p.g_dtype), chunk));
+  return Look::kPlanned;
+}
+
+// As in_order_of_input of layer_step.py.
+void put_same_rows_together(Plan& plan) {
+  std::map<std::tuple<int64_t, bool, DType>, size_t> run_of;
+  std::vector<std::vector<size_t>> runs;
+  for (size_t i = 0; i < plan.size(); ++i) {
+    const bool alone = plan[i].convolution_groups != 1;
+    const int64_t id = alone ? -1 - static_cast<int64_t>(i) : plan[i].rows_id;
+    const auto [at, is_new] = run_of.try_emplace({id, plan[i].problem.has_bias, plan[i].problem.g_dtype}, runs.size());
+    if (is_new) runs.emplace_back();
+    runs[at->second].push_back(i);
+  }
+  Plan ordered;
+  ordered.reserve(plan.size());
+  for (const auto& run : runs) {
+    const uint32_t division = plan[run.front()].problem.layer;
+    for (size_t i : run) {
+      ordered.push_back(std::move(plan[i]));
+      ordered.back().problem.layer = division;
+    }
+  }
+  plan = std::move(ordered);
+}
+
+bool gradients_overlap(const Plan& plan) {
+  std::vector<std::pair<const char*, const char*>> extents;
+  extents.reserve(2 * plan.size());
+  for (const Planned& planned : plan) {
+    for (const at::Tensor* tensor : {&planned.grad, &planned.bias_grad}) {
+      if (!tensor->defined() || tensor->numel() == 0 || !tensor->is_contiguous()) continue;
+      const char* begin = static_cast<const char*>(tensor->const_data_ptr());
+      extents.emplace_back(begin, begin + tensor->nbytes());
+    }
+  }
+  return bindings::overlap(extents);
+}
+
+void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+
+bool set_slice(const Slot& slot, PyObject* layer, PyObject* tensor, int64_t begin, int64_t end) {
+  THPObjectPtr slice(Py_BuildValue("(OLL)", tensor, static_cast<long long>(begin), static_cast<long long>(end)));
+  if (slice) slot.set(layer, slice.get());
+  return static_cast<bool>(slice);
+}
+
+}  // namespace
+
+// plan_step(layers, owned, chunk, group): what this step corrects, to be given to run_step; None if a layer is not the
+// plain case or there is nothing to correct.  owned: a frozenset of the ids of the optimizer's parameters, or None for
+// all; group: 0 for the default.  Changes nothing.
+PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *layers = nullptr, *owned = nullptr;
+  long long chunk = 0, group = 0;
+  if (!PyArg_ParseTuple(args, "O!OLL", &PyList_Type, &layers, &owned, &chunk, &group)) return nullptr;
+  if (host.calls == nullptr || !host.used || (owned != Py_None && !PyFrozenSet_CheckExact(owned)) || !unwatched()) {
+    Py_RETURN_NONE;
+  }
+  auto plan = std::make_unique<Plan>();
+  plan->reserve(PyList_GET_SIZE(layers));
+  bool shared = false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); ++i) {
+    PyObject* layer = PyList_GET_ITEM(layers, i);
+    if (Py_TYPE(layer) != host.layer.type) Py_RETURN_NONE;
+    Planned planned{};
+    const Look seen = look(layer, owned, chunk, group, planned);
+    if (seen == Look::kPython ||
+        (seen == Look::kPlanned && !plan->empty() && planned.is_double != plan->front().is_double)) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    if (seen == Look::kNothing) continue;
+    shared = shared || !host.capture.source.is(host.layer.capture.get(layer), Py_None);
+    plan->push_back(std::move(planned));
+  }
+  if (plan->empty() || gradients_overlap(*plan)) Py_RETURN_NONE;
+  if (shared) put_same_rows_together(*plan);
+  PyObject* capsule = PyCapsule_New(plan.get(), kPlan, forget);
+  if (capsule != nullptr) plan.release();
+  return capsule;
+  END_HANDLE_TH_ERRORS
+}
+
+// run_step(plan, damping, trace_scaling, chunk, max_rows, seed, step): corrects the gradients, and tells the layers as
+// Correction.record_outcome does.  False: the kernel refused, with nothing written.
+PyObject* run_step(PyObject* /*module*/, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject* capsule = nullptr;
+  double damping = 0;
+  int trace_scaling = 0;
+  long long chunk = 0, max_rows = 0, seed = 0, step = 0;
+  if (!PyArg_ParseTuple(args, "OdpLLLL", &capsule, &damping, &trace_scaling, &chunk, &max_rows, &seed, &step)) {
+    return nullptr;
+  }
+  auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan));
+  if (plan == nullptr) return nullptr;
+  PreconditionOptions options;
+  options.damping = damping;
+  options.trace_scaling = trace_scaling != 0;
+  options.chunk = static_cast<int32_t>(chunk);
+  options.max_rows = max_rows;
+  options.seed = static_cast<uint64_t>(seed);
+  options.step = static_cast<uint64_t>(step);
+
+  std::vector<PreconditionLayer> problems;
+  problems.reserve(plan->size());
+  int64_t chunks = 0;
+  for (const Planned& planned : *plan) {
+    options.float64 = options.float64 || planned.is_double || planned.problem.g_dtype == DType::kFloat64;
+    PreconditionLayer problem = planned.problem;
+    for (int64_t g = 0; g < planned.convolution_groups; ++g, bindings::to_next_group(problem))
+      problems.push_back(problem);
+    chunks += planned.convolution_groups * num_chunks(problem, options);
+  }
+  bindings::find_same_inputs(problems);
+  const at::Tensor info = at::empty({chunks}, at::kInt), used = at::empty({chunks}, at::kFloat);
+  int64_t begin = 0;
+  for (PreconditionLayer& problem : problems) {
+    problem.info = info.mutable_data_ptr<int32_t>() + begin;
+    problem.damping_used = used.mutable_data_ptr<float>() + begin;
+    begin += num_chunks(problem, options);
+  }
+  Status status = Status::kOk;
+  {
+    const pybind11::gil_scoped_release released;
+    status = host.calls->precondition(problems.data(), static_cast<int64_t>(problems.size()), options);
+  }
+  if (status != Status::kOk) Py_RETURN_FALSE;
+
+  THPObjectPtr info_object(THPVariable_Wrap(info)), used_object(THPVariable_Wrap(used));
+  if (!info_object || !used_object) return nullptr;
+  begin = 0;
+  for (Planned& planned : *plan) {
+    const LayerClass& l = host.layer;
+    PyObject* layer = planned.layer.get();
+    const PreconditionLayer& p = planned.problem;
+    const int64_t end = begin + planned.convolution_groups * num_chunks(p, options);
+    const bool told = set_slice(l.info_slice, layer, info_object.get(), begin, end) &&
+                      set_slice(l.damping_slice, layer, used_object.get(), begin, end) &&
+                      l.inverse_units.set_integer(layer, p.units + (p.has_bias ? 1 : 0)) &&
+                      l.division_id.set_integer(layer, p.layer);
+    if (!told) return nullptr;
+    begin = end;
+  }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+// begin_step(layers, finished): Capture.begin_step of every layer, in their order.
+PyObject* begin_step(PyObject* /*module*/, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *layers = nullptr, *finished = nullptr;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &layers, &PyBool_Type, &finished)) return nullptr;
+  const CaptureClass& c = host.capture;
+  THPObjectPtr zero(PyLong_FromLong(0)), method(PyUnicode_InternFromString("begin_step"));
+  if (!zero || !method) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); ++i) {
+    THPObjectPtr capture(Py_XNewRef(host.layer.capture.get(PyList_GET_ITEM(layers, i))));
+    if (!capture || capture.get() == Py_None) continue;
+    PyObject* self = capture.get();
+    PyObject* kept = c.kept.get(self);
+    if (c.grown.is_true(self) || kept == nullptr || !PyList_CheckExact(kept) || PyList_GET_SIZE(kept) > 0) {
+      THPObjectPtr done(PyObject_CallMethodOneArg(self, method.get(), finished));
+      if (!done) return nullptr;
+      continue;
+    }
+    if (finished == Py_True) {
+      PyObject* source = c.source.get(self);
+      c.last_source.set(self, c.index.get(source == Py_None ? self : source));
+    }
+    for (const Slot* slot : {&c.offered, &c.marked_offered, &c.calls, &c.marked_calls, &c.restarted}) {
+      slot->set(self, zero.get());
+    }
+    for (const Slot* slot : {&c.mark_due, &c.lost, &c.plain}) slot->set(self, Py_False);
+    for (const Slot* slot : {&c.source, &c.grad}) slot->set(self, Py_None);
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace consistency_ops::torch_abi
