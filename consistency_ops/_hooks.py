@@ -23,6 +23,8 @@ nothing: Callable[..., None] = contextlib.nullcontext.__exit__
 class Unpickled:
     """Base of the hooks on modules; :func:`hide` keeps them out of copies and pickles."""
 
+    __slots__ = ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> object:
         return nothing
 

@@ -7,6 +7,7 @@ thread, interleaved:
 
 * ``hooks that do nothing``: torch's own price of the two hooks that a covered layer has;
 * ``preconditioner``: ours in front of SGD, with the accelerator ``csrc/torch_abi`` where it is built;
+* ``preconditioner, Python``: the same without the accelerator, as from a wheel;
 * ``AdamW`` and ``fused AdamW`` instead of SGD, for scale;
 * ``kfac-pytorch`` in front of SGD, where that package is installed.
 
@@ -26,6 +27,7 @@ from torch import nn
 
 import consistency_ops as co
 from benchmarks.micro.timing import Group, one_thread, save
+from consistency_ops.ops.library import torch_abi
 
 LAYERS, WIDTH, BATCH = 50, 8, 8
 PHASES = ("forward", "backward", "step")
@@ -39,6 +41,7 @@ class Candidate:
         self,
         optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
         keep: Callable[..., object] | None = None,
+        accelerator: bool = True,
         **options,
     ) -> None:
         torch.manual_seed(0)
@@ -46,9 +49,12 @@ class Candidate:
         self.optimizer = optimizer(self.model.parameters(), lr=1e-3, **options)
         self.step: Step = self.optimizer.step
         self.keep = None if keep is None else keep(self)
+        self.accelerator = accelerator
 
     def run(self, x: torch.Tensor) -> list[float]:
         """Seconds of each phase of one training step."""
+        if torch_abi is not None:
+            torch_abi.use_host_path(self.accelerator)
         self.optimizer.zero_grad()
         times = [time.process_time()]
         loss = self.model(x).sum()
@@ -57,6 +63,8 @@ class Candidate:
         times.append(time.process_time())
         self.step()
         times.append(time.process_time())
+        if torch_abi is not None:
+            torch_abi.use_host_path(True)
         return [end - begin for begin, end in itertools.pairwise(times)]
 
 
@@ -79,6 +87,9 @@ def candidates() -> dict[str, Candidate]:
         "plain": Candidate(foreach=True),
         "hooks that do nothing": Candidate(keep=hooks_that_do_nothing, foreach=True),
         "preconditioner": Candidate(keep=lambda c: co.Preconditioner(c.model, c.optimizer), foreach=True),
+        "preconditioner, Python": Candidate(
+            keep=lambda c: co.Preconditioner(c.model, c.optimizer), accelerator=False, foreach=True
+        ),
         "AdamW": Candidate(torch.optim.AdamW, foreach=True),
         "fused AdamW": Candidate(torch.optim.AdamW, fused=True),
     }

@@ -59,34 +59,18 @@ class Capture(RowBuffer, Unpickled):
     first captures them, and ``source`` of the others is the first. In eager mode only.
     """
 
+    # fmt: off
     __slots__ = (
-        "_adds",
-        "_all_units",
-        "_alone",
-        "_before_handle",
-        "_grad",
-        "_handle",
-        "_key",
-        "_lost",
-        "_mark_handle",
-        "_marked_calls",
-        "_module",
-        "_place",
-        "_plain",
-        "_position",
-        "_restarted",
-        "_units",
-        "_weight",
-        "_width",
-        "calls",
-        "kind",
-        "last_source",
-        "same_rows",
-        "source",
-        "unit_dim",
-        "waits",
+        "_adds", "_all_units", "_alone", "_before_handle", "_grad", "_handle", "_key", "_lost",
+        "_mark_handle", "_marked_calls", "_module", "_place", "_plain", "_position", "_restarted", "_units",
+        "_weight", "_width", "calls", "kind", "last_source", "same_rows", "source", "unit_dim", "waits",
         "weight_name",
     )
+    # fmt: on
+
+    width: int
+    offered: int
+    fixed: bool
 
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
@@ -94,7 +78,7 @@ class Capture(RowBuffer, Unpickled):
         super().__init__(states, index, max_rows, seed)
         self.weight_name: str = kind.weight
         self.unit_dim: int = kind.unit_dim
-        self.kind = kind
+        self.kind: LayerType = kind
         self.waits: bool = False  # captures although others pause: there were no rows when they did
         self.same_rows: frozenset[Group] | None = None  # eager only: see dtensors.local_input; None: no call yet
         self._units = self._all_units = 0  # of this rank and of all, where the weight is sharded over them

@@ -44,21 +44,12 @@ class CaptureStates:
     """The bookkeeping of all layers: one int64 tensor (layers, STATE_SIZE) a device, and what the last step left."""
 
     # Slots, as those of RowBuffer.
+    # fmt: off
     __slots__ = (
-        "_tensors",
-        "alarm",
-        "inputs",
-        "layers",
-        "limit",
-        "mask",
-        "new_weights",
-        "ownership",
-        "paused",
-        "step",
-        "stopped",
-        "taken",
-        "waiting",
+        "_tensors", "alarm", "inputs", "layers", "limit", "mask", "new_weights", "ownership", "paused",
+        "step", "stopped", "taken", "waiting",
     )
+    # fmt: on
 
     def __init__(self, layers: int, ownership: weakref.ref[Ownership] | None = None) -> None:
         self.layers: int = layers

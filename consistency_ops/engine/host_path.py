@@ -23,7 +23,7 @@ from .ownership import Ownership
 
 def _bind() -> bool:
     """Whether there is such code, and of the sources that the library was built from."""
-    if torch_abi is None or not hasattr(torch_abi, "bind_host_path"):
+    if torch_abi is None or not hasattr(library, "co_host_calls"):
         return False
     library.co_host_calls.restype = ctypes.c_void_p
     return bool(torch_abi.bind_host_path(library.co_host_calls(), Capture, CaptureStates, Layer, LayerType))
@@ -54,8 +54,7 @@ def correct(correction: Correction, layers: list[Layer], ownership: Ownership) -
 
 def begin_step(layers: list[Layer], finished: bool) -> None:
     """:meth:`Capture.begin_step` of all of them."""
-    if is_bound and torch_abi is not None:
-        torch_abi.begin_step(layers, finished)
+    if is_bound and torch_abi is not None and torch_abi.begin_step(layers, finished):
         return
     for layer in layers:
         if layer.capture is not None:

@@ -24,28 +24,13 @@ class RowBuffer:
     """
 
     # Slots, not a dictionary: csrc/torch_abi reads and writes them where they lie (host_path.py).
+    # fmt: off
     __slots__ = (
-        "__weakref__",
-        "_device",
-        "_double",
-        "_grown",
-        "_kept",
-        "_mark_due",
-        "_marked_offered",
-        "_room",
-        "_taken",
-        "_vain",
-        "count",
-        "fixed",
-        "index",
-        "max_rows",
-        "offered",
-        "rows",
-        "seed",
-        "state",
-        "states",
-        "width",
+        "__weakref__", "_device", "_double", "_grown", "_kept", "_mark_due", "_marked_offered", "_room",
+        "_taken", "_vain", "count", "fixed", "index", "max_rows", "offered", "rows", "seed", "state",
+        "states", "width",
     )
+    # fmt: on
 
     def __init__(self, states: CaptureStates, index: int, max_rows: int, seed: int) -> None:
         self.states: CaptureStates = states

@@ -83,9 +83,10 @@ def _load_torch_abi() -> ModuleType | None:
     if is_torch_abi_off():
         return None
     try:  # setup.py makes the same name
-        return importlib.import_module("..._torch_abi_" + re.sub(r"\W", "_", torch.__version__), __name__)
+        module = importlib.import_module("..._torch_abi_" + re.sub(r"\W", "_", torch.__version__), __name__)
     except ImportError:
         return None
+    return module if hasattr(module, "use_host_path") else None  # that of older sources, left by an earlier build
 
 
 library: ctypes.CDLL = _load()

@@ -289,11 +289,12 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
-// begin_step(layers, finished): Capture.begin_step of every layer, in their order.
+// begin_step(layers, finished): Capture.begin_step of every layer, in their order; False if Python is to do it.
 PyObject* begin_step(PyObject* /*module*/, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *layers = nullptr, *finished = nullptr;
   if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &layers, &PyBool_Type, &finished)) return nullptr;
+  if (host.calls == nullptr || !host.used) Py_RETURN_FALSE;
   const CaptureClass& c = host.capture;
   THPObjectPtr zero(PyLong_FromLong(0)), method(PyUnicode_InternFromString("begin_step"));
   if (!zero || !method) return nullptr;
@@ -317,7 +318,7 @@ PyObject* begin_step(PyObject* /*module*/, PyObject* args) {
     for (const Slot* slot : {&c.mark_due, &c.lost, &c.plain}) slot->set(self, Py_False);
     for (const Slot* slot : {&c.source, &c.grad}) slot->set(self, Py_None);
   }
-  Py_RETURN_NONE;
+  Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
 
