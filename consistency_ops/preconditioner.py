@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VERSIONS = 1, 2  # of state_dict: 2 has the entry `division`
-# The last line of the summary in mode "whiten", for an optimizer whose steps keep their norm.
+# The last line of the summary in mode "whiten".
 _RATE_NOTE = (
-    "In whitened coordinates the best learning rate was a third to three times that of the optimizer alone: try some "
-    "(optim.select_learning_rate with decay=True), or keep the rate and set keep_norm=False."
+    "In whitened coordinates the best learning rate was {} that of the optimizer alone: try some "
+    "(optim.select_learning_rate with decay=True)."
 )
 
 
@@ -89,8 +89,9 @@ class Preconditioner:
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
-        keep_norm: in mode ``"whiten"``, whether a layer's mapped step is scaled to the norm that the optimizer gave it.
-            Without it the rate of the optimizer alone fits better (see the page on choosing).
+        keep_norm: in mode ``"whiten"``, whether a layer's mapped step is scaled to the norm that the optimizer gave it
+            (never with ``torch.optim.SGD``). ``False``: it is up to ``damping ** -0.5`` times as long, which is nearly
+            the same as a higher rate (see the page on choosing).
         process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
             number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
             ``fully_shard`` and ``DTensor`` parameters are recognised.
@@ -417,7 +418,10 @@ class Preconditioner:
         facts = [LayerFacts(part.correction, part.ownership.owns, part.placements.reason) for part in parts]
         part_of = {layer.index: i for i, part in enumerate(parts) for layer in part.own_layers()}
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
-        return f"{table}\n{_RATE_NOTE}" if self.mode == "whiten" and self._correction.options.keep_norm else table
+        if self.mode != "whiten":
+            return table
+        found = "a third to three times" if self._correction.options.keep_norm else "a half to twice"
+        return f"{table}\n{_RATE_NOTE.format(found)}"
 
     def __repr__(self) -> str:
         covered = sum(layer.capture is not None for layer in self._layers)

@@ -86,10 +86,12 @@ def test_the_summary_says_that_whitened_coordinates_want_another_rate():
     optimizer = torch.optim.AdamW(model.parameters())
     whitened = Preconditioner(model, optimizer, mode="whiten", skip="4")
     assert repr(whitened).startswith("Preconditioner(2 of 3 layers, mode='whiten', damping=0.1, scaling='trace'")
+    assert "keep_norm" not in repr(whitened)
     assert "best learning rate was a third to three times" in whitened.summary().splitlines()[-1]
     whitened.remove()
     free = Preconditioner(model, optimizer, mode="whiten", skip="4", keep_norm=False)
-    assert "keep_norm=False" in repr(free) and "learning rate" not in free.summary()
+    assert "keep_norm=False" in repr(free)
+    assert "best learning rate was a half to twice" in free.summary().splitlines()[-1]
     corrected = Preconditioner(model, optimizer, skip=["0", "2"])
     assert "mode" not in repr(corrected)
     assert "learning rate" not in corrected.summary()

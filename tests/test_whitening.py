@@ -30,12 +30,13 @@ def test_for_sgd_it_is_the_correction(chunk):
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
-def test_one_step_by_hand(name):
+@pytest.mark.parametrize("options", [{}, dict(keep_norm=False)], ids=str)
+def test_one_step_by_hand(name, options):
     torch.manual_seed(0)
     layer, x = nn.Linear(12, 7, bias=False).double(), torch.randn(50, 12, dtype=torch.float64)
     plain = copy.deepcopy(layer)
     optimizer = optimizer_of(name, layer.parameters(), weight_decay=0.1)
-    Preconditioner(layer, optimizer, mode="whiten", chunk=12)
+    Preconditioner(layer, optimizer, mode="whiten", chunk=12, **options)
     layer(x).square().sum().backward()
     grad = layer.weight.grad.clone()
     optimizer.step()
@@ -48,7 +49,7 @@ def test_one_step_by_hand(name):
     decayed = before * (1 - 0.01 * 0.1)
     displacement = plain.weight.detach() - decayed
     mapped = torch.linalg.solve_triangular(lower, displacement, upper=False, left=False)  # D L^-1
-    want = decayed + mapped * displacement.norm() / mapped.norm()
+    want = decayed + (mapped if options else mapped * displacement.norm() / mapped.norm())
     torch.testing.assert_close(layer.weight.detach(), want, rtol=1e-9, atol=1e-12)
 
 
@@ -79,23 +80,59 @@ def test_coupled_weight_decay_acts_on_the_weight(name):
     torch.testing.assert_close(layer.weight.detach(), before + mapped, rtol=1e-9, atol=1e-12)
 
 
-def test_other_coordinates_of_the_inputs_change_nothing():
-    """Without damping, one chunk, the norm free (SGD): weights W R^-1 on inputs R x train as W on x."""
+class Orthogonal(torch.optim.Optimizer):
+    """Muon in float64 and exactly: momentum, then the nearest matrix with orthonormal rows."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(0.9).add_(p.grad)
+                left, _, right = torch.linalg.svd(momentum, full_matrices=False)
+                p.sub_(group["lr"] * left @ right)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "mixed"),
+    [
+        (torch.optim.SGD, dict(momentum=0.9), True),
+        (Orthogonal, {}, True),
+        # Adam looks at single entries, so a rotation of the whitened coordinates is not the same to it; a scale is.
+        (torch.optim.AdamW, dict(weight_decay=0.0, eps=0.0), False),
+    ],
+    ids=["SGD", "Muon", "AdamW"],
+)
+def test_other_coordinates_of_the_inputs_change_nothing(kind, options, mixed):
+    """Without damping, one chunk, the norm free: weights W R^-1 on inputs R x train as W on x.
+
+    ``R`` is any invertible matrix, or any scales of the units.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(60, 10, dtype=torch.float64), torch.randn(60, 4, dtype=torch.float64)
-    mix = torch.randn(10, 10, dtype=torch.float64) + 3 * torch.eye(10, dtype=torch.float64)
+    if mixed:
+        mix = torch.randn(10, 10, dtype=torch.float64) + 3 * torch.eye(10, dtype=torch.float64)
+    else:
+        mix = torch.logspace(-2, 2, 10, dtype=torch.float64).diag()
     first = nn.Linear(10, 4, bias=False).double()
     second = copy.deepcopy(first)
+    start = first.weight.detach().clone()
     with torch.no_grad():
         second.weight.copy_(first.weight @ torch.linalg.inv(mix))
     for layer, inputs in ((first, x), (second, x @ mix.T)):
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-        Preconditioner(layer, optimizer, mode="whiten", damping=0.0, scaling="absolute", chunk=10, decay=0.0)
+        optimizer = kind(layer.parameters(), lr=0.1, **options)
+        Preconditioner(
+            layer, optimizer, mode="whiten", damping=0.0, scaling="absolute", chunk=10, decay=0.0, keep_norm=False
+        )
         for _ in range(5):
             optimizer.zero_grad()
             (layer(inputs) - y).square().mean().backward()
             optimizer.step()
-    torch.testing.assert_close(second.weight @ mix, first.weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(second.weight @ mix, first.weight, rtol=1e-8, atol=1e-9)
+    assert float((first.weight - start).norm()) > 0.1
 
 
 @pytest.mark.parametrize("name", CPU_OPTIMIZERS)
@@ -119,18 +156,25 @@ def test_without_a_gradient_the_optimizer_makes_its_own_step_bit_for_bit(name, o
         assert torch.equal(layer.weight, plain.weight)
 
 
-def test_the_step_keeps_the_norm_that_the_optimizer_gave_it():
+@pytest.mark.parametrize("damping", [0.1, 1.0])
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_how_long_a_step_is(keep_norm, damping):
+    """As long as the optimizer's if its norm is kept; else up to ``damping ** -0.5`` times as long."""
     torch.manual_seed(0)
     layer, x = nn.Linear(40, 9), torch.randn(50, 40) * torch.logspace(-2, 1, 40)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.0)
-    Preconditioner(layer, optimizer, mode="whiten", chunk=16)
+    Preconditioner(layer, optimizer, mode="whiten", chunk=16, keep_norm=keep_norm, damping=damping)
     before = [p.detach().clone() for p in layer.parameters()]
     layer(x).square().sum().backward()
     optimizer.step()
     moved = math.sqrt(
         sum(float((p.detach() - b).square().sum()) for p, b in zip(layer.parameters(), before, strict=True))
     )
-    assert moved == pytest.approx(0.01 * math.sqrt(9 * 41), rel=1e-3)  # Adam's first step: lr in every entry
+    plain = 0.01 * math.sqrt(9 * 41)  # Adam's first step: lr in every entry
+    if keep_norm:
+        assert moved == pytest.approx(plain, rel=1e-3)
+    else:
+        assert 0.5 * plain * damping**-0.5 < moved < plain * damping**-0.5
 
 
 def test_a_bias_in_a_group_of_its_own_has_its_own_decay():
@@ -174,13 +218,14 @@ def test_coupled_decay_with_stored_factors(coupled):
     same(*models, rtol=1e-9, atol=1e-12)
 
 
-def test_a_chunk_that_is_given_up_takes_the_optimizers_own_direction():
-    """Its units are neither whitened nor mapped; the norm of the whole layer's step is kept."""
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_a_chunk_that_is_given_up_takes_the_optimizers_own_direction(keep_norm):
+    """Its units are neither whitened nor mapped; a norm that is kept is that of the whole layer's step."""
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 5, bias=False), torch.randn(50, 32)
     plain, before, x[0, 3] = copy.deepcopy(layer), layer.weight.detach().clone(), math.inf
     optimizer, twin = (torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.0) for m in (layer, plain))
-    pre = Preconditioner(layer, optimizer, mode="whiten", chunk=8, group=1, decay=0.0)
+    pre = Preconditioner(layer, optimizer, mode="whiten", chunk=8, group=1, decay=0.0, keep_norm=keep_norm)
     layer(x)
     for model in (layer, plain):
         model.weight.grad = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
@@ -190,6 +235,7 @@ def test_a_chunk_that_is_given_up_takes_the_optimizers_own_direction():
     ratio = (layer.weight - before) / (plain.weight - before)
     same = (ratio / ratio[0, 3] - 1).abs().amax(0) < 1e-3
     assert same[3] and same.sum() == 8
+    assert keep_norm or float(ratio[0, 3]) == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize(

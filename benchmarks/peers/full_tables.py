@@ -6,6 +6,8 @@ import math
 import statistics
 
 from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, METHODS, last
+from benchmarks.peers.norms import RATES as RATES_ALONE
+from benchmarks.peers.norms import SMALL
 from benchmarks.peers.search import CHANGES, RATES, REFERENCES, STEPS
 from benchmarks.peers.tables import number
 
@@ -222,6 +224,32 @@ def norms(runs: list[dict]) -> str:
             if seeds == 1:
                 cells = [cell.split(" ±")[0] for cell in cells]
             lines.append(f"| {task}, {base} | {lr:g} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def small_norms(runs: list[dict]) -> str:
+    """Return a table of the four small tasks: train loss at the rate of the optimizer alone, three seeds; and at the
+    best of three rates, seed 0."""
+    compared = ("alone", "norm kept", "norm free")
+    heads = [*compared, *(f"{name}, best of three rates" for name in compared)]
+    lines = ["| task, optimizer | rate | " + " | ".join(heads) + " |", "| --- |" + " --- |" * 7]
+    for task in SMALL:
+        for base in ("muon", "adamw"):
+            some = [run for run in runs if (run["task"], run["optimizer"]) == (task, base)]
+            lr = RATES_ALONE[base, task]
+            cells = []
+            for name in compared:
+                found = [run for run in some if (run["phase"], run["setting"]["lr"]) == (name, lr)]
+                cells.append(spread(values(found, "train_loss")) if len(found) > 1 else "")
+            for name in compared:
+                found = [run for run in some if (run["phase"], run["seed"]) == (name, 0)]
+                tried = {float(f"{lr * share:.2g}") for share in (0.32, 1.0, 3.2)}
+                found = [run for run in found if run["setting"]["lr"] in tried]
+                best = min(found, key=lambda run: run["train_loss"] or math.inf)
+                cells.append(
+                    f"{number(best['train_loss'])} at {best['setting']['lr']:g}" if len(found) == len(tried) else ""
+                )
+            lines.append(f"| {task}, {base} | {lr:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

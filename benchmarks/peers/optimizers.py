@@ -141,7 +141,10 @@ def corrected(base: str) -> Callable[..., Step]:
 
 
 def whitened(base: str) -> Callable[..., Step]:
-    """Return a builder of ``base`` in whitened coordinates, with new factors in every step unless ``options`` say."""
+    """Return a builder of ``base`` in whitened coordinates.
+
+    New factors in every step unless ``options`` say: so the first stored runs were made.
+    """
 
     def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
         optimizer = BASES[base](model, lr)

@@ -4,7 +4,8 @@ With the damped running second moment ``A = L L^T`` of a layer's inputs, by chun
 in place of the gradient ``G``, and its displacement ``D`` of the weight is mapped back to ``D L^-1``. For plain SGD
 this is the correction ``G A^-1`` itself. An optimizer that normalises its step (Adam, Muon) would largely normalise a
 corrected gradient away, and the noise of a gradient is white only in these coordinates. For such an optimizer the
-mapped displacement keeps the norm that the optimizer gave it, unless ``keep_norm=False``.
+mapped displacement keeps the norm that the optimizer gave it; with ``keep_norm=False`` it is up to ``damping ** -0.5``
+times as long.
 
 Weight decay acts on the weight as it does without the preconditioner. Decoupled decay is left out of ``D``. Coupled
 decay is a part of the gradient: ``decay (W L - W)`` is added to ``G L^-T``, so that with the optimizer's own
@@ -339,8 +340,10 @@ class WhiteningCorrection(Correction):
             rows[i] = _rows_of(steps[i], weights[i] - whitened.weights[i])
             rows_before[i] = torch.zeros_like(rows[i])
         squares = whitened.unwhiten_(rows, rows_before, biases, keep_norm=self._keeps_norm, finish=False)
-        squares = torch.stack(sum_over_shards([step.weight for step in steps], list(squares.unbind())))
-        scales = norm_scales(squares) if self._keeps_norm else torch.ones_like(squares[:, 0])
+        if self._keeps_norm:
+            scales = norm_scales(torch.stack(sum_over_shards([s.weight for s in steps], list(squares.unbind()))))
+        else:
+            scales = torch.ones_like(squares[:, 0])
         moved = whitened.has_gradient > 0
 
         def finish(i: int, now: Tensor, move: Tensor, before: Tensor) -> None:

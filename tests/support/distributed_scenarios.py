@@ -869,9 +869,9 @@ def tensor_parallel_and_fully_shard():
 
 
 TENSOR_PARALLEL_WHITEN = {
-    "sgd": WHITEN,
+    "sgd": {"mode": "whiten", "every": 2},
     # A norm that is kept is that of the whole row-parallel layer, which `Split` has in parts.
-    "adamw": {**WHITEN, "keep_norm": False},
+    "adamw": {"mode": "whiten", "every": 2, "keep_norm": False},
 }
 
 
