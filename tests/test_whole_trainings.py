@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import consistency_ops as co
-from benchmarks.peers import full, full_tables, search
+from benchmarks.peers import full, full_tables, norms, search
 from benchmarks.peers.family import Family
 from benchmarks.peers.optimizers import MatrixMuon
 from benchmarks.peers.tasks import Split
@@ -108,6 +108,25 @@ def test_a_stopped_phase_goes_on_where_it_was(task, tmp_path, capsys, monkeypatc
     assert [[p[3] for p in run["curve"]] for run in again] == [[p[3] for p in run["curve"]] for run in store.runs]
     full.main(["autoencoder", "--optimizers", "adamw", "--seeds", "1", "--out", str(tmp_path), "--status"])
     assert "adamw 5/5+1/1" in capsys.readouterr().out
+
+
+def test_the_small_runs_of_the_norms_are_stored_once(monkeypatch, tmp_path, capsys):
+    """They differ by the norm alone, end at another loss with each setting, and are not made again."""
+    monkeypatch.setitem(norms.SMALL, "autoencoder", (*norms.SMALL["autoencoder"][:3], 20, 6))
+    monkeypatch.setitem(
+        norms.TASKS, "autoencoder", dataclasses.replace(full.TASKS["autoencoder"], load=lambda _: random_split())
+    )
+    arguments = ["norms", "autoencoder", "--bases", "adamw", "--seeds", "1", "--out", str(tmp_path / "norms.jsonl")]
+    monkeypatch.setattr("sys.argv", arguments)
+    norms.main()
+    assert capsys.readouterr().out.count("autoencoder adamw") == 3
+    runs = full.Store(tmp_path / "norms.jsonl").runs
+    assert len({run["train_loss"] for run in runs}) == 3 and not any(run["failure"] for run in runs)
+    norms.main()
+    assert capsys.readouterr().out == ""
+    assert full.Store(tmp_path / "norms.jsonl").runs == runs
+    table = full_tables.small_norms(runs)
+    assert table.count("\n") == 1 + 2 * len(norms.SMALL)
 
 
 def test_muon_steps_convolutions_as_matrices():

@@ -245,10 +245,9 @@ def small_norms(runs: list[dict]) -> str:
                 found = [run for run in some if (run["phase"], run["seed"]) == (name, 0)]
                 tried = {float(f"{lr * share:.2g}") for share in (0.32, 1.0, 3.2)}
                 found = [run for run in found if run["setting"]["lr"] in tried]
-                best = min(found, key=lambda run: run["train_loss"] or math.inf)
-                cells.append(
-                    f"{number(best['train_loss'])} at {best['setting']['lr']:g}" if len(found) == len(tried) else ""
-                )
+                best = min(found, key=lambda run: values([run], "train_loss"), default=None)
+                complete = best is not None and len(found) == len(tried)
+                cells.append(f"{number(best['train_loss'])} at {best['setting']['lr']:g}" if complete else "")
             lines.append(f"| {task}, {base} | {lr:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
