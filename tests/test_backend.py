@@ -168,7 +168,9 @@ def test_which_devices_the_compiled_architectures_serve(capability, compiled, ru
         assert said is None
     else:
         major, minor = capability
-        assert f"compute capability {major}.{minor}" in said and f"TORCH_CUDA_ARCH_LIST={major}.{minor}" in said
+        assert f"compute capability {major}.{minor}" in said
+        cure = "the kernels need 8.0 or newer" if major < 8 else f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        assert cure in said
 
 
 def test_a_device_without_code_in_the_build_computes_the_portable_way(monkeypatch, wrong_kernel, caplog):

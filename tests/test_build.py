@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from packaging.requirements import Requirement
 
 import consistency_ops as co
 from consistency_ops.ops import backend, library
-from support import processes
+from support import documents, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -395,6 +396,17 @@ def test_setup_builds_with_the_torch_that_the_backend_finds(environment, tmp_pat
         text=True,
     )
     assert_one_sentence(done, "torch 2.9.0 is too old")
+
+
+def test_requirements_of_this_repository_are_constraints_too():
+    """As docs/install.md uses them: names and versions; pip refuses extras, and -r would bring other files in."""
+    assert "PIP_BUILD_CONSTRAINT=requirements.txt pip install -c requirements.txt ." in documents.read(
+        "docs/install.md"
+    )
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line]
+    assert [str(one) for one in found if one.extras or one.url] == []
+    assert "torch" in {one.name for one in found if str(one.specifier).startswith("==")}
 
 
 def test_windows_is_one_sentence(checkout):

@@ -12,6 +12,7 @@ from torch import nn
 
 import consistency_ops as co
 from consistency_ops import ops, reference
+from consistency_ops.ops import portable
 from consistency_ops.ops.division import divisions, philox
 from support import processes, second_device
 from support.samples import (
@@ -241,6 +242,34 @@ def test_rows_that_do_not_count_are_zero_on_a_device():
         co.foreach_precondition_([there], [inputs.to(device)], chunk=32, max_rows=max_rows, row_counts=counts)
         want = co.precondition(grad, inputs[:120], chunk=32, max_rows=max_rows)
         torch.testing.assert_close(there.cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+# Wide chunks: blocks of a triangle's inverse, panels of a symmetric product
+
+
+@pytest.mark.parametrize("where", ["cpu", DEVICE])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("units", [256, 257, 300, 513, 1000])
+def test_stages_of_a_wide_layer_are_those_of_linalg(units, dtype, where):
+    """A layer of two parts, one of them not positive definite and given up."""
+    rows = torch.randn(2 * units, 2 * units, dtype=dtype)
+    rows[:, units] = float("nan")
+    of_layer = dict(layers=[0], groups=[1], unit_dims=[1], units=[units], bias=[False])
+    (found,) = portable.foreach_covariance(
+        [rows.to(where)], [], [], [], [], **of_layer, chunk=units, max_rows=len(rows), seed=0, step=0
+    )
+    want = torch.stack([part.T.double() @ part.double() for part in rows.split(units, 1)]) / len(rows)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0].cpu().double(), want[0], rtol=0, atol=8 * eps)
+    for triangular in (False, True):
+        (made,), info, _ = portable.foreach_inverse([found], [units], 0.1, False, units, triangular)
+        damped = want[0] + 0.1 * torch.eye(units, dtype=torch.float64)
+        right = torch.linalg.inv(torch.linalg.cholesky(damped) if triangular else damped)
+        assert info.tolist() == [0, 1] and made[1].count_nonzero() == 0
+        error = (made[0].cpu().double() - right).norm() / right.norm()
+        assert error < 2 * eps * torch.linalg.cond(damped)
+        assert made.is_contiguous()
+        assert not triangular or made[0].triu(1).count_nonzero() == 0
 
 
 # Memory

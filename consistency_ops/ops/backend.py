@@ -30,11 +30,12 @@ from .registration import NAMESPACE, PORTABLE_NAMESPACE, portable_ops
 Backend = Literal["auto", "native", "torch"]
 _BACKENDS = ("auto", "native", "torch")
 _KEYS = ("CPU", "CUDA")  # dispatch keys that the library may have kernels for
+_OLDEST = (8, 0)  # compute capability that the CUDA kernels are written for
 _NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of WSL 2; an import does not start CUDA to find one
 NO_CUDA_KERNELS = (
     "this build of consistency_ops has no CUDA kernels: no CUDA toolkit (nvcc) was found when it was built, or "
     "CONSISTENCY_OPS_CUDA=0 was set; on a GPU torch's own operations compute, slower. For kernels on an NVIDIA GPU "
-    "install it again with CUDA_HOME set to a toolkit of 12.0 or newer"
+    "install it again with CUDA_HOME set to a toolkit of 12.1 or newer"
 )
 _log = logging.getLogger("consistency_ops")
 _SAME_WITH_TORCH = 'consistency_ops.set_backend("torch") or CONSISTENCY_OPS_BACKEND=torch'
@@ -308,6 +309,9 @@ def missing_architecture(major: int, minor: int, compiled: list[str]) -> str | N
             return None
         if text.endswith("+PTX") and (x, y) <= (major, minor):
             return None
+    if (major, minor) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return f"the device is of compute capability {major}.{minor}, and the kernels need {oldest} or newer"
     return (
         f"this build has CUDA code for {', '.join(compiled) or 'no architecture'} and the device is of compute "
         f"capability {major}.{minor}: build again with TORCH_CUDA_ARCH_LIST={major}.{minor} for kernels"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ROW_DRAW, block_words
-from .portable_matrices import Matrices, Source, blocks_of, divide
+from .portable_matrices import Matrices, Source, blocks_of, divide, symmetric_product
 
 # What a dtype can hold without becoming infinite when it is rounded to: just below the midpoint of its largest value
 # and the next power of two.
@@ -99,7 +99,7 @@ def covariance(x: Tensor, unit_dim: int, source: Source, count: Tensor | None, m
         block = torch.unflatten(dealt[..., begin : begin + count_ * size], -1, (count_, size))
         block = block.transpose(0, 1) if block.dim() == 3 else block.permute(1, 2, 0, 3).flatten(0, 1)
         out = into.of_size[size][slot]
-        torch.bmm(block.mT, block, out=out)
+        symmetric_product(block, out)
         out.div_(max(source.rows, 1) if isinstance(source.rows, int) else source.rows.clamp(min=1))
 
 

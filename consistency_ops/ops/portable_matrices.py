@@ -16,9 +16,13 @@ from torch import Tensor
 from ..reference import MAX_TRIES, trace_scale
 from .division import divisions
 
-# Units up to which the CPU's cholesky_inverse is the faster one.  It is half of the work, in very many short parallel
-# regions: with 768 units and two threads on a busy machine it took a hundred times as long as with one.
+# Wider chunks are inverted and multiplied by blocks, in few large products.  LAPACK's inverse, which cholesky_inverse
+# calls, has very many short parallel regions: with 768 units and two threads on a busy machine it took a hundred times
+# as long as with one.  torch has no inverse of a triangle and no symmetric product; solving with an identity instead is
+# three times the arithmetic of an inverse, and a whole product twice that of its triangle.
 _FEW = 256
+_BASE = 128  # units whose triangle is inverted by solving
+_PANELS = 16  # of a symmetric product: it then is 17 / 32 of the whole
 Blocks = tuple[tuple[int, int, int], ...]
 
 
@@ -220,7 +224,7 @@ class Matrices:
             if not all_good:
                 matrices.masked_fill_(~goods[:, None, None], 0)
             factor, info, used = _factor(matrices, float(damping), on_host)
-            self.of_size[size] = _inverse_factor(factor) if triangular else _inverse(factor, info, on_host)
+            self.of_size[size] = _inverse_factor(factor) if triangular else _inverse(factor, info, matrices)
             infos.append(info)
             useds.append(used)
         info, used = torch.cat(infos).to(torch.int32), torch.cat(useds)
@@ -255,17 +259,59 @@ def _factor(matrices: Tensor, damping: float, on_host: bool) -> tuple[Tensor, Te
 
 
 def _inverse_factor(factor: Tensor) -> Tensor:
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    return result.contiguous()
+    if factor.shape[-1] > _FEW:
+        _invert_triangle_(factor)
+        return factor.contiguous()
+    return _solved(factor).contiguous()
 
 
-def _inverse(factor: Tensor, info: Tensor, on_host: bool) -> Tensor:
-    size = factor.shape[-1]
-    if on_host and size <= _FEW:
+def _inverse(factor: Tensor, info: Tensor, into: Tensor) -> Tensor:
+    """The inverse of ``L L^T``; that of wide chunks is left in ``into``, so that it takes no memory of its own."""
+    size, on_host = factor.shape[-1], factor.device.type == "cpu"
+    if size > _FEW:
+        _invert_triangle_(factor)
+        return symmetric_product(factor, into, lower=True)
+    if on_host:
         if bool(info.any()):  # cholesky_inverse raises for them
             factor[info > 0] = torch.eye(size, dtype=factor.dtype)
         return torch.cholesky_inverse(factor).contiguous()  # as one that was stored: products then have the same bits
     # On a device cholesky_inverse may wait for its info, and this has none.
     eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
     return torch.cholesky_solve(eye.expand_as(factor), factor).contiguous()
+
+
+def _solved(factor: Tensor) -> Tensor:
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return result
+
+
+def _invert_triangle_(lower: Tensor) -> None:
+    """Lower triangles in place: ``[A 0; B C]`` becomes ``[A^-1 0; -C^-1 B A^-1 C^-1]``, and so on inside of A and C."""
+    size = lower.shape[-1]
+    if size <= _BASE:
+        lower.copy_(_solved(lower))
+        return
+    half = -(-size // 64) * 32
+    first, last, below = lower[..., :half, :half], lower[..., half:, half:], lower[..., half:, :half]
+    solved = torch.linalg.solve_triangular(last, below, upper=False)
+    torch.neg(torch.linalg.solve_triangular(first, solved, upper=False, left=False), out=below)
+    _invert_triangle_(first)
+    _invert_triangle_(last)
+
+
+def symmetric_product(matrices: Tensor, out: Tensor, lower: bool = False) -> Tensor:
+    """``M^T M`` of every matrix into ``out``; ``lower``: of lower triangles, whose rows above the diagonal are zero.
+
+    Above ``_FEW`` columns the upper triangle is computed, panel by panel, and copied below.
+    """
+    size = matrices.shape[-1]
+    if size <= _FEW:
+        return torch.bmm(matrices.mT, matrices, out=out)
+    width = max(_FEW, -(-size // (32 * _PANELS)) * 32)
+    for begin in range(0, size, width):
+        end = min(begin + width, size)
+        rows = matrices[:, begin:] if lower else matrices
+        out[:, :end, begin:end] = torch.bmm(rows[..., :end].mT, rows[..., begin:end])
+        out[:, begin:end, :begin] = out[:, :begin, begin:end].mT
+    return out

@@ -364,8 +364,15 @@ def verify(device: torch.device | str | None = None) -> Verification:
 
     Returns:
         A :class:`Verification`: ``ok``, ``findings`` (one a problem), and a table when it is printed.
+
+    Raises:
+        RuntimeError: torch has no such device here.
     """
     if device is None:
         device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"verify: torch has no device {str(device)!r} here: {reason}") from None
     return Verification(str(device), list(check(device)))
