@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <mutex>
-
 #include "bindings/checks.h"
 #include "bindings/cuda_scope.h"
 #include "bindings/host_calls.h"
@@ -24,9 +22,6 @@ using torch::stable::Tensor;
 using consistency_ops::Status;
 using consistency_ops::bindings::check_status;
 using consistency_ops::bindings::on_cuda;
-
-// A call reads the state of a layer and writes it back: threads that share a model take turns.
-std::mutex cpu_turn;
 
 Status run_capture(const CaptureProblem& p, [[maybe_unused]] const Tensor& rows) {
 #if defined(CO_CUDA_KERNELS)
@@ -94,16 +89,6 @@ void capture_mark_(Tensor rows, Tensor state, int64_t index, bool restart) {
 }
 
 }  // namespace
-
-consistency_ops::Status consistency_ops::bindings::capture_rows_in_turn(const CaptureProblem& problem) {
-  const std::lock_guard<std::mutex> turn(cpu_turn);
-  return capture_rows_cpu(problem, thread_pool());
-}
-
-consistency_ops::Status consistency_ops::bindings::capture_mark_in_turn(const CaptureProblem& problem, bool restart) {
-  const std::lock_guard<std::mutex> turn(cpu_turn);
-  return capture_mark_cpu(problem, restart);
-}
 
 CO_REGISTER(m) {
   m.impl("capture_rows_", TORCH_BOX(&capture_rows_));

@@ -78,7 +78,8 @@ def build_operators() -> Path:
     kernel_flags = [*BUILDS["rounding" if rounding else "plain"][0], *KERNEL]
     units = [("tests/simt/runtime.cpp", ["-O2"])]
     units += [(f"csrc/cuda/{name}", kernel_flags) for name in KERNELS]
-    names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name != "module.cpp")
+    others = "module.cpp", "host_calls.cpp"  # the Python module, and the kernels of the CPU
+    names = sorted(path.name for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if path.name not in others)
     units += [(f"csrc/bindings/{name}", flags) for name in names]
     units += [(PLAN, ["-O2"]), ("tests/simt/library.cpp", ["-O2"]), ("csrc/cpu/capture.cpp", ["-O2"])]  # for simt_stats
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
