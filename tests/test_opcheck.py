@@ -73,6 +73,21 @@ def call_everything():
     elementwise()
     capture()
     matrices()
+    scans()
+
+
+def scans():
+    """Recurrent and feed-forward networks in one call, by a permutation, by matrices, and without a filter."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for filter in ("permutation", "dense", "identity"):
+            rnn = co.nn.ROARNN(3, 6, filter=filter, dtype=dtype)
+            states, last = rnn(torch.randn(4, 2, 3, dtype=dtype))
+            states.sum().backward(retain_graph=True)
+            last.sum().backward()
+            rnn.requires_grad_(False)(torch.randn(4, 2, 3, dtype=dtype))
+            co.nn.ROAFeedForward(3, 6, 2, 4, filter=filter, dtype=dtype)(
+                torch.randn(5, 3, dtype=dtype)
+            ).sum().backward()
 
 
 def matrices():

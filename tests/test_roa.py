@@ -178,7 +178,14 @@ def test_works_with_the_preconditioner_and_torch_transforms():
         (lambda: ROAFeedForward(4, 4, 4, 2, beta=2.0), "beta must be at most 1 where alpha is not given, got 2.0"),
         (lambda: ROARNN(4, 4, alpha=-0.5), "ROARNN: alpha must be at least 0 and finite, got -0.5"),
         (lambda: ROARNN(4, 4, activation="gelu"), "ROARNN: activation must be one of modulus, .*, got 'gelu'"),
-        (lambda: ROARNN(4, 4)(torch.ones(2, 4)), r"ROARNN: u must be \(T, N, input_size\) with input_size 4, got"),
+        (lambda: ROARNN(4, 4, checkpoint=-1), "ROARNN: checkpoint must be at least 0, got -1"),
+        (lambda: ROAFeedForward(4, 4, 4, 2, checkpoint=-1), "ROAFeedForward: checkpoint must be at least 0, got -1"),
+        (
+            lambda: ROARNN(4, 4)(torch.ones(4)),
+            r"ROARNN: u must be \(T, N, input_size\), or \(T, input_size\) without a",
+        ),
+        (lambda: ROARNN(4, 4)(torch.ones(2, 5)), "without a batch, with input_size 4, got \\(2, 5\\)"),
+        (lambda: ROARNN(4, 5)(torch.ones(2, 4), torch.ones(1, 5)), r"ROARNN: h_0 must be \(5,\), got \(1, 5\)"),
         (lambda: ROARNN(4, 5)(torch.ones(2, 3, 4), torch.ones(5)), r"ROARNN: h_0 must be \(3, 5\), got \(5,\)"),
     ],
 )

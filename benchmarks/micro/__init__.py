@@ -7,6 +7,7 @@ MODULES = (  # those whose GROUPS are small enough to be timed one after another
     "scaling",
     "decorrelation",
     "orthogonal",
+    "roa",
     "portable",
     "same_input",
     "host",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import consistency_ops as co
+from benchmarks.training.runner import Progress
 from consistency_ops.cli import data as datasets
 
 ADAPTIVE = tuple(rate / 10 for rate in (1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0005))
@@ -91,17 +92,29 @@ def train(
     after_step: Callable[[int], object] = lambda step: None,
     after_epoch: Callable[[int], object] = lambda epoch: None,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    progress: Progress | None = None,
+    notes: dict[str, list] | None = None,
 ) -> dict:
     """Train, and return ``train_loss`` and ``test_error`` by epoch and the ``rates`` that were selected.
 
     ``search``: the candidates of the rate search of arXiv 1708.00631 at epochs 1, 1 + ``search_every``, ...; None: the
     optimizer's rate stays.  Incomplete batches are left out.  A loss that is not finite ends the training.
-    ``after_step`` is called before the next gradient, ``after_epoch`` when its test is done.
+    ``after_step`` is called before the next gradient, ``after_epoch`` when its test is done.  With a ``progress`` the
+    training goes on from the last epoch that was finished; ``notes`` are lists of the caller that are kept with it.
     """
     loss_of = loss_of or (lambda model, x, y: functional.cross_entropy(model(x), y))
-    losses, errors, rates, steps = [], [], {}, 0
+    losses, errors, rates, steps, done = [], [], {}, 0, 0
     shuffle = torch.Generator().manual_seed(seed)
-    for epoch in range(1, epochs + 1):
+    saved = None if progress is None else progress.load()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        shuffle.set_state(saved["shuffle"])
+        losses, errors, rates, steps, done = (saved[key] for key in ("losses", "errors", "rates", "steps", "epoch"))
+        for name, values in (notes or {}).items():
+            values[:] = saved["notes"][name]
+        tick(f"went on from epoch {done}")
+    for epoch in range(done + 1, epochs + 1):
         order = torch.randperm(len(split.train_y), generator=shuffle)
         batches = order[: len(order) // batch * batch].split(batch)
         if search is not None and (epoch - 1) % search_every == 0:
@@ -124,6 +137,10 @@ def train(
         tick(f"loss {losses[-1]:.3g}, test error {errors[-1]:.2%}")
         if not math.isfinite(losses[-1]):
             break
+        if progress is not None:
+            trained = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "notes": notes or {}}
+            counts = {"losses": losses, "errors": errors, "rates": rates, "steps": steps, "epoch": epoch}
+            progress.save(**trained, **counts, shuffle=shuffle.get_state())
     return {"train_loss": [finite(x) for x in losses], "test_error": errors, "rates": rates}
 
 

@@ -52,7 +52,7 @@ def run(settings, size, seed, data, tick):
     decay = 1e-3 if std >= 100 else 5e-4 if std >= 1 else 1e-4
     model = deep_mlp(784, 10, normalization=settings["normalization"], init=std, seed=seed)
     optimizer = fit.optimizer_of(settings["optimizer"], model, seed=seed, weight_decay=decay)
-    common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick)
+    common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, progress=tick.progress)
     return fit.train(model, optimizer, data, search=CANDIDATES, **common)
 
 

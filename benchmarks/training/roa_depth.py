@@ -1,11 +1,16 @@
-"""Feed-forward networks of 10 to 5000 layers on the digits: random orthogonal additive layers against a plain MLP.
+"""Feed-forward networks of 10 to 50 000 layers on the digits: random orthogonal additive layers against a plain MLP.
 
 Both are tanh networks of equal width with the same number of weights, trained by Adam at the best of two rates (least
-final training loss; 5000 layers: one rate).  "gradient" is the norm of the loss's gradient at the first hidden state
-over that at the last one, before training; the bounds are those of the additive network, from its weights.
+final training loss; 5000 layers and more: one rate).  "gradient" is the norm of the loss's gradient at the first
+hidden state over that at the last one, before training; the bounds are those of the additive network, from its weights.
+
+50 000 layers: the additive network alone, which keeps one state in 250 for backward (``checkpoint``) and computes the
+others again, Adam's fused form, and after every epoch the gradient's ratio and the bounds anew (``gradients``,
+``all_bounds``), beside the loss of every step and the largest memory of the process in MB (``memory``).
 """
 
 import math
+import resource
 
 import torch
 from torch import nn
@@ -14,11 +19,14 @@ from torch.nn import functional
 from benchmarks.training import fit, runner
 from consistency_ops.nn import ROAFeedForward
 
-TITLE = "roaFNN of up to 5000 layers against a plain MLP, digits"
+TITLE = "roaFNN of up to 50 000 layers against a plain MLP, digits"
 DATA = "digits"
-DEPTHS = (10, 50, 500, 5000)
+DEPTHS = (10, 50, 500, 5000, 50_000)
+DEEPEST = {"kind": "roa", "depth": 50_000, "checkpoint": 250}
 RATES = (0.003, 0.001)
-SETTINGS = {f"{kind}, depth {depth}": {"kind": kind, "depth": depth} for depth in DEPTHS for kind in ("roa", "mlp")}
+SETTINGS = {
+    f"{kind}, depth {depth}": {"kind": kind, "depth": depth} for depth in DEPTHS[:-1] for kind in ("roa", "mlp")
+} | {"roa, depth 50000": DEEPEST}
 SIZE = {"epochs": 5, "batch": 50, "width": 32}
 FIGSIZE = (10, 4)
 
@@ -35,7 +43,8 @@ class Plain(ROAFeedForward):
 def network(settings: dict, size: dict, seed: int) -> ROAFeedForward:
     torch.manual_seed(seed)
     kind = ROAFeedForward if settings["kind"] == "roa" else Plain
-    model = kind(64, size["width"], 10, settings["depth"])
+    options = {"checkpoint": settings["checkpoint"]} if "checkpoint" in settings else {}
+    model = kind(64, size["width"], 10, settings["depth"], **options)
     if kind is Plain:  # Glorot's weights are the best known for tanh
         for layer in model.layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -58,6 +67,8 @@ def run(settings, size, seed, data, tick):
     outcome = {"gradient": gradient(model, data)}
     if settings["kind"] == "roa":
         outcome["bounds"] = [fit.finite(x) for x in model.jacobian_bounds()]
+    if depth > 5000:
+        return {"rate": RATES[1], **outcome, **_deepest(model, data, size, seed, tick)}
     trials = {}
     for rate in RATES if depth < 5000 else RATES[1:2]:
         model = network(settings, size, seed)
@@ -69,6 +80,25 @@ def run(settings, size, seed, data, tick):
     ends = {rate: trial["train_loss"][-1] for rate, trial in trials.items()}
     best = min(ends, key=lambda rate: math.inf if ends[rate] is None else ends[rate])
     return {"rate": best, **outcome, **trials[best]}
+
+
+def _deepest(model: ROAFeedForward, data: fit.Split, size: dict, seed: int, tick) -> dict:
+    """Train, and note what the depth does to the gradient on the way; an interrupted run goes on."""
+    notes = {"step_loss": [], "gradients": [], "all_bounds": [], "memory": []}
+
+    def loss_of(model, x, y):
+        loss = functional.cross_entropy(model(x), y)
+        notes["step_loss"].append(round(float(loss.detach()), 4))
+        return loss
+
+    def after_epoch(epoch):
+        notes["gradients"].append(gradient(model, data))
+        notes["all_bounds"].append([fit.finite(x) for x in model.jacobian_bounds()])
+        notes["memory"].append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATES[1], fused=True)
+    common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, progress=tick.progress, notes=notes)
+    return {**fit.train(model, optimizer, data, **common, loss_of=loss_of, after_epoch=after_epoch), **notes}
 
 
 def plot(figure, results):

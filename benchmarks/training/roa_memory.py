@@ -7,6 +7,10 @@ correct the gradients before Adam sees them (:class:`consistency_ops.Preconditio
 RNN and LSTM are not made of linear layers and have no such run.  A point of the curves is the loss of the training
 batches since the point before; batches are drawn anew, so it is a test loss too (copying, adding).  psMNIST: error on
 test images; --pool 2 averages 2x2 pixels first, which leaves 196 steps of 784.
+
+The paper's size, resumable after every epoch:
+    python -m benchmarks.training roa-memory --runs "psmnist, roa, corrected" --pool 1 --train 60000 --test 10000
+        --pixel-epochs 10 --hidden 128 --out benchmarks/results/training/full
 """
 
 from __future__ import annotations
@@ -82,10 +86,11 @@ def run(settings, size, seed, data, tick):
         return float(loss.detach())
 
     if task == "psmnist":
-        return _pixels(model, step, size, seed, data.standard(), tick)
+        return _pixels(model, optimizer, step, size, seed, data.standard(), tick)
     generator, losses = torch.Generator().manual_seed(seed), []
+    restore(tick.progress.load(), model, optimizer, generator, losses)
     per_point = size["iterations"] // size["epochs"]
-    for _ in range(size["epochs"]):
+    while len(losses) < size["epochs"]:
         total = 0.0
         for _ in range(per_point):
             u, target = getattr(tasks, task)(size["batch"], length, generator)
@@ -95,14 +100,31 @@ def run(settings, size, seed, data, tick):
                 loss = functional.mse_loss(model(u)[:, 0], target)
             total += step(loss)
         losses.append(total / per_point)
+        keep(tick.progress, model, optimizer, generator, losses)
         tick(f"loss {losses[-1]:.4f}")
     return {"loss": losses}
 
 
-def _pixels(model, step, size, seed, data, tick):
+def keep(progress, model, optimizer, generator, *curves) -> None:
+    trained = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+    progress.save(**trained, curves=curves)
+
+
+def restore(saved: dict | None, model, optimizer, generator, *curves) -> None:
+    if saved is None:
+        return
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    generator.set_state(saved["generator"])
+    for curve, values in zip(curves, saved["curves"], strict=True):
+        curve[:] = values
+
+
+def _pixels(model, optimizer, step, size, seed, data, tick):
     train, test = (tasks.permuted_pixels(functional.avg_pool2d(x, size["pool"])) for x in (data.train_x, data.test_x))
     shuffle, errors, losses = torch.Generator().manual_seed(seed), [], []
-    for _ in range(size["pixel_epochs"]):
+    restore(tick.progress.load(), model, optimizer, shuffle, losses, errors)
+    while len(errors) < size["pixel_epochs"]:
         batches = torch.randperm(len(data.train_y), generator=shuffle).split(size["batch"])
         losses += [
             sum(step(functional.cross_entropy(model(train[:, b]), data.train_y[b])) for b in batches) / len(batches)
@@ -110,6 +132,7 @@ def _pixels(model, step, size, seed, data, tick):
         with torch.no_grad():
             guesses = torch.cat([model(test[:, b]).argmax(1) for b in torch.arange(test.shape[1]).split(250)])
         errors.append(float((guesses != data.test_y).double().mean()))
+        keep(tick.progress, model, optimizer, shuffle, losses, errors)
         tick(f"loss {losses[-1]:.3f}, test error {errors[-1]:.2%}")
     return {"loss": losses, "test_error": errors}
 

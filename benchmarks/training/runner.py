@@ -9,8 +9,9 @@ An experiment is a module of this folder with
 - ``lines(results)``: what came out, in sentences, for the console.
 
 ``results`` maps the run's name to its finished records, one a seed.  Every finished run is kept at once in
-benchmarks/results/training/NAME.json with its settings, sizes, seed, command, versions and date, and not repeated
-unless its settings or sizes have changed; so an interrupted experiment goes on where it stopped.
+benchmarks/results/training/NAME.json with its settings, sizes, seed, command, processor, versions and date, and not
+repeated unless its settings or sizes have changed; so an interrupted experiment goes on where it stopped.  Runs that
+take long keep a :class:`Progress` after every epoch beside it, in the folder ``runs``, and go on from there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import importlib
 import json
 import math
 import os
+import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,11 +88,58 @@ class Store:
         return {name: records for name, records in found.items() if records}
 
 
+class Progress:
+    """One run that is not finished: what it needs to go on, in one file, with the time that it has taken so far."""
+
+    def __init__(self, path: Path, **key: Any) -> None:
+        self.path, self.key = path, json.loads(json.dumps(key))
+        self._start, self._cpu = time.perf_counter(), time.process_time()
+        self._seconds = self._cpu_seconds = 0.0
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved by a run of the same settings, sizes and seed, and restore torch's random numbers."""
+        if not self.path.exists():
+            return None
+        saved = torch.load(self.path, weights_only=False)  # our own file
+        if saved["key"] != self.key:
+            return None
+        self._seconds, self._cpu_seconds = saved["seconds"], saved["cpu_seconds"]
+        torch.set_rng_state(saved["random"])
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def save(self, **state: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        torch.save({"key": self.key, "random": torch.get_rng_state(), "state": state, **self.times()}, temporary)
+        os.replace(temporary, self.path)
+
+    def times(self) -> dict[str, float]:
+        """Return seconds, and seconds of processor time, of all parts of the run."""
+        return {
+            "seconds": round(self._seconds + time.perf_counter() - self._start, 2),
+            "cpu_seconds": round(self._cpu_seconds + time.process_time() - self._cpu, 2),
+        }
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def processor() -> str:
+    """Return the name of the CPU, as far as the system tells it, and its number of cores."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def circumstances() -> dict[str, Any]:
-    """Return what a figure depends on: command, versions, date."""
+    """Return what a figure depends on: command, processor, versions, date."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.training " + " ".join(sys.argv[1:]),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "versions": {key: value for key, value in co.build_info().items() if key != "library"},
     }
@@ -108,29 +158,24 @@ def run(
     loaded = data() if todo else None
     for i, (name, seed) in enumerate(todo, 1):
         with tqdm(desc=f"[{i}/{len(todo)}] {name}, seed {seed}", total=size.get("epochs"), unit="epoch") as bar:
-            start, cpu = time.perf_counter(), time.process_time()
+            key = {"run": name, "settings": experiment.SETTINGS[name], "size": size, "seed": seed}
+            file = re.sub(r"[^a-z0-9.]+", "-", f"{store.path.stem} {name} {seed}".lower()) + ".pt"
+            progress = Progress(store.path.parent / "runs" / file, **key)
             torch.manual_seed(seed)
-            outcome = experiment.run(experiment.SETTINGS[name], size, seed, loaded, _ticker(bar))
-            store.put(
-                {
-                    "run": name,
-                    "settings": experiment.SETTINGS[name],
-                    "size": size,
-                    "seed": seed,
-                    **outcome,
-                    "seconds": round(time.perf_counter() - start, 2),
-                    "cpu_seconds": round(time.process_time() - cpu, 2),
-                    **circumstances(),
-                }
-            )
+            outcome = experiment.run(experiment.SETTINGS[name], size, seed, loaded, Ticker(bar, progress))
+            store.put({**key, **outcome, **progress.times(), **circumstances()})
+            progress.forget()
 
 
-def _ticker(bar: tqdm) -> Callable[[str], None]:
-    def tick(text: str) -> None:
-        bar.update()
-        bar.set_postfix_str(text)
+class Ticker:
+    """Called with a text after every epoch; ``progress`` is for runs that can be interrupted between two of them."""
 
-    return tick
+    def __init__(self, bar: tqdm, progress: Progress) -> None:
+        self._bar, self.progress = bar, progress
+
+    def __call__(self, text: str) -> None:
+        self._bar.update()
+        self._bar.set_postfix_str(text)
 
 
 def draw(experiment: ModuleType, results: Results, path: Path) -> None:

@@ -71,6 +71,7 @@ class Capture(RowBuffer, Unpickled):
     width: int
     offered: int
     fixed: bool
+    takes_joined_calls = True  # nn/roa_steps.py may give it the inputs of many calls at once
 
     def __init__(
         self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int

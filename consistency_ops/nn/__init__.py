@@ -5,7 +5,8 @@ from .builders import deep_convnet, deep_mlp
 from .contractive import clip_spectral_norms_, fold_rms_norm
 from .modulus import Modulus
 from .orthogonal import OrthogonalFilter
-from .roa import ROARNN, JacobianBounds, ROAFeedForward, roa_jacobian_bounds
+from .roa import JacobianBounds, ROAFeedForward, roa_jacobian_bounds
+from .roa_rnn import ROARNN
 
 __all__ = [
     "ROARNN",

@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from ..ops.checks import check_integers, check_numbers, check_sizes, type_name
+from ..ops.checks import check_integers, check_numbers, check_sizes
 from .activations import SLOPES, make_activation
 from .orthogonal import OrthogonalFilter
+from .roa_steps import layers_at_once
+
+_FORWARD_ONLY = 32  # layers at once without gradients: their states are in memory together
 
 
 class JacobianBounds(NamedTuple):
@@ -70,7 +74,13 @@ class ROAFeedForward(nn.Module):
         activation: tanh, modulus, relu, softsign, sigmoid or identity.
         filter: kind of all filters, see :class:`OrthogonalFilter`.
         shared_filter: one filter for all layers.
+        checkpoint: keep for backward only the state after every so many layers, and compute the others again, segment
+            by segment: memory for ``num_layers / checkpoint + checkpoint`` states instead of ``num_layers``, for one
+            more forward pass. About the root of ``num_layers`` needs least. 0: keep all.
         generator: random numbers of the filters; weights are those of ``nn.Linear``, from torch's own generator.
+
+    On a CPU all layers are computed in one call where nothing can tell: plain ``nn.Linear`` layers without hooks other
+    than those of a :class:`consistency_ops.Preconditioner`, one dtype, no transform of ``torch.func``.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -90,6 +100,7 @@ class ROAFeedForward(nn.Module):
         activation: str = "tanh",
         filter: str = "permutation",
         shared_filter: bool = False,
+        checkpoint: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -100,8 +111,9 @@ class ROAFeedForward(nn.Module):
         beta = min(0.5, 1 / num_layers) if beta is None else beta
         self.alpha: float
         self.beta: float
-        self.alpha, self.beta = _weights("ROAFeedForward", alpha, beta)
+        self.alpha, self.beta = check_weights("ROAFeedForward", alpha, beta)
         self.activation: str = activation
+        self.checkpoint: int = check_segment("ROAFeedForward", checkpoint)
         self.phi: nn.Module = make_activation("ROAFeedForward", activation)
         options: dict[str, Any] = dict(device=device, dtype=dtype)
         self.encoder: nn.Linear = nn.Linear(in_features, hidden_features, **options)
@@ -120,8 +132,26 @@ class ROAFeedForward(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Apply only the additive layers: (..., hidden_features) to the same shape."""
-        filters = list(self.filters) * (len(self.layers) if len(self.filters) == 1 else 1)
-        for layer, filter in zip(self.layers, filters, strict=True):
+        total, with_gradients = len(self.layers), torch.is_grad_enabled()
+        segment = self.checkpoint or total if with_gradients else _FORWARD_ONLY
+        again: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+        for first in range(0, total, segment):
+            last = min(first + segment, total)
+            if with_gradients and self.checkpoint:
+                x = run_again_in_backward(self._some_layers, x, first, last, **again)
+            else:
+                x = self._some_layers(x, first, last)
+        return x
+
+    def _some_layers(self, x: Tensor, first: int, last: int) -> Tensor:
+        layers = list(self.layers)[first:last]
+        filters = list(self.filters) if len(self.filters) == 1 else list(self.filters)[first:last]
+        options = dict(alpha=self.alpha, beta=self.beta, activation=self.activation)
+        together = layers_at_once(x, layers, filters, self.phi, **options)
+        if together is not None:
+            return together
+        for i, layer in enumerate(layers):
+            filter = filters[i % len(filters)]
             x = torch.add(self.alpha * filter(x), self.phi(layer(x)), alpha=self.beta)
         return x
 
@@ -134,104 +164,12 @@ class ROAFeedForward(nn.Module):
         return f"alpha={self.alpha:g}, beta={self.beta:g}"
 
 
-class ROARNN(nn.Module):
-    """A recurrent network with a random orthogonal additive update, called as ``nn.RNN`` is.
-
-    For t = 1, ..., T ::
-
-        h_t = alpha O h_{t-1} + beta phi(W_h h_{t-1} + W_x u_t + b)
-
-    Args:
-        input_size, hidden_size: sizes, at least 1.
-        beta: weight of the new activation, > 0.  Gradients over T steps stay within bounds that do not depend on T
-            when beta is about 1 / T.
-        alpha: weight of the filtered past, >= 0.  Default: 1 - beta.
-        activation, filter, generator: as for :class:`ROAFeedForward`.
-        batch_first: inputs and outputs are (N, T, ...) instead of (T, N, ...).
-
-    The states have about the size of beta. A read-out therefore learns far sooner from ``10 * states``, or with
-    gradients corrected by :class:`consistency_ops.Preconditioner`; both together are best
-    (``benchmarks/training/roa_memory.py``).
-
-    Forward: ``u`` (T, N, input_size) and optionally ``h_0`` (N, hidden_size), by default zeros; returns all states
-    (T, N, hidden_size) and the last one (N, hidden_size).
-
-    Raises:
-        ValueError: an unknown name, a number out of range, or inputs of another shape.
-
-    Source: Ceni 2022, arXiv 2210.01245 (roaRNN).
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        beta: float = 0.01,
-        alpha: float | None = None,
-        activation: str = "tanh",
-        filter: str = "permutation",
-        batch_first: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes("ROARNN", input_size=input_size, hidden_size=hidden_size)
-        self.alpha: float
-        self.beta: float
-        self.alpha, self.beta = _weights("ROARNN", alpha, beta)
-        self.activation: str = activation
-        self.phi: nn.Module = make_activation("ROARNN", activation)
-        self.input_size: int = input_size
-        self.hidden_size: int = hidden_size
-        self.batch_first: bool = batch_first
-        options: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.input: nn.Linear = nn.Linear(input_size, hidden_size, **options)
-        self.recurrent: nn.Linear = nn.Linear(hidden_size, hidden_size, bias=False, **options)
-        self.filter: OrthogonalFilter = OrthogonalFilter(hidden_size, filter, generator=generator, **options)
-
-    def forward(self, u: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        for name, value in (("u", u), ("h_0", h_0)):
-            if not isinstance(value, Tensor) and not (name == "h_0" and value is None):
-                raise TypeError(f"ROARNN: {name} must be a Tensor, got {type_name(value)}")
-        if u.dim() != 3 or u.shape[-1] != self.input_size:
-            order = "(N, T, input_size)" if self.batch_first else "(T, N, input_size)"
-            raise ValueError(f"ROARNN: u must be {order} with input_size {self.input_size}, got {tuple(u.shape)}")
-        if self.batch_first:
-            u = u.transpose(0, 1)
-        drive = self.input(u)
-        h = drive.new_zeros(drive.shape[1:]) if h_0 is None else h_0
-        if h.shape != drive.shape[1:]:
-            raise ValueError(f"ROARNN: h_0 must be {tuple(drive.shape[1:])}, got {tuple(h.shape)}")
-        states = []
-        for step in drive.unbind(0):
-            h = torch.add(self.alpha * self.filter(h), self.phi(step + self.recurrent(h)), alpha=self.beta)
-            states.append(h)
-        outputs = (
-            torch.stack(states, 1 if self.batch_first else 0) if states else drive.transpose(0, int(self.batch_first))
-        )
-        return outputs, h
-
-    def jacobian_bounds(self, steps: int) -> JacobianBounds:
-        """Bound the singular values of dh_T / dh_0, T = ``steps``, for all inputs, from the present weights."""
-        check_integers("ROARNN.jacobian_bounds", steps=steps)
-        if steps < 0:
-            raise ValueError(f"ROARNN.jacobian_bounds: steps must be at least 0, got {steps}")
-        norm = spectral_norm(self.recurrent.weight)
-        one = roa_jacobian_bounds(self.alpha, self.beta, [norm], slope=SLOPES[self.activation])
-        return JacobianBounds(*(steps * value if steps else 0.0 for value in one))
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}, beta={self.beta:g}, batch_first={self.batch_first}"
-
-
 def spectral_norm(weight: Tensor) -> float:
     """Return the largest singular value of a matrix, computed in float64."""
     return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
 
 
-def _weights(owner: str, alpha: float | None, beta: float) -> tuple[float, float]:
+def check_weights(owner: str, alpha: float | None, beta: float) -> tuple[float, float]:
     check_numbers(owner, beta=beta, **({} if alpha is None else {"alpha": alpha}))
     if not 0 < beta < math.inf:
         raise ValueError(f"{owner}: beta must be positive and finite, got {beta}")
@@ -242,3 +180,10 @@ def _weights(owner: str, alpha: float | None, beta: float) -> tuple[float, float
     if not 0 <= alpha < math.inf:
         raise ValueError(f"{owner}: alpha must be at least 0 and finite, got {alpha}")
     return float(alpha), float(beta)
+
+
+def check_segment(owner: str, checkpoint: int) -> int:
+    check_integers(owner, checkpoint=checkpoint)
+    if checkpoint < 0:
+        raise ValueError(f"{owner}: checkpoint must be at least 0, got {checkpoint}")
+    return int(checkpoint)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import reference
 from .._ops import add_op_namespace_prefix, ops
-from . import portable, portable_capture, portable_elementwise, portable_memory, portable_whitening
+from . import portable, portable_capture, portable_elementwise, portable_memory, portable_scan, portable_whitening
 from .checks import MAX_CHUNK, shown
 from .library import build_config, torch_abi
 from .registration import NAMESPACE, PORTABLE_NAMESPACE, portable_ops
@@ -60,6 +60,8 @@ PORTABLE: dict[str, Callable[..., Any]] = {
         portable_elementwise.batch_rms_norm_denominator_,
         portable_elementwise.batch_rms_norm_denominator,
         portable_elementwise.batch_rms_norm_divide,
+        portable_scan.roa_scan,
+        portable_scan.roa_scan_backward,
         reference.spd_inverse,
         reference.spd_solve,
     )

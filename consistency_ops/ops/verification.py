@@ -158,6 +158,23 @@ def _whitening(x: Tensor, g: Tensor, b: Tensor, wide: Tensor, wide_g: Tensor) ->
     yield Problem("a step", "foreach_unwhiten_", (*after, *before, *rest))
 
 
+def _scans() -> Iterator[Problem]:
+    """The additive recurrence: a permutation and one weight, a matrix and one weight a step."""
+    drive, initial, weight = _random(6, 5, 40, seed=24), _random(5, 40, seed=25), _random(40, 40, seed=26) / 8
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(27))
+    filters = torch.linalg.qr(_random(6, 40, 40, seed=28)).Q
+    kept, grad = _random(6, 5, 40, seed=29).tanh(), _random(6, 5, 40, seed=30)
+    for name, w, index, filter, activation in (
+        ("a permutation, tanh", weight, order, None, 1),
+        ("matrices of their own, modulus", weight.repeat(6, 1, 1), None, filters, 5),
+    ):
+        rest = w, index, filter, 0.9, 0.3, activation
+        yield Problem(name, "roa_scan", (drive, initial, *rest))
+        yield Problem(name, "roa_scan_backward", (grad, initial, kept, *rest))
+    half = [t.to(torch.bfloat16) for t in (drive, initial, weight)]
+    yield Problem("bfloat16", "roa_scan", (*half, order, None, 0.9, 0.3, 1))
+
+
 def problems() -> Iterator[Problem]:
     """All problems, their tensors on the CPU; the same ones on every machine."""
     x, g, b = _random(200, 70, seed=1), _random(24, 70, seed=2), _random(24, seed=3)
@@ -218,6 +235,7 @@ def problems() -> Iterator[Problem]:
     inverses, info, _ = PORTABLE["foreach_inverse"](covariance, [300], 0.3, True, 64)
     yield Problem("chunks of 60", "foreach_apply_", ([wide_g], [], inverses, info, [], [], [], [0], [8], 64, 7, 3))
     yield from _whitening(x, g, b, wide, wide_g)
+    yield from _scans()
     special = torch.tensor([0.0, -0.0, 1.5, -1.5, math.inf, -math.inf])
     values = torch.cat([special, _random(1000, seed=10)])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
