@@ -16,7 +16,7 @@ from .distributed.placement import Placements
 from .distributed.pooling import Pooling
 from .engine import host_path
 from .engine.capture import Capture
-from .engine.capture_states import CaptureStates
+from .engine.capture_states import LIMIT, CaptureStates
 from .engine.correction import Correction
 from .engine.discovery import find_ties, find_twins
 from .engine.layer import Layer
@@ -63,6 +63,8 @@ class Attachment:
             len(layers), None if optimizer is None else weakref.ref(self.ownership)
         )
         self.vigil: Vigil = Vigil(notices, self.states, optimizer is not None)
+        alarm = weakref.WeakMethod(self._alarm)  # no circle: an optimizer that is thrown away frees all this at once
+        self.states.alarm = lambda: None if (method := alarm()) is None else method()
         self.placements: Placements = Placements(
             layers,
             model,
@@ -119,6 +121,7 @@ class Attachment:
                 self.handles += self.correction.attach(layer)
                 new.append(layer)
         self._own = [layer for layer in self.layers if layer.capture and layer.capture.states is self.states]
+        self.store.keep_types(new)
         self.states.new_weights = False
         if new and self.correction.step > 0:  # they may have had a state that was loaded before they came
             step = self.correction.step
@@ -205,9 +208,10 @@ class Attachment:
             if not (self._hooks_fire or states.paused):
                 self._hooks_fire = first = notice_unseen(steps, self._notices)
             self._run(steps)
-            corrected = bool(steps or pooled)
+        left = self.placements.left_alone() if pooled else set()
+        corrected = corrected or bool(steps or pooled - left)
         held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
-        self.vigil.step(held, corrected)
+        self.vigil.step(held, corrected, bool(left))
         finished = not states.paused
         waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []
         host_path.begin_step(own, finished)
@@ -273,6 +277,16 @@ class Attachment:
         layers = [layer for layer in own if layer.index not in pooled] if pooled else own
         owned, notices = self.ownership.owned, self._notices
         return [step for layer in layers if (step := layer_step(layer, owned, notices)) is not None]
+
+    def _alarm(self) -> None:
+        """Many gradients came without a step: as many as ten new ones for each layer that has some?"""
+        states = self.states
+        trained = sum(layer.weight is not None and layer.weight.requires_grad for layer in self.own_layers())
+        limit = LIMIT * max(trained, 1)
+        if states.waiting > limit:
+            self.vigil.no_step()
+        else:
+            states.limit = limit
 
     # Rows
 

@@ -19,7 +19,7 @@ from .engine.capture_states import RowMask
 from .engine.correction import Correction, CorrectionOptions, check, is_int
 from .engine.discovery import OWN_FORWARD, UNKNOWN, adopt_layer, find_layers, find_new_layers
 from .engine.failed_forward import FailedForward
-from .engine.notices import Notices, end, some
+from .engine.notices import Notices, end, outlive, some
 from .engine.optimizers import find_optimizers, refuse_private_model
 from .engine.state import StateStore, on_host
 from .engine.weight_capture import announce, withdraw
@@ -171,6 +171,7 @@ class Preconditioner:
         self._notice_what_is_left()
         announce(self)
         vigils = [attachment.vigil for attachment in self._attachments]
+        weakref.finalize(model, outlive, [weakref.ref(vigil) for vigil in vigils]).atexit = False
         self._detach = weakref.finalize(self, end, vigils, remove_hooks, self._layers, handles)
         self._detach.atexit = False
 

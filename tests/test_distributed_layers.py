@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 
 SCENARIOS = [
     *("ddp_layers", "fully_shard_layers", "packed_columns", "uneven_shards", "sgd2"),
-    *("scaler", "autocast", "bfloat16", "checkpointed", "resumed_layers"),
+    *("scaler", "autocast", "bfloat16", "checkpointed", "resumed_layers", "fully_shard_experts", "flat_parameters"),
 ]
 
 
@@ -123,3 +123,24 @@ def test_ddp_resumes_the_state_of_every_part(results):
         assert not any(
             torch.equal(p, q) for p, q in zip(found["parameters"], scenarios.mixed().parameters(), strict=True)
         )
+
+
+@pytest.mark.parametrize("name", [*scenarios.EXPERT_OPTIONS, "hybrid"])
+def test_experts_in_one_parameter_in_fully_shard(results, name):
+    """Every rank has some experts, with all units of each, so what it holds are rows of the gradient."""
+    model = scenarios.Network(scenarios.ToyExperts).double()
+    scenarios.train_experts(model, scenarios.EXPERT_OPTIONS.get(name, {}), range(4))
+    for found in of(results, "fully_shard_experts"):
+        assert difference(found[name]["parameters"], [p.detach() for p in model.parameters()]) < TOLERANCE
+        assert found[name]["same"] and found[name]["failed"] == 0
+        assert found[name]["summary"].count("  ok") == 3
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_parameters_that_are_flattened_later_are_said_and_capture_stops(results, keeps_names):
+    for rank, found in enumerate(of(results, "flat_parameters")):
+        case = found[keeps_names]
+        assert case["stopped"], rank
+        (message,) = case["log"]
+        assert "FullyShardedDataParallel" in message and "fully_shard" in message
+        assert "FullyShardedDataParallel" in case["refusal"] and "gradient left as it is" in case["summary"]

@@ -136,6 +136,56 @@ def test_gradients_without_a_step_are_said_once_and_captured_again_after_a_step(
     assert pre.stats()["layers"] == 3 and len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_gradients_that_are_gone_at_the_step_are_said_within_ten_steps(early, caplog):
+    """Whether the hook that takes them was registered before the preconditioner or after it."""
+    model, (x, y) = mlp(), data()
+    dummy = torch.optim.SGD(model.parameters(), lr=0.0)
+    pre = None if early else Preconditioner(model, dummy)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    pre = pre or Preconditioner(model, dummy)
+    for step in range(12):
+        assert not caplog.text or step >= 10
+        backward(model, x, y)
+        dummy.step()
+    assert caplog.text.count("gradients came in the backward passes") == 1
+    assert pre._attachments[0].states.stopped
+
+
+def test_ten_gradients_without_a_step_are_said_where_most_layers_are_frozen(caplog):
+    """Ten of the layers that have gradients, not of all."""
+    model, (x, y) = mlp(), data()
+    model[0].requires_grad_(False)
+    extra = nn.Sequential(model, *(nn.Linear(5, 5).requires_grad_(False) for _ in range(20)))
+    held = [p for p in extra.parameters() if p.requires_grad]
+    pre = Preconditioner(extra, torch.optim.SGD(held, lr=0.1))
+    for step in range(12):
+        extra.zero_grad()
+        backward(extra, x, y)
+        assert ("no step() of the optimizer" in caplog.text) == (step >= 10)
+    assert pre.steps == 0
+
+
+def test_a_model_that_was_thrown_away_is_said_while_the_preconditioner_is_kept(caplog):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    del model
+    gc.collect()
+    assert caplog.text.count("its model ended before it corrected a gradient") == 1
+    del pre, optimizer
+    gc.collect()
+    assert caplog.text.count("before it corrected a gradient") == 1
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pre = Preconditioner(model, optimizer)
+    train(model, optimizer, 1)
+    del model
+    gc.collect()
+    assert caplog.text.count("before it corrected a gradient") == 1 and pre.steps == 1
+
+
 def test_ten_micro_batches_a_step_are_no_alarm(caplog):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -301,6 +351,52 @@ def test_a_load_that_calls_no_hooks_is_noticed_and_keeps_the_rows():
     train(other, loaded, 2, first=5)
     assert pre.steps == 7 and pre.stats()["layers"] == 3
     assert_equal(model.parameters(), other.parameters())
+
+
+class CastsOnLoad(torch.optim.SGD):
+    """As the optimizers of bitsandbytes: a load of its own, which casts all but the entries that it has a list of."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.non_castable_tensor_keys = {"qmap"}
+
+    def load_state_dict(self, state_dict):
+        state_dict, state = copy.deepcopy(state_dict), {}
+        for key, entries in state_dict["state"].items():
+            parameter = self.param_groups[0]["params"][key]
+            state[parameter] = {
+                k: v if k in self.non_castable_tensor_keys else v.to(parameter.dtype) for k, v in entries.items()
+            }
+        self.__setstate__({"state": state, "param_groups": self.param_groups})
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_load_that_casts_leaves_averages_and_steps_as_they_were(attention):
+    torch.manual_seed(0)
+
+    def make():
+        model = nn.MultiheadAttention(8, 2) if attention else nn.Sequential(nn.Linear(8, 8))
+        model = model.bfloat16()
+        optimizer = CastsOnLoad(model.parameters(), 0.01)
+        return model, optimizer, Preconditioner(model, optimizer, decay=0.5, chunk=4)
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        (model(x, x, x)[0] if attention else model(x)).float().square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer, pre), (twin, other, again) = make(), make()
+    xs = [torch.randn(5, 3, 8).bfloat16() for _ in range(4)]
+    for x in xs[:3]:
+        step(model, optimizer, x)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    step(model, optimizer, xs[3])
+    step(twin, other, xs[3])
+    assert_equal(list(model.parameters()), list(twin.parameters()))
+    one, two = pre.state_dict()["layers"], again.state_dict()["layers"]
+    for name, entries in one.items():
+        assert torch.equal(entries["covariance"], two[name]["covariance"]), name
 
 
 def test_the_state_of_another_network_starts_anew_with_a_word(caplog):

@@ -110,7 +110,7 @@ class Placements:
         self._model, self._owns = model, owns
         self._group, self._unpooled_optimizer = group, unpooled_optimizer
         self._store, self._notices = store, notices
-        self._searched = self._fully_sharded = False
+        self._searched = self._fully_sharded = self._seen_left = False
         self.wrappers: list[weakref.ref[nn.parallel.DistributedDataParallel]] = []
         self._wrapper_ranks: dict[int, Group] = {}  # by id of the parameter
         self._process_groups: dict[Group, ProcessGroup] = {}
@@ -134,6 +134,22 @@ class Placements:
         """Why a layer is left alone, for reports."""
         placement = self._current.get(layer.index)
         return None if placement is None else placement.reason
+
+    def left_alone(self) -> set[int]:
+        """The layers of this step that ranks share and that are left alone. Says so, from the second step on.
+
+        In the first it may not be known yet what the inputs are.
+        """
+        left = {index: placement for index, placement in self._current.items() if placement.reason is not None}
+        reasons = {placement.reason: placement.name for placement in left.values()}
+        if left and self._seen_left and self._unpooled_optimizer is None:
+            self._notices.once(
+                "left on ranks",
+                f"{len(left)} layers are left alone on these ranks, so their gradients are as they are: "
+                + some(f"{name} ({reason})" for reason, name in reasons.items()),
+            )
+        self._seen_left = bool(left)
+        return set(left)
 
     def process_group(self, ranks: Group) -> ProcessGroup:
         return self._process_groups[ranks]
@@ -278,9 +294,9 @@ def _left(layer: Layer, reason: str) -> Placement:
 def _role(placement: MeshPlacement) -> str:
     """What a mesh dimension does with the gradient matrix: each rank has a "copy", its own "rows", or its "units"."""
     shard = getattr(placement, "dim", None)
-    if placement.is_partial() or (shard is not None and shard > 1):
+    if placement.is_partial():
         return "other"
-    return "copy" if shard is None else "rows" if shard == 0 else "units"
+    return "copy" if shard is None else "units" if shard == 1 else "rows"  # experts or kernel taps are rows, too
 
 
 def _ranges(ranks: Group) -> str:

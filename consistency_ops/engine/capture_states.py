@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .ownership import Ownership
 
 USED, SEEN, STRIDE, NEXT, MARK, FORWARD, STEP, PAUSED, STATE_SIZE = 0, 1, 2, 3, 4, 6, 7, 8, 11
-NEW, _LIMIT = 100, 1000  # weight of a new gradient, and of one that is added to: ten new ones a layer are too many
+NEW, LIMIT = 100, 1000  # weight of a new gradient (one that is added to: 1), and of ten new ones: too many for a layer
 
 
 def empty(rows: int, units: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,7 +53,7 @@ class CaptureStates:
 
     def __init__(self, layers: int, ownership: weakref.ref[Ownership] | None = None) -> None:
         self.layers: int = layers
-        self.limit: int = _LIMIT * layers  # of `waiting`
+        self.limit: int = LIMIT  # of `waiting`; raised by the alarm, which knows the layers that have gradients
         self.ownership: weakref.ref[Ownership] | None = (
             ownership  # of the optimizer whose steps they are; None: they are the user's calls
         )
@@ -81,7 +81,7 @@ class CaptureStates:
         """Make room for more layers; returns whether the captures have to take their state from new tensors."""
         if layers <= self.layers:
             return False
-        self.layers, self.limit, before = layers, _LIMIT * layers, self._tensors
+        self.layers, before = layers, self._tensors
         self._tensors = {}
         for device, (state, last, *_) in before.items():
             self.on(device)[: len(state)] = state

@@ -19,7 +19,7 @@ from .layer_types import UNSUPPORTED, LayerType, has_own_forward, layer_types
 OWN_FORWARD = "forward of its own"
 UNKNOWN = "unsupported type"
 UNCALLED = "takes its weight and never calls it"
-FLATTENED = "weight is flattened (FullyShardedDataParallel does that; fully_shard is supported)"
+FLATTENED = "weight is flattened (FullyShardedDataParallel and DeepSpeed ZeRO 3 do that; fully_shard is supported)"
 
 
 def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
@@ -195,6 +195,8 @@ def _computed_by(module: nn.Module, key: str) -> str:
         return "is computed by weight_norm"
     if f"{key}_orig" in module._parameters:
         return "is computed by a hook (spectral_norm, pruning)"
+    if isinstance(getattr(module, key, None), Tensor):
+        return "is not a parameter (FullyShardedDataParallel takes them, unless use_orig_params=True; use fully_shard)"
     return "is not a parameter of the module"
 
 

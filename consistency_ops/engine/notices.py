@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -32,6 +33,7 @@ class Watched(Protocol):
 
     stopped: bool
     taken: int
+    waiting: int
     alarm: Callable[[], None]
 
 
@@ -51,12 +53,13 @@ class Vigil:
         self._idle_steps = 0  # steps in a row that found no gradient although there were some in the backward pass
         captures.alarm = self.no_step
 
-    def step(self, held: bool, corrected: bool) -> None:
+    def step(self, held: bool, corrected: bool, left: bool) -> None:
         """A step is done.
 
         Args:
             held: whether the optimizer holds the weight of any layer.
             corrected: whether any layer had a gradient.
+            left: whether layers that ranks share are left alone, which was said before.
         """
         if corrected:
             self._silent = True
@@ -68,7 +71,11 @@ class Vigil:
                 "place: use DistributedDataParallel, fully_shard, ZeroRedundancyOptimizer or ZeRO stage 0. If "
                 "parameters were replaced, construct the Preconditioner after that."
             )
-        elif self._captures.taken:
+        elif left:
+            self._idle_steps += 1
+            if self._idle_steps >= PATIENCE:
+                self._captures.stopped = self._silent = True
+        elif self._captures.taken or self._captures.waiting:
             self._idle_steps += 1
             if self._idle_steps >= PATIENCE:
                 self._stop(_GONE)
@@ -110,11 +117,22 @@ def end(vigils: list[Vigil], clean_up: Callable[..., None], *args: object) -> No
     if all(vigil.ended_in_vain for vigil in vigils):
         log.warning(
             "Preconditioner: it ended before it corrected a gradient, with the optimizer that it was given, or because "
-            "nothing referred to it. Construct it after the optimizer that the training really steps: a trainer may "
-            "make one of its own."
+            f"nothing referred to it. {_MADE_ANEW}"
         )
 
 
+def outlive(vigils: list[weakref.ref[Vigil]]) -> None:
+    """The model is gone, and its preconditioner is not: say so if it has done nothing."""
+    left = [vigil for found in vigils if (vigil := found()) is not None]
+    if left and all(vigil.ended_in_vain for vigil in left):
+        for vigil in left:
+            vigil.silence()
+        log.warning("Preconditioner: its model ended before it corrected a gradient. %s", _MADE_ANEW)
+
+
+_MADE_ANEW = (
+    "Construct it after the model and the optimizer that the training really steps: a trainer may make its own."
+)
 _GONE = (
     "gradients came in the backward passes, and at the optimizer's step there were none, so nothing is corrected and "
     "no input is captured from now on. Optimizers that update the weights in the backward pass (LOMO, layer-wise "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
+_KEYS = "inverse", "info", "covariance", "weight", "division"
 _STEPS: set[int] = set()  # ids of the step tensors that the stores of this process write
 
 
@@ -154,6 +155,13 @@ class StateStore:
         states = [] if self._optimizer is None else self._optimizer.states()
         found = [entries for state in states for entries in state.values()]
         return [entries for entries in found if isinstance(entries, dict) and _STEP in entries]
+
+    def keep_types(self, layers: list[Layer]) -> None:
+        """Ask an optimizer that casts what it loads, in a way of its own, to leave our entries (bitsandbytes does)."""
+        uncast = None if self._optimizer is None else getattr(self._optimizer.saving, "non_castable_tensor_keys", None)
+        if isinstance(uncast, set):
+            uncast.add(_STEP)
+            uncast.update(_prefix(layer) + key for layer in layers for key in _KEYS)
 
     def clear(self, others: Set[Tensor]) -> None:
         """Forget everything but the entries of these weights, which are another preconditioner's."""

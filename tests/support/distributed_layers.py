@@ -8,9 +8,10 @@ import math
 
 import torch
 import torch.distributed as dist
+from test_experts import Network, ToyExperts
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -251,3 +252,66 @@ def resumed_layers():
     optimizer.load_state_dict(saved[1])
     train(again, optimizer, [dist.get_rank()], first=3, steps=3)
     return result(other, uninterrupted=result(model)["parameters"])
+
+
+# Experts, and weights that are flattened
+
+EXPERT_OPTIONS = {"default": {}, "stored": STORED, "whiten": {"mode": "whiten", "every": 2}}
+
+
+def train_experts(model, options, shares, wrap=lambda model: model):
+    """Three steps with the data of some of four ranks; the gradient is the mean over all of them."""
+    model = wrap(model)
+    optimizer = sgd(model)
+    pre = Preconditioner(model, optimizer, chunk=4, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in shares:
+            x = torch.randn(24, 6, generator=torch.Generator().manual_seed(10 * step + part)).double()
+            (model(x).square().mean() / len(shares)).backward()
+        optimizer.step()
+    return pre
+
+
+def fully_shard_experts():
+    """Shards of whole experts: one each on four ranks, two each on two."""
+    found = {}
+    for name, options in {**EXPERT_OPTIONS, "hybrid": {}}.items():
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if name == "hybrid" else None
+        mesh = mesh or init_device_mesh("cpu", (4,))
+        model = Network(ToyExperts).double()
+
+        def wrap(model, mesh=mesh):
+            fully_shard(model.experts, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+
+        pre = train_experts(model, options, [dist.get_rank()], wrap)
+        found[name] = result(model, summary=pre.summary(), failed=pre.stats()["failed_chunks"])
+    return found
+
+
+def flat_parameters():
+    """FullyShardedDataParallel around a model that has a preconditioner already, and what the log says of it."""
+    found = {}
+    for keeps_names in (True, False):
+        messages: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, messages=messages: messages.append(record.getMessage())
+        logging.getLogger("consistency_ops").addHandler(handler)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = Preconditioner(model, optimizer)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=keeps_names, device_id=torch.device("cpu"))
+        for _ in range(12):
+            optimizer.zero_grad()
+            wrapped(share(0, dist.get_rank())[0]).square().sum().backward()
+            optimizer.step()
+        try:
+            Preconditioner(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1))
+            refusal = ""
+        except ValueError as error:
+            refusal = str(error)
+        logging.getLogger("consistency_ops").removeHandler(handler)
+        stopped = all(part.states.stopped for part in pre._attachments)
+        found[keeps_names] = {"log": messages, "stopped": stopped, "refusal": refusal, "summary": pre.summary()}
+    return found
