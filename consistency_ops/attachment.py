@@ -192,14 +192,15 @@ class Attachment:
         own = self._leave_if_private(self.own_layers())
         if own and (self.optimizer is not None) and self._was_loaded(own):
             self._take_what_was_loaded()
-        for layer in own:
-            layer.info_slice = None
-        pooled = self.pooling.correct()
         steps: list[LayerStep] = []
+        pooled: set[int] = set()
         first = False
-        quick = bool(self._hooks_fire) and not (pooled or states.new_weights)
+        quick = bool(self._hooks_fire) and not (states.new_weights or self.pooling.has_ranks)
         corrected = quick and host_path.correct(correction, own, self.ownership)
         if not corrected:
+            for layer in own:
+                layer.info_slice = None
+            pooled = self.pooling.correct()
             steps = self._layer_steps(own, pooled)
             if states.new_weights:  # seen while the steps were made
                 self.attach()

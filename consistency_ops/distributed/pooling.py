@@ -55,6 +55,11 @@ class Pooling:
         # Whether ranks share the factorisations; None: where the cost model says so.
         self.shares_factorisation: bool | None = None
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether there are processes that could share layers."""
+        return dist.is_available() and dist.is_initialized()
+
     @torch.no_grad()
     def correct(self) -> set[int]:
         """Correct the layers that ranks share; the same on all ranks, in the same order.
@@ -62,7 +67,7 @@ class Pooling:
         Returns:
             The indices of these layers, those that are left alone included.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not self.has_ranks:
             return set()
         placements = self._placements.update()
         buckets: dict[Bucket, list[Layer]] = {}

@@ -29,7 +29,10 @@ struct Planned {
   int64_t convolution_groups, rows_id;
   bool is_double;
 };
-using Plan = std::vector<Planned>;
+struct Plan {
+  std::vector<Planned> layers;
+  std::vector<THPObjectPtr> others;  // layers that have nothing to correct in this step
+};
 
 enum class Look { kPlanned, kNothing, kPython };  // kNothing: this layer has nothing to correct in this step
 
@@ -143,7 +146,7 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planne
 }
 
 // As in_order_of_input of layer_step.py.
-void put_same_rows_together(Plan& plan) {
+void put_same_rows_together(std::vector<Planned>& plan) {
   std::map<std::tuple<int64_t, bool, DType>, size_t> run_of;
   std::vector<std::vector<size_t>> runs;
   for (size_t i = 0; i < plan.size(); ++i) {
@@ -153,7 +156,7 @@ void put_same_rows_together(Plan& plan) {
     if (is_new) runs.emplace_back();
     runs[at->second].push_back(i);
   }
-  Plan ordered;
+  std::vector<Planned> ordered;
   ordered.reserve(plan.size());
   for (const auto& run : runs) {
     const uint32_t division = plan[run.front()].problem.layer;
@@ -165,7 +168,7 @@ void put_same_rows_together(Plan& plan) {
   plan = std::move(ordered);
 }
 
-bool gradients_overlap(const Plan& plan) {
+bool gradients_overlap(const std::vector<Planned>& plan) {
   std::vector<std::pair<const char*, const char*>> extents;
   extents.reserve(2 * plan.size());
   for (const Planned& planned : plan) {
@@ -200,7 +203,7 @@ PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
     Py_RETURN_NONE;
   }
   auto plan = std::make_unique<Plan>();
-  plan->reserve(PyList_GET_SIZE(layers));
+  plan->layers.reserve(PyList_GET_SIZE(layers));
   bool shared = false;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); ++i) {
     PyObject* layer = PyList_GET_ITEM(layers, i);
@@ -208,16 +211,19 @@ PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
     Planned planned{};
     const Look seen = look(layer, owned, chunk, group, planned);
     if (seen == Look::kPython ||
-        (seen == Look::kPlanned && !plan->empty() && planned.is_double != plan->front().is_double)) {
+        (seen == Look::kPlanned && !plan->layers.empty() && planned.is_double != plan->layers.front().is_double)) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
-    if (seen == Look::kNothing) continue;
+    if (seen == Look::kNothing) {
+      plan->others.emplace_back(Py_NewRef(layer));
+      continue;
+    }
     shared = shared || !host.capture.source.is(host.layer.capture.get(layer), Py_None);
-    plan->push_back(std::move(planned));
+    plan->layers.push_back(std::move(planned));
   }
-  if (plan->empty() || gradients_overlap(*plan)) Py_RETURN_NONE;
-  if (shared) put_same_rows_together(*plan);
+  if (plan->layers.empty() || gradients_overlap(plan->layers)) Py_RETURN_NONE;
+  if (shared) put_same_rows_together(plan->layers);
   PyObject* capsule = PyCapsule_New(plan.get(), kPlan, forget);
   if (capsule != nullptr) plan.release();
   return capsule;
@@ -246,9 +252,9 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
   options.step = static_cast<uint64_t>(step);
 
   std::vector<PreconditionLayer> problems;
-  problems.reserve(plan->size());
+  problems.reserve(plan->layers.size());
   int64_t chunks = 0;
-  for (const Planned& planned : *plan) {
+  for (const Planned& planned : plan->layers) {
     options.float64 = options.float64 || planned.is_double || planned.problem.g_dtype == DType::kFloat64;
     PreconditionLayer problem = planned.problem;
     for (int64_t g = 0; g < planned.convolution_groups; ++g, bindings::to_next_group(problem))
@@ -273,7 +279,7 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
   THPObjectPtr info_object(THPVariable_Wrap(info)), used_object(THPVariable_Wrap(used));
   if (!info_object || !used_object) return nullptr;
   begin = 0;
-  for (Planned& planned : *plan) {
+  for (Planned& planned : plan->layers) {
     const LayerClass& l = host.layer;
     PyObject* layer = planned.layer.get();
     const PreconditionLayer& p = planned.problem;
@@ -285,6 +291,7 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
     if (!told) return nullptr;
     begin = end;
   }
+  for (THPObjectPtr& layer : plan->others) host.layer.info_slice.set(layer.get(), Py_None);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
