@@ -201,3 +201,59 @@ def test_plain_network_is_a_network_without_filters():
     for layer in model.layers:
         expected = torch.tanh(layer(expected))
     assert torch.equal(model.hidden(x), expected)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("roa-memory", "adding, roa, corrected"),
+        ("roa-memory", "copying, lstm"),
+        ("roa-memory", "psmnist, roa, corrected"),
+        ("init-tolerance", "sgd2, 0.01"),
+        ("roa-depth", "roa, depth 50000"),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, run, tmp_path, monkeypatch):
+    experiment = runner.load(name)
+    if name == "roa-depth":  # as the deepest, with 12 layers
+        monkeypatch.setattr(roa_depth, "DEEP", 6)
+        monkeypatch.setitem(experiment.SETTINGS, run, {**experiment.SETTINGS[run], "depth": 12, "checkpoint": 4})
+    monkeypatch.setattr(fit, "load", lambda data, size, directory: images(data))
+    monkeypatch.setattr(sys, "argv", ["training", name])
+    tiny = {**TINY, "epochs": 4, "iterations": 8, "pixel_epochs": 4, "pool": 7}
+    options = [f"--{key.replace('_', '-')}={tiny[key]}" for key in experiment.SIZE if key in tiny]
+    arguments = [name, "--runs", run, *options, "--out"]
+    command.main([*arguments, str(tmp_path / "whole")])
+
+    calls, original = [], runner.Ticker.__call__
+
+    def tick(self, text):
+        calls.append(text)
+        original(self, text)
+        if len(calls) == 2:
+            raise Interrupted
+
+    monkeypatch.setattr(runner.Ticker, "__call__", tick)
+    with pytest.raises(Interrupted):
+        command.main([*arguments, str(tmp_path / "parts")])
+    (kept,) = (tmp_path / "parts" / "runs").iterdir()
+    assert not (tmp_path / "parts" / f"{name}.json").exists()
+    command.main([*arguments, str(tmp_path / "parts")])
+    assert not kept.exists()  # it is finished
+    whole, parts = (
+        json.loads((tmp_path / part / f"{name}.json").read_text())["runs"][0] for part in ("whole", "parts")
+    )
+    differ = {"seconds", "cpu_seconds", "date", "command", "memory"}
+    assert {k: v for k, v in whole.items() if k not in differ} == {k: v for k, v in parts.items() if k not in differ}
+
+
+def test_what_another_run_kept_is_not_used(tmp_path):
+    progress = runner.Progress(tmp_path / "one.pt", run="a", size={"epochs": 3})
+    progress.save(epoch=1)
+    assert runner.Progress(tmp_path / "one.pt", run="a", size={"epochs": 3}).load() == {"epoch": 1}
+    assert runner.Progress(tmp_path / "one.pt", run="a", size={"epochs": 4}).load() is None
+    assert runner.Progress(tmp_path / "none.pt", run="a").load() is None

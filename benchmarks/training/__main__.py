@@ -42,7 +42,12 @@ def run(name: str, experiment, arguments: list[str]) -> None:
         description=experiment.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", nargs="+", choices=experiment.SETTINGS, default=list(experiment.SETTINGS))
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        choices=experiment.SETTINGS,
+        default=getattr(experiment, "DEFAULT", list(experiment.SETTINGS)),
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     for key, value in experiment.SIZE.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")

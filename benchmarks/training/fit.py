@@ -113,7 +113,6 @@ def train(
         losses, errors, rates, steps, done = (saved[key] for key in ("losses", "errors", "rates", "steps", "epoch"))
         for name, values in (notes or {}).items():
             values[:] = saved["notes"][name]
-        tick(f"went on from epoch {done}")
     for epoch in range(done + 1, epochs + 1):
         order = torch.randperm(len(split.train_y), generator=shuffle)
         batches = order[: len(order) // batch * batch].split(batch)

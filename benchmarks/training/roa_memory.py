@@ -25,7 +25,9 @@ from consistency_ops.nn import ROARNN
 
 TITLE = "roaRNN against tanh RNN and LSTM: copying, adding, permuted sequential MNIST"
 DATA = "mnist"
-STEPS = {"copying": 50, "adding": 50, "psmnist": 784}
+STEPS = {"copying": 50, "adding": 50, "psmnist": 784} | {
+    f"{task} {steps}": steps for task in ("copying", "adding") for steps in (1_000, 10_000)
+}
 KINDS = {
     "roa": {"kind": "roa", "beta_steps": 2.0, "scale": 10.0, "lr": 3e-3},
     "roa, corrected": {"kind": "roa", "beta_steps": 2.0, "scale": 10.0, "lr": 3e-3, "damping": 0.1},
@@ -34,10 +36,11 @@ KINDS = {
 }
 LABELS = {"roa": "roaRNN", "roa, corrected": "roaRNN, corrected", "rnn": "tanh RNN", "lstm": "LSTM"}
 SETTINGS = {
-    f"{task}, {name}": {"task": task, "steps": steps, **kind}
+    f"{task}, {name}": {"task": task.split()[0], "steps": steps, **kind}
     for task, steps in STEPS.items()
     for name, kind in KINDS.items()
 }
+DEFAULT = [name for name in SETTINGS if "000" not in name]  # the long ones take hours: ask for them by name
 SIZE = {
     "epochs": 20,
     "iterations": 1_500,
@@ -138,8 +141,10 @@ def _pixels(model, optimizer, step, size, seed, data, tick):
 
 
 def plot(figure, results):
-    baselines = {"copying": tasks.copying_baseline(STEPS["copying"]), "adding": tasks.ADDING_BASELINE, "psmnist": 0.9}
-    for axis, task in zip(figure.subplots(1, 3), STEPS, strict=True):
+    baselines = {task: tasks.copying_baseline(steps) for task, steps in STEPS.items() if "copying" in task}
+    baselines |= {task: tasks.ADDING_BASELINE for task in STEPS if "adding" in task} | {"psmnist": 0.9}
+    tasks_run = [task for task in STEPS if any(f"{task}, {name}" in results for name in KINDS)]
+    for axis, task in zip(figure.subplots(1, len(tasks_run), squeeze=False)[0], tasks_run, strict=True):
         key = "test_error" if task == "psmnist" else "loss"
         size = {}
         for i, name in enumerate(KINDS):
@@ -153,15 +158,17 @@ def plot(figure, results):
                 )
         axis.axhline(baselines[task], color="grey", linewidth=0.8, label="without memory")
         steps = STEPS[task] // (size.get("pool", 1) ** 2 if task == "psmnist" else 1)
-        title = f"{task}, {steps} {'blanks' if task == 'copying' else 'steps'}, {size.get('hidden')} units"
+        kind = task.split()[0]
+        title = f"{kind}, {steps} {'blanks' if kind == 'copying' else 'steps'}, {size.get('hidden')} units"
         axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=title)
-        axis.set(ylabel={"copying": "cross-entropy", "adding": "mean square error", "psmnist": "test error"}[task])
+        axis.set(ylabel={"copying": "cross-entropy", "adding": "mean square error", "psmnist": "test error"}[kind])
         axis.set_ylim(0, 1 if task == "psmnist" else 2.5 * baselines[task])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize="small")
-    figure.suptitle("Memory tasks, Adam with and without the correction; batches of 50")
+    batches = ", ".join(sorted({str(records[0]["size"]["batch"]) for records in results.values()}))
+    figure.suptitle(f"Memory tasks, Adam with and without the correction; batches of {batches}")
 
 
 def lines(results):

@@ -3,7 +3,8 @@
 An experiment is a module of this folder with
 
 - ``TITLE``: one line; ``DATA``: the data set it reads, or None;
-- ``SETTINGS``: run name -> keyword arguments, all JSON; ``SIZE``: the sizes it runs at by default (``epochs``, ...);
+- ``SETTINGS``: run name -> keyword arguments, all JSON; ``DEFAULT``: names of those that run unless others are named,
+  by default all; ``SIZE``: the sizes it runs at by default (``epochs``, ...);
 - ``run(settings, size, seed, data, tick) -> dict``: one run; ``tick(text)`` moves the progress bar by one epoch;
 - ``plot(figure, results)``: draws into an empty matplotlib figure, ours beside what was published;
 - ``lines(results)``: what came out, in sentences, for the console.
