@@ -3,6 +3,7 @@
 import contextlib
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -404,3 +405,51 @@ def test_a_module_that_is_used_twice_counts_twice():
     expected = 9 * matrix_norm(layer.weight)[0] ** 2
     assert co.analysis.lipschitz_bound(model).bound == pytest.approx(expected, rel=1e-9)
     assert steepest(model, (4,), steps=6) <= expected
+
+
+def ten_times(function):
+    return lambda *args, **kwargs: 10 * function(*args, **kwargs)
+
+
+REPLACED = {
+    "torch.nn.functional.linear": (F, "linear"),
+    "torch.nn.functional.relu": (F, "relu"),
+    "torch.relu": (torch, "relu"),
+    "torch.nn.functional.conv1d": (F, "conv1d"),
+    "torch.nn.modules.conv.Conv1d._conv_forward": (nn.Conv1d, "_conv_forward"),
+    "torch.nn.modules.module.Module.__call__": (nn.Module, "__call__"),
+    "torch.nn.modules.module.Module._call_impl": (nn.Module, "_call_impl"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_is_replaced_for_the_whole_process_is_refused_by_name(what, monkeypatch):
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    x, (owner, name) = torch.randn(2, 3, 1), REPLACED[what]
+    expected = co.analysis.lipschitz_bound(model, x).bound
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ten_times(getattr(owner, name)))
+        with pytest.raises(NotImplementedError, match=f"lipschitz_bound: {re.escape(what)} was replaced"):
+            co.analysis.lipschitz_bound(model, x)
+        with pytest.raises(NotImplementedError, match=f"fold_rms_norm: {re.escape(what)} was replaced"):
+            co.nn.fold_rms_norm(nn.Sequential(nn.Linear(3, 3)))
+    assert co.analysis.lipschitz_bound(model, x).bound == expected
+
+
+def test_another_function_of_torch_in_the_place_of_one_is_refused(monkeypatch):
+    monkeypatch.setattr(F, "relu", F.gelu)
+    with pytest.raises(NotImplementedError, match="functional.relu was replaced"):
+        co.analysis.lipschitz_bound(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+
+
+def test_a_mode_that_stands_before_all_functions_is_refused():
+    class Scales(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return 10 * result if function is F.linear else result
+
+    model = nn.Sequential(nn.Linear(3, 3))
+    with Scales(), pytest.raises(NotImplementedError, match="a .*Scales stands before all functions"):
+        co.analysis.lipschitz_bound(model)
+    with torch.device("cpu"):
+        assert co.analysis.lipschitz_bound(model).bound > 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn.originals import replaced
 from ..ops.checks import check_module, shown, type_name
 from .lipschitz_factor import Factor, Rule, Unbounded
 from .lipschitz_graph import Network
@@ -152,6 +153,8 @@ def lipschitz_bound(
         print(bound.log_bound, bound.log_folded, bound.contractive)
     """
     check_module("lipschitz_bound", model)
+    if what := replaced():
+        raise NotImplementedError(f"lipschitz_bound: {what}")
     given = rules.items() if isinstance(rules, Mapping) else [(rules, None)] * (rules is not None)
     if not all(isinstance(kind, type) and callable(rule) for kind, rule in given):
         raise TypeError(f"lipschitz_bound: rules must be {{Type: function}}, got {shown(rules)}")

@@ -22,6 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..ops.checks import check_module, check_numbers, type_name
 from .batch_rms_norm import BatchRMSNorm
 from .modulus import Modulus
+from .originals import replaced
 from .plain_layers import derived_weight, objection, recomputing_hooks, table_type
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,6 +73,8 @@ def fold_rms_norm(model: nn.Sequential) -> nn.Sequential:
         raise TypeError(f"fold_rms_norm: model must be an nn.Sequential, got {type_name(model)}")
     if table_type(model, _KNOWN) is not nn.Sequential:
         raise TypeError(f"fold_rms_norm: model must be a plain nn.Sequential, got {type_name(model)} with a forward")
+    if what := replaced():
+        raise NotImplementedError(f"fold_rms_norm: {what}")
     folded: list[nn.Module] = []
     gain = None  # 1 / D of the last norm, until a layer with weights takes it
     spatial = None  # spatial dimensions of the signal; None where no layer has told
