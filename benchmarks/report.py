@@ -165,6 +165,22 @@ def same_input() -> str:
     return "\n".join(lines)
 
 
+def rows_dtype() -> str:
+    results = read("rows_dtype")
+    columns = ["float32", "bfloat16"]
+    lines = ["| | rows in float32 | in bfloat16 |", "| --- | --- | --- |"]
+    for data, title in (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST")):
+        found = results[data]
+        for key, text, form in (("train_loss", "train loss", ".4f"), ("test_error", "test error", ".4f")):
+            cells = [", ".join(format(run[key], form) for run in found[kind]) for kind in columns]
+            lines.append(f"| {title}, {text} | {' | '.join(cells)} |")
+        apart = ", ".join(f"{damping}: {value:.1e}" for damping, value in found["after"].items())
+        lines.append(f"| {title}, corrected gradients apart (relative), at damping |  | {apart} |")
+    sizes = [f"{results['mnist'][kind][0]['rows_bytes'] / 2**20:.2f} MiB" for kind in columns]
+    lines.append(f"| row buffers | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
 def linalg() -> str:
     """The inverse and the solve of small matrices against the fastest composition of torch's operations."""
     shown: dict[tuple, dict] = {}
@@ -260,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frameworks": frameworks,
     "monitors": monitors,
     "same-input": same_input,
+    "rows-dtype": rows_dtype,
     "linalg": linalg,
     "distributed": distributed,
     "peers-cost": lambda: peers.cost(read("peers/cost")),

@@ -113,7 +113,15 @@ class Attachment:
                     _refuse_a_second_one(module, layer, weight)
                 refuse_private(weight, layer.name)
                 settle(weight.device)
-                layer.capture = Capture(module, layer.kind, self.states, layer.index, options.max_rows, options.seed)
+                layer.capture = Capture(
+                    module,
+                    layer.kind,
+                    self.states,
+                    layer.index,
+                    options.max_rows,
+                    options.seed,
+                    options.rows_dtype,
+                )
                 if layer.only_taken:
                     layer.capture.unhook()
                 if layer.kind.inside:

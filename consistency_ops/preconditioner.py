@@ -78,6 +78,8 @@ class Preconditioner:
         max_rows: input rows of a layer that are used in a step. Where there are more, each block of them gives one,
             drawn at random. A layer's buffer takes as many rows as it sees, at most ``max_rows``, x units x 4 bytes (2
             for inputs of 16 bits, 8 in float64).
+        rows_dtype: ``torch.bfloat16`` rounds rows in float32 to it, which halves their buffers; inputs of other types
+            are kept as they are. ``None``: all are.
         decay: weight of the old value in a running average of the covariances, in [0, 1). ``None``: 0 in mode
             ``"correct"``, 0.95 in mode ``"whiten"``. With 0 only the current step's inputs count, and every refresh
             draws a new random division in mode ``"correct"``. Above 0 the division is fixed, the average is
@@ -112,6 +114,7 @@ class Preconditioner:
         chunk: int | None = 128,
         group: int | None = None,
         max_rows: int = 4096,
+        rows_dtype: torch.dtype | None = None,
         decay: float | None = None,
         every: int | None = None,
         bias: bool = True,
@@ -130,7 +133,9 @@ class Preconditioner:
             decay = 0.95 if self.mode == "whiten" else 0.0
         if every is None:
             every = 10 if self.mode == "whiten" and decay > 0 else 1
-        options = CorrectionOptions(damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm)
+        options = CorrectionOptions(
+            damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm, rows_dtype
+        )
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
         self._notices = Notices()
@@ -429,7 +434,10 @@ class Preconditioner:
         o = self._correction.options
         damping = "schedule" if callable(o.damping) else f"{o.damping:g}"
         options = "mode='whiten', " * (self.mode == "whiten") + f"damping={damping}, scaling={o.scaling!r}, "
-        options += f"chunk={o.chunk}, max_rows={o.max_rows}" + ", keep_norm=False" * (not o.keep_norm)
+        options += f"chunk={o.chunk}, max_rows={o.max_rows}" + f", rows_dtype={o.rows_dtype}" * (
+            o.rows_dtype is not None
+        )
+        options += ", keep_norm=False" * (not o.keep_norm)
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 

@@ -30,6 +30,8 @@ def random_input():
 
 def buffer_dtypes(dtype):
     wide = [torch.float64] if dtype == torch.float64 else [torch.float32, torch.float64]
+    if dtype == torch.float32:
+        return [*wide, torch.bfloat16]  # rounded
     return [*wide, dtype] if dtype in HALVES else wide
 
 
@@ -57,6 +59,21 @@ def test_every_half_is_widened_exactly():
         rows, state = torch.zeros(65536, 1), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
         capture(rows, state, x, 0, 1, 0)
         torch.testing.assert_close(rows, x.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_are_rounded_to_bfloat16_as_torch_does():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (4096, 16), generator=generator).to(torch.int32)
+    words[:1024] &= -65536 >> 1  # ties and numbers in between
+    words[1024:1040, 0] = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, 0x7F7FFFFF] * 4, dtype=torch.int32)
+    for x in (
+        words.view(torch.float32),
+        words.view(torch.float32).t().contiguous().t(),
+        words.view(torch.float32)[:, :13],
+    ):
+        rows, state = torch.zeros(x.shape, dtype=torch.bfloat16), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
+        capture(rows, state, x, 0, 1, 0)
+        torch.testing.assert_close(rows, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 class Stream:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 from support.training import DAMPING, assert_equal, data, dense, mlp, scaled_step, train
 
@@ -149,3 +150,45 @@ def test_float32_master_weights_over_a_bfloat16_model(compiled):
                 p.copy_(master)
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0] and pre.stats()["layers"] == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_of_float32_are_kept_in_bfloat16_on_request(compiled):
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model, rows_dtype=torch.bfloat16)
+    assert "rows_dtype=torch.bfloat16" in repr(pre)
+    forward = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    F.cross_entropy(forward(x), y).backward()
+    rows = [layer.capture.rows for layer in pre._layers]
+    assert all(buffer.dtype == torch.bfloat16 for buffer in rows)
+    assert torch.equal(rows[0][: len(x)], x.bfloat16())
+    first = model[0]
+    want = co.precondition(
+        first.weight.grad, x.bfloat16(), bias_grad=first.bias.grad, damping=0.1, scaling="trace", max_rows=4096
+    )
+    pre.step()
+    assert torch.equal(first.weight.grad, want[0]) and torch.equal(first.bias.grad, want[1])
+
+
+def test_only_rows_of_float32_are_rounded():
+    model, (x, y) = mlp(), data()
+    pre = Preconditioner(model.double(), rows_dtype=torch.bfloat16)
+    F.cross_entropy(model(x.double()), y).backward()
+    assert all(layer.capture.rows.dtype == torch.float64 for layer in pre._layers)
+    pre.remove()
+
+    pre = Preconditioner(model.float(), rows_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        model(x).sum().backward()
+    dtypes = [layer.capture.rows.dtype for layer in pre._layers]
+    assert dtypes == [torch.bfloat16, torch.float16, torch.float16]  # the first sees x before autocast does
+    F.cross_entropy(model(x), y).backward()  # a layer that has seen both types has float32, and all rows
+    dtypes = [layer.capture.rows.dtype for layer in pre._layers]
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
+    assert torch.equal(pre._layers[0].capture.rows[: 2 * len(x)], x.bfloat16().repeat(2, 1))
+
+
+def test_only_bfloat16_is_a_type_to_round_to():
+    for dtype in (torch.float16, torch.float32, "bfloat16", torch.zeros(2)):
+        with pytest.raises(ValueError, match="Preconditioner: rows_dtype must be None or torch.bfloat16, got"):
+            Preconditioner(mlp(), rows_dtype=dtype)

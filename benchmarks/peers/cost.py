@@ -1,10 +1,11 @@
 """The cost of a step with each optimizer: CPU time over that of SGD in one interleaved run, and kept memory.
 
-    python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--json FILE]
+    python -m benchmarks.peers.cost [--models NAME ...] [--optimizers NAME ...] [--memory] [--json FILE]
 
 A step is zero_grad, forward, backward and update on random data.  A time is the mean of ten steps, one of which renews
 what is renewed every ten.  Memory is the bytes of all tensors that are alive after three steps and are neither
-parameters, gradients nor data, over the bytes of the parameters; work space inside a call is not seen.
+parameters, gradients nor data, over the bytes of the parameters; work space inside a call is not seen.  `--memory`
+measures it alone and writes it into the rows that are stored.
 """
 
 from __future__ import annotations
@@ -97,14 +98,35 @@ def kept_rows(path: str | None, models: list[str]) -> tuple[list[dict], dict[str
     return [row for row in old["rows"] if row["model"] not in models], failures
 
 
+def measure_memory(path: str | None, models: list[str], peers: list[str]) -> None:
+    """Measure what the optimizers keep, and write it into the rows of an earlier run."""
+    file = Path(path) if path else RESULTS / "cost.json"
+    results = json.loads(file.read_text())
+    how = {"command": command(), "date": datetime.date.today().isoformat()}
+    for row in results["rows"]:
+        if row["model"] not in models or row["optimizer"] not in peers:
+            continue
+        build, shape = MODELS[row["model"]]
+        torch.manual_seed(0)
+        x, y = torch.randn(shape), torch.randint(10, shape[:1])
+        before, row["memory"] = row["memory"], kept(build, row["optimizer"], x, y)
+        row["memory_measured"] = how
+        print(f"{row['model']:<40} {row['optimizer']:<12} +{before:.2f} -> +{row['memory']:.2f}", flush=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
+    parser.add_argument("--memory", action="store_true", help="measure what is kept, not the times")
     parser.add_argument("--json", help="write here instead of benchmarks/results/peers/cost.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     peers = [name for name in dict.fromkeys(["sgd", *arguments.optimizers]) if PEERS[name].version]
+    if arguments.memory:
+        measure_memory(arguments.json, arguments.models, peers)
+        return
     rows, failures = kept_rows(arguments.json, arguments.models)
     how = {"command": command(), "date": datetime.date.today().isoformat()}  # models are measured on different days
     for name in arguments.models:

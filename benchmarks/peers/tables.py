@@ -238,10 +238,13 @@ def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -
 
 
 def cost(results: dict) -> str:
-    """Return a table: time of a step over SGD's and, in brackets, kept memory over parameters."""
+    """Return a table: time of a step over SGD's and, in brackets, bytes that are kept for each parameter."""
     rows = results["rows"]
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-    lines = ["| a step, ratio to SGD (memory) | " + " | ".join(models) + " |", "| --- |" + " --- |" * len(models)]
+    lines = [
+        "| a step, ratio to SGD (bytes a parameter) | " + " | ".join(models) + " |",
+        "| --- |" + " --- |" * len(models),
+    ]
     sgd = {row["model"]: row["ms"] for row in rows if row["optimizer"] == "sgd"}
     lines.append("| SGD, momentum 0.9: ms per step | " + " | ".join(number(sgd[model]) for model in models) + " |")
     for peer in PEERS:
@@ -249,7 +252,7 @@ def cost(results: dict) -> str:
         if peer == "sgd" or not found:
             continue
         cells = [
-            f"{found[m]['ratio']:.2f} ({found[m]['memory']:.1f})"
+            f"{found[m]['ratio']:.2f} ({4 * found[m]['memory']:.1f})"  # stored over the parameters, in float32
             if m in found
             else "fails"
             if f"{m}, {peer}" in results["failures"]

@@ -74,9 +74,16 @@ class Capture(RowBuffer, Unpickled):
     takes_joined_calls = True  # nn/roa_steps.py may give it the inputs of many calls at once
 
     def __init__(
-        self, module: nn.Module, kind: LayerType, states: CaptureStates, index: int, max_rows: int, seed: int
+        self,
+        module: nn.Module,
+        kind: LayerType,
+        states: CaptureStates,
+        index: int,
+        max_rows: int,
+        seed: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(states, index, max_rows, seed)
+        super().__init__(states, index, max_rows, seed, dtype)
         self.weight_name: str = kind.weight
         self.unit_dim: int = kind.unit_dim
         self.kind: LayerType = kind

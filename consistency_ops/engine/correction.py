@@ -48,6 +48,7 @@ class CorrectionOptions:
     bias: bool
     seed: int
     keep_norm: bool = True
+    rows_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.damping):
@@ -60,6 +61,12 @@ class CorrectionOptions:
         allowed = self.group is None or is_int(self.group, 1, largest_group)
         check(allowed, "group", f"None or in [1, {largest_group}]", self.group)
         check(is_int(self.max_rows, 1), "max_rows", "an integer >= 1", self.max_rows)
+        check(
+            self.rows_dtype is None or self.rows_dtype is torch.bfloat16,
+            "rows_dtype",
+            "None or torch.bfloat16",
+            self.rows_dtype,
+        )
         check(isinstance(self.decay, int | float) and 0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
         check(is_int(self.every, 1), "every", "an integer >= 1", self.every)
         check(isinstance(self.bias, bool), "bias", "True or False", self.bias)

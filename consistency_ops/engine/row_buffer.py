@@ -20,23 +20,26 @@ class RowBuffer:
 
     It is as large as the rows of the largest step so far, at most ``max_rows``; a layer that shares the rows of another
     has none. A graph, compiled or recorded, holds the address: its buffer is made for ``max_rows`` at once and stays.
-    Rows of 16 bits are kept as they are, until others come.
+    Rows of 16 bits are kept as they are, until others come. ``dtype``: bfloat16 to round rows of 32 bits to it.
     """
 
     # Slots, not a dictionary: csrc/torch_abi reads and writes them where they lie (host_path.py).
     # fmt: off
     __slots__ = (
         "__weakref__", "_device", "_double", "_grown", "_kept", "_mark_due", "_marked_offered", "_room",
-        "_taken", "_vain", "count", "fixed", "index", "max_rows", "offered", "rows", "seed", "state",
+        "_taken", "_vain", "count", "dtype", "fixed", "index", "max_rows", "offered", "rows", "seed", "state",
         "states", "width",
     )
     # fmt: on
 
-    def __init__(self, states: CaptureStates, index: int, max_rows: int, seed: int) -> None:
+    def __init__(
+        self, states: CaptureStates, index: int, max_rows: int, seed: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.states: CaptureStates = states
         self.index: int = index  # of the layer
         self.max_rows: int = max_rows
         self.seed: int = seed
+        self.dtype: torch.dtype | None = dtype
         self.rows: Tensor | None = None  # None until the first are captured
         self.width: int = 0  # units of a row
         self.state: Tensor | None = None  # None: the weight is frozen
@@ -61,6 +64,8 @@ class RowBuffer:
     def _hold(self, rows: int, dtype: torch.dtype) -> None:
         """Have a buffer for so many rows, and for inputs of this type; what is in it stays."""
         old, wide = self.rows, torch.float64 if self._double else torch.float32
+        if dtype is torch.float32 and self.dtype is not None:
+            dtype = self.dtype
         if self._double or dtype not in _HALVES or (old is not None and old.dtype is not dtype):
             dtype = wide
         if old is not None:

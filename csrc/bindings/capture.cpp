@@ -79,8 +79,10 @@ void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t u
     describe_rows(source, unit_dim, p);  // at most one dimension on each side of unit_dim
   }
   const Status status = run_capture(p, rows);
-  STD_TORCH_CHECK(status != Status::kInvalidArgument,
-                  "capture_rows_: rows must be float32, float64 or have the dtype of x, and be at least as wide");
+  STD_TORCH_CHECK(
+      status != Status::kInvalidArgument,
+      "capture_rows_: rows must be float32 or float64 and at least as wide as x, have its dtype, or be bfloat16 "
+      "where it is float32");
   check_status(status, "capture_rows_");
 }
 

@@ -27,6 +27,16 @@ struct Copy {
 };
 
 template <typename From, typename To>
+void convert_all(const From* from, int64_t count, To* to) {
+  constexpr int kLength = 16;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<To, BFloat16>) {  // compilers do not find the vector form of this rounding
+    for (; i + kLength <= count; i += kLength) narrow_all<kLength>(from + i, to + i);
+  }
+  for (; i < count; ++i) to[i] = narrow<To>(widen(from[i]));
+}
+
+template <typename From, typename To>
 void copy_tile(const CaptureProblem& p, const int64_t* offset, int64_t count, To* to) {
   const From* x = static_cast<const From*>(p.x);
   if (p.unit_stride == 1) {
@@ -35,7 +45,7 @@ void copy_tile(const CaptureProblem& p, const int64_t* offset, int64_t count, To
       if constexpr (std::is_same_v<From, To>) {
         std::memcpy(to, from, sizeof(To) * static_cast<size_t>(p.units));
       } else {
-        for (int64_t u = 0; u < p.units; ++u) to[u] = static_cast<To>(widen(from[u]));
+        convert_all(from, p.units, to);
       }
     }
     return;
@@ -47,7 +57,7 @@ void copy_tile(const CaptureProblem& p, const int64_t* offset, int64_t count, To
       if constexpr (std::is_same_v<From, To>) {
         to[r * p.units + u] = from[offset[r]];
       } else {
-        to[r * p.units + u] = static_cast<To>(widen(from[offset[r]]));
+        to[r * p.units + u] = narrow<To>(widen(from[offset[r]]));
       }
     }
   }
@@ -92,6 +102,7 @@ Task task_to(DType from) {
 Task task_of(DType from, DType to) {
   if (to == DType::kFloat32) return task_to<float>(from);
   if (to == DType::kFloat64) return task_to<double>(from);
+  if (from == DType::kFloat32 && to == DType::kBFloat16) return run_task<float, BFloat16>;
   if (from != to) return nullptr;
   return run_task<BFloat16, BFloat16>;  // both half types are copied as they are
 }

@@ -60,13 +60,16 @@ struct CaptureTraits {
   };
 };
 
-// Storage: uint16_t is bfloat16 or float16, as `dtype` says, and copied as it is into a buffer of the same type.
+// Storage: uint16_t is bfloat16 or float16, as `dtype` says, and copied as it is into a buffer of the same type. Floats
+// become bfloat16.
 template <typename From, typename To>
 CO_DEVICE To converted(DType dtype, From value) {
   if constexpr (std::is_same_v<From, To>) {
     return value;
   } else if constexpr (std::is_same_v<From, uint16_t>) {
     return static_cast<To>(to_float<uint16_t>(dtype, value));
+  } else if constexpr (std::is_same_v<To, uint16_t>) {
+    return float_to_bfloat16(value);
   } else {
     return static_cast<To>(value);
   }
@@ -268,6 +271,7 @@ Status launch_types(const CaptureParams& params, void* stream) {
   if (to == DType::kFloat32 && from != DType::kFloat64) {
     return half ? launch_capture<uint16_t, float>(params, stream) : launch_capture<float, float>(params, stream);
   }
+  if (from == DType::kFloat32 && to == DType::kBFloat16) return launch_capture<float, uint16_t>(params, stream);
   return from == to ? launch_capture<uint16_t, uint16_t>(params, stream) : Status::kInvalidArgument;
 }
 

@@ -45,7 +45,7 @@ struct CaptureProblem {
   int64_t unit_stride;
   int64_t units;
   DType x_dtype;
-  // [capacity, units], contiguous.  The dtype of x, or float32 or float64.
+  // [capacity, units], contiguous.  The dtype of x, or float32 or float64; bfloat16 if x is float32, which is rounded.
   DType rows_dtype;
   void* rows;
   int64_t capacity;
@@ -171,7 +171,7 @@ CO_HOST_DEVICE inline CapturePlan plan_mark(CaptureState s, bool restart) {
   return plan;
 }
 
-// CPU.  Invalid: capacity < 1, or a rows_dtype that x cannot be widened to.
+// CPU.  Invalid: capacity < 1, or a rows_dtype that rows_dtype above does not allow.
 Status capture_rows_cpu(const CaptureProblem& problem, const ThreadPool& pool);
 
 // Notes that the rows captured so far have been through a backward pass.  `restart`: that pass began a new gradient, so
