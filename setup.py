@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from email.parser import Parser
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def torch_cpp_extension():
     """torch.utils.cpp_extension of the build environment, or of the environment that is being installed into."""
     # What pip's isolated build hides goes last, so that it hides nothing of the build environment.
     sys.path += [path for path in torch_paths() or () if path not in sys.path]
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which pip's build environment does not have
     try:
         import torch
         from torch.utils import cpp_extension
@@ -286,9 +288,10 @@ setup(  # what is built, which files are shipped, and what depends on the reposi
         "consistency_ops": ["py.typed"],
         "consistency_ops.csrc": [
             *("include/consistency_ops/*.h", "c_api/*", "cpu/*", "cuda/*", "cuda/precondition/*"),
-            *("bindings/schemas.inc", "flags.txt", "CMakeLists.txt", "*.in", "cmake/*"),
+            *("bindings/*", "torch_abi/*", "flags.txt", "CMakeLists.txt", "*.in", "cmake/*"),
         ],
     },
+    include_package_data=False,  # of folders that MANIFEST.in names setuptools warns in forty lines each
     ext_modules=[Extension("consistency_ops._C", [], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if switch("CONSISTENCY_OPS_TORCH_ABI") == "0" else {},

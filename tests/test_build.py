@@ -409,6 +409,14 @@ def test_requirements_of_this_repository_are_constraints_too():
     assert "torch" in {one.name for one in found if str(one.specifier).startswith("==")}
 
 
+def test_an_installation_does_not_warn_of_the_sources_that_it_brings(checkout, tmp_path):
+    """pip shows every line; setuptools has forty for each folder that only MANIFEST.in names."""
+    shutil.copy(ROOT / "MANIFEST.in", checkout)
+    done = python(checkout, "-W", "always", "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib"))
+    assert done.returncode == 0 and "would be ignored" not in done.stdout + done.stderr, done.stderr
+    assert (tmp_path / "lib" / "consistency_ops" / "csrc" / "bindings" / "module.cpp").exists()
+
+
 def test_windows_is_one_sentence(checkout):
     program = "import setuptools.build_meta, sys; sys.platform = 'win32'; import build_backend"
     assert_one_sentence(python(checkout, "-c", program), "Windows is not supported", "WSL 2")
