@@ -3,10 +3,10 @@
     python -m benchmarks.micro.bench_whiten [--threads N] [--seconds 20] [--json FILE]
 
 A step is zero_grad, forward, backward and the optimizer's step, in eager mode, with torch's default AdamW.  The data
-is random and the rate small (1e-6), so that nothing diverges: time does not depend on the values.  A round of every
-candidate is ten steps, because the default makes new factors in one of ten; the first steps, in which an average is
-gathered, are not timed, and all but one of them take a small batch.  ``host``: a network of 50 layers of 8 units,
-where nearly all of the time is the host's.
+is random and the rate small (1e-6), so that nothing diverges: time does not depend on the values.  The candidates take
+steps in turns; ten steps are one measurement, because the default makes new factors in one of ten.  The first steps, in
+which an average is gathered, are not timed, and all but one of them take a small batch.  ``host``: a network of 50
+layers of 8 units, where nearly all of the time is the host's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.peers.cost import Sequence
 from benchmarks.peers.tasks import named, small_convnet
 from consistency_ops.engine.correction import GATHERING_STEPS
 
-STEPS = 10  # a round
+STEPS = 10  # a measurement
 SETTINGS: dict[str, dict | None] = {  # arguments of Preconditioner, None without one
     "adamw": None,
     "correct": {"mode": "correct"},
@@ -46,22 +46,27 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def steps_of(build: Callable[[], nn.Module], options: dict | None, x: torch.Tensor, y: torch.Tensor):
+def step_of(build: Callable[[], nn.Module], options: dict | None, x: torch.Tensor, y: torch.Tensor):
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     preconditioner = None if options is None else co.Preconditioner(model, optimizer, **options)
 
-    def steps(count: int = STEPS, x: torch.Tensor = x, y: torch.Tensor = y) -> None:
-        for _ in range(count):
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    def step(x: torch.Tensor = x, y: torch.Tensor = y) -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
 
-    steps(GATHERING_STEPS, x[:2, :16] if x.dim() == 3 else x[:2], y[:2])  # 16 tokens of a sequence
-    steps(1)
-    steps.keep = preconditioner  # the hooks live as long as this object
-    return steps
+    for _ in range(GATHERING_STEPS):
+        step(x[:2, :16] if x.dim() == 3 else x[:2], y[:2])  # 16 tokens of a sequence
+    step()
+    step.keep = preconditioner  # the hooks live as long as this object
+    return step
+
+
+def of_ten_steps(seconds: list[float]) -> list[float]:
+    whole = len(seconds) // STEPS * STEPS
+    return [sum(seconds[i : i + STEPS]) for i in range(0, whole, STEPS)]
 
 
 def main() -> None:
@@ -79,15 +84,19 @@ def main() -> None:
         build, shape = MODELS[name]
         torch.manual_seed(0)
         x, y = torch.randn(shape), torch.randint(10, (shape[0],))
-        candidates = {setting: steps_of(build, SETTINGS[setting], x, y) for setting in arguments.settings}
-        times = interleaved(candidates, seconds=arguments.seconds, rounds=(3, 500), clock=arguments.clock)
+        candidates = {setting: step_of(build, SETTINGS[setting], x, y) for setting in arguments.settings}
+        times = interleaved(candidates, seconds=arguments.seconds, rounds=(STEPS, 5000), clock=arguments.clock)
+        times = {setting: of_ten_steps(seconds) for setting, seconds in times.items()}
         plain = times["adamw"]
         for setting, seconds in times.items():
             ratios = sorted(a / b for a, b in zip(seconds, plain, strict=True))
             ratio, best = ratios[len(ratios) // 2], min(seconds) / min(plain)
             row = {"model": name, "setting": setting, "ms": 1e3 * min(seconds) / STEPS, "ratio": ratio}
             rows.append({**row, "ratio_of_best": best, "rounds": len(seconds)})
-            print(f"{name:<32} {setting:<18} {row['ms']:9.3f} ms  x {ratio:.3f} (of the best rounds: {best:.3f})")
+            print(
+                f"{name:<32} {setting:<18} {row['ms']:9.3f} ms  x {ratio:.3f} (of the best rounds: {best:.3f})",
+                flush=True,
+            )
     save("whiten", {"steps_of_a_round": STEPS, "rows": rows}, arguments.json)
 
 
