@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from consistency_ops.engine import capture as capture_module
 from consistency_ops.engine import host_path, row_buffer
 from consistency_ops.engine.correction import Correction
 from consistency_ops.ops.library import torch_abi
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_accelerator = pytest.mark.skipif(not host_path.is_bound, reason="csrc/torch_abi is not built for this torch")
@@ -308,46 +307,39 @@ def test_threads_share_a_model():
         for _ in range(20):
             layer(torch.full((64, 64), float(value)))
 
-    threads = [threading.Thread(target=work, args=(value,)) for value in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    processes.in_threads(lambda: work(1), lambda: work(2))
     rows = hook.rows[: int(hook.count)]
     assert sorted(rows[:, 0].tolist()) == 1280 * [1.0] + 1280 * [2.0]
     assert bool((rows == rows[:, :1]).all())
 
 
+NAMES = (
+    "capture",
+    "preconditioner*",
+    "programs",
+    "same_input",
+    "weight_capture",
+    "experts",
+    "layers_shared",
+    "modulus_node",
+)
+FILES = sorted(path.name for name in NAMES for path in (ROOT / "tests").glob(f"test_{name}.py"))
+WITHOUT = {**os.environ, "CONSISTENCY_OPS_TORCH_ABI": "0"}
+
+
+def test_the_accelerator_can_be_left_out():
+    told = "import consistency_ops as co; print(co.build_info()['torch_abi'], co.engine.host_path.is_bound)"
+    done = processes.run(
+        [sys.executable, "-c", told], env=WITHOUT, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["off", "False"]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("CONSISTENCY_OPS_TORCH_ABI") == "0", reason="this is that run")
-def test_the_suite_without_the_accelerator():
-    names = (
-        "capture*",
-        "preconditioner*",
-        "programs",
-        "same_input",
-        "weight_capture",
-        "experts",
-        "backend",
-        "modulus_node",
-    )
-    files = sorted(str(path) for name in names for path in (ROOT / "tests").glob(f"test_{name}.py"))
-    assert len(files) > 10
-    environment = {**os.environ, "CONSISTENCY_OPS_TORCH_ABI": "0"}
-    told = subprocess.run(
-        [sys.executable, "-c", "import consistency_ops as co; print(co.build_info()['torch_abi'])"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout.strip() == "off"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not nightly", *files],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+@needs_accelerator
+@pytest.mark.parametrize("file", FILES)
+def test_the_suite_without_the_accelerator(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not nightly", "-p", "no:cacheprovider"]
+    run = {"env": WITHOUT, "cwd": ROOT, "timeout": processes.LONG, "capture_output": True, "text": True}
+    done = processes.run([*command, f"tests/{file}"], **run)
     assert done.returncode == 0, done.stdout[-5000:]
