@@ -59,13 +59,15 @@ def gradients(model, outputs, weights):
     return [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# In half precision the rounded drive is on the other side of a kink now and then: the test of the operators has those.
+KINKED, HALVES = ("relu", "modulus"), (torch.bfloat16, torch.float16)
+PAIRS = [(dtype, phi) for dtype in TOLERANCE for phi in ACTIVATIONS if dtype not in HALVES or phi not in KINKED]
+
+
+@pytest.mark.parametrize(("dtype", "activation"), PAIRS)
 @pytest.mark.parametrize("filter", FILTERS)
 def test_recurrent_network_and_its_gradients_are_those_of_the_loop(counted, dtype, activation, filter):
     """In float64, of the parameters and inputs that the rounded network has."""
-    if dtype.itemsize == 2 and activation in ("relu", "modulus"):
-        pytest.skip("the rounded drive is on the other side of the kink now and then: see the test of the operators")
     torch.manual_seed(0)
     units = {"tanh": 37, "modulus": 64}.get(activation, 5)
     rnn = ROARNN(3, units, beta=0.3, activation=activation, filter=filter, dtype=torch.float64)
@@ -357,7 +359,7 @@ def test_padding_is_no_row_of_a_packed_sequence():
 @pytest.mark.parametrize(
     ("u", "h_0", "error", "message"),
     [
-        ([1.0], None, TypeError, "u must be a Tensor or a PackedSequence, got list"),
+        ([1.0], None, TypeError, "u must be a Tensor, got list"),
         (torch.ones(2, 3), [1.0], TypeError, "h_0 must be a Tensor, got list"),
         (pack_sequence([torch.ones(2, 4)]), None, ValueError, r"with input_size 3, got data of shape \(2, 4\)"),
         (pack_sequence([torch.ones(2)]), None, ValueError, r"packed from sequences \(T, input_size\)"),

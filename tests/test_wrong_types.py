@@ -70,12 +70,12 @@ CALLS = {  # name in the message: (call, arguments that are numbers, arguments t
             **{"in_features": 3, "hidden_features": 4, "out_features": 2, "num_layers": 2, **o}
         ),
         "",
-        "in_features hidden_features out_features num_layers",
+        "in_features hidden_features out_features num_layers checkpoint",
     ),
     "ROARNN": (
         lambda **o: conn.ROARNN(**{"input_size": 3, "hidden_size": 4, **o}),
         "beta",
-        "input_size hidden_size",
+        "input_size hidden_size checkpoint",
     ),
     "ROARNN.jacobian_bounds": (lambda **o: conn.ROARNN(3, 4).jacobian_bounds(**o), "", "steps"),
     "roa_jacobian_bounds": (

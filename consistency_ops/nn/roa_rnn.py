@@ -92,7 +92,7 @@ class ROARNN(nn.Module):
     def forward(self, u: Tensor | PackedSequence, h_0: Tensor | None = None) -> tuple[Any, Tensor]:
         # `Any`: Tensor or PackedSequence, as u is.
         if not isinstance(u, (Tensor, PackedSequence)):
-            raise TypeError(f"ROARNN: u must be a Tensor or a PackedSequence, got {type_name(u)}")
+            raise TypeError(f"ROARNN: u must be a Tensor, got {type_name(u)}")
         if h_0 is not None and not isinstance(h_0, Tensor):
             raise TypeError(f"ROARNN: h_0 must be a Tensor, got {type_name(h_0)}")
         if isinstance(u, PackedSequence):
