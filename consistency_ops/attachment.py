@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ from .engine.state import StateStore
 from .ops.backend import is_out_of_memory, settle
 from .ops.checks import type_name
 from .reporting.stats import notice_failures
+
+_STEP_FILE = sys.modules[Optimizer.__module__].__file__  # whose `wrapper` calls the hooks of a step
 
 
 class Attachment:
@@ -78,6 +82,7 @@ class Attachment:
         self._notices = notices
         self._find_new_layers = find_new_layers
         self._own: list[Layer] = []
+        self._running = 0  # calls of the optimizer's step that have begun and not ended: a subclass calls its base's
         self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
         self.handles: list[RemovableHandle] = []
         self.owner: object = None  # the preconditioner, which lives as long as the optimizer
@@ -154,6 +159,10 @@ class Attachment:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._running and _is_nested(optimizer):
+            self._running += 1
+            return None
+        self._running = 1  # whatever an exception in the last step has left
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self.correct()
@@ -178,7 +187,9 @@ class Attachment:
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.finish_step()
+        self._running -= 1
+        if self._running <= 0:  # not the end of a super().step() within a step
+            self.finish_step()
 
     def finish_step(self) -> None:
         """Count the step and store what it left."""
@@ -359,6 +370,17 @@ class Attachment:
 
 def _captures(layers: list[Layer]) -> list[Capture]:
     return [layer.capture for layer in layers if layer.capture is not None]
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether the ``step`` whose hook runs was called by another ``step`` of the same optimizer, that of a subclass."""
+    steps, found = 0, cast("FrameType | None", sys._getframe(1))
+    while found is not None:
+        if found.f_code.co_name == "wrapper" and found.f_code.co_filename == _STEP_FILE:
+            args: tuple[object, ...] = found.f_locals.get("args", ())
+            steps += args[:1] == (optimizer,)
+        found = found.f_back
+    return steps > 1
 
 
 def _refuse_a_second_one(module: nn.Module, layer: Layer, weight: Tensor) -> None:

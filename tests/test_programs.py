@@ -99,6 +99,37 @@ def test_a_list_of_optimizers_updates_as_one_does_and_saves_with_each():
     assert not any(key.startswith("consistency") for p in parts for s in p.state.values() for key in s)
 
 
+class Scheduled(torch.optim.SGD):
+    """A subclass whose step calls that of its base: torch calls the hooks of both."""
+
+    fails = False
+
+    def step(self, scale=None):
+        loss = super().step()
+        if self.fails:
+            raise RuntimeError("after the step")
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, dict(decay=0.5), dict(every=2), dict(mode="whiten")], ids=str)
+def test_a_step_that_calls_the_step_of_its_base_counts_once(options):
+    first, second = mlp(), mlp()
+    plain = torch.optim.SGD(first.parameters(), lr=0.1)
+    other = Scheduled(second.parameters(), lr=0.1)
+    one, two = Preconditioner(first, plain, **options), Preconditioner(second, other, **options)
+    train(first, plain, 4)
+    train(second, other, 4)
+    assert one.steps == two.steps == 4
+    assert_equal(list(first.parameters()), list(second.parameters()))
+    other.fails = True
+    with pytest.raises(RuntimeError, match="after the step"):
+        train(second, other, 1, first=4)
+    other.fails = False
+    train(first, plain, 3, first=4)
+    train(second, other, 2, first=5)
+    assert one.steps == two.steps == 7
+
+
 def test_optimizers_that_share_a_parameter_are_refused_and_leave_nothing():
     model = mlp()
     parts = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
