@@ -1,13 +1,16 @@
 """Problems for precondition_cuda in every layout, type and stage, and the float64 answer to each.
 
-numpy only.  Every array has exactly the bytes that the kernel may touch, so that AddressSanitizer sees one more.
+numpy only.  Every array has exactly the bytes that the kernel may touch, so that AddressSanitizer sees one more, and
+begins on 256 bytes, as torch's arrays on a GPU do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import math
+import weakref
 
 import numpy as np
 import simt_library as simt
@@ -15,6 +18,24 @@ import simt_library as simt
 MAX_TRIES = 3
 COUNTER_BYTES = 2048
 EPS = {simt.FLOAT32: 2.0**-23, simt.BFLOAT16: 2.0**-7, simt.FLOAT16: 2.0**-10}
+
+
+_libc = ctypes.CDLL(None)
+_libc.free.argtypes = [ctypes.c_void_p]
+
+
+def on_256_bytes(array: np.ndarray) -> np.ndarray:
+    """Return a copy in memory of its own, which begins on 256 bytes and has no byte more than the array."""
+    if array.nbytes == 0:
+        return array.copy()
+    address = ctypes.c_void_p()
+    if _libc.posix_memalign(ctypes.byref(address), ctypes.c_size_t(256), ctypes.c_size_t(array.nbytes)) != 0:
+        raise MemoryError
+    memory = (ctypes.c_char * array.nbytes).from_address(address.value)
+    weakref.finalize(memory, _libc.free, address.value)
+    copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @dataclasses.dataclass
@@ -81,14 +102,13 @@ class Problem:
                 grads[index, 0, 0] = value
         self.x_shape = {"rows": (case.rows, case.units), "columns": (case.units, case.rows)}.get(case.layout)
         stored = simt.encode(values, case.x_dtype)
-        if case.layout in ("rows", "nhwc"):
-            self.x = stored
-        elif case.layout == "columns":
-            self.x = np.ascontiguousarray(stored.T)
-        else:
-            self.x = np.ascontiguousarray(stored.reshape(-1, 25, case.units).transpose(0, 2, 1))
+        if case.layout == "columns":
+            stored = stored.T
+        elif case.layout == "nchw":
+            stored = stored.reshape(-1, 25, case.units).transpose(0, 2, 1)
+        self.x = on_256_bytes(stored)
         # (outputs, units, taps) as a convolution's weight lies in memory; with one tap that is (outputs, units)
-        self.g = np.ascontiguousarray(simt.encode(grads, case.g_dtype).transpose(0, 2, 1))
+        self.g = on_256_bytes(simt.encode(grads, case.g_dtype).transpose(0, 2, 1))
         self.bias = simt.encode(bias, case.g_dtype) if case.bias else None
         self.all_units = case.units + case.bias
         self.permutation = rng.permutation(self.all_units) if case.permuted else None
@@ -205,7 +225,7 @@ def run(library: simt.Library, case: Case, workspace: np.ndarray | None = None) 
     for stages in case.stages:
         options.stages = stages
         if workspace is None:
-            workspace = np.full(library.workspace_bytes(layers, options, tuning), 0xFF, np.uint8)
+            workspace = on_256_bytes(np.full(library.workspace_bytes(layers, options, tuning), 0xFF, np.uint8))
             if case.counters < 0:
                 workspace[:COUNTER_BYTES] = 0
         library.precondition(layers, options, case.device, workspace, tuning)
