@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / "tests" / "oracle"
 PTX = (ROOT / "csrc" / "cuda" / "ptx.cuh").read_text()
 # Words of an instruction that do not say which element is where; `row.col` is the only order that mma.f32 has.
+WITHOUT_MATRIX = {"wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"}
 PLAIN = {"sync", "aligned", "shared", "b16", "row", "col"}
 
 
@@ -35,7 +36,7 @@ def instructions(text):
     return {short(found) for found in re.findall(r"\b(?:mma|ldmatrix|stmatrix|wgmma)\.[\w.:]+", text)}
 
 
-OURS = instructions("\n".join(re.findall(r'"(.*?)"', PTX)))
+OURS = {name for name in instructions("\n".join(re.findall(r'"(.*?)"', PTX))) if name not in WITHOUT_MATRIX}
 
 
 def headers():
@@ -48,7 +49,7 @@ def headers():
 def operations(folder):
     """CuTe's operation of every instruction in the header files of its architectures."""
     found = {}
-    for name in ("mma_sm80.hpp", "copy_sm75.hpp"):
+    for name in ("mma_sm80.hpp", "copy_sm75.hpp", "mma_sm90_gmma.hpp"):
         text = (folder / "cute" / "arch" / name).read_text()
         for match in re.finditer(r"^struct (\w+)\n(.*?)^};", text, re.MULTILINE | re.DOTALL):
             for instruction in instructions("\n".join(re.findall(r'"(.*?)"', match[2]))):
@@ -64,7 +65,8 @@ def tables(tmp_path_factory):
         pytest.skip("CuTe's headers include CUDA's, and nvcc is not on the PATH")
     known = operations(folder)
     assert set(known) >= OURS, f"CuTe has no {OURS - set(known)}"
-    lines = [f'{"M" if name.startswith("mma") else "L"}({known[name]}, "{name}")' for name in sorted(OURS)]
+    kinds = {"mma": "M", "ldmatrix": "L", "wgmma": "W"}  # ours has its left operand in registers
+    lines = [f'{kinds[name.partition(".")[0]]}({known[name].replace("_SS", "_RS")}, "{name}")' for name in sorted(OURS)]
     made = tmp_path_factory.mktemp("oracle")
     (made / "instructions.inc").write_text("\n".join(lines) + "\n")
     program = made / "tables"
@@ -134,6 +136,32 @@ def test_loads(name, tables, probes):
             bit = elements[lane * bits + register * per_register + 16 * half]
             assert bit % 16 == 0 and got == bit // 16, (lane, register, half)
     assert len(probes[name]) == 32 * bits // per_register
+
+
+@pytest.mark.parametrize("name", sorted(name for name in OURS if name.startswith("wgmma")))
+def test_products_of_a_warpgroup(name, tables, probes):
+    """Of its first warp; the others have the next rows (CuTe's tables have all)."""
+    rows, columns, depth = tables[name]["shape"][1]
+    assert (rows, columns, depth) == (64, 32, 16)
+    (a_values, a), (c_values, c) = tables[name]["A"], tables[name]["C"]
+    for warp in range(4):  # of CuTe, as of the first one
+        for elements, values in ((a, a_values), (c, c_values)):
+            first = elements[: 32 * values]
+            assert elements[32 * values * warp : 32 * values * (warp + 1)] == [e + 16 * warp for e in first]
+    at = {c[lane * c_values + v]: (lane, v) for lane in range(32) for v in range(c_values)}
+    want = set()
+    for part, transposed in (("K", 0), ("MN", 1)):
+        place = tables["swizzle"][part][1]  # [row][column] of our 32 x 32 numbers
+        assert sorted(place) == list(range(1024))
+        for half in range(2):
+            for lane in range(32):
+                for v in range(a_values):
+                    row, k = a[lane * a_values + v] % rows, a[lane * a_values + v] // rows + 16 * half
+                    for n in range(columns):
+                        number = place[k * 32 + n if transposed else n * 32 + k]
+                        want.add((transposed, half, lane, v, *at[row + rows * n], number))
+    assert len(want) == 4 * 16 * 16 * 32
+    assert set(probes[name]) == want and len(probes[name]) == len(want)
 
 
 def test_a_wrong_lane_would_be_noticed(tables, probes):

@@ -28,6 +28,7 @@ class Budget:
     static_shared: int = 0
     need: tuple[str, ...] = ()
     clusters: bool = False  # on sm_90 and newer, and only there
+    warpgroups: bool = False  # products of four warps, on sm_90a and only there
 
 
 CORRECTION = ("HMMA.1688.F32.TF32", "HMMA.16816.F32.BF16", "LDSM.16.MT88.4", "MUFU.RSQ", "FFMA")
@@ -40,6 +41,7 @@ KERNELS = {
         static_shared=6 << 10,  # kStaticShared of heuristics.h
         need=CORRECTION,
         clusters=True,
+        warpgroups=True,
     ),
     ("precondition", r"precondition_kernel.*ILi512E"): Budget(
         registers=128,  # one CTA of 512 threads an SM
@@ -115,6 +117,7 @@ def compiled(request):
         done = processes.run([*command, source], capture_output=True, text=True, timeout=processes.LONG)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr, done.stderr
+        assert "wgmma" not in done.stderr, f"products of warpgroups wait for one another: {done.stderr}"
         os.replace(partial, target)
     return request.param, target
 
@@ -169,6 +172,8 @@ def test_budgets(compiled):
                 assert not [op for op in opcodes if op.startswith(("LDL", "STL"))], key
                 used_clusters = [name for name in CLUSTER if any(op.startswith(name) for op in opcodes)]
                 assert used_clusters == (list(CLUSTER) if budget.clusters and arch != "sm_80" else []), key
+                used_warpgroups = any(op.startswith("HGMMA.64x32x16.F32.BF16") for op in opcodes)
+                assert used_warpgroups == (budget.warpgroups and arch == "sm_90a"), key
                 missing = [name for name in budget.need if not any(op.startswith(name) for op in opcodes)]
                 assert not missing, (key, missing)
 

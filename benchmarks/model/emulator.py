@@ -1063,6 +1063,47 @@ class Code:
 
         return run
 
+    def make_hgmma(self, i, m, o):
+        """A warp's 16 of the 64 rows; the right operand lies in shared memory, with the swizzle of 64 bytes."""
+        if o[1].startswith("gdesc"):  # of no registers: closes a group
+            return lambda w, mask: None
+        assert m[0] == "64x32x16" and m[1:3] == ["F32", "BF16"], m
+        d, a = target(o[0]), target(o[1])
+        descriptor = re.fullmatch(r"gdesc\[UR(\d+)\](\.tnspB)?", o[2])
+        number, transposed = int(descriptor[1]), descriptor[2] is not None
+        adds = o[3] != "RZ"
+        assert adds or "!UPT" in o, o
+        assert not adds or (target(o[3]) == d and "UPT" not in "".join(o[4:])), o
+        g, t = LANES // 4, LANES % 4
+        k, n = np.meshgrid(np.arange(16), np.arange(32), indexing="ij")
+
+        def run(w, mask):
+            assert mask is None, "a matrix instruction of a part of a warp"
+            where = w.UR[number + 2] | w.UR[number + 3] << 32  # behind the left operand's, which is in registers
+            assert where >> 62 == 2 and where >> 49 & 7 == 0, "the swizzle of 64 bytes, from 512 bytes on"
+            eight_rows = (where >> 32 & 0x3FFF) << 4
+            row, column = (k, n) if transposed else (n, k)
+            at = ((where & 0x3FFF) << 4) + row % 8 * 64 + row // 8 * eight_rows + column * 2
+            at ^= at >> 3 & 0x30
+            right = (w.cta.shared.view(np.uint16)[at >> 1].astype(U32) << U32(16)).view(F32)
+            left = np.empty((16, 16), F32)
+            for i in range(4):
+                x = w.R[a + i]
+                left[g + i % 2 * 8, 2 * t + i // 2 * 8] = (x << U32(16)).view(F32)
+                left[g + i % 2 * 8, 2 * t + 1 + i // 2 * 8] = (x & U32(0xFFFF0000)).view(F32)
+            product = left.astype(np.float64) @ right.astype(np.float64)
+            for i in range(16):
+                value = product[g + i // 2 % 2 * 8, i // 4 * 8 + 2 * t + i % 2]
+                if adds:
+                    value = value + f(w.R[d + i]).astype(np.float64)
+                write(w, d + i, bits(value.astype(F32)), None)
+            w.accessed = ("operand", 2)  # 1 KiB for the four warps
+
+        return run
+
+    def make_warpgroup(self, i, m, o):
+        return lambda w, mask: None
+
     def make_ldsm(self, i, m, o):
         d, where, count = target(o[0]), address_of(o[1]), int(m[-1]) if m[-1] in "24" else 1
         transposed = "MT88" in m

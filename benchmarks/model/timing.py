@@ -21,7 +21,18 @@ LATENCY |= {"LDC": 30, "S2R": 25, "S2UR": 25, "STG": 20, "REDG": 20, "CCTL": 20,
 LATENCY |= {"ATOMG": 700, "LDGSTS": DRAM_LATENCY, "ST": 20, "R2UR": 12}
 LSU = {"LDS", "LDSM", "STS", "ATOMS", "SHFL", "STG", "REDG", "LDG", "LD", "ST", "ATOMG", "LDGSTS", "CCTL"}
 OCCUPIES = {"MUFU": 8, "I2F": 8, "F2I": 8, "F2F": 8, "HMMA": 6.5, "FFMA": 1, "FADD": 1, "FMUL": 1, "LDC": 2, "S2R": 2}
-OCCUPIES |= {"BAR": 1, "BRA": 1, "NOP": 1, "BSSY": 1, "BSYNC": 1, "EXIT": 1, "S2UR": 2, "WARPSYNC": 1}
+WARPGROUP = 16  # cycles of a tensor core for 16 of the 64 rows of a product with 32 columns and 16 units: its peak
+OCCUPIES |= {
+    "HGMMA": WARPGROUP,
+    "BAR": 1,
+    "BRA": 1,
+    "NOP": 1,
+    "BSSY": 1,
+    "BSYNC": 1,
+    "EXIT": 1,
+    "S2UR": 2,
+    "WARPSYNC": 1,
+}
 TWO_CYCLES = 2  # integer instructions: half of the lanes a cycle
 
 
@@ -33,7 +44,7 @@ class Trace:
     issued: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by file
     span: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # file: first and last cycle
     passes: int = 0  # cycles of an SM's shared memory and first-level cache
-    matrix: int = 0  # HMMA instructions
+    matrix: float = 0.0  # HMMA instructions, and others by the time of a tensor core that they take
     sectors: int = 0  # of 32 bytes, loaded from and stored to device memory
     barriers: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # when, and the file that waited
     steps: int = 0
@@ -49,6 +60,7 @@ def run_cta(code: Code, cta: Cta) -> Trace:
     warps = [Warp(cta, i) for i in range(cta.threads // 32)]
     free = [0.0] * len(warps)  # when the stall count of the last instruction is over
     boards = [[0.0] * 6 for _ in warps]
+    products = [0.0] * len(warps)  # when the last product of a warpgroup is there
     slot = [0.0] * 4  # next free issue slot of a sub-partition
     pipes: list[dict[str, float]] = [{} for _ in range(4)]
     lsu = 0.0
@@ -63,7 +75,9 @@ def run_cta(code: Code, cta: Cta) -> Trace:
             return "xu"
         if name in ("FFMA", "FADD", "FMUL"):
             return "fp"
-        if name in ("HMMA", "IMAD"):
+        if name in ("HMMA", "HGMMA"):
+            return "HMMA"
+        if name == "IMAD":
             return name
         return "mio" if name in ("LDC", "S2R", "S2UR") else "none" if name in OCCUPIES else "alu"
 
@@ -73,6 +87,8 @@ def run_cta(code: Code, cta: Cta) -> Trace:
         for board in range(6):
             if instruction.wait >> board & 1:
                 at = max(at, boards[i][board])
+        if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            at = max(at, products[i])
         name = instruction.opcode.partition(".")[0]
         return max(at, pipes[i % 4].get(pipe_of(name), 0.0), slot[i % 4])
 
@@ -101,6 +117,11 @@ def run_cta(code: Code, cta: Cta) -> Trace:
         if name == "HMMA":
             trace.matrix += 1
             done = now + 34
+        if name == "HGMMA" and warp.accessed:
+            trace.matrix += WARPGROUP / OCCUPIES["HMMA"]
+            lsu = max(now, lsu) + warp.accessed[1]
+            trace.passes += warp.accessed[1]
+            products[i] = max(products[i], max(lsu, now + WARPGROUP) + 34)
         if name in LSU:
             waves = warp.accessed[-1] if warp.accessed else 1
             start = max(now, lsu)

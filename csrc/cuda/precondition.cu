@@ -133,9 +133,9 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chun
 // tiles <- A^-1 where it is needed, from this CTA, from another one or from the caller.
 template <typename Traits>
 CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk) {
-  int32_t* status = reinterpret_cast<int32_t*>(chunk.records.inverse + chunk.records.floats);
+  const auto status = [&] { return reinterpret_cast<int32_t*>(chunk.records.inverse + chunk.records.floats); };
   if (chunk.task.role == kApplyTask && (params.options.stages & kStageFactor)) {
-    if (threadIdx.x == 0) chunk.scratch.failed_minor = *status;
+    if (threadIdx.x == 0) chunk.scratch.failed_minor = *status();
     load_tiles(chunk, chunk.records.inverse, 1, Traits::kThreads);
   } else if (!(chunk.task.stages & kStageFactor)) {
     const PreconditionLayer& layer = layer_of(params, chunk);
@@ -149,7 +149,7 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk
       store_matrix(params.options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
     }
     if (chunk.task.of_layer.apply_tasks > 0) {
-      if (threadIdx.x == 0) *status = chunk.scratch.failed_minor;
+      if (threadIdx.x == 0) *status() = chunk.scratch.failed_minor;
       store_tiles(chunk, chunk.records.inverse, Traits::kThreads);
     }
   }

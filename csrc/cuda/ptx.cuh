@@ -118,6 +118,9 @@ CO_DEVICE uint32_t load_acquire(const uint32_t* counter) {
   return value;
 }
 
+// sum += term, here and not where the sum is next used: the term's register is free afterwards.
+CO_DEVICE void add_now(float& sum, float term) { asm volatile("add.f32 %0, %0, %1;" : "+f"(sum) : "f"(term)); }
+
 // The nearest TF32 number (10 explicit bits of mantissa), ties away from zero, as a float.
 CO_DEVICE float to_tf32(float value) {
   uint32_t bits;
@@ -179,6 +182,66 @@ CO_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// Whether the four warps of a warpgroup multiply together (sm_90a alone; a plain sm_90 does not have it).  `wanted`
+// counts on the host runtime only, which has both ways.
+CO_DEVICE bool by_warpgroups(bool wanted) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  (void)wanted;
+  return true;
+#else
+  (void)wanted;
+  return false;
+#endif
+}
+
+// Keeps the loads that follow behind what precedes, all lanes of a warp: for sm_90a the compiler finds registers for
+// the operands of several products at once, for other architectures it would spill.
+CO_DEVICE void keep_order() {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __syncwarp();
+#endif
+}
+
+// What this thread has written to shared memory may be read by warpgroup products after the next barrier.
+CO_DEVICE void publish_to_warpgroups() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// All threads of a warpgroup, before products whose registers other instructions have written; and after products whose
+// sums are read next.
+CO_DEVICE void begin_warpgroup_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+CO_DEVICE void end_warpgroup_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// D[64 x 32] = A[64 x 16] B[16 x 32], plus D if `adds`; bfloat16, sums are float.  Each of the four warps holds 16 rows
+// of A as mma_m16n8k16 does, and of D as four of its D beside each other.  B lies in shared memory in rows of 64 bytes,
+// of which eight begin on 512 bytes and whose four vectors of 16 bytes are turned: vector v of row r is at v ^ r / 2 %
+// 4 (64-byte swizzle).  Its rows are the columns of B, and `b` is the first or the second 32 bytes of the first of
+// them; if kTransposed they are the rows of B.
+template <bool kTransposed>
+CO_DEVICE void wgmma_m64n32k16(float (&d)[16], const uint32_t (&a)[4], const uint16_t* b, bool adds) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr uint64_t kSwizzle64 = uint64_t{2} << 62, kEightRows = uint64_t{512 >> 4} << 32, kUnused = uint64_t{1} << 16;
+  const uint64_t where = kSwizzle64 | kEightRows | kUnused | (__cvta_generic_to_shared(b) >> 4 & 0x3fff);
+  asm volatile(
+      "{ .reg .pred adds;\n setp.ne.b32 adds, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+      "%13, %14, %15}, {%16, %17, %18, %19}, %20, adds, 1, 1, %22; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(where), "r"(adds ? 1 : 0), "n"(kTransposed ? 1 : 0));
+#endif
 }
 
 }  // namespace consistency_ops

@@ -386,6 +386,7 @@ LARGE = {
     "96": Case([L(96, 20, rows=45)], chunk=96),
     "128": Case([L(128, 66, rows=520), L(31, 2, layer=1)], chunk=128),
     "128 bfloat16": Case([L(256, 66, rows=600, x_dtype=B, g_dtype=B, group=16)], chunk=128, trace=True),
+    "128, X of 16 bits": Case([L(128, 9, rows=530, x_dtype=B), L(99, 9, x_dtype=H, layer=1)], chunk=128),
     "160": Case([L(160, 34, rows=40)], chunk=160),
     "160 of 16 bits": Case([L(150, 20, rows=40, x_dtype=H, g_dtype=H, bias=True)], chunk=160),
     "160, one pass of TF32": Case([L(160, 20, rows=40)], chunk=160, tf32=True),
@@ -429,6 +430,9 @@ PERMUTED = {f"permuted, {name}": case for name, case in PERMUTED.items()}
 
 
 def named(name: str) -> Case:
-    """A case of SMALL or LARGE; "trace@queue" is one on a rung, "trace" leaves the choice to the launcher."""
-    case, _, rung = name.partition("@")
-    return dataclasses.replace({**SMALL, **LARGE, **PERMUTED}[case], **RUNGS.get(rung, {}))
+    """A case of SMALL or LARGE; "trace@queue" is one on a rung, "trace" leaves the choice to the launcher.
+
+    "96@sm_80" is a case on a device without clusters and without products of four warps."""
+    case, _, how = name.partition("@")
+    change = {"device": how} if how in simt.SHARED_BYTES else RUNGS.get(how, {})
+    return dataclasses.replace({**SMALL, **LARGE, **PERMUTED}[case], **change)

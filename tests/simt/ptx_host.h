@@ -78,6 +78,8 @@ inline uint32_t load_acquire(const uint32_t* counter) {
   return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
 
+inline void add_now(float& sum, float term) { sum += term; }
+
 inline float to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return value;
@@ -216,6 +218,57 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
                              float products[16];
                              for (int k = 0; k < 16; ++k) products[k] = left[row][k] * right[k][column];
                              o->d[i] = sum_of_products(products, o->d[i]);
+                           }
+                         }
+                       },
+                       {__builtin_FILE(), __builtin_LINE()});
+}
+
+inline bool by_warpgroups(bool wanted) { return wanted; }
+inline void keep_order() {}
+inline void publish_to_warpgroups() {}
+inline void begin_warpgroup_products() {}
+inline void end_warpgroup_products() {}
+
+// A warp at a time: the 16 rows of each depend on no other warp.
+template <bool kTransposed>
+inline void wgmma_m64n32k16(float (&d)[16], const uint32_t (&a)[4], const uint16_t* b, bool adds) {
+  const auto start = reinterpret_cast<uintptr_t>(b);
+  if (start % 512 != 0 && (kTransposed || start % 512 != 32)) simt::fail("wgmma of a matrix that is not on 512 bytes");
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uintptr_t b;
+    bool adds;
+  } mine{d, a, start, adds};
+  simt::warp_operation(0xffffffffu, &mine,
+                       [](void* const lanes[32], uint32_t) {
+                         const auto value = [](uint32_t bits) { return __uint_as_float(bits << 16); };
+                         float left[16][16], right[16][32];
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           for (int i = 0; i < 8; ++i) {
+                             left[lane / 4 + i / 2 % 2 * 8][2 * (lane % 4) + i % 2 + i / 4 * 8] =
+                                 value(o->a[i / 2] >> (16 * (i % 2)) & 0xffffu);
+                           }
+                         }
+                         const auto* first = static_cast<const Operands*>(lanes[0]);
+                         for (int k = 0; k < 16; ++k) {
+                           for (int n = 0; n < 32; ++n) {
+                             const int row = kTransposed ? k : n, column = kTransposed ? n : k;
+                             uintptr_t at = first->b + static_cast<uintptr_t>(row * 64 + column * 2);
+                             at ^= at >> 3 & 0x30;  // 64-byte swizzle, of the address
+                             right[k][n] = value(*reinterpret_cast<const uint16_t*>(at));
+                           }
+                         }
+                         for (int lane = 0; lane < 32; ++lane) {
+                           const auto* o = static_cast<const Operands*>(lanes[lane]);
+                           if (o->b != first->b || o->adds != first->adds) simt::fail("wgmma with several operands");
+                           for (int i = 0; i < 16; ++i) {
+                             const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                             float products[16];
+                             for (int k = 0; k < 16; ++k) products[k] = left[row][k] * right[k][column];
+                             o->d[i] = sum_of_products(products, o->adds ? o->d[i] : 0.0f);
                            }
                          }
                        },

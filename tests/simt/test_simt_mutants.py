@@ -26,8 +26,9 @@ CASES += (
     "trace@queue",
     "NaN in X@queue",
 )
-CASES += ("96", "128", "128@one_cta", "160", "160 of 16 bits", "not aligned")
+CASES += ("96", "128", "128@one_cta", "128, X of 16 bits", "160", "160 of 16 bits", "not aligned")
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
+CASES += ("mixed types@sm_80", "not aligned@sm_80", "96@sm_80", "128 bfloat16@sm_80")
 CASES += ("same input@queue", "same input, bias, trace@queue", "permuted, same input@packed")
 FILES = (
     "gram.cuh",
@@ -117,12 +118,22 @@ PLANTED = [
         "left = stage + lane / 16 * 8 * pitch + lane / 8 % 2 * 8",
         "left = stage + lane / 8 % 2 * 8 * pitch + lane / 16 * 8",
     ),
-    plant("gram.cuh", "b[n / 2][n % 2 * 2], b", "b[n / 2][n % 2], b"),
+    plant("gram.cuh", ": b[n / 2][n % 2 * 2],", ": b[n / 2][n % 2],"),
+    plant("gram.cuh", "is_lower ? a[1][i] : a[0][i]", "a[0][i]"),
+    plant("gram.cuh", "kDiagonal ? a[n / 2 % kRows][n % 2 + 2]", "kDiagonal ? a[n / 2 % kRows][n % 2 + 1]"),
+    plant("gram.cuh", "half, a[n / 2][n % 2], a", "half, a[0][n % 2], a"),
+    plant("gram.cuh", "kColumns = 0x3210201010", "kColumns = 0x3210201011"),
+    plant("gram.cuh", "fresh_thread() / 32 % 2 == 1);", "false);"),
     plant("factor.cuh", "inverse_pivot[j] = inverse;", "inverse_pivot[j] = pivot;"),
     plant("factor.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
     plant("factor.cuh", "fma(-row[j], row[j], row[j + 1]), j + 1", "row[j + 1], j + 1"),
     plant("factor.cuh", "while (j > i) j -= ++i;", "while (j > i + 1) j -= ++i;"),
-    plant("factor.cuh", "base = warp >> 2 * level << (level + 1)", "base = 0"),
+    plant("factor.cuh", "base = job >> 2 * level << (level + 1)", "base = 0"),
+    plant("factor.cuh", "panels + first / 2 % 2 * kTile", "panels"),
+    plant("factor.cuh", "fma(-row[j + 1], row[j + 1], fma(-row[j], row[j], row[j + 2]))", "row[j + 2]"),
+    plant("factor.cuh", "row[c] = fma(-row[j + 1], of_c.v[1],", "row[c] = fma(-row[j + 1], of_c.v[0],"),
+    plant("factor.cuh", "job % 2 * (kTile / 2)", "0"),
+    plant("factor.cuh", "job = warp + 1; job < 2", "job = warp + 2; job < 2"),
     plant("tile_product.cuh", "if (kProducts > 2) mma", "if (kProducts > 3) mma"),
     plant("tile_product.cuh", "i / 2 * inner_a", "i % 2 * inner_a"),
     plant("gram.cuh", " && chunk.x_stage() * columns == kWarps * kLoads", ""),
@@ -131,8 +142,15 @@ PLANTED = [
     plant("apply.cuh", "(p & 2) << 2 | (p & 12) >> 1", "(p & 14)"),
     plant("apply.cuh", "if (is_below) {", "if (true) {"),
     plant("apply.cuh", "(b == 0 ? 0 : above_16)", "0"),
-    plant("apply.cuh", "for (int p = 0; p < kLeft && p <= level; ++p)", "for (int p = 0; p < 1 && p <= level; ++p)"),
-    plant("apply.cuh", "multiply_planes<3, 3>", "multiply_planes<2, 2>"),
+    plant("apply.cuh", "multiply_by_planes<3, 3>", "multiply_by_planes<2, 2>"),
+    plant("apply.cuh", "adds || q + 1 < kLevels);", "adds);"),
+    plant("apply.cuh", "if (n >= k) {", "if (true) {"),
+    plant("apply.cuh", "s * 16, !kApart);", "0, !kApart);"),
+    plant("apply.cuh", "+ n) * kPlaneTile + s * 16 * kTile", "+ n) * kPlaneTile + s * 16"),
+    plant("apply.cuh", "add_now(total[i], term[i]);", "total[i] = term[i];"),
+    plant("apply.cuh", "(kWarps == 8 ? together : 1)", "1"),
+    plant("apply.cuh", "kApart && n < 2; ++n) add(sum[n], term[n]);", "kApart && n < 1; ++n) add(sum[n], term[n]);"),
+    plant("chunk.cuh", "i < 4; ++i) add_now(sum[i], term[i]);", "i < 3; ++i) add_now(sum[i], term[i]);"),
     plant("apply.cuh", "const bool below = column >= k / 2;", "const bool below = true;"),
     plant("apply.cuh", ">> 4 * quad & 15u) == 15u", ">> 4 * quad & 1u) == 1u"),
     plant("apply.cuh", "if (unit == kNoUnit) return;", ""),
@@ -169,7 +187,7 @@ PLANTED = [
     plant("scheduler.cuh", "min(members[member].outputs, begin + task.outputs)", "members[member].outputs"),
     plant("scheduler.cuh", "all_outputs += params.layers[", "all_outputs = params.layers["),
     plant("precondition.cu", "for (int m = 0; m < task.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
-    plant("precondition.cu", "if (threadIdx.x == 0) *status = chunk.scratch.failed_minor;", ""),
+    plant("precondition.cu", "if (threadIdx.x == 0) *status() = chunk.scratch.failed_minor;", ""),
     plant(
         "ptx_host.h", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"
     ),

@@ -37,6 +37,15 @@ def test_large(library, name):
     run_cases.check_schedules(library, cases.LARGE[name], seeds=2)
 
 
+WITHOUT_WARPGROUPS = ("several layers", "bias", "nhwc", "float16", "mixed types", "one pass of TF32", "NaN in G")
+WITHOUT_WARPGROUPS += ("overflow of float16", "96", "128", "128 bfloat16", "not aligned")
+
+
+@pytest.mark.parametrize("name", WITHOUT_WARPGROUPS)
+def test_devices_without_products_of_four_warps(library, name):
+    run_cases.check_schedules(library, cases.named(f"{name}@sm_80"), seeds=2)
+
+
 @pytest.mark.parametrize("name", cases.PERMUTED)
 def test_permuted_rows(library, name):
     run_cases.check_schedules(library, cases.named(f"{name}@packed"), seeds=4)

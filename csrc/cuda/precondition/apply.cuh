@@ -10,8 +10,11 @@
 // Up to 128 units A^-1 is split once a chunk, in three bfloat16 planes in the order in which ldmatrix wants them
 // (make_planes).  G is split as it comes: float32 in three planes, whose six products have float32's accuracy; float16
 // in two, which hold it exactly; bfloat16 is its own only plane, and two planes of A^-1 serve both 16-bit types.  With
-// `tf32` float32 takes two planes and three products.  Chunks above 128 units have no room for planes: 16 warps, of
-// which two share their rows, multiply by TF32 tensor cores with both operands split as they are read.
+// `tf32` float32 takes two planes and three products.  On sm_90a the four warps of a warpgroup multiply 64 rows
+// together and take A^-1 from shared memory themselves (wgmma); elsewhere every warp loads it (ldmatrix, mma).  Where
+// float32 accuracy is asked for, the products of 16 units go into sums of their own, because tensor cores cut what they
+// add up toward zero and a long sum in them drifts.  Chunks above 128 units have no room for planes: 16 warps, of which
+// two share their rows, multiply by TF32 tensor cores with both operands split as they are read.
 //
 // A row whose result has an element that is not finite in the gradient's own type is left as it was, in this chunk
 // only.  Figures of the model: docs/developer/kernel-model.md.
@@ -206,6 +209,7 @@ CO_DEVICE void make_planes(const Chunk& chunk) {
       }
     }
   }
+  publish_to_warpgroups();
   __syncthreads();
 }
 
@@ -235,69 +239,127 @@ CO_DEVICE void split_rows(const FourUnits<RawOf<kType>> (&raw)[2], const Chunk& 
   }
 }
 
-// sum[first], sum[first + 1] += 16 rows x 16 units times 16 columns of A^-1, whose planes begin at `tile`.  is_below:
-// the tile lies on or below the diagonal, and its rows are the columns of the product; else it is read transposed.
-template <int kLevels, int kLeft>
-CO_DEVICE void multiply_planes_16(float (&sum)[2][4], const uint32_t (&left)[kLeft][4], const uint16_t* tile,
-                                  bool is_below) {
-  uint32_t right[kLevels][4];
-  if (is_below) {
-    CO_UNROLL
-    for (int p = 0; p < kLevels; ++p) load_matrices(right[p], tile + p * kTile * kTile);
-  } else {
-    CO_UNROLL
-    for (int p = 0; p < kLevels; ++p) load_matrices_transposed(right[p], tile + p * kTile * kTile);
-  }
-  CO_UNROLL
-  for (int level = kLevels - 1; level >= 0; --level) {  // small products first
-    CO_UNROLL
-    for (int p = 0; p < kLeft && p <= level; ++p) {
-      CO_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        mma_m16n8k16<true>(sum[n], left[p], right[level - p][2 * n], right[level - p][2 * n + 1]);
-      }
-    }
-  }
-}
-
-// sum <- 16 rows of G times A^-1, by its planes.  kLeft planes of G; products of planes whose numbers add up to less
-// than kLevels.  sum[m][n][i] belongs to row i / 2 of the lane's two and to position 16 m + 4 t + 2 n + i % 2.
-template <int kLeft, int kLevels, int kWarps, DType kType>
-CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
-  const int lane = fresh_thread() % 32, t = lane % 4, side = chunk.side();
-  const uint16_t* const planes = reinterpret_cast<const uint16_t*>(chunk.tiles);
-  // Matrices 0 to 3 of ldmatrix: columns 0 and units 0, columns 0 and units 8, columns 8 and units 0, and both 8.
-  const uint16_t* const below = planes + plane_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
-  const uint16_t* const above = planes + plane_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
-  // The second 16 units of a tile, or columns: in a row the vectors that lie two further, or back.
-  const int below_16 = (lane / 2 % 4 ^ lane / 8 % 2) < 2 ? 16 : -16,
-            above_16 = (lane / 2 % 4 ^ lane / 16) < 2 ? 16 : -16;
-  constexpr int kAhead = kType == DType::kFloat32 ? 1 : 2;  // of the units that are multiplied, in steps of 16
-  FourUnits<RawOf<kType>> raw[kAhead][2];
+// Calls f(tile, half, planes) for every 16 units of a warp's 16 rows of G, which are loaded kAhead such steps before.
+template <int kLeft, int kAhead, int kWarps, DType kType, typename F>
+CO_DEVICE void walk_rows(const LaneRows<kWarps, kType>& rows, const Chunk& chunk, int side, F&& f) {
+  const int t = fresh_thread() % 4;
+  FourUnits<RawOf<kType>> raw[kAhead > 0 ? kAhead : 1][2];
   CO_UNROLL
   for (int i = 0; i < kAhead; ++i) rows.load(16 * i + 4 * t, raw[i]);
   CO_NO_UNROLL
   for (int k = 0; k < side; ++k) {
     CO_UNROLL
     for (int s = 0; s < 2; ++s) {
-      uint32_t left[kLeft][4];
-      split_rows<kType>(raw[s % kAhead], chunk, left);
+      constexpr int kPlaces = kAhead > 0 ? kAhead : 1;
       const int next = k * kTile + (s + kAhead) * 16;
-      if (next < side * kTile) rows.load(next + 4 * t, raw[s % kAhead]);
+      if (kAhead == 0) rows.load(next + 4 * t, raw[0]);
+      uint32_t left[kLeft][4];
+      split_rows<kType>(raw[s % kPlaces], chunk, left);
+      if (kAhead > 0 && next < side * kTile) rows.load(next + 4 * t, raw[s % kPlaces]);
+      f(k, s, left);
+    }
+  }
+}
+
+// sum[first], sum[first + 1] += 16 rows x 16 units times 16 columns of A^-1, whose planes begin at `tile`.  is_below:
+// the tile lies on or below the diagonal, and its rows are the columns of the product; else it is read transposed.
+template <int kLevels, int kLeft>
+CO_DEVICE void multiply_planes_16(float (&sum)[2][4], const uint32_t (&left)[kLeft][4], const uint16_t* tile,
+                                  bool is_below) {
+  constexpr bool kApart = kLevels == 3;  // float32-accurate; what has fewer planes is not by far
+  float term[2][4] = {};
+  CO_UNROLL
+  for (int q = kLevels - 1; q >= 0; --q) {  // the plane of A^-1; small products first
+    uint32_t right[4];
+    if (is_below) {
+      load_matrices(right, tile + q * kTile * kTile);
+    } else {
+      load_matrices_transposed(right, tile + q * kTile * kTile);
+    }
+    CO_UNROLL
+    for (int p = kLeft - 1; p >= 0; --p) {
+      if (p + q >= kLevels) continue;
       CO_UNROLL
-      for (int n = 0; n < kWarpColumns / kTile; ++n) {
-        if (n >= side) continue;
-        const int tile = (n >= k ? lower_tiles(n) + k : lower_tiles(k) + n) * kPlaneTile;
-        CO_UNROLL
-        for (int b = 0; b < 2; ++b) {
-          multiply_planes_16<kLevels>(sum[2 * n + b], left,
-                                      n >= k ? below + (s == 0 ? 0 : below_16) + tile + b * 16 * kTile
-                                             : above + (b == 0 ? 0 : above_16) + tile + s * 16 * kTile,
-                                      n >= k);
-        }
+      for (int n = 0; n < 2; ++n) {
+        mma_m16n8k16<true>(kApart ? term[n] : sum[n], left[p], right[2 * n], right[2 * n + 1]);
       }
     }
   }
+  CO_UNROLL
+  for (int n = 0; kApart && n < 2; ++n) add(sum[n], term[n]);
+}
+
+// sum <- 16 rows of G times A^-1, by its planes.  kLeft planes of G; products of planes whose numbers add up to less
+// than kLevels.  sum[m][n][i] belongs to row i / 2 of the lane's two and to position 16 m + 4 t + 2 n + i % 2.
+template <int kLeft, int kLevels, int kWarps, DType kType>
+CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
+  constexpr int kAhead = kLevels == 3 ? 0 : kType == DType::kFloat32 ? 1 : 2;  // three planes leave no registers
+  walk_rows<kLeft, kAhead>(rows, chunk, chunk.side(), [&](int k, int s, const uint32_t (&left)[kLeft][4]) {
+    const int lane = fresh_thread() % 32, side = chunk.side();
+    const uint16_t* const planes = reinterpret_cast<const uint16_t*>(chunk.tiles);
+    // Matrices 0 to 3 of ldmatrix: columns 0 and units 0, columns 0 and units 8, columns 8 and units 0, and both 8.
+    const uint16_t* const below = planes + plane_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+    const uint16_t* const above = planes + plane_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8);
+    // The second 16 units of a tile, or columns: in a row the vectors that lie two further, or back.
+    const int below_16 = (lane / 2 % 4 ^ lane / 8 % 2) < 2 ? 16 : -16,
+              above_16 = (lane / 2 % 4 ^ lane / 16) < 2 ? 16 : -16;
+    CO_UNROLL
+    for (int n = 0; n < kWarpColumns / kTile; ++n) {
+      if (n >= side) continue;
+      const int tile = (n >= k ? lower_tiles(n) + k : lower_tiles(k) + n) * kPlaneTile;
+      CO_UNROLL
+      for (int b = 0; b < 2; ++b) {
+        multiply_planes_16<kLevels>(sum[2 * n + b], left,
+                                    n >= k ? below + (s == 0 ? 0 : below_16) + tile + b * 16 * kTile
+                                           : above + (b == 0 ? 0 : above_16) + tile + s * 16 * kTile,
+                                    n >= k);
+      }
+    }
+  });
+}
+
+// d = or += 64 rows x 16 units times 32 columns of A^-1, whose planes begin at `tile`.  Begin and end stand with the
+// products between two branches, or the compiler waits after every single one.
+template <bool kTransposed, int kLevels, int kLeft>
+CO_DEVICE void multiply_planes_32(float (&d)[16], const uint32_t (&left)[kLeft][4], const uint16_t* tile, bool adds) {
+  begin_warpgroup_products();
+  CO_UNROLL
+  for (int q = kLevels - 1; q >= 0; --q) {  // the plane of A^-1; small products first
+    CO_UNROLL
+    for (int p = kLeft - 1; p >= 0; --p) {
+      if (p + q >= kLevels) continue;
+      wgmma_m64n32k16<kTransposed>(d, left[p], tile + q * kTile * kTile, adds || q + 1 < kLevels);
+    }
+  }
+  end_warpgroup_products();
+}
+
+// The same as multiply_planes by the four warps of a warpgroup, which take A^-1 from shared memory themselves.
+template <int kLeft, int kLevels, int kWarps, DType kType>
+CO_DEVICE void multiply_planes_together(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows,
+                                        const Chunk& chunk) {
+  constexpr bool kApart = kLevels == 3;  // as in multiply_planes_16
+  constexpr int kAhead = kType == DType::kFloat32 ? 1 : 2;
+  // The compiler must know that no warp goes a way of its own here, or it puts the products one after the other.
+  const int side = __shfl_sync(0xffffffffu, chunk.side(), 0);
+  const uint16_t* const planes = reinterpret_cast<const uint16_t*>(chunk.tiles);
+  walk_rows<kLeft, kAhead>(rows, chunk, side, [&](int k, int s, const uint32_t (&left)[kLeft][4]) {
+    CO_UNROLL
+    for (int n = 0; n < kWarpColumns / kTile; ++n) {
+      if (n >= side) continue;
+      float term[16];
+      float (&total)[16] = reinterpret_cast<float (&)[16]>(sum[2 * n]);
+      float (&target)[16] = kApart ? term : total;
+      if (n >= k) {
+        multiply_planes_32<false, kLevels>(target, left, planes + (lower_tiles(n) + k) * kPlaneTile + s * 16, !kApart);
+      } else {
+        multiply_planes_32<true, kLevels>(target, left, planes + (lower_tiles(k) + n) * kPlaneTile + s * 16 * kTile,
+                                          !kApart);
+      }
+      CO_UNROLL
+      for (int i = 0; kApart && i < 16; ++i) add_now(total[i], term[i]);
+    }
+  });
 }
 
 // The same for chunks above 128 units, by 128 columns of the float32 tiles.  kProducts: 3 for float32; 2 where G has 16
@@ -311,12 +373,10 @@ CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kTyp
     high = kProducts == 1 ? to_tf32(value) : parts.high;
     low = parts.low;
   };
-  FourUnits<RawOf<kType>> raw[2];
-  rows.load(4 * t, raw);
   CO_NO_UNROLL
   for (int k = 0; k < 2 * chunk.side(); ++k) {  // 16 units
-    const FourUnits<RawOf<kType>> now[2] = {raw[0], raw[1]};
-    if (k + 1 < 2 * chunk.side()) rows.load((k + 1) * 16 + 4 * t, raw);
+    FourUnits<RawOf<kType>> now[2];             // not ahead: its registers are taken, and 16 warps wait in turn
+    rows.load(k * 16 + 4 * t, now);
     CO_UNROLL
     for (int s = 0; s < 2; ++s) {  // two of every lane's four
       float left[4], left_low[4];
@@ -340,10 +400,11 @@ CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kTyp
           float right[2], right_low[2];
           split(tile[b * 8 * by_column], right[0], right_low[0]);
           split(tile[b * 8 * by_column + by_unit], right[1], right_low[1]);
-          float (&target)[4] = sum[2 * n + b / 2][b % 2];
-          if (kProducts > 2) mma_m16n8k8_tf32(target, left_low, right);
-          if (kProducts > 1) mma_m16n8k8_tf32(target, left, right_low);
-          mma_m16n8k8_tf32(target, left, right);
+          float term[4] = {};
+          if (kProducts > 2) mma_m16n8k8_tf32(term, left_low, right);
+          if (kProducts > 1) mma_m16n8k8_tf32(term, left, right_low);
+          mma_m16n8k8_tf32(term, left, right);
+          add(sum[2 * n + b / 2][b % 2], term);
         }
       }
     }
@@ -396,6 +457,15 @@ CO_DEVICE void join_written(bool (&written)[2]) {
   for (int r = 0; r < 2; ++r) written[r] = (__ballot_sync(0xffffffffu, written[r]) >> 4 * quad & 15u) == 15u;
 }
 
+template <int kLeft, int kLevels, int kWarps, DType kType>
+CO_DEVICE void multiply_by_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
+  if (by_warpgroups(chunk.task.warpgroups)) {
+    multiply_planes_together<kLeft, kLevels>(sum, rows, chunk);
+  } else {
+    multiply_planes<kLeft, kLevels>(sum, rows, chunk);
+  }
+}
+
 // The sums of a warp with 16 rows.
 template <int kWarps, DType kType>
 CO_DEVICE void multiply_rows(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk, int half) {
@@ -406,20 +476,21 @@ CO_DEVICE void multiply_rows(float (&sum)[8][2][4], const LaneRows<kWarps, kType
       multiply_tiles<kType == DType::kFloat32 ? 3 : 2>(sum, rows, chunk, half);
     }
   } else if constexpr (kType == DType::kFloat16) {
-    multiply_planes<2, 2>(sum, rows, chunk);
+    multiply_by_planes<2, 2>(sum, rows, chunk);
   } else if constexpr (kType == DType::kBFloat16) {
-    multiply_planes<1, 2>(sum, rows, chunk);
+    multiply_by_planes<1, 2>(sum, rows, chunk);
   } else if (chunk.task.tf32) {
-    multiply_planes<2, 2>(sum, rows, chunk);
+    multiply_by_planes<2, 2>(sum, rows, chunk);
   } else {
-    multiply_planes<3, 3>(sum, rows, chunk);
+    multiply_by_planes<3, 3>(sum, rows, chunk);
   }
 }
 
-// Whether this warp has rows in the round that begins at row `first`.
+// Whether this warp, or its warpgroup, has rows in the round that begins at row `first`.
 template <int kWarps>
 CO_DEVICE bool is_busy(const Chunk& chunk, int first) {
-  return first + fresh_thread() / 32 / (kWarps / 8) * kWarpRows < chunk.scratch.part.end;
+  const int together = kWarps == 8 && by_warpgroups(chunk.task.warpgroups) ? 4 : kWarps / 8;  // warps
+  return first + fresh_thread() / 32 / together * (kWarps == 8 ? together : 1) * kWarpRows < chunk.scratch.part.end;
 }
 
 // All threads, between barriers; after begin_member, and up to 128 units after make_planes.

@@ -27,6 +27,7 @@ struct Task {
   uint32_t* awaited_counter;
   uint32_t* done_counter;  // counts the CTAs whose results others wait for; may be null
   bool tf32;               // CudaTuning
+  bool warpgroups;         // PreconditionParams
   bool empty;              // no row was seen, or there is nothing to correct: everything stays as it is
 };
 
@@ -84,7 +85,9 @@ struct Scratch {
   int32_t failed_minor, failed_tries;  // info of the last try, and the tries before it
 };
 
-struct ChunkShared {
+// On 512 bytes and a multiple of them, so that the dynamic shared memory behind it begins on 512 bytes: the planes of
+// A^-1 lie there, which warpgroups read (ptx.cuh).
+struct alignas(512) ChunkShared {
   Task task;
   InputRows input;
   Records records;
@@ -145,6 +148,13 @@ CO_DEVICE float* lower_tile(float* tiles, int i, int j) { return tiles + (lower_
 CO_DEVICE void add(Float4& sum, const Float4& term) {
   CO_UNROLL
   for (int i = 0; i < 4; ++i) sum.v[i] += term.v[i];
+}
+
+// Tensor cores cut what they add up toward zero, so a long sum in them drifts: the products of one step go into sums of
+// their own, which are added as floats, to nearest.
+CO_DEVICE void add(float (&sum)[4], const float (&term)[4]) {
+  CO_UNROLL
+  for (int i = 0; i < 4; ++i) add_now(sum[i], term[i]);
 }
 
 // Element offset of index `index` of a space of sizes `size`, the last dimension fastest.  Indices have 32 bits (the

@@ -6,16 +6,16 @@
 // float16 inputs stay as they are, whose products are exact: half the shared memory, 4 ldmatrix and 8 mma for a tile of
 // 32 x 32 and 16 rows, where TF32 would need 32 loads and 16 mma.  Tensor cores round their running sums toward zero,
 // so no sum is longer than 512 rows: partial sums are added in shared memory, in the order of the rows, which is more
-// accurate than a float32 matrix product and the same on every run.  With `tf32` float32 inputs are rounded to TF32 and
-// take one product too.
+// accurate than a float32 matrix product and the same on every run; the products of float32 inputs go into sums of
+// their own, eight rows at a time.  With `tf32` float32 inputs are rounded to TF32 and take one product too.
 //
 // Not here, by calculation for an H200 (nothing has been measured):
 // cp.async copies 4, 8 or 16 aligned bytes, and group = 1 lays the units of a chunk on any address.  What it is for,
 // bytes in flight, the registers do: 16 KiB a CTA, 32 KiB on an SM with two, where 4.3 TB/s over 132 SMs at a latency
 // of 700 ns want 22 KiB.
-// wgmma reads both operands of a transposed product from shared memory in 16-bit types only, and the sums would not get
-// faster by it: at 62 % of the peak of wgmma, what mma.sync reaches, the covariances of ResNet-50, ViT-B/16 and a Llama
-// block take 24, 70 and 26 us of tensor cores beside 87, 281 and 233 us of DRAM.
+// wgmma: for a transposed product both operands lie in shared memory, in 16-bit types only.  It would take 1.3 passes
+// through shared memory for 32 elements of X where the six warps that share operands take 1.8 (of 5.7 in all, by the
+// model), for a swizzled stage of its own.
 #pragma once
 
 #include "cuda/precondition/chunk.cuh"
@@ -142,17 +142,24 @@ CO_DEVICE void stage_x(const uint32_t (&raw)[kWords], const Chunk& chunk, int ro
   }
 }
 
-// Blocks of 16 x 32 on or below the diagonal, a tile row i from i (i + 1) on; two in turn are a tile.
+// Blocks of 16 x 32 on or below the diagonal; two in turn are a tile.
 CO_DEVICE int gram_blocks(const Chunk& chunk) { return chunk.side() * (chunk.side() + 1); }
 
-// In shared memory, because the coordinates of a warp's blocks would take registers that the sums need.
+// In shared memory, because the coordinates of a warp's blocks would take registers that the sums need.  Of 128 units
+// the first four warps have a tile in whose rows one of the last two diagonal tiles lies, whose four blocks are left
+// over: they read nothing more for these.
 CO_DEVICE void locate_gram_blocks(const Chunk& chunk) {
-  const int b = fresh_thread();
+  constexpr uint64_t kRows = 0x3210313322, kColumns = 0x3210201010;  // of ten tiles, the first in the lowest digit
+  const int b = fresh_thread(), tile = b / 2;
   if (b >= gram_blocks(chunk)) return;
   int i = 0;
-  while ((i + 1) * (i + 2) <= b) ++i;
-  const int within = b - i * (i + 1);
-  chunk.scratch.gram_block[b] = (i * kTile + within % 2 * 16) + (within / 2 * kTile << 16);
+  while (lower_tiles(i + 1) <= tile) ++i;
+  int j = tile - lower_tiles(i);
+  if (chunk.side() == 4) {
+    i = static_cast<int>(kRows >> 4 * tile & 15);
+    j = static_cast<int>(kColumns >> 4 * tile & 15);
+  }
+  chunk.scratch.gram_block[b] = (i * kTile + b % 2 * 16) + (j * kTile << 16);
 }
 
 // sum += kRows blocks, one below the other, from the one at `block` on, of the rows of this stage.
@@ -188,10 +195,14 @@ CO_DEVICE void gram_blocks_32(float (*sum)[4][4], int32_t block, const Chunk& ch
       CO_UNROLL
       for (int m = 0; m < kRows; ++m) {
         if (kSplit) {
-          mma_m16n8k8_tf32(sum[m][n], a_low[m], b);
-          mma_m16n8k8_tf32(sum[m][n], a[m], b_low);
+          float term[4] = {};
+          mma_m16n8k8_tf32(term, a_low[m], b);
+          mma_m16n8k8_tf32(term, a[m], b_low);
+          mma_m16n8k8_tf32(term, a[m], b);
+          add(sum[m][n], term);
+        } else {
+          mma_m16n8k8_tf32(sum[m][n], a[m], b);
         }
-        mma_m16n8k8_tf32(sum[m][n], a[m], b);
       }
     }
     left += 8 * pitch;
@@ -200,9 +211,10 @@ CO_DEVICE void gram_blocks_32(float (*sum)[4][4], int32_t block, const Chunk& ch
 }
 
 // The same for a stage of 16-bit numbers.  They lie [row][unit] and the mma wants pairs of rows of one unit, which is
-// what ldmatrix makes when it transposes.
-template <bool kBFloat16, int kRows>
-CO_DEVICE void gram_blocks_16(float (*sum)[4][4], int32_t block, const Chunk& chunk) {
+// what ldmatrix makes when it transposes.  kDiagonal: the tile is on the diagonal, and its right operand is the left
+// one.  kExtra: the third sum is the upper or lower half of the diagonal tile in the same rows.
+template <bool kBFloat16, int kRows, bool kDiagonal, bool kExtra>
+CO_DEVICE void gram_blocks_16(float (*sum)[4][4], int32_t block, const Chunk& chunk, bool is_lower) {
   const int lane = fresh_thread() % 32, pitch = x_pitch(chunk.padded());
   // Matrices 0 .. 3 of the left operand: rows 0 and units 0, rows 0 and units 8, rows 8 and units 0, rows 8 and units
   // 8; of the right one, which takes them in pairs, the second and the third change places.
@@ -215,28 +227,48 @@ CO_DEVICE void gram_blocks_16(float (*sum)[4][4], int32_t block, const Chunk& ch
     CO_UNROLL
     for (int m = 0; m < kRows; ++m) load_matrices_transposed(a[m], left + m * 16);
     CO_UNROLL
-    for (int n = 0; n < 2; ++n) load_matrices_transposed(b[n], right + n * 16);
+    for (int n = 0; !kDiagonal && n < 2; ++n) load_matrices_transposed(b[n], right + n * 16);
     CO_UNROLL
     for (int n = 0; n < 4; ++n) {
+      const uint32_t first = kDiagonal ? a[n / 2 % kRows][n % 2] : b[n / 2][n % 2 * 2],
+                     second = kDiagonal ? a[n / 2 % kRows][n % 2 + 2] : b[n / 2][n % 2 * 2 + 1];
       CO_UNROLL
-      for (int m = 0; m < kRows; ++m) {
-        mma_m16n8k16<kBFloat16>(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-      }
+      for (int m = 0; m < kRows; ++m) mma_m16n8k16<kBFloat16>(sum[m][n], a[m], first, second);
+    }
+    if constexpr (kExtra) {
+      uint32_t half[4];
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) half[i] = is_lower ? a[1][i] : a[0][i];
+      CO_UNROLL
+      for (int n = 0; n < 4; ++n) mma_m16n8k16<kBFloat16>(sum[2][n], half, a[n / 2][n % 2], a[n / 2][n % 2 + 2]);
     }
     left += 16 * pitch;
     right += 16 * pitch;
   }
 }
 
-template <int kRows, typename Raw>
-CO_DEVICE void multiply_stage(float (*sum)[4][4], int first, const PreconditionLayer& layer, const Chunk& chunk) {
+template <bool kBFloat16, int kRows, bool kExtra>
+CO_DEVICE void multiply_stage_16(float (*sum)[4][4], int32_t block, const Chunk& chunk, bool is_lower) {
+  if constexpr (kExtra) {
+    gram_blocks_16<kBFloat16, kRows, false, true>(sum, block, chunk, is_lower);
+  } else if (kRows == 2 && (block & 0xffff) == block >> 16) {
+    gram_blocks_16<kBFloat16, kRows, kRows == 2, false>(sum, block, chunk, false);
+  } else {
+    gram_blocks_16<kBFloat16, kRows, false, false>(sum, block, chunk, false);
+  }
+}
+
+// kExtra: with the block of the diagonal tile in the same rows, of which there is one for every half.
+template <int kRows, typename Raw, bool kExtra = false>
+CO_DEVICE void multiply_stage(float (*sum)[4][4], int first, const PreconditionLayer& layer, const Chunk& chunk,
+                              bool is_lower = false) {
   if (first >= gram_blocks(chunk)) return;
   const int32_t block = chunk.scratch.gram_block[first];
   if constexpr (sizeof(Raw) == 2) {
     if (layer.x_dtype == DType::kBFloat16) {
-      gram_blocks_16<true, kRows>(sum, block, chunk);
+      multiply_stage_16<true, kRows, kExtra>(sum, block, chunk, is_lower);
     } else {
-      gram_blocks_16<false, kRows>(sum, block, chunk);
+      multiply_stage_16<false, kRows, kExtra>(sum, block, chunk, is_lower);
     }
   } else if (chunk.task.tf32) {
     gram_blocks_32<false, kRows>(sum, block, chunk);
@@ -296,11 +328,20 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     if (next == 0) continue;
     CO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
-      constexpr bool kPairs = kWarps == 8;  // the sums of 16 warps leave no registers for the operands of two blocks
-      if (!kPairs || (u % 2 == 0 && u + 1 == kUnits)) {
-        multiply_stage<1, Raw>(sum + u, block_of(u), layer, chunk);
+      // The sums of 16 warps leave no registers for the operands of two blocks; for float32 only sm_90a's compiler
+      // does.
+      const bool pairs = kWarps == 8 && (sizeof(Raw) == 2 || by_warpgroups(chunk.task.warpgroups));
+      // The block of a diagonal tile that is left over for this warp goes with its tile, where that costs no loads.
+      constexpr bool kJoins = kWarps == 8 && kUnits == 3 && sizeof(Raw) == 2;
+      const bool joins = kJoins && chunk.side() == 4 && fresh_thread() / 32 < 4;
+      if (!pairs || (u % 2 == 0 && u + 1 == kUnits)) {
+        if (!joins) multiply_stage<1, Raw>(sum + u, block_of(u), layer, chunk);
       } else if (u % 2 == 0) {
-        multiply_stage<2, Raw>(sum + u, block_of(u), layer, chunk);
+        if (joins) {
+          multiply_stage<2, Raw, kJoins>(sum, block_of(u), layer, chunk, fresh_thread() / 32 % 2 == 1);
+        } else {
+          multiply_stage<2, Raw>(sum + u, block_of(u), layer, chunk);
+        }
       }
     }
     if (next % kPartialRows == 0 || next >= chunk.x_rows()) {

@@ -203,6 +203,7 @@ Status plan_launch(const PreconditionLayer* layers, int64_t count, const Precond
   params.count = static_cast<int32_t>(count);
   params.cluster = layout.shape.cluster;
   params.tf32 = tuning.tf32;
+  params.warpgroups = device.compute_capability == 90;
   std::copy(layout.tasks, layout.tasks + count, params.tasks);
   std::copy(layout.records, layout.records + count, params.records);
   std::copy(layout.packed, layout.packed + count, params.packed);

@@ -47,6 +47,7 @@ struct PreconditionParams {
   int32_t count, cluster;
   int32_t tile_floats, arena_floats, shared_bytes;  // CtaShape
   bool tf32;                                        // CudaTuning
+  bool warpgroups;                                  // the device has sm_90a's products of four warps (ptx.cuh)
 };
 static_assert(sizeof(PreconditionParams) <= 32764, "kernel parameters are limited to 32,764 bytes");
 

@@ -134,6 +134,7 @@ CO_DEVICE void identify_task(const PreconditionParams& params, int number, Task&
   }
   task.cluster = params.cluster;
   task.tf32 = params.tf32;
+  task.warpgroups = params.warpgroups;
   link_task(params, task, static_cast<uint32_t>(chunks * params.cluster));
 }
 

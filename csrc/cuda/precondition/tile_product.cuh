@@ -21,7 +21,7 @@ struct TileProduct {
   template <int kProducts>
   CO_DEVICE void add(const float* a, int row_a, int inner_a, const float* b, int inner_b, int column_b,
                      int rows = kTile) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
     a += g * row_a + 8 * t * inner_a;
     b += g * column_b + 8 * t * inner_b;
     CO_NO_UNROLL
@@ -45,10 +45,13 @@ struct TileProduct {
         }
         CO_UNROLL
         for (int m = 0; m < 2; ++m) {
-          if (kProducts > 2) mma_m16n8k8_tf32(sum[m][n], left_low[m], right);
-          if (kProducts > 1) mma_m16n8k8_tf32(sum[m][n], left[m], right_low);
-          mma_m16n8k8_tf32(sum[m][n], left[m], right);
+          float term[4] = {};
+          if (kProducts > 2) mma_m16n8k8_tf32(term, left_low[m], right);
+          if (kProducts > 1) mma_m16n8k8_tf32(term, left[m], right_low);
+          mma_m16n8k8_tf32(term, left[m], right);
+          consistency_ops::add(sum[m][n], term);
         }
+        keep_order();
       }
       a += 2 * inner_a;
       b += 2 * inner_b;
@@ -58,7 +61,7 @@ struct TileProduct {
   // Calls f(row, column, element).
   template <typename F>
   CO_DEVICE void for_each(F&& f) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = fresh_thread() % 32;
     CO_UNROLL
     for (int m = 0; m < 2; ++m) {
       CO_UNROLL
