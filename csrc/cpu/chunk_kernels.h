@@ -146,5 +146,6 @@ bool use_isa(const char* name);  // false if this machine lacks it
 template <typename T>
 const IsaKernels<T>& isa_kernels();
 const PairKernels* pair_kernels();  // null if the instruction set in use has none
+const TileKernels* tile_kernels();  // likewise
 
 }  // namespace consistency_ops::cpu

@@ -126,6 +126,8 @@ const IsaKernels<double>& isa_kernels<double>() {
 
 const PairKernels* pair_kernels() { return isa().pairs; }
 
+const TileKernels* tile_kernels() { return pair_kernels() == nullptr ? nullptr : pair_kernels()->tiles; }
+
 IsaLevel isa_level() { return isa().level; }
 
 const char* isa_name() { return isa().name; }

@@ -120,14 +120,12 @@ void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int6
 }
 
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
-               bool without_rows) {
+               bool without_rows, const TileKernels* tiles) {
   Plan plan;
   plan.layers.resize(count);
   const int64_t element = options.float64 ? 8 : 4;
   int64_t largest_layer = 0;
-  if (options.stages & kStageApply && !options.float64 && !options.triangular && pair_kernels() != nullptr) {
-    plan.tiles = pair_kernels()->tiles;
-  }
+  if (options.stages & kStageApply && !options.float64 && !options.triangular) plan.tiles = tiles;
 
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];

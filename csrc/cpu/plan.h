@@ -96,9 +96,10 @@ struct Plan {
   int64_t table_bytes = 0;        // memory of the divisions
 };
 
-// `without_rows`: layers of which there are no rows are worked on, too.
+// `without_rows`: layers of which there are no rows are worked on, too.  `tiles`: the kernels on tiles, if there are
+// any.
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
-               bool without_rows = false);
+               bool without_rows = false, const TileKernels* tiles = nullptr);
 // Offsets in X of the sampled rows row .. row + rows - 1.
 void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int64_t row, int64_t rows,
                      int64_t* row_offset);
