@@ -117,6 +117,7 @@ CASES = {
     "abandoned": {"abandon": True},
     "absolute": {"scaling": "absolute", "group": 3, "bias": False},
     "schedule": {"damping": lambda step: 0.1 + 0.01 * step},
+    "rounded rows": {"rows_dtype": torch.bfloat16},
     "average": {"decay": 0.9},
     "every": {"decay": 0.5, "every": 3},
 }
