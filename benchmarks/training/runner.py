@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -139,7 +140,7 @@ def circumstances() -> dict[str, Any]:
     """Return what a figure depends on: command, processor, versions, date."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.training " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "versions": {key: value for key, value in co.build_info().items() if key != "library"},
