@@ -150,7 +150,7 @@ def instructions(target) -> dict[tuple[str, str], list[str]]:
         elif match := re.match(r"\s*Function : (\S+)", line):
             kernel = match[1]
             found[arch, kernel] = []
-        elif kernel and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line)):
+        elif kernel and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", line)):
             found[arch, kernel].append(match[1])
     return found
 

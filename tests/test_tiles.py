@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 import consistency_ops as co
 import consistency_ops._C as extension
 from consistency_ops import ops
+from support import processes
 from support.samples import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def instruction(tmp_path_factory):
         "}\n"
     )
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["g++", *flags, str(folder / "model.cpp"), "-o", str(folder / "model.so")], check=True)
+    processes.run(["g++", *flags, str(folder / "model.cpp"), "-o", str(folder / "model.so")], check=True)
     library = ctypes.CDLL(str(folder / "model.so"))
 
     def multiply(c, a, b):
@@ -287,7 +287,7 @@ TILE_INSTRUCTION = re.compile(r"\s(ldtilecfg|sttilecfg|tilerelease|tilezero|tile
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_tile_instructions_are_where_they_may_run():
     """No compiler has put one elsewhere, and a configuration is loaded with all of its 64 bytes written."""
-    code = subprocess.run(
+    code = processes.run(
         ["objdump", "-d", "--no-show-raw-insn", "-C", extension.__file__], capture_output=True, text=True, check=True
     ).stdout
     functions: dict[str, list[str]] = {}

@@ -128,11 +128,11 @@ def _check_device(device: torch.device) -> None:
 def _describe(method: Method, network: nn.Module) -> str:
     """Build the optimizer once for the report, so that a wrong option is told before an hour of training."""
     try:
-        keep = Contestant.start(method, method.rates[0], network).keep
+        built = Contestant.start(method, method.rates[0], network)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{method.name}: {error}") from None
-    if not isinstance(keep, Preconditioner):
+    if not isinstance(built.keep, Preconditioner):
         return method.text
-    text = f"{method.text}: {keep!r}"
-    keep.remove()  # it ends without having corrected anything, which would be a warning
+    text = f"{method.text}: {built.keep!r}"
+    built.keep.remove()  # it ends without having corrected anything, which would be a warning
     return text

@@ -42,10 +42,9 @@ class ROARNN(nn.Module):
     of a :class:`consistency_ops.Preconditioner`, one dtype, no transform of ``torch.func``. The states are then kept in
     float32 between the steps also where they are returned in half precision.
 
-    Forward:
-        u: (T, N, input_size); (T, input_size) without a batch; or a :class:`torch.nn.utils.rnn.PackedSequence`.
-        h_0: optional, by default zeros: (N, hidden_size), or (hidden_size) without a batch; in the order of the batch
-            before it was sorted for packing.
+    It is called with ``u`` and, optionally, ``h_0``.  ``u``: (T, N, input_size); (T, input_size) without a batch; or a
+    :class:`torch.nn.utils.rnn.PackedSequence`.  ``h_0``, by default zeros: (N, hidden_size), or (hidden_size) without a
+    batch; in the order of the batch before it was sorted for packing.
 
     Returns:
         All states, (T, N, hidden_size), (T, hidden_size) or packed as ``u`` is, and the last one of every sequence, of

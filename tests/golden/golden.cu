@@ -29,6 +29,9 @@ enum Wrapper : int32_t {
   kMatrixProduct,
   kBFloat16Product,
   kFloat16Product,
+  kAddNow,
+  kWarpgroupProduct,
+  kWarpgroupTransposed,
   kMatrices,
   kTransposed,
   kCluster,
@@ -43,6 +46,7 @@ struct Params {
 __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
   CO_SHARED(Float4, shared, [1]);
   CO_SHARED(Float4, matrices, [32]);
+  CO_SHARED(Float4, warpgroup, [160]);  // 2 KiB that begin on 512 bytes
   const unsigned thread = threadIdx.x, i = blockIdx.x * blockDim.x + thread;
   const uint32_t in = p.in[i];
   if (p.wrapper == kFloat16ToFloat) {
@@ -94,6 +98,37 @@ __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
       mma_m16n8k16<false>(d, a, b[0], b[1]);
     }
     for (unsigned k = 0; k < 4; ++k) p.out[thread * 4 + k] = __float_as_uint(d[k]);
+  } else if (p.wrapper == kAddNow) {
+    float sum = __uint_as_float(in);
+    add_now(sum, __uint_as_float(p.in[(i + 1) % 512]));
+    p.out[i] = __float_as_uint(sum);
+  } else if (p.wrapper == kWarpgroupProduct || p.wrapper == kWarpgroupTransposed) {
+    // 128 threads: two products of 16, the first without a sum before it.
+    const auto half = [&](unsigned k) -> uint32_t { return float_to_bfloat16(__uint_as_float(p.in[k % 512])); };
+    auto* b = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(warpgroup) + 511) / 512 * 512);
+    for (unsigned k = 0; k < 8; ++k) {
+      const unsigned row = thread / 4, column = thread % 4 * 8 + k;
+      b[row * 32 + ((column / 8) ^ row / 2 % 4) * 8 + column % 8] = static_cast<uint16_t>(half(thread * 8 + k + 77));
+    }
+    publish_to_warpgroups();
+    __syncthreads();
+    uint32_t a[4];
+    float d[16];
+    for (unsigned k = 0; k < 16; ++k) d[k] = __uint_as_float(in);
+    for (unsigned product = 0; product < 2; ++product) {
+      for (unsigned k = 0; k < 4; ++k) {
+        const unsigned at = thread * 8 + 2 * k + product * 200;
+        a[k] = half(at) | half(at + 1) << 16;
+      }
+      begin_warpgroup_products();
+      if (p.wrapper == kWarpgroupProduct) {
+        wgmma_m64n32k16<false>(d, a, b + product * 16, product > 0);
+      } else {
+        wgmma_m64n32k16<true>(d, a, b + product * 16 * 32, product > 0);
+      }
+      end_warpgroup_products();
+    }
+    for (unsigned k = 0; k < 16; ++k) global_memory(p.out)[thread * 16 + k] = __float_as_uint(d[k]);
   } else if (p.wrapper == kMatrices || p.wrapper == kTransposed) {
     auto* row = reinterpret_cast<uint16_t*>(matrices + thread);
     for (unsigned k = 0; k < 8; ++k) row[k] = static_cast<uint16_t>(thread << 8 | k);
@@ -217,6 +252,9 @@ int main() {
   for (unsigned i = 192; i < 320; ++i) sums[i] = as_bits(i % 2 ? 0x1.fffffep127f : -0x1.fffffep127f);
   print("mma_m16n8k8_tf32<overflow>", run(kMatrixProduct, sums, 128, 1, 32));
   print("mma_m16n8k16<bfloat16,overflow>", run(kBFloat16Product, sums, 128, 1, 32));
+  print("add_now", run(kAddNow, small, 512, 2, 256));
+  print("wgmma_m64n32k16<rows>", run(kWarpgroupProduct, small, 2048, 1, 128));  // zeros where there are none
+  print("wgmma_m64n32k16<columns>", run(kWarpgroupTransposed, small, 2048, 1, 128));
   print("load_matrices", run(kMatrices, small, 128, 1, 32));
   print("load_matrices_transposed", run(kTransposed, small, 128, 1, 32));
   print("cluster", run(kCluster, small, 36, 4, 1, 4));
