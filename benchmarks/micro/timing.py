@@ -101,7 +101,7 @@ def command() -> str:
         if option in arguments:
             at = arguments.index(option)
             del arguments[at : at + 2]
-    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *arguments])
+    return shlex.join(["python", *(["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]), *arguments])
 
 
 def machine() -> dict:
