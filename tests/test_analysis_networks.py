@@ -305,6 +305,10 @@ def test_little_time_leaves_out_what_it_names():
     result = analyse(model, torch.randn(300, 200), seconds=1e-6)
     assert len(result.conditioning.layers) == 31 and not any(x.input[-1] for x in result.conditioning.layers)
     assert "left out" in result.failed["conditioning"] and "left out" in result.failed["propagation"]
+    first, *lines = str(result).splitlines()
+    assert first == repr(result) and first.startswith("Analysis(") and len(first) < 120
+    assert len(lines) == len(result.findings) + len(result.failed)
+    assert any(line.startswith("conditioning could not be measured: ") for line in lines)
     page = result.to_html()
     assert page.count("Not measured, or not everywhere") >= 4 and "Gradient energy" in page
     assert result.lipschitz.log_bound >= analyse(model, torch.randn(300, 200)).lipschitz.log_bound

@@ -32,11 +32,19 @@ _EIGENVALUES = 4e9  # sum of width^3 over the layers, up to which spectra of who
 _WIDTHS = (1024, 512, 256, 128)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis(Measurements):
-    """Measurements and their ``findings``, the most serious ones first."""
+    """Measurements and their ``findings``, the most serious ones first. ``print`` shows the findings, a line each."""
 
     findings: list[Finding]
+
+    def __repr__(self) -> str:
+        count = f"{len(self.findings)} finding{'s' * (len(self.findings) != 1)}"
+        return f"Analysis({self.model}, {self.parameters:,} parameters, loss {self.loss:.4g}, {count})"
+
+    def __str__(self) -> str:
+        missing = [f"{name} could not be measured: {why}" for name, why in self.failed.items()]
+        return "\n".join([repr(self), *map(str, self.findings), *missing])
 
     def to_html(self, title: str = "", about: dict[str, str] | None = None) -> str:
         """Return one self-contained HTML page: text, tables and inline SVG, no script, nothing from a network."""
