@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,6 +255,7 @@ def ranks(cpu: bool) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
+        dist.barrier()  # one that leaves while another still talks to it may end that one
     finally:
         dist.destroy_process_group()
 
@@ -442,3 +444,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; torch 2.13 aborts a rank of gloo now and then while the interpreter ends
