@@ -26,17 +26,17 @@ SOURCES = [
 ]
 
 
-def digest() -> str:
-    """Of everything that is compiled here."""
-    folders = [ROOT / "csrc" / name for name in ("include", "cpu", "cuda")]
-    files = [SOURCES[0], *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+def digest(*folders: str, more: bytes = b"") -> str:
+    """Of all files in these folders of csrc: the name of what was compiled from them."""
+    files = [path for name in folders for path in sorted((ROOT / "csrc" / name).rglob("*")) if path.is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + more).hexdigest()[:16]
 
 
 @functools.cache
 def module() -> ModuleType:
     """The compiled module: ``Shape``, ``cpu_plan``, ``cuda_plan`` and ``cta``; see the end of plans.cpp."""
-    target = BUILD / f"plans-{digest()}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = digest("include", "cpu", "cuda", more=SOURCES[0].read_bytes())
+    target = BUILD / f"plans-{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         includes = [ROOT / "csrc", ROOT / "csrc" / "include", Path(torch.__file__).parent / "include"]

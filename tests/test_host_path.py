@@ -6,6 +6,7 @@ runs those of capture and preconditioner once more without.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -26,6 +27,15 @@ from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_accelerator = pytest.mark.skipif(not host_path.is_bound, reason="csrc/torch_abi is not built for this torch")
+
+
+@contextlib.contextmanager
+def python_only():
+    torch_abi.use_host_path(False)
+    try:
+        yield
+    finally:
+        torch_abi.use_host_path(True)
 
 
 @pytest.fixture
@@ -128,11 +138,8 @@ CASES = {
 @pytest.mark.parametrize("make", NETWORKS)
 def test_the_same_bits(make, case):
     fast, fast_reports = train(make, **CASES[case])
-    torch_abi.use_host_path(False)
-    try:
+    with python_only():
         slow, slow_reports = train(make, **CASES[case])
-    finally:
-        torch_abi.use_host_path(True)
     assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
     assert fast_reports == slow_reports
 
@@ -140,11 +147,8 @@ def test_the_same_bits(make, case):
 @needs_accelerator
 def test_two_optimizers_have_the_same_bits():
     fast, _ = train(perceptron, optimizers=3)
-    torch_abi.use_host_path(False)
-    try:
+    with python_only():
         slow, _ = train(perceptron, optimizers=3)
-    finally:
-        torch_abi.use_host_path(True)
     assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
 
 

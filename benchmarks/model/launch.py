@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,6 @@ ONE_CTA, TASK_QUEUE = 1, 3  # PreconditionRung
 BYTES = {FLOAT32: 4, BFLOAT16: 2}
 
 
-def digest() -> str:
-    """Of everything that is compiled for the device."""
-    sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-
-
 _codes: dict[int, Code] = {}
 _cubin: list[Path] = []
 
@@ -38,7 +31,11 @@ def use_cubin(path: Path) -> None:
 def kernel(threads: int = 256) -> Code:
     """The compiled correction for CTAs of this many threads (256: chunks up to 128 units)."""
     if threads not in _codes:
-        cubin = _cubin[0] if _cubin else compile_kernels(SOURCE, BUILD / f"precondition-{digest()}.cubin")
+        cubin = (
+            _cubin[0]
+            if _cubin
+            else compile_kernels(SOURCE, BUILD / f"precondition-{plans.digest('cuda', 'include')}.cubin")
+        )
         _codes[threads] = Code(read_kernel(cubin, f"ILi{threads}E"), read_jump_tables(cubin, f"ILi{threads}E"))
     return _codes[threads]
 

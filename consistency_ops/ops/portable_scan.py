@@ -46,12 +46,6 @@ def _filtered(h: Tensor, index: Tensor | None, filter: Tensor | None) -> Tensor:
     return h if filter is None else h @ filter.T
 
 
-def _filtered_back(g: Tensor, index: Tensor | None, filter: Tensor | None) -> Tensor:
-    if index is not None:
-        return g.index_select(1, index)
-    return g if filter is None else g @ filter
-
-
 def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -99,6 +93,7 @@ def roa_scan_backward(
     deltas: list[Tensor] = []
     g = kept.new_zeros(kept.shape[1:], dtype=dtype) if grad_last is None else grad_last.to(dtype)
     weight, filter = weight.to(dtype), _wide(filter, dtype)
+    back = None if filter is None else filter.mT
     for t in range(kept.shape[0] - 1, -1, -1):
         w = weight if weight.dim() == 2 else weight[t]
         if grad_states is not None:
@@ -110,6 +105,6 @@ def roa_scan_backward(
             arrived = grad_kept[t].to(dtype)
             delta = delta + (arrived if activation == _MODULUS else arrived * slope)
         deltas.append(delta.to(kept.dtype))
-        g = alpha * _filtered_back(g, _at(index, 1, t), _at(filter, 2, t)) + delta @ w
+        g = alpha * _filtered(g, _at(index, 1, t), _at(back, 2, t)) + delta @ w
     delta = torch.stack(deltas[::-1]) if deltas else kept.new_empty(kept.shape)
     return delta, g.to(kept.dtype, copy=True, memory_format=torch.contiguous_format)
