@@ -12,10 +12,13 @@ from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_de
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
+TINY |= dict(points=2, examples=60, validation=20, networks=2)
 
 
 def images(name):
     """60 images of noise in the shape of a data set; 28x28 ones are cut to 8x8 where a test only needs an image."""
+    if name is None:
+        return None
     channels, size = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 8)}[name]
     generator = torch.Generator().manual_seed(0)
     x = 50 * torch.randn(60, channels, size, size, generator=generator)
@@ -29,7 +32,9 @@ def chosen(name, experiment):
     wanted = {
         "deep-narrow": ["relu, as released, depth 50"],
         "contractive": ["modulus, decay 0.001, clip"],
+        "narrow-search": ["relu, sgd2, depth 20, width 10", "modulus, sgd2, depth 20, width 10, noise"],
         "roa-memory": ["adding, roa, corrected", "copying, rnn"],
+        "roa-pixels": ["whiten"],
         "pixelwise": ["im2col", "fft"],
         "noise": ["relu, depth 50, residual 0.01", "relu, depth 50, gradient 0.01"],
         "glorot": ["tanh, glorot"],
@@ -213,6 +218,8 @@ class Interrupted(Exception):
         ("roa-memory", "adding, roa, corrected"),
         ("roa-memory", "copying, lstm"),
         ("roa-memory", "psmnist, roa, corrected"),
+        ("roa-pixels", "whiten"),
+        ("shapeset", "tanh, glorot"),
         ("init-tolerance", "sgd2, 0.01"),
         ("roa-depth", "roa, depth 50000"),
     ],
@@ -224,7 +231,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, run, tmp_pa
         monkeypatch.setitem(experiment.SETTINGS, run, {**experiment.SETTINGS[run], "depth": 12, "checkpoint": 4})
     monkeypatch.setattr(fit, "load", lambda data, size, directory: images(data))
     monkeypatch.setattr(sys, "argv", ["training", name])
-    tiny = {**TINY, "epochs": 4, "iterations": 8, "pixel_epochs": 4, "pool": 7}
+    tiny = {**TINY, "epochs": 4, "iterations": 8, "pixel_epochs": 4, "pool": 7, "points": 4}
     options = [f"--{key.replace('_', '-')}={tiny[key]}" for key in experiment.SIZE if key in tiny]
     arguments = [name, "--runs", run, *options, "--out"]
     command.main([*arguments, str(tmp_path / "whole")])

@@ -45,8 +45,10 @@ def run(name: str, experiment, arguments: list[str]) -> None:
     parser.add_argument(
         "--runs",
         nargs="+",
-        choices=experiment.SETTINGS,
+        choices=[*experiment.SETTINGS, "all"],
         default=getattr(experiment, "DEFAULT", list(experiment.SETTINGS)),
+        metavar="RUN",
+        help=f"names, or all: {'; '.join(experiment.SETTINGS)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     for key, value in experiment.SIZE.items():
@@ -65,7 +67,8 @@ def run(name: str, experiment, arguments: list[str]) -> None:
     store = runner.Store(options.out / f"{name}.json")
     if not options.plot:
         data = partial(fit.load, experiment.DATA, size, options.data_dir or DATA / str(experiment.DATA))
-        runner.run(experiment, store, options.runs, options.seeds, size, data, options.again)
+        names = list(experiment.SETTINGS) if "all" in options.runs else options.runs
+        runner.run(experiment, store, names, options.seeds, size, data, options.again)
     results = store.results(experiment.SETTINGS)
     if not results:
         sys.exit(f"{store.path}: holds no finished run of {name}; run it without --plot")
