@@ -12,7 +12,7 @@ from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_de
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
-TINY |= dict(points=2, examples=60, validation=20, networks=2)
+TINY |= dict(steps=2, points=2, examples=60, validation=20, networks=2)
 
 
 def images(name):
@@ -31,7 +31,8 @@ def chosen(name, experiment):
     names = [run for run in experiment.SETTINGS if "5000" not in run and "200" not in run]
     wanted = {
         "deep-narrow": ["relu, as released, depth 50"],
-        "contractive": ["modulus, decay 0.001, clip"],
+        "contractive": ["modulus, decay 0.001, clip", "modulus, decay 0.1, whiten, orthogonal"],
+        "modern": ["vit, modulus", "gpt, speed"],
         "narrow-search": ["relu, sgd2, depth 20, width 10", "modulus, sgd2, depth 20, width 10, noise"],
         "roa-memory": ["adding, roa, corrected", "copying, rnn"],
         "roa-pixels": ["whiten"],
@@ -220,6 +221,7 @@ class Interrupted(Exception):
         ("roa-memory", "psmnist, roa, corrected"),
         ("roa-pixels", "whiten"),
         ("shapeset", "tanh, glorot"),
+        ("modern", "gpt, modulus"),
         ("init-tolerance", "sgd2, 0.01"),
         ("roa-depth", "roa, depth 50000"),
     ],

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 import consistency_ops as co
-from benchmarks.training import narrow_search, shapes, shapeset
+from benchmarks.peers import tasks
+from benchmarks.training import contractive, fit, modern, narrow_search, shapes, shapeset
 
 
 def seeded(seed):
@@ -142,3 +143,47 @@ def test_share_of_networks_that_train():
     # A table of Wilson's intervals: 0 of 5, 5 of 5, 8 of 10.
     for counts, expected in (((0, 5), (0, 0.4345)), ((5, 5), (0.5655, 1)), ((8, 10), (0.4902, 0.9433))):
         assert narrow_search.wilson(*counts) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_modulus_keeps_one_bit_and_gelu_a_float_an_element_more_than_relu():
+    """ReLU's output is kept by the linear layer after it in any case."""
+    x, y = torch.randn(modern.BATCH["vit"], 3, 16, 16, generator=seeded(0)), torch.zeros(modern.BATCH["vit"]).long()
+    split = tasks.Split((x, y), (x, y), (x, y))
+    relu, gelu, modulus = (modern.kept_for_backward("vit", name, split) for name in modern.ACTIVATIONS)
+    elements = 2 * len(x) * 16 * 256  # two blocks, sixteen tokens
+    assert modulus - relu == elements // 8
+    assert gelu - relu == 4 * elements
+
+
+def test_networks_of_today_differ_in_their_activation_only():
+    for network in modern.NETWORKS:
+        states = [modern.build(network, name, 3).state_dict() for name in modern.ACTIVATIONS]
+        for state in states[1:]:
+            assert state.keys() == states[0].keys()
+            assert all(torch.equal(state[key], value) for key, value in states[0].items())
+        for name, kind in modern.ACTIVATIONS.items():
+            found = {type(m) for m in modern.build(network, name, 0).modules()} & set(modern.ACTIVATIONS.values())
+            assert found == {kind}
+
+
+def test_orthogonal_projection():
+    model = co.nn.deep_mlp(50, 10, width=20, depth=4, activation="modulus", init="he")
+    contractive.orthogonalise_(model)
+    for layer in (m for m in model if isinstance(m, nn.Linear)):
+        values = torch.linalg.svdvals(layer.weight.detach())
+        if layer.in_features == layer.out_features:
+            torch.testing.assert_close(values, torch.ones_like(values))
+        else:
+            assert values.max() <= 1 + 1e-4
+
+
+def test_a_network_of_the_other_package_is_certified_by_its_own_norms():
+    pytest.importorskip("deel.torchlip", reason="the comparison needs deel-torchlip")
+    generator = seeded(0)
+    x, y = 50 * torch.randn(40, 1, 28, 28, generator=generator), torch.randint(10, (40,), generator=generator)
+    data = fit.Split(x, y, x[:20], y[:20], 50.0)
+    size = {"epochs": 1, "batch": 20}
+    settings = contractive.SETTINGS["1-Lipschitz, depth 4, temperature 20"]
+    record = contractive.run(settings, size, 0, data, lambda text: None)
+    assert record["plain"] == pytest.approx(-math.log10(255), abs=0.01)
+    assert sorted(record["certified_plain"], reverse=True) == record["certified_plain"]

@@ -176,23 +176,25 @@ def small_convnet() -> nn.Module:
 
 
 class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        self.activation = activation()
         self.body = nn.Sequential(
-            *(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()),
+            *(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), activation()),
             *(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)),
         )
         self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.body(x) + self.skip(x))
+        return self.activation(self.body(x) + self.skip(x))
 
 
-def resnet(width: int = 16) -> nn.Module:
+def resnet(width: int = 16, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     """Return a builder of ResNet-8, which has three residual blocks."""
+    sizes = ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
     return nn.Sequential(
-        *(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
-        *(Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)),
+        *(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), activation()),
+        *(Residual(*size, activation) for size in sizes),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)),
     )
 
@@ -200,9 +202,9 @@ def resnet(width: int = 16) -> nn.Module:
 class Block(nn.Module):
     """A transformer block with its norms before attention and MLP."""
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, activation: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.activation = heads, causal, activation()
         self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -211,20 +213,26 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
 class Gpt(nn.Module):
     """A GPT: symbols (n, t) to logits (n, t, symbols); embedding and head are not tied."""
 
     def __init__(
-        self, width: int = 64, heads: int = 4, blocks: int = 2, context: int = CONTEXT, symbols: int = CHARACTERS
+        self,
+        width: int = 64,
+        heads: int = 4,
+        blocks: int = 2,
+        context: int = CONTEXT,
+        symbols: int = CHARACTERS,
+        activation: Callable[[], nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(symbols, width), nn.Embedding(context, width)
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, 0, 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(width, heads, True, activation) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ CHANGES: dict[str, dict] = {
     "alpha 1": {"alpha": 1.0},
     "alpha 0.99": {"alpha": 0.99},
     "input 0.25": {"input": 0.25},
+    "whiten, rate 0.01": {"mode": "whiten", "rate": 1e-2},
+    "whiten, beta 0.01": {"mode": "whiten", "beta": 0.01, "read": 5.0},
+    "whiten, rate 0.01, beta 0.01": {"mode": "whiten", "rate": 1e-2, "beta": 0.01, "read": 5.0},
+    "whiten, first alpha and beta": {"mode": "whiten", "alpha": 1 - 2 / 784, "beta": 2 / 784, "read": 10.0},
+    "whiten, beta 0.1": {"mode": "whiten", "beta": 0.1},
+    "whiten, alpha 1": {"mode": "whiten", "alpha": 1.0},
+    "whiten, input 2": {"mode": "whiten", "input": 2.0},
+    "whiten, alpha 1, input 2, beta 0.1": {"mode": "whiten", "input": 2.0, "alpha": 1.0, "beta": 0.1},
+    "first try, rate 0.01": {"alpha": 1 - 2 / 784, "beta": 2 / 784, "read": 10.0, "mode": "correct", "rate": 1e-2},
 }
 SETTINGS = {name: {**BASE, **changes} for name, changes in CHANGES.items()}
 SIZE = {"epochs": 1, "train": 10_000, "test": 5_000, "batch": 50, "hidden": 128}

@@ -51,6 +51,7 @@ EXPERIMENTS = {
     "gradient-energy": "gradient_energy",
     "glorot": "glorot",
     "shapeset": "shapeset",
+    "modern": "modern",
     "conditioning": "conditioning",
     "roa-depth": "roa_depth",
     "roa-memory": "roa_memory",
