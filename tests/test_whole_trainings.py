@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import consistency_ops as co
+from benchmarks.peers import family as family_of
 from benchmarks.peers import full, full_tables, norms, search
 from benchmarks.peers.family import Family
 from benchmarks.peers.optimizers import MatrixMuon
@@ -189,6 +190,31 @@ def test_both_halves_around_sgd_are_the_whole_inverse(root, conv):
     whole = trained(family(root="symmetric", inner=0.0, outer=1.0), conv=conv)
     for a, b in zip(trained(family(root=root), conv=conv), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_basis_of_eigenvectors_follows_its_matrix():
+    """At first it is exact; afterwards one step of the iteration keeps order and signs, and many find a new one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 200, 5, generator=generator) * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+    first = family_of.moments(x)
+    basis = family_of.followed(first, None)
+    there, back = family_of.in_basis(first, basis, 0.5, 0.5)
+    torch.testing.assert_close(there @ back @ first, torch.eye(5).expand(3, 5, 5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(family_of.followed(first, basis), basis, rtol=0, atol=1e-4)
+    second = family_of.moments(x + 0.3 * torch.randn(3, 200, 5, generator=generator))
+    followed = family_of.followed(second, basis)
+    assert bool(((followed * basis).sum(1) > 0.9).all())  # no column has turned round
+    for _ in range(40):
+        followed = family_of.followed(second, followed)
+    there, back = family_of.in_basis(second, followed, 0.25, 0.75)
+    torch.testing.assert_close(there @ back @ second, torch.eye(5).expand(3, 5, 5), rtol=0, atol=1e-3)
+
+
+def test_betas_reach_adam_with_and_without_the_family():
+    model = full.FULL["char-gpt"].model(0)
+    for alone in (False, True):
+        step = search.build_family("adamw")(model, "cross_entropy", lr=0.01, betas=(0.8, 0.9), alone=alone)
+        assert [group["betas"] for part in full.optimizers_in(step.keep) for group in part.param_groups] == [(0.8, 0.9)]
 
 
 def test_the_norm_of_a_layer_is_that_of_the_optimizer():

@@ -7,7 +7,8 @@ For a layer with input rows X and weight gradient G (bias joined), by chunks of 
     D <- D M^-outer            its displacement, after the step; then scaled to a norm
 
 With ``root="cholesky"`` and both powers 1/2, M^-1/2 is L^-T on the way in and L^-1 on the way out.  ``output`` does the
-same from the left with the second moment of the gradients of the layer's outputs.
+same from the left with the second moment of the gradients of the layer's outputs.  An optimizer that acts on single
+numbers, as Adam, depends on the basis, too: ``root="eigen"`` gives it the eigenvectors of M.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class CoveredLayer:
         self.left_moment: Tensor | None = None
         self.count = 0
         self.factors: tuple[Tensor | None, Tensor | None] | None = None
-        self.left_factor: Tensor | None = None
+        self.left_factors: tuple[Tensor | None, Tensor | None] = None, None
+        self.basis: Tensor | None = None
+        self.left_basis: Tensor | None = None
         self.scale = 1.0
 
     def matrix(self, tensors: list[Tensor]) -> Tensor:
@@ -84,7 +87,8 @@ class Family:
     Args:
         optimizers: step in between; together they hold all parameters.
         inner, outer: powers of M in front of and behind the step; 0 leaves that side out.
-        root: ``"cholesky"`` (both powers 1/2) or ``"symmetric"``.
+        root: ``"cholesky"`` (both powers 1/2), ``"symmetric"``, or ``"eigen"``: the optimizer works in the basis of the
+            eigenvectors of M, which follow M by one step of a QR iteration at each renewal, as in SOAP.
         damping: in units of the mean eigenvalue, or with ``relative="largest"`` of the largest one.
         decay: of the averages, corrected for their start at 0.
         every: steps between two factors.
@@ -94,7 +98,7 @@ class Family:
         chunk: largest number of units together; None: whole layers.
         bias: whether the bias is a unit.
         skip: patterns of names.
-        output: power on the output side, in front and behind (symmetric root, same damping, average and chunk).
+        output: power on the output side, in front and behind (symmetric or eigen root, same damping, average, chunk).
         output_inner: whether the output side acts in front, too.
     """
 
@@ -168,9 +172,10 @@ class Family:
         factor = layer.factors[side]
         if factor is not None:
             matrix = layer.division.join(layer.division.cut(matrix) @ factor)
-        if layer.left_factor is not None and (side == 1 or self.output_inner):
+        left = layer.left_factors[side]
+        if left is not None and (side == 1 or self.output_inner):
             taps = matrix.view(-1, layer.left.units, matrix.shape[1])
-            parts = [layer.left.join(layer.left.cut(tap.T) @ layer.left_factor).T for tap in taps]
+            parts = [layer.left.join(layer.left.cut(tap.T) @ left).T for tap in taps]
             matrix = torch.cat(parts)
         return matrix
 
@@ -193,13 +198,19 @@ class Family:
             eye = torch.eye(damped.shape[1])
             lower = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(damped)[0], eye, upper=False)
             layer.factors = lower.mT, lower
+        elif self.root == "eigen":
+            layer.basis = followed(damped, layer.basis)
+            layer.factors = in_basis(damped, layer.basis, self.inner, self.outer)
         else:
             values, vectors = torch.linalg.eigh(damped)
             layer.factors = tuple(power(values, vectors, -p) for p in (self.inner, self.outer))
         if self.output:
-            layer.left_factor = power(
-                *torch.linalg.eigh(self._damped(layer.left_moment, layer.left.units)), -self.output
-            )
+            damped = self._damped(layer.left_moment, layer.left.units)
+            if self.root == "eigen":
+                layer.left_basis = followed(damped, layer.left_basis)
+                layer.left_factors = in_basis(damped, layer.left_basis, self.output, self.output)
+            else:
+                layer.left_factors = (power(*torch.linalg.eigh(damped), -self.output),) * 2
 
     def _scale_of(self, damped: Tensor, units: int) -> float:
         """The fixed scale: E |D L^-1|^2 is |D|^2 tr(M^-1) / d for white D, and of the outputs' change 1 - damping times
@@ -237,3 +248,20 @@ def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor | None:
     if exponent == 0:
         return None
     return (vectors * values.clamp(min=1e-6).pow(exponent)[:, None, :]) @ vectors.mT
+
+
+def followed(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """Return eigenvectors of ``matrix``; with an earlier basis one step of the QR iteration from it.
+
+    The columns keep their order and signs, so that an optimizer's state for them stays valid.
+    """
+    if basis is None:
+        return torch.linalg.eigh(matrix)[1]
+    vectors, upper = torch.linalg.qr(matrix @ basis)
+    return vectors * upper.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+
+
+def in_basis(matrix: Tensor, basis: Tensor, inner: float, outer: float) -> tuple[Tensor, Tensor]:
+    """Return the factor into the coordinates of ``basis`` and the one back."""
+    values = (basis * (matrix @ basis)).sum(1).clamp(min=1e-6)
+    return basis * values.pow(-inner)[:, None, :], (basis * values.pow(-outer)[:, None, :]).mT

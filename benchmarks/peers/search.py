@@ -74,16 +74,39 @@ CHANGES: dict[str, dict[str, object]] = {
     "output side too, power 1/4": {"output": 0.25, "root": "symmetric"},
     "outer halves of both sides": OUTER | {"output": 0.5, "output_inner": False},
     "outer halves of both sides, output 1/4": OUTER | {"output": 0.25, "output_inner": False},
+    "eigenbasis": {"root": "eigen"},
+    "eigenbasis, damping 0.3": {"root": "eigen", "damping": 0.3},
+    "eigenbasis, damping 1": {"root": "eigen", "damping": 1.0},
+    "eigenbasis alone, no powers": {"root": "eigen", "inner": 0.0, "outer": 0.0},
+    "eigenbasis, output side too": {"root": "eigen", "output": 0.5},
+    "eigenbasis, output side too, damping 1": {"root": "eigen", "output": 0.5, "damping": 1.0},
+    "betas 0.9, 0.99, alone": {"betas": (0.9, 0.99), "alone": True},
+    "betas 0.9, 0.95, alone": {"betas": (0.9, 0.95), "alone": True},
+    "betas 0.95, 0.99, alone": {"betas": (0.95, 0.99), "alone": True},
+    "betas 0.9, 0.99, damping 0.3": {"betas": (0.9, 0.99), "damping": 0.3},
+    "betas 0.9, 0.95, damping 0.3": {"betas": (0.9, 0.95), "damping": 0.3},
+    "betas 0.95, 0.99, damping 0.3": {"betas": (0.95, 0.99), "damping": 0.3},
 }
 REFERENCES = {"base": plain, "corrected": corrected}
 
 
 def build_family(base: str):
-    """Return a builder of ``base`` in the family's coordinates."""
+    """Return a builder of ``base`` in the family's coordinates, with ``alone`` outside of them.
 
-    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
+    ``betas`` are Adam's, also where it steps the rest beside Muon.
+    """
+
+    def build(
+        model: nn.Module, loss_type: str, lr: float, betas: tuple | None = None, alone: bool = False, **options: object
+    ) -> Step:
         optimizer = BASES[base](model, lr)
         parts = getattr(optimizer, "parts", [optimizer])
+        for group in (group for part in parts for group in part.param_groups if betas and "betas" in group):
+            group["betas"] = betas
+        if alone:
+            step = stepper(model, *(part.step for part in parts))
+            step.keep = parts
+            return step
         family = Family(model, parts, **options)
         step = stepper(model, family.step)
         step.keep = [*parts, family]
