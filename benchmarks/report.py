@@ -287,6 +287,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-test": lambda: full_tables.ends(whole_trainings(), "metric"),
     "full-muon-steps": lambda: full_tables.muon_steps(whole_trainings()),
     "full-rates": lambda: full_tables.rates(whole_trainings()),
+    "full-summary": lambda: full_tables.summary(whole_trainings()),
+    "full-goals": lambda: full_tables.goals(whole_trainings()),
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
     "search": lambda: full_tables.search(stored("full/search")),
     "small-norms": lambda: full_tables.small_norms(stored("full/norms")),

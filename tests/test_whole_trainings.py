@@ -322,3 +322,30 @@ def test_tables_of_the_search():
         "| char-gpt, muon | 0.01 | 2 |  | 1.40 ± 0.000 | 1.40 ± 0.100 |",
         "| char-gpt, muon | 0.03 | 1 | 2.00 | 1.40 | 1.30 |",
     ]
+
+
+def test_tables_of_the_summary_and_of_the_aims():
+    """Nothing is reached that was not run, and what misses its aim is in bold."""
+    ends = {"adamw": 2.0, "adamw+white": 1.6, "muon": 1.5, "muon+white": 1.2, "soap": 1.0}
+    runs = {"char-gpt": [run for name, end in ends.items() for run in fakes(name, [end], 0.01, {0.01: end})]}
+    lines = full_tables.summary(runs, "train_loss").splitlines()
+    assert lines[2] == (
+        "| char-gpt, test loss (nats) | 2.00 ± 0.000 | 1.60 ± 0.000 | 1.50 ± 0.000 | 1.20 ± 0.000 "
+        "| *1.00 ± 0.000, heavyball SOAP, every 10* |"
+    )
+    found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
+    assert [cells[1].removesuffix(" |") for cells in found] == [
+        "char-gpt 0.80",  # below the best of first order
+        "char-gpt 0.80",  # AdamW, whitened and alone
+        "char-gpt 0.80",
+        "char-gpt 1.00",  # the same rate
+        "char-gpt 1.00",
+        "**char-gpt 1.07**",  # AdamW, whitened, over Muon
+        "**char-gpt 1.00**",  # steps: no shorter training was run
+        "**char-gpt 1.00**",  # not below SOAP's CPU seconds
+        "**char-gpt 1.20**",
+    ]
+    assert [cells[0] for cells in found] == ["1 of 1 run"] * 5 + ["0 of 1 run"] * 4
+    del runs["char-gpt"][-1]  # SOAP's final run
+    found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
+    assert [cells[0] for cells in found[-2:]] == ["0 of 0 run"] * 2

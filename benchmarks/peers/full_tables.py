@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, METHODS, last
+from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, METHODS, OURS, last
 from benchmarks.peers.norms import RATES as RATES_ALONE
 from benchmarks.peers.norms import SMALL
 from benchmarks.peers.search import CHANGES, RATES, REFERENCES, STEPS
@@ -169,6 +169,116 @@ def rates(runs: Runs) -> str:
         if any(cells):
             lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+SHOWN = ("adamw", "adamw+white", "muon", "muon+white")
+
+
+def summary(runs: Runs, key: str = "metric") -> str:
+    """Return a table with a task in a row: the optimizers of ``SHOWN``, and the best of the others' that were run."""
+    heads = [_name(name) for name in SHOWN]
+    lines = ["| task | " + " | ".join(heads) + " | best of the others |", "| --- |" + " --- |" * (len(SHOWN) + 1)]
+    for task in tasks_of(runs):
+        found = {name: of_phase(runs[task], name, "final") for name in METHODS}
+        ends_ = {name: statistics.mean(values(some, key)) for name, some in found.items() if some}
+        first = min((name for name in ends_ if name in SHOWN or name not in OURS), key=lambda name: ends_[name])
+        cells = [spread(values(found[name], key)) if found[name] else "not run" for name in SHOWN]
+        others = {name: end for name, end in ends_.items() if name not in SHOWN and name not in OURS}
+        best = min(others, key=lambda name: others[name], default=None)
+        cells.append("" if best is None else f"{spread(values(found[best], key))}, {METHODS[best].text}")
+        marked = [f"*{c}*" if n == first else c for n, c in zip((*SHOWN, best), cells, strict=True)]
+        lines.append(f"| {task}, {FULL[task].metric} | " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+TRANSFORMERS = ("char-gpt", "char-gpt-large", "byte-gpt")
+
+
+def goals(runs: Runs) -> str:
+    """Return a table of what was aimed at for nine tasks, and what was reached on those that were run."""
+    tasks = [task for task in tasks_of(runs) if _complete(runs[task], *SHOWN)]
+    gpts = [task for task in tasks if task in TRANSFORMERS]
+    with_soap = [task for task in tasks if _complete(runs[task], "soap")]
+    adamw, muon = METHODS["adamw+white"].text, METHODS["muon+white"].text
+
+    def ratio(task: str, name: str, other: str) -> float:
+        return mean_end(runs[task], name) / mean_end(runs[task], other)
+
+    def at_most(limit: float, found: dict[str, float]) -> dict[str, tuple[float, bool]]:
+        return {task: (value, value <= limit) for task, value in found.items()}
+
+    def below_1(found: dict[str, float]) -> dict[str, tuple[float, bool]]:
+        return {task: (value, value < 1) for task, value in found.items()}
+
+    rows = [
+        (
+            f"{muon}: train loss over that of the best of SGD, AdamW and Muon",
+            "below 1 on 7",
+            below_1({task: behind_first_order({task: runs[task]}, "muon+white")[task] for task in tasks}),
+        )
+    ]
+    for name in ("adamw+white", "muon+white"):
+        base = BASE[name]
+        rows.append(
+            (
+                f"{METHODS[name].text}: train loss over that of {METHODS[base].text}",
+                "never above by more than the seeds' spread",
+                {task: (ratio(task, name, base), _within(runs[task], name, base)) for task in tasks},
+            )
+        )
+    for name in ("adamw+white", "muon+white"):
+        found = {task: at[2] for task in tasks if (at := borrowed(runs[task], name)) is not None}
+        text = (
+            f"{METHODS[name].text}: loss of a trial at the rate of the optimizer alone over that of its own best trial"
+        )
+        rows.append((text, "at most 1.1 on 7", at_most(1.1, found)))
+    rows.append(
+        (
+            f"{adamw}: train loss over that of Muon alone, transformers",
+            "at most 1",
+            at_most(1, {task: ratio(task, "adamw+white", "muon") for task in gpts}),
+        )
+    )
+    shares = {}
+    for task in gpts:
+        found = steps_to(runs[task], "muon+white", mean_end(runs[task], "muon"))
+        shares[task] = math.inf if found is None else found[0] / FULL[task].steps
+    rows.append(
+        (
+            f"{muon}: share of Muon's steps to Muon's final train loss, transformers",
+            "at most 0.75",
+            at_most(0.75, shares),
+        )
+    )
+    found = {task: _seconds(runs[task], "muon+white") / _seconds(runs[task], "soap") for task in with_soap}
+    rows.append((f"{muon}: CPU seconds over those of SOAP", "below 1 on all", below_1(found)))
+    found = {task: ratio(task, "muon+white", "soap") for task in with_soap}
+    rows.append((f"{muon}: train loss over that of SOAP", "below 1 on 5", below_1(found)))
+    lines = ["| aim, of nine tasks | wanted | reached | on which; missed in bold |", "| --- |" + " --- |" * 3]
+    return "\n".join(lines + [_goal(*row) for row in rows])
+
+
+def _goal(text: str, wanted: str, found: dict[str, tuple[float, bool]]) -> str:
+    cells = []
+    for task, (value, good) in found.items():
+        cell = f"{task} {value:.2f}" if math.isfinite(value) else f"{task} not reached"
+        cells.append(cell if good else f"**{cell}**")
+    return f"| {text} | {wanted} | {sum(good for _, good in found.values())} of {len(found)} run | {', '.join(cells)} |"
+
+
+def _complete(runs: list[dict], *names: str) -> bool:
+    return all(of_phase(runs, name, "final") for name in names)
+
+
+def _seconds(runs: list[dict], name: str) -> float:
+    return statistics.mean(run["seconds"] for run in of_phase(runs, name, "final"))
+
+
+def _within(runs: list[dict], name: str, base: str) -> bool:
+    """Whether the mean of ``name`` is above that of ``base`` by no more than the half ranges of both together."""
+    ours, theirs = (values(of_phase(runs, one, "final"), "train_loss") for one in (name, base))
+    wide = (max(ours) - min(ours) + max(theirs) - min(theirs)) / 2
+    return statistics.mean(ours) - statistics.mean(theirs) <= wide
 
 
 def search(runs: list[dict]) -> str:
