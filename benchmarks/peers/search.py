@@ -37,6 +37,7 @@ RATES = {  # the middle of the rates at which base and whitened base do best
     ("fashion-convnet", "muon"): 0.01,
 }
 OUTER: dict[str, object] = {"inner": 0.0, "root": "symmetric"}
+BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}
 CHANGES: dict[str, dict[str, object]] = {
     "whitened": {},
     "outer half alone": OUTER,
@@ -70,8 +71,13 @@ CHANGES: dict[str, dict[str, object]] = {
     "first layer left out": {"skip": ("1", "blocks.0.qkv")},
     "head left out": {"skip": ("head",)},
     "down projections left out": {"skip": ("*.down",)},
-    "output side too": {"output": 0.5, "root": "symmetric"},
+    "output side too": BOTH,
     "output side too, power 1/4": {"output": 0.25, "root": "symmetric"},
+    **{
+        f"output side too, damping {value:g}, every 10": BOTH | {"damping": value, "every": 10}
+        for value in (0.1, 0.3, 1.0)
+    },
+    "outer halves of both sides, every 10": OUTER | {"output": 0.5, "output_inner": False, "every": 10},
     "outer halves of both sides": OUTER | {"output": 0.5, "output_inner": False},
     "outer halves of both sides, output 1/4": OUTER | {"output": 0.25, "output_inner": False},
     "eigenbasis": {"root": "eigen"},
