@@ -14,9 +14,12 @@ numbers, as Adam, depends on the basis, too: ``root="eigen"`` gives it the eigen
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.peers.optimizers import BASES, Step, stepper
 
 WARM_UP = 20  # steps at the start in which the factors are renewed each time
 MAX_ROWS = 4096
@@ -265,3 +268,28 @@ def in_basis(matrix: Tensor, basis: Tensor, inner: float, outer: float) -> tuple
     """Return the factor into the coordinates of ``basis`` and the one back."""
     values = (basis * (matrix @ basis)).sum(1).clamp(min=1e-6)
     return basis * values.pow(-inner)[:, None, :], (basis * values.pow(-outer)[:, None, :]).mT
+
+
+def build_family(base: str) -> Callable[..., Step]:
+    """Return a builder of ``base`` in the family's coordinates, with ``alone`` outside of them.
+
+    ``betas`` are Adam's, also where it steps the rest beside Muon.
+    """
+
+    def build(
+        model: nn.Module, loss_type: str, lr: float, betas: tuple | None = None, alone: bool = False, **options: object
+    ) -> Step:
+        optimizer = BASES[base](model, lr)
+        parts = getattr(optimizer, "parts", [optimizer])
+        for group in (group for part in parts for group in part.param_groups if betas and "betas" in group):
+            group["betas"] = betas
+        if alone:
+            step = stepper(model, *(part.step for part in parts))
+            step.keep = parts
+            return step
+        family = Family(model, parts, **options)
+        step = stepper(model, family.step)
+        step.keep = [*parts, family]
+        return step
+
+    return build

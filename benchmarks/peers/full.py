@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks import DATA
 from benchmarks.micro.timing import command
 from benchmarks.peers import optimizers as known
+from benchmarks.peers.family import build_family
 from benchmarks.peers.optimizers import PEERS, Peer, corrected, whitened
 from benchmarks.peers.runs import LOST, RESULTS, Store, batches, measure, versions
 from benchmarks.peers.tasks import (
@@ -105,6 +106,7 @@ class Method:
 
 
 WHITEN = 0.3  # the damping that the search found
+BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}  # of the family: the output side, too
 
 # The starts are what the first hundred steps found in the middle of their tasks; one with our line starts where its
 # base does. K-FAC, FOOF and ISAAC have our default damping, 0.1.
@@ -125,6 +127,18 @@ METHODS: dict[str, Method] = {
             damping=WHITEN,
             every=10,
             keep_norm=False,
+        )
+        for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
+    },
+    **{
+        f"{base}+both": method(
+            f"{base}+pre",
+            start,
+            f"{text}, whitened on both sides (a prototype, not in the package), damping 0.1, every 10",
+            build_family(base),
+            **BOTH,
+            damping=0.1,
+            every=10,
         )
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },

@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks import DATA
 from benchmarks.micro.timing import command
-from benchmarks.peers.family import Family
-from benchmarks.peers.full import FOLDER, FULL, train
-from benchmarks.peers.optimizers import BASES, Step, corrected, plain, stepper
+from benchmarks.peers.family import build_family
+from benchmarks.peers.full import BOTH, FOLDER, FULL, train
+from benchmarks.peers.optimizers import corrected, plain
 from benchmarks.peers.runs import Store, versions
 
 STEPS = {"deep-mlp": 200, "autoencoder": 300, "char-gpt": 240, "fashion-convnet": 240}
@@ -37,7 +36,6 @@ RATES = {  # the middle of the rates at which base and whitened base do best
     ("fashion-convnet", "muon"): 0.01,
 }
 OUTER: dict[str, object] = {"inner": 0.0, "root": "symmetric"}
-BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}
 CHANGES: dict[str, dict[str, object]] = {
     "whitened": {},
     "outer half alone": OUTER,
@@ -94,31 +92,6 @@ CHANGES: dict[str, dict[str, object]] = {
     "betas 0.95, 0.99, damping 0.3": {"betas": (0.95, 0.99), "damping": 0.3},
 }
 REFERENCES = {"base": plain, "corrected": corrected}
-
-
-def build_family(base: str):
-    """Return a builder of ``base`` in the family's coordinates, with ``alone`` outside of them.
-
-    ``betas`` are Adam's, also where it steps the rest beside Muon.
-    """
-
-    def build(
-        model: nn.Module, loss_type: str, lr: float, betas: tuple | None = None, alone: bool = False, **options: object
-    ) -> Step:
-        optimizer = BASES[base](model, lr)
-        parts = getattr(optimizer, "parts", [optimizer])
-        for group in (group for part in parts for group in part.param_groups if betas and "betas" in group):
-            group["betas"] = betas
-        if alone:
-            step = stepper(model, *(part.step for part in parts))
-            step.keep = parts
-            return step
-        family = Family(model, parts, **options)
-        step = stepper(model, family.step)
-        step.keep = [*parts, family]
-        return step
-
-    return build
 
 
 def main() -> None:
