@@ -12,7 +12,7 @@ from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_de
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
-TINY |= dict(steps=2, points=2, examples=60, validation=20, networks=2)
+TINY |= dict(pool=2, steps=2, points=2, examples=60, validation=20, networks=2)
 
 
 def images(name):
@@ -222,6 +222,9 @@ class Interrupted(Exception):
         ("roa-pixels", "whiten"),
         ("shapeset", "tanh, glorot"),
         ("modern", "gpt, modulus"),
+        ("convnet", "adam, whiten"),
+        ("conditioning", "last BN, whitened"),
+        ("convnet", "muon"),
         ("init-tolerance", "sgd2, 0.01"),
         ("roa-depth", "roa, depth 50000"),
     ],

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import consistency_ops as co
 from benchmarks.peers import tasks
-from benchmarks.training import contractive, fit, modern, narrow_search, shapes, shapeset
+from benchmarks.training import contractive, fit, modern, muon, narrow_search, shapes, shapeset
 
 
 def seeded(seed):
@@ -187,3 +187,28 @@ def test_a_network_of_the_other_package_is_certified_by_its_own_norms():
     record = contractive.run(settings, size, 0, data, lambda text: None)
     assert record["plain"] == pytest.approx(-math.log10(255), abs=0.01)
     assert sorted(record["certified_plain"], reverse=True) == record["certified_plain"]
+
+
+def test_muon_is_that_of_torch_with_adam_on_the_biases():
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5))
+    other = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5))
+    other.load_state_dict(model.state_dict())
+    ours = muon.Muon(model, 0.02)
+    matrices, biases = ([p for p in other.parameters() if p.dim() == d] for d in (2, 1))
+    theirs = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(biases, lr=0.02),
+    ]
+    generator = seeded(0)
+    for _ in range(3):
+        x = torch.randn(7, 12, generator=generator)
+        for network, optimizers in ((model, [ours]), (other, theirs)):
+            network.zero_grad()
+            network(x).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.02 * 0.05)  # torch iterates in bfloat16
+    kernel = torch.randn(6, 2, 3, 3, generator=generator)
+    values = torch.linalg.svdvals(muon.orthogonal(kernel.flatten(1)))
+    assert values.min() > 0.6 and values.max() < 1.3

@@ -13,11 +13,12 @@ from consistency_ops.optim.learning_rate import CANDIDATES
 def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
     """Train with the optimizer of ``settings``, at its "rate" or one of eight selected as in the paper."""
     method = settings["optimizer"]
-    options = {} if method == "adam" else {"weight_decay": settings.get("weight_decay", 1e-4)}
+    adaptive = method in ("adam", "adam, whiten", "muon")
+    options = {} if adaptive else {"weight_decay": settings.get("weight_decay", 1e-4)}
     optimizer = fit.optimizer_of(method, model, lr=settings.get("rate", 1.0), seed=seed, **options)
-    search = None if "rate" in settings else fit.ADAPTIVE if method == "adam" else CANDIDATES
+    search = None if "rate" in settings else fit.ADAPTIVE if adaptive else CANDIDATES
     common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, search=search)
-    return fit.train(model, optimizer, data, **common)
+    return fit.train(model, optimizer, data, progress=getattr(tick, "progress", None), **common)
 
 
 def curves(

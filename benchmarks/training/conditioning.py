@@ -1,9 +1,14 @@
 """Layer-wise conditioning of a ResNet with and without a last BatchNorm (Huang et al., ECCV 2020).
 
-A ResNet of 6 n + 2 layers as for CIFAR-10 (shortcut A, He's weights by fan-out), 8, 16 and 32 channels instead of 16,
-32 and 64, on images averaged to 16x16; SGD at rate 0.1, momentum 0.9, decay 1e-4, no augmentation.  "last BN" has a
-BatchNorm between the global average pool and the linear layer.  Spectra of the layers' input and output-gradient second
-moments by consistency_ops.analysis.conditioning, once per epoch.
+A ResNet of 6 n + 2 layers as for CIFAR-10 (shortcut A, He's weights by fan-out), by default with 8, 16 and 32 channels
+instead of 16, 32 and 64 (--width), on images averaged to 16x16 (--pool); SGD at rate 0.1, momentum 0.9, decay 1e-4,
+no augmentation.  "last BN" has a BatchNorm between the global average pool and the linear layer; "corrected" and
+"whitened" have the two modes of :class:`consistency_ops.Preconditioner` before SGD.  Spectra of the layers' input and
+output-gradient second moments by consistency_ops.analysis.conditioning, at the first step of every epoch.
+
+The paper's width and a fifth of its images, resumable after every epoch:
+    python -m benchmarks.training conditioning --runs all --train 10000 --test 2000 --epochs 20 --width 16 --pool 1
+        --out benchmarks/results/training/full
 """
 
 import torch
@@ -15,8 +20,13 @@ from benchmarks.training import fit, runner
 
 TITLE = "layer-wise conditioning of a ResNet, with and without a last BatchNorm"
 DATA = "cifar10"
-SETTINGS = {"plain": {"last_norm": False}, "last BN": {"last_norm": True}}
-SIZE = {"epochs": 6, "train": 1_500, "test": 500, "batch": 100, "n": 5}
+SETTINGS = {"plain": {"last_norm": False}, "last BN": {"last_norm": True}} | {
+    f"{name}, {word}": {"last_norm": name == "last BN", "mode": mode}
+    for name in ("plain", "last BN")
+    for word, mode in (("corrected", "correct"), ("whitened", "whiten"))
+}
+DEFAULT = ["plain", "last BN"]
+SIZE = {"epochs": 6, "train": 1_500, "test": 500, "batch": 100, "n": 5, "width": 8, "pool": 2}
 FIGSIZE = (12, 4)
 
 
@@ -51,39 +61,49 @@ def resnet(n: int, width: int = 8, last_norm: bool = False) -> nn.Sequential:
     return model
 
 
-def small(data: fit.Split) -> fit.Split:
-    x, y = (functional.avg_pool2d(part, 2) for part in (data.train_x, data.test_x))
+def small(data: fit.Split, pool: int) -> fit.Split:
+    x, y = (functional.avg_pool2d(part, pool) for part in (data.train_x, data.test_x))
     return fit.Split(x, data.train_y, y, data.test_y, float(x.std())).standard()
 
 
 def run(settings, size, seed, data, tick):
-    data = small(data)
+    data = small(data, size["pool"])
     torch.manual_seed(seed)
-    model = resnet(size["n"], last_norm=settings["last_norm"])
+    model = resnet(size["n"], size["width"], settings["last_norm"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    if "mode" in settings:
+        co.Preconditioner(model, optimizer, mode=settings["mode"])
     steps = len(data.train_y) // size["batch"]
+    points: list[dict[str, dict]] = []
     with co.analysis.conditioning(model, every=steps, max_rows=4000) as monitor:
-        common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick)
-        outcome = fit.train(model, optimizer, data, **common)
-    found = monitor.result()
-    points = range(len(found.steps))
+
+        def take_point(epoch: int) -> None:
+            points.append({layer.name: figures(layer) for layer in monitor.result().layers})
+            monitor.clear()
+
+        common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick, progress=tick.progress)
+        outcome = fit.train(model, optimizer, data, after_epoch=take_point, notes={"points": points}, **common)
     layers = [
-        {
-            "name": layer.name,
-            "lambda_max_x": [fit.finite(layer.lambda_max("input", p)) for p in points],
-            "lambda_max_g": [fit.finite(layer.lambda_max("gradient", p)) for p in points],
-            "kappa_x": [fit.finite(layer.kappa("input", 0.8, p)) for p in points],
-            "kappa_g": [fit.finite(layer.kappa("gradient", 0.8, p)) for p in points],
-            "kappa_preconditioned": [fit.finite(layer.kappa("preconditioned", 0.8, p)) for p in points],
-        }
-        for layer in found.layers
+        {"name": name, **{key: [point[name][key] for point in points] for key in points[0][name]}} for name in points[0]
     ]
     return {"layers": layers, **outcome}
 
 
+def figures(layer) -> dict[str, float | None]:
+    """What is kept of a layer at the one step that was recorded."""
+    values = {
+        "lambda_max_x": layer.lambda_max("input", 0),
+        "lambda_max_g": layer.lambda_max("gradient", 0),
+        "kappa_x": layer.kappa("input", 0.8, 0),
+        "kappa_g": layer.kappa("gradient", 0.8, 0),
+        "kappa_preconditioned": layer.kappa("preconditioned", 0.8, 0),
+    }
+    return {key: fit.finite(value) for key, value in values.items()}
+
+
 def plot(figure, results):
     axes = figure.subplots(1, 3)
-    for colour, (name, records) in zip(("C0", "C3"), results.items(), strict=False):
+    for colour, (name, records) in zip(("C0", "C3", "C1", "C2", "C4", "C5"), results.items(), strict=False):
         layers = records[0]["layers"]
         axes[0].plot([x["kappa_x"][-1] for x in layers], color=colour, label=f"{name}, input")
         axes[0].plot([x["kappa_preconditioned"][-1] for x in layers], ":", color=colour, label=f"{name}, corrected")
@@ -102,7 +122,9 @@ def plot(figure, results):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     size = next(iter(results.values()))[0]["size"]
-    figure.suptitle(f"ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of 16x16")
+    figure.suptitle(
+        f"ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of {32 // size['pool']}x{32 // size['pool']}"
+    )
 
 
 def lines(results):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import consistency_ops as co
+from benchmarks.training.muon import Muon
 from benchmarks.training.runner import Progress
 from consistency_ops.cli import data as datasets
 
@@ -51,9 +52,14 @@ def load(name: str | None, size: dict, directory: Path) -> Split | None:
 
 
 def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0, **options) -> torch.optim.Optimizer:
-    """Build "sgd2", "sgd" (sgd2 without its correction) or "adam" (without decay)."""
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr)
+    """Build "sgd2", "sgd" (sgd2 without its correction), or "adam", "adam, whiten" or "muon" (all without decay)."""
+    if name == "muon":
+        return Muon(model, lr)
+    if name in ("adam", "adam, whiten"):
+        adam = torch.optim.Adam(model.parameters(), lr=lr)
+        if name != "adam":
+            co.Preconditioner(model, adam, mode="whiten", seed=seed)
+        return adam
     optimizer = co.optim.SGD2(model, lr=lr, seed=seed, **options)
     if name == "sgd":
         optimizer.preconditioner.remove()

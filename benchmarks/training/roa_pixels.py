@@ -27,6 +27,7 @@ from consistency_ops.nn import ROARNN
 TITLE = "permuted sequential MNIST, 784 steps: a search for roaRNN's settings, and the paper's size"
 DATA = "mnist"
 BASE = {"alpha": 0.998, "beta": 0.05, "input": 1.0, "read": 1.0, "rate": 3e-3, "mode": "none", "fall": False}
+FAST = {"mode": "whiten", "rate": 1e-2, "beta": 0.01, "read": 5.0}
 CHANGES: dict[str, dict] = {
     "base": {},
     "first try": {"alpha": 1 - 2 / 784, "beta": 2 / 784, "read": 10.0, "mode": "correct"},
@@ -40,12 +41,16 @@ CHANGES: dict[str, dict] = {
     "input 0.25": {"input": 0.25},
     "whiten, rate 0.01": {"mode": "whiten", "rate": 1e-2},
     "whiten, beta 0.01": {"mode": "whiten", "beta": 0.01, "read": 5.0},
-    "whiten, rate 0.01, beta 0.01": {"mode": "whiten", "rate": 1e-2, "beta": 0.01, "read": 5.0},
+    "whiten, rate 0.01, beta 0.01": FAST,
     "whiten, first alpha and beta": {"mode": "whiten", "alpha": 1 - 2 / 784, "beta": 2 / 784, "read": 10.0},
     "whiten, beta 0.1": {"mode": "whiten", "beta": 0.1},
     "whiten, alpha 1": {"mode": "whiten", "alpha": 1.0},
     "whiten, input 2": {"mode": "whiten", "input": 2.0},
     "whiten, alpha 1, input 2, beta 0.1": {"mode": "whiten", "input": 2.0, "alpha": 1.0, "beta": 0.1},
+    "whiten, rate 0.01, beta 0.03": {"mode": "whiten", "rate": 1e-2, "beta": 0.03, "read": 2.0},
+    "whiten, rate 0.01, beta 0.01, fall": {**FAST, "fall": True},
+    "whiten, rate 0.01, beta 0.01, input 3, fall": {**FAST, "input": 3.0, "fall": True},
+    "whiten, rate 0.01, beta 0.01, input 3, alpha 1, fall": {**FAST, "input": 3.0, "alpha": 1.0, "fall": True},
     "first try, rate 0.01": {"alpha": 1 - 2 / 784, "beta": 2 / 784, "read": 10.0, "mode": "correct", "rate": 1e-2},
 }
 SETTINGS = {name: {**BASE, **changes} for name, changes in CHANGES.items()}
