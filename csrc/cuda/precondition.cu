@@ -173,7 +173,7 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   if constexpr (Traits::kWarps == 8) make_planes(chunk);
   CO_NO_UNROLL
   for (int m = 0; m < chunk.task.members; m = chunk.scratch.part.member + 1) {
-    __syncthreads();  // the last one has been corrected
+    __syncthreads();  // the planes are complete, or the last member has been corrected
     if (threadIdx.x == 0) begin_member(&layer_of(params, chunk), chunk, m);
     __syncthreads();
     const PreconditionLayer& member = (&layer_of(params, chunk))[m];

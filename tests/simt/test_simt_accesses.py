@@ -33,14 +33,15 @@ SHARED = [
     ("factor.cuh", "tile[row * kTilePitch + column] = sign * value", 4.0),
     ("tile_product.cuh", "const float value = a[", 1.0),
     ("tile_product.cuh", "const float value = b[", 1.0),
-    ("apply.cuh", "value[i][r][0] = from[0]", 1.0),
-    ("apply.cuh", "*reinterpret_cast<uint32_t*>(to) = pair", 1.0),
+    ("plane_product.cuh", "value[i][r][0] = from[0]", 1.0),
+    ("plane_product.cuh", "*reinterpret_cast<uint32_t*>(to) = pair", 1.0),
 ]
 # Sectors a request of 512 bytes, which fill 16.  Rows of X and G begin on 64 bytes here, arrays where malloc puts them.
 GLOBAL = [
     ("gram.cuh", "four = *reinterpret_cast<const FourUnits<Raw>*>(column", 18.0),
-    ("apply.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)", 24.0),  # 8 rows of 64 bytes
-    ("ptx_host.h", "*static_cast<Words*>(address) = words", 24.0),  # of apply.cuh
+    # 8 rows of 64 bytes
+    ("gradient_rows.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)", 24.0),
+    ("ptx_host.h", "*static_cast<Words*>(address) = words", 24.0),  # of gradient_rows.cuh
 ]
 
 
@@ -92,10 +93,10 @@ READS_AND_WRITES = [  # of X and of G, four units at once and one by one
     ("gram.cuh", "four = *reinterpret_cast<const FourUnits<Raw>*>(column"),
     ("gram.cuh", "raw[i] = column[row_offset[i]]"),
     ("gram.cuh", "raw[i] = x[chunk.scratch.row_offset[row]"),
-    ("apply.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)"),
+    ("gradient_rows.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)"),
     ("ptx_host.h", "*static_cast<Words*>(address) = words"),
-    ("apply.cuh", "to[r].set(i, row[r][single * layer.g_unit_stride])"),
-    ("apply.cuh", "row[r][single * layer.g_unit_stride] = from_float"),
+    ("gradient_rows.cuh", "to[r].set(i, row[r][single * layer.g_unit_stride])"),
+    ("gradient_rows.cuh", "row[r][single * layer.g_unit_stride] = from_float"),
 ]
 
 

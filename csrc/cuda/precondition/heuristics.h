@@ -33,7 +33,7 @@ CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1
 CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
 // A pitch that keeps the lanes of an mma fragment, who read down columns of X, in 32 different banks.
 CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
-// A^-1 of up to 128 units in 16-bit planes (apply.cuh), where tiles and arena were.
+// A^-1 of up to 128 units in 16-bit planes (plane_product.cuh), where tiles and arena were.
 constexpr int kPlanes = 3;
 constexpr int kPlaneTile = kPlanes * kTile * kTile;  // 16-bit numbers
 constexpr int kMaxPlaneTiles = 10;
