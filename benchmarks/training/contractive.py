@@ -54,7 +54,6 @@ SETTINGS = (
             "depth": 11,
             "project": "orthogonal",
         },
-        "modulus, decay 0.004, rising": {"activation": "modulus", "decay": 4e-3, "depth": 11, "rising": True},
         "modulus, decay 0.1, whiten": {"activation": "modulus", "decay": 0.1, "depth": 11, "optimizer": "whiten"},
         "modulus, decay 0.1, whiten, orthogonal": {
             "activation": "modulus",
@@ -63,6 +62,16 @@ SETTINGS = (
             "optimizer": "whiten",
             "project": "orthogonal",
         },
+    }
+    | {
+        f"{activation}, decay {decay:g}, rising": {
+            "activation": activation,
+            "decay": decay,
+            "depth": 11,
+            "rising": True,
+        }
+        for activation, decays in (("modulus", (4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
+        for decay in decays
     }
     | {
         f"1-Lipschitz, depth {depth}, temperature {t:g}": {"activation": "sort", "depth": depth, "temperature": t}

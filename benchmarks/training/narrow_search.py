@@ -11,7 +11,7 @@ their arithmetic is that of :class:`torch.optim.Adam` and of :class:`consistency
 layer of 785 units uncorrected), which a test compares.  "rms": every hidden layer's output is divided by the root mean
 square of its units in the batch, floored as in :class:`consistency_ops.nn.BatchRMSNorm`, which passes no gradient.
 
-The default runs are 52 cells of 20 networks.  The whole search, 180 cells:
+The default runs are 32 cells of 20 networks.  The whole search, 180 cells:
     python -m benchmarks.training narrow-search --runs all
 """
 
@@ -48,8 +48,10 @@ def _settings() -> dict[str, dict]:
 
 
 SETTINGS = _settings()
-# Everything at the base settings, and every change of them at the middle depth and the least width.
-DEFAULT = [n for n, s in SETTINGS.items() if n.endswith(f"width {s['width']}") or (s["depth"], s["width"]) == (50, 10)]
+# The base settings at the least and the largest width, and every change of them at the middle depth and least width.
+DEFAULT = [n for n, s in SETTINGS.items() if n.endswith(f"width {s['width']}") and s["width"] != 16] + [
+    n for n in SETTINGS if any(n.endswith(f", sgd2, depth 50, width 10, {change}") for change in CHANGES)
+]
 SIZE = {"epochs": 6, "train": 5_000, "test": 2_000, "batch": 100, "networks": 5}
 TRAINED = 2.0
 FIGSIZE = (12, 7)
