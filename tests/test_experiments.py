@@ -31,7 +31,11 @@ def chosen(name, experiment):
     names = [run for run in experiment.SETTINGS if "5000" not in run and "200" not in run]
     wanted = {
         "deep-narrow": ["relu, as released, depth 50"],
-        "contractive": ["modulus, decay 0.001, clip", "modulus, decay 0.1, whiten, orthogonal"],
+        "contractive": [
+            "modulus, decay 0.001, clip",
+            "modulus, decay 0.1, whiten, orthogonal",
+            "relu, decay 0.004, rising",
+        ],
         "modern": ["vit, modulus", "gpt, speed"],
         "narrow-search": ["relu, sgd2, depth 20, width 10", "modulus, sgd2, depth 20, width 10, noise"],
         "roa-memory": ["adding, roa, corrected", "copying, rnn"],

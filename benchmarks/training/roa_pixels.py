@@ -113,7 +113,7 @@ def plot(figure, results):
         for i, values in enumerate(errors):
             axis.plot(values, [i] * len(values), "k.", markersize=4)
         axis.invert_yaxis()
-        axis.set(xlabel="test error after one epoch", xlim=(0, 1))
+        axis.set(xlabel="test error after one epoch", xlim=(0, None))
     else:
         for i, name in enumerate(names):
             for record in results[name]:
