@@ -35,7 +35,7 @@ SETTINGS = {f"{n}, {a}": {"network": n, "activation": a, "rates": RATES[n]} for 
     f"{n}, speed": {"network": n, "activation": "all", "rates": ()} for n in NETWORKS
 }
 DEFAULT = [name for name in SETTINGS if "speed" not in name]
-SIZE = {"steps": 300, "train": 12_500, "test": 2_500}
+SIZE = {"steps": 100, "train": 12_500, "test": 2_500}
 FIGSIZE = (12, 4)
 
 

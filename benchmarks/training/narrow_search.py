@@ -52,7 +52,7 @@ SETTINGS = _settings()
 DEFAULT = [n for n, s in SETTINGS.items() if n.endswith(f"width {s['width']}") and s["width"] != 16] + [
     n for n in SETTINGS if any(n.endswith(f", sgd2, depth 50, width 10, {change}") for change in CHANGES)
 ]
-SIZE = {"epochs": 6, "train": 5_000, "test": 2_000, "batch": 100, "networks": 5}
+SIZE = {"epochs": 5, "train": 4_000, "test": 2_000, "batch": 100, "networks": 5}
 TRAINED = 2.0
 FIGSIZE = (12, 7)
 

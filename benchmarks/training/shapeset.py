@@ -1,7 +1,7 @@
 """Glorot and Bengio (2010) at their size: Shapeset-3x2, made while training, five hidden layers of 1000 units.
 
 Softmax, negative log-likelihood, SGD without momentum in mini-batches of 10, no picture twice.  The rate is the best of
-three on a validation set, each tried for a tenth of the examples from the same start; the paper tries
+three on a validation set, each tried for a twentieth of the examples from the same start; the paper tries
 more of them, for 5 million steps each.  At every point 300 fixed test pictures go through the network, and what the
 paper's figures show of each layer is kept: mean, standard deviation and 98th percentile of the activations; and the
 deviation of the back-propagated gradients.  Runs go on from the last point.
@@ -126,7 +126,7 @@ def _run(settings, size, seed, tick):
     for rate in RATES:
         if rate not in state["trials"]:
             network.load(start)
-            network.train(size["examples"] // 10, size["batch"], rate, torch.Generator().manual_seed(10**7 + seed))
+            network.train(size["examples"] // 20, size["batch"], rate, torch.Generator().manual_seed(10**7 + seed))
             state["trials"][rate] = network.error(valid_x, valid_y)
             tick.progress.save(**state)
     rate = min(state["trials"], key=state["trials"].__getitem__)
