@@ -70,7 +70,7 @@ SETTINGS = (
             "depth": 11,
             "rising": True,
         }
-        for activation, decays in (("modulus", (4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
+        for activation, decays in (("modulus", (3e-3, 4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
         for decay in decays
     }
     | {
