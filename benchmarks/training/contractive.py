@@ -70,7 +70,7 @@ SETTINGS = (
             "depth": 11,
             "rising": True,
         }
-        for activation, decays in (("modulus", (3e-3, 4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
+        for activation, decays in (("modulus", (2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
         for decay in decays
     }
     | {
@@ -229,12 +229,12 @@ def plot(figure, results):
     left.set(xlim=(0.015, 0.2), ylim=(-2, 9))
     left.set_xticks([0.02, 0.03, 0.05, 0.1], ["2 %", "3 %", "5 %", "10 %"])
     left.set_xticks([], minor=True)
-    for i, decay in enumerate((1e-4, 1e-3)):
+    for i, decay in enumerate(("0.0001", "0.001", "0.004, rising", "0.008, rising")):
         for activation, line in (("modulus", "-"), ("relu", "--")):
-            records = results.get(f"{activation}, decay {decay:g}")
+            records = results.get(f"{activation}, decay {decay}")
             if records:
                 total = torch.tensor([x for _, x in records[0]["factors"]]).cumsum(0)
-                middle.plot(total, line, color=f"C{i}", label=f"{activation}, decay {decay:g}")
+                middle.plot(total, line, color=f"C{i}", label=f"{activation}, decay {decay}")
     middle.axhline(0, color="grey", linewidth=0.8)
     middle.set(
         xlabel="layer: linear, norm, linear, ...",
