@@ -18,6 +18,7 @@ from .engine.capture import Capture
 from .engine.capture_states import RowMask
 from .engine.correction import Correction, CorrectionOptions, check, is_int
 from .engine.discovery import OWN_FORWARD, UNKNOWN, adopt_layer, find_layers, find_new_layers
+from .engine.dtensors import is_dtensor
 from .engine.failed_forward import FailedForward
 from .engine.notices import Notices, end, outlive, some
 from .engine.optimizers import find_optimizers, refuse_private_model
@@ -94,6 +95,10 @@ class Preconditioner:
         keep_norm: in mode ``"whiten"``, whether a layer's mapped step is scaled to the norm that the optimizer gave it
             (never with ``torch.optim.SGD``). ``False``: it is up to ``damping ** -0.5`` times as long, which is nearly
             the same as a higher rate (see the page on choosing).
+        outputs: in mode ``"whiten"``, whether the optimizer works in whitened coordinates of each layer's outputs, too:
+            it is given ``K^-1 G L^-T``, and its step is mapped back by ``K^-T`` and ``L^-1``, with ``K K^T`` the damped
+            running second moment of the columns of ``G L^-T``, by chunks of outputs. Weights that are dealt to ranks
+            (``DTensor``) have the inputs' side only.
         process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
             number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
             ``fully_shard`` and ``DTensor`` parameters are recognised.
@@ -121,6 +126,7 @@ class Preconditioner:
         skip: str | type[Any] | Iterable[str | type[Any]] = (),
         seed: int = 0,
         keep_norm: bool = True,
+        outputs: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("Preconditioner", model)
@@ -128,13 +134,14 @@ class Preconditioner:
         attached = [None] if optimizer is None else find_optimizers(optimizer)
         check(mode in (None, "correct", "whiten"), "mode", "None, 'correct' or 'whiten'", mode)
         check(mode != "whiten" or optimizer is not None, "optimizer", "given with mode='whiten'", optimizer)
+        check(mode == "whiten" or not outputs, "outputs", "False without mode='whiten'", outputs)
         self.mode: Literal["correct", "whiten"] = mode or "correct"
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
         if every is None:
             every = 10 if self.mode == "whiten" and decay > 0 else 1
         options = CorrectionOptions(
-            damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm, rows_dtype
+            damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm, rows_dtype, outputs
         )
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
@@ -270,6 +277,13 @@ class Preconditioner:
                 f"gradients are left as they are: {some(layer.name for layer in own)}. If the weight multiplies the "
                 "first argument of forward, call consistency_ops.layers.register(the class) first; if it multiplies "
                 "something else, call consistency_ops.capture(that, weight) in the forward.",
+            )
+        dealt = [layer for layer in self._layers if layer.capture is not None and is_dtensor(layer.weight)]
+        if self._correction.options.outputs and dealt:
+            self._notices.once(
+                "outputs",
+                "the outputs of weights that are dealt to ranks are not whitened, only their inputs: "
+                f"{some(layer.name for layer in dealt)}.",
             )
         weights = held_weights(self._layers)
         if weights and not any(weight.requires_grad for weight in weights):
@@ -437,7 +451,7 @@ class Preconditioner:
         options += f"chunk={o.chunk}, max_rows={o.max_rows}" + f", rows_dtype={o.rows_dtype}" * (
             o.rows_dtype is not None
         )
-        options += ", keep_norm=False" * (not o.keep_norm)
+        options += ", keep_norm=False" * (not o.keep_norm) + ", outputs=True" * o.outputs
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 

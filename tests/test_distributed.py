@@ -38,6 +38,8 @@ SCENARIOS = [
         "placements",
         "ddp_whiten",
         "fsdp_whiten",
+        "ddp_whiten_outputs",
+        "fsdp_whiten_outputs",
         "ddp_wide",
     ),
 ]
@@ -429,6 +431,16 @@ def test_whitened_coordinates_on_ranks_equal_one_process(results, name):
     """The norm that a layer's step keeps is that of all its shards."""
     want = scenarios.single(scenarios.WHITEN, name="adamw")
     for result in of(results, name):
+        assert difference(result["parameters"], want) < TOLERANCE
+        assert result["same"]
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddp", scenarios.BOTH_SIDES), ("fsdp", scenarios.WHITEN)])
+def test_the_outputs_of_whole_weights_are_whitened_on_ranks_too(results, name, options):
+    """Of weights that are dealt to ranks only the inputs are, as without the option."""
+    want, other = (scenarios.single(o, name="adamw") for o in (options, scenarios.OTHER_SIDES[name]))
+    assert difference(want, other) > 1e-3
+    for result in of(results, f"{name}_whiten_outputs"):
         assert difference(result["parameters"], want) < TOLERANCE
         assert result["same"]
 

@@ -35,6 +35,8 @@ OPTIONS = {
     "absolute": dict(scaling="absolute", chunk=16),
     "whiten": dict(mode="whiten"),
     "whiten-every": dict(mode="whiten", every=2, decay=0.0),
+    "whiten-outputs": dict(mode="whiten", outputs=True),
+    "whiten-outputs-every": dict(mode="whiten", outputs=True, every=2, decay=0.0),
     "schedule": dict(damping=lambda step: 1 / (1 + step)),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.version.cuda, reason="torch without CUDA"))]

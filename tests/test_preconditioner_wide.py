@@ -86,7 +86,11 @@ def test_the_published_setting_of_newton_muon():
             torch.testing.assert_close(layer.weight.grad, grad, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [dict(decay=0.5), dict(every=2, decay=0.5), dict(mode="whiten"), {}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(decay=0.5), dict(every=2, decay=0.5), dict(mode="whiten"), dict(mode="whiten", outputs=True), {}],
+    ids=str,
+)
 def test_wide_chunks_train_and_resume(options):
     def start():
         torch.manual_seed(0)

@@ -111,7 +111,7 @@ class Scheduled(torch.optim.SGD):
         return loss
 
 
-@pytest.mark.parametrize("options", [{}, dict(decay=0.5), dict(every=2), dict(mode="whiten")], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(decay=0.5), dict(every=2), dict(mode="whiten", outputs=True)], ids=str)
 def test_a_step_that_calls_the_step_of_its_base_counts_once(options):
     first, second = mlp(), mlp()
     plain = torch.optim.SGD(first.parameters(), lr=0.1)

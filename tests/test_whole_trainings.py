@@ -177,6 +177,20 @@ def test_the_family_has_the_product_in_it(base, keep_norm):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_family_has_both_sides_of_the_product_in_it():
+    def product(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        pre = co.Preconditioner(model, optimizer, mode="whiten", outputs=True)
+        return lambda: (optimizer.step(), pre)
+
+    def ours(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return Family(model, [optimizer], output=0.5, output_root="cholesky", output_of="gradients").step
+
+    for a, b in zip(trained(product), trained(ours), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("root", ["cholesky", "symmetric"])
 def test_both_halves_around_sgd_are_the_whole_inverse(root, conv):

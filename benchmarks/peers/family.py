@@ -103,6 +103,10 @@ class Family:
         skip: patterns of names.
         output: power on the output side, in front and behind (symmetric or eigen root, same damping, average, chunk).
         output_inner: whether the output side acts in front, too.
+        output_root: ``"symmetric"`` or ``"cholesky"`` (power 1/2), where ``root`` is not ``"eigen"``.
+        output_of: the moments on the output side are of the ``"signals"``, the gradients of the layer's outputs, or of
+            the ``"gradients"`` of the weights in the whitened coordinates of the inputs, their columns as rows: this
+            needs no hook in the backward pass.
     """
 
     def __init__(
@@ -123,10 +127,13 @@ class Family:
         skip: tuple[str, ...] = (),
         output: float = 0.0,
         output_inner: bool = True,
+        output_root: str = "symmetric",
+        output_of: str = "signals",
     ) -> None:
         self.optimizers, self.inner, self.outer, self.root = optimizers, inner, outer, root
         self.damping, self.relative, self.decay, self.every, self.norm = damping, relative, decay, every, norm
         self.output, self.output_inner = output, output_inner
+        self.output_root, self.output_of = output_root, output_of
         self.steps = 0
         self.layers: list[CoveredLayer] = []
         generator = torch.Generator().manual_seed(0)
@@ -136,7 +143,7 @@ class Family:
                 layer = CoveredLayer(module, bias, chunk, generator)
                 self.layers.append(layer)
                 module.register_forward_pre_hook(lambda module, args, layer=layer: self._keep(layer, args[0]))
-                if output:
+                if output and output_of == "signals":
                     module.register_full_backward_hook(lambda m, i, o, layer=layer: self._keep_signals(layer, o[0]))
 
     def _keep(self, layer: CoveredLayer, x: Tensor) -> None:
@@ -151,8 +158,8 @@ class Family:
         groups = {id(p): group for one in self.optimizers for group in one.param_groups for p in group["params"]}
         before = []
         for layer in self.layers:
-            self._renew(layer)
             gradient = layer.matrix([p.grad for p in layer.parameters])
+            self._renew(layer, gradient)
             for p, new in zip(layer.parameters, layer.tensors(self._mapped(layer, gradient, 0)), strict=True):
                 p.grad.copy_(new)
             decays = [1 - (group := groups[id(p)])["lr"] * group.get("weight_decay", 0.0) for p in layer.parameters]
@@ -175,6 +182,9 @@ class Family:
         factor = layer.factors[side]
         if factor is not None:
             matrix = layer.division.join(layer.division.cut(matrix) @ factor)
+        return self._left(layer, matrix, side)
+
+    def _left(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
         left = layer.left_factors[side]
         if left is not None and (side == 1 or self.output_inner):
             taps = matrix.view(-1, layer.left.units, matrix.shape[1])
@@ -182,38 +192,50 @@ class Family:
             matrix = torch.cat(parts)
         return matrix
 
-    def _renew(self, layer: CoveredLayer) -> None:
+    def _renew(self, layer: CoveredLayer, gradient: Tensor) -> None:
         x = layer.rows
         if len(layer.parameters) > 1:
             x = nn.functional.pad(x, (0, 1), value=1.0)
         layer.count += 1
         weight = (1 - self.decay) / (1 - self.decay**layer.count)
         layer.moment = averaged(layer.moment, moments(layer.division.cut(x)), weight)
+        renewed = layer.factors is None or self.steps < WARM_UP or self.steps % self.every == 0
+        if renewed:
+            self._renew_inputs(layer)
         if self.output:
-            signals = layer.left.cut(layer.signals)
-            layer.left_moment = averaged(layer.left_moment, moments(signals), weight)
-        if layer.factors is not None and self.steps >= WARM_UP and self.steps % self.every:
-            return
+            signals = layer.signals if self.output_of == "signals" else self._columns(layer, gradient)
+            layer.left_moment = averaged(layer.left_moment, moments(layer.left.cut(signals)), weight)
+            if renewed:
+                self._renew_outputs(layer)
+
+    def _columns(self, layer: CoveredLayer, gradient: Tensor) -> Tensor:
+        """Return the columns of the whitened gradient, of all taps of a convolution, as rows (n, outputs)."""
+        into = layer.factors[0]
+        whitened = gradient if into is None else layer.division.join(layer.division.cut(gradient) @ into)
+        return whitened.view(-1, layer.left.units, whitened.shape[1]).mT.flatten(0, 1)
+
+    def _renew_inputs(self, layer: CoveredLayer) -> None:
         damped = self._damped(layer.moment, layer.units)
         if self.norm in ("white", "outputs"):
             layer.scale = self._scale_of(damped, layer.units)
         if self.root == "cholesky":
-            eye = torch.eye(damped.shape[1])
-            lower = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(damped)[0], eye, upper=False)
-            layer.factors = lower.mT, lower
+            layer.factors = cholesky_factors(damped)
         elif self.root == "eigen":
             layer.basis = followed(damped, layer.basis)
             layer.factors = in_basis(damped, layer.basis, self.inner, self.outer)
         else:
             values, vectors = torch.linalg.eigh(damped)
             layer.factors = tuple(power(values, vectors, -p) for p in (self.inner, self.outer))
-        if self.output:
-            damped = self._damped(layer.left_moment, layer.left.units)
-            if self.root == "eigen":
-                layer.left_basis = followed(damped, layer.left_basis)
-                layer.left_factors = in_basis(damped, layer.left_basis, self.output, self.output)
-            else:
-                layer.left_factors = (power(*torch.linalg.eigh(damped), -self.output),) * 2
+
+    def _renew_outputs(self, layer: CoveredLayer) -> None:
+        damped = self._damped(layer.left_moment, layer.left.units)
+        if self.root == "eigen":
+            layer.left_basis = followed(damped, layer.left_basis)
+            layer.left_factors = in_basis(damped, layer.left_basis, self.output, self.output)
+        elif self.output_root == "cholesky":
+            layer.left_factors = cholesky_factors(damped)
+        else:
+            layer.left_factors = (power(*torch.linalg.eigh(damped), -self.output),) * 2
 
     def _scale_of(self, damped: Tensor, units: int) -> float:
         """The fixed scale: E |D L^-1|^2 is |D|^2 tr(M^-1) / d for white D, and of the outputs' change 1 - damping times
@@ -245,6 +267,12 @@ def moments(x: Tensor) -> Tensor:
 
 def averaged(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     return new if old is None else old.lerp(new, weight)
+
+
+def cholesky_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(matrix.shape[1])
+    lower = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], eye, upper=False)
+    return lower.mT, lower
 
 
 def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor | None:

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from benchmarks import DATA
 from benchmarks.micro.timing import command
 from benchmarks.peers import optimizers as known
-from benchmarks.peers.family import build_family
 from benchmarks.peers.optimizers import PEERS, Peer, corrected, whitened
 from benchmarks.peers.runs import LOST, RESULTS, Store, batches, measure, versions
 from benchmarks.peers.tasks import (
@@ -106,7 +105,6 @@ class Method:
 
 
 WHITEN = 0.3  # the damping that the search found
-BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}  # of the family: the output side, too
 
 # The starts are what the first hundred steps found in the middle of their tasks; one with our line starts where its
 # base does. K-FAC, FOOF and ISAAC have our default damping, 0.1.
@@ -130,15 +128,10 @@ METHODS: dict[str, Method] = {
         )
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },
+    # With the package's defaults for all else.
     **{
         f"{base}+both": method(
-            f"{base}+pre",
-            start,
-            f"{text}, whitened on both sides (a prototype, not in the package), damping 0.1, every 10",
-            build_family(base),
-            **BOTH,
-            damping=0.1,
-            every=10,
+            f"{base}+pre", start, f"{text}, whitened, outputs too", whitened(base), outputs=True, every=10
         )
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },

@@ -20,7 +20,7 @@ import torch
 from benchmarks import DATA
 from benchmarks.micro.timing import command
 from benchmarks.peers.family import build_family
-from benchmarks.peers.full import BOTH, FOLDER, FULL, train
+from benchmarks.peers.full import FOLDER, FULL, train
 from benchmarks.peers.optimizers import corrected, plain
 from benchmarks.peers.runs import Store, versions
 
@@ -36,6 +36,7 @@ RATES = {  # the middle of the rates at which base and whitened base do best
     ("fashion-convnet", "muon"): 0.01,
 }
 OUTER: dict[str, object] = {"inner": 0.0, "root": "symmetric"}
+BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}
 CHANGES: dict[str, dict[str, object]] = {
     "whitened": {},
     "outer half alone": OUTER,
@@ -74,6 +75,14 @@ CHANGES: dict[str, dict[str, object]] = {
     **{
         f"output side too, damping {value:g}, every 10": BOTH | {"damping": value, "every": 10}
         for value in (0.1, 0.3, 1.0)
+    },
+    **{
+        f"{text}, every 10": {"root": root, "output": 0.5, "output_root": left, "output_of": "gradients", "every": 10}
+        for text, root, left in (
+            ("output side of the gradients", "symmetric", "symmetric"),
+            ("output side of the gradients, Cholesky inside", "cholesky", "symmetric"),
+            ("output side of the gradients, Cholesky on both", "cholesky", "cholesky"),
+        )
     },
     "outer halves of both sides, every 10": OUTER | {"output": 0.5, "output_inner": False, "every": 10},
     "outer halves of both sides": OUTER | {"output": 0.5, "output_inner": False},

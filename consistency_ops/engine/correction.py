@@ -49,11 +49,13 @@ class CorrectionOptions:
     seed: int
     keep_norm: bool = True
     rows_dtype: torch.dtype | None = None
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.damping):
             check_damping(self.damping)
         check(isinstance(self.keep_norm, bool), "keep_norm", "True or False", self.keep_norm)
+        check(isinstance(self.outputs, bool), "outputs", "True or False", self.outputs)
         check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
         allowed = self.chunk is None or is_int(self.chunk, 1, MAX_WIDTH)
         check(allowed, "chunk", f"None or in [1, {MAX_WIDTH}]", self.chunk)
@@ -412,7 +414,7 @@ class Correction:
                     self._store.drop(layer)
                     dropped.append(layer.name)
             if self.options.every == 1:  # saved with a larger one
-                self._store.drop(layer, "inverse", "info")
+                self._store.drop(layer, "inverse", "info", "output_inverse", "output_info")
         return dropped
 
     def _stored_units(self, layer: Layer, division: Tensor) -> int | None:

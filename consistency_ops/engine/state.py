@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
-_KEYS = "inverse", "info", "covariance", "weight", "division"
+_SIDE = "inverse", "info", "covariance", "weight"
+_KEYS = *_SIDE, *(f"output_{key}" for key in _SIDE), "division"
 _STEPS: set[int] = set()  # ids of the step tensors that the stores of this process write
 
 
@@ -32,6 +33,7 @@ class StateStore:
     * ``inverse``, ``info``: of the last refresh, one entry per chunk.
     * ``covariance``: the running sum of covariances.
     * ``weight``: the sum of the weights in that running sum, for the bias correction; float, (1,).
+    * the same with ``output_`` in front: of the output side of ``mode="whiten"``.
     * ``division``: int64, (2,): a digest of everything that fixes the random division, and the number of units.
 
     With an optimizer the tensors are in ``optimizer.state[weight]``; without one they are kept here, by layer name.

@@ -10,13 +10,13 @@ times as long.
 Weight decay acts on the weight as it does without the preconditioner. Decoupled decay is left out of ``D``. Coupled
 decay is a part of the gradient: ``decay (W L - W)`` is added to ``G L^-T``, so that with the optimizer's own
 ``decay W`` it becomes ``decay W L``, which maps back to ``decay W``. A layer whose gradient is zero takes the
-optimizer's step as it is.
+optimizer's step as it is. With ``outputs=True`` the same is done from the left (``output_side.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
 from .layer import Layer
 from .layer_step import LayerStep
+from .output_side import Matrix, OutputSide, whiten_outputs
 from .state import StateStore
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class _Whitened:
     # Before the step, after decoupled weight decay, in the order of `steps`; of a DTensor what this rank holds.
     weights: list[Tensor]
     biases: list[Tensor]
+    sides: list[OutputSide] = field(default_factory=list)
+
+    def matrices(self, weights: list[Tensor], biases: list[Tensor]) -> list[Matrix]:
+        """Every layer's weight with its joined bias."""
+        of_layer = dict(zip(self.launch.biases, biases, strict=True))
+        return [(weight, of_layer.get(i)) for i, weight in enumerate(weights)]
 
     def as_they_are_now(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and joined biases after the optimizer's step."""
@@ -247,6 +254,10 @@ class WhiteningCorrection(Correction):
         self, steps: list[LayerStep], launch: Layers, factors: list[Tensor], info: Tensor, has_gradient: Tensor
     ) -> None:
         """Keep what is needed after the optimizer's step, and give the optimizer the coupled decay that it must see."""
+        sides: list[OutputSide] = []
+        if self.options.outputs:
+            damping = self.last_damping if self.refreshes(self.step) else None
+            sides = whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
         if any(is_dtensor(step.weight) for step in steps):
             flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
             has_gradient = torch.stack(flags)
@@ -255,7 +266,7 @@ class WhiteningCorrection(Correction):
         owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]
         before = self._decayed([*weights, *biases], owners)
         count = len(steps)
-        whitened = _Whitened(steps, launch, factors, info, has_gradient, before[:count], before[count:])
+        whitened = _Whitened(steps, launch, factors, info, has_gradient, before[:count], before[count:], sides)
         self._whitened.append(whitened)
         coupled = [self._coupled_decay(owner) for owner in owners]
         if any(coupled):
@@ -296,6 +307,9 @@ class WhiteningCorrection(Correction):
         mapped = [tensor.clone() for tensor in added]
         lower = [self._lower_factor(s.layer.index, f) for s, f in zip(steps, whitened.factors, strict=True)]
         foreach_multiply_(mapped[:count], mapped[count:], lower, whitened.info, launch)
+        matrices = whitened.matrices(mapped[:count], mapped[count:])
+        for side in whitened.sides:
+            side.multiply_(matrices, [_inverse_of_lower(factor) for factor in side.factors])
         grads = [*(step.grad for step in steps), *(steps[i].bias_grad for i in launch.biases)]
         flags = (whitened.has_gradient > 0).unbind()
         flags = (*flags, *(flags[i] for i in launch.biases))
@@ -309,6 +323,13 @@ class WhiteningCorrection(Correction):
         if known is None or known[0] is not factor:
             known = self._lower[index] = factor, _inverse_of_lower(factor)
         return known[1]
+
+    def _map_outputs_back(self, whitened: _Whitened, weights: list[Tensor], biases: list[Tensor]) -> None:
+        for side in whitened.sides:
+            now, before = (
+                whitened.matrices(*pair) for pair in ((weights, biases), (whitened.weights, whitened.biases))
+            )
+            side.map_back_(now, before, keep_norm=self._keeps_norm)
 
     # After the optimizer's step
 
@@ -326,6 +347,7 @@ class WhiteningCorrection(Correction):
     def _map_back(self, whitened: _Whitened) -> None:
         """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where it is kept."""
         weights, biases = whitened.as_they_are_now()
+        self._map_outputs_back(whitened, weights, biases)
         whitened.unwhiten_(weights, whitened.weights, biases, keep_norm=self._keeps_norm)
         whitened.write_back(weights)
 
@@ -333,6 +355,7 @@ class WhiteningCorrection(Correction):
         """The same where ranks hold parts of the weights: the norms are those of all parts."""
         steps = whitened.steps
         weights, biases = whitened.as_they_are_now()
+        self._map_outputs_back(whitened, weights, biases)
         # Of a layer whose units are dealt to ranks the rows of the displacement are gathered, and dealt again.
         exchanged = {i for i, step in enumerate(steps) if weights[i].shape != step.grad.shape}
         rows, rows_before = list(weights), list(whitened.weights)

@@ -120,6 +120,14 @@ def ddp_whiten():
     return _ddp(WHITEN, name="adamw")
 
 
+BOTH_SIDES = {"mode": "whiten", "every": 2, "outputs": True}
+OTHER_SIDES = {"ddp": WHITEN, "fsdp": BOTH_SIDES}  # what these ranks do not compute
+
+
+def ddp_whiten_outputs():
+    return _ddp(BOTH_SIDES, name="adamw")
+
+
 GATHERED = {"decay": 0.5, "every": 3}
 
 
@@ -386,6 +394,10 @@ def _fsdp(options: dict, mesh=None, name="sgd") -> dict:
 
 def fsdp_whiten():
     return _fsdp(WHITEN, name="adamw")
+
+
+def fsdp_whiten_outputs():
+    return _fsdp(BOTH_SIDES, name="adamw")
 
 
 def fsdp_default():
