@@ -291,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-goals": lambda: full_tables.goals(whole_trainings()),
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
     "search": lambda: full_tables.search(stored("full/search")),
+    "search-outputs": lambda: full_tables.outputs(stored("full/search")),
     "small-norms": lambda: full_tables.small_norms(stored("full/norms")),
     "search-norms": lambda: full_tables.norms(stored("full/search")),
     **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},

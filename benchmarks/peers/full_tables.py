@@ -298,6 +298,19 @@ def search(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def outputs(runs: list[dict]) -> str:
+    """Return a table of the ways to whiten the outputs' side, in front of AdamW on the character GPT, at two rates."""
+    base = RATES["char-gpt", "adamw"]
+    shares = (1.0, 3.0)
+    lines = ["| change | " + " | ".join(f"rate {base * share:g}" for share in shares) + " |", "| --- |" + " --- |" * 2]
+    for change in ("base", "damping 0.3", *(name for name in CHANGES if "output" in name or "both sides" in name)):
+        found = [at_rate(runs, "char-gpt", "adamw", change, float(f"{base * share:.2g}")) for share in shares]
+        if any(found):
+            cells = [number(values(some[:1], "train_loss")[0]) if some else "" for some in found]
+            lines.append(f"| {change} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def columns_of(runs: list[dict]) -> list[tuple[str, str]]:
     pairs = {(run["task"], run["optimizer"]) for run in runs}
     return [(task, base) for task in STEPS for base in ("muon", "adamw") if (task, base) in pairs]
