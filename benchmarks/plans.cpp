@@ -106,10 +106,41 @@ py::dict cpu_plan(const std::vector<Shape>& shapes, int32_t threads, int32_t chu
   return result;
 }
 
+// A launch of whitening: all layers have one average, factor and weight before the step at these addresses.
+struct WhiteningPlan {
+  int32_t mode = 0;  // Mode of plan.h
+  int64_t average = 4096, weight = 4096, has_gradient = 4096, before = 4096, factors = 4096, info = 4096,
+          squares = 4096;
+};
+
+template <typename T>
+T* at(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 py::dict cuda_plan(const std::vector<Shape>& shapes, int32_t chunk, int64_t max_rows, bool trace_scaling, int32_t rung,
-                   int32_t ctas, int64_t workspace, int32_t shared_bytes, int32_t architecture) {
-  const std::vector<PreconditionLayer> layers = describe(shapes);
-  const PreconditionOptions options = options_of(chunk, max_rows, 0, trace_scaling, false);
+                   int32_t ctas, int64_t workspace, int32_t shared_bytes, int32_t architecture,
+                   const WhiteningPlan& whitening) {
+  std::vector<PreconditionLayer> layers = describe(shapes);
+  PreconditionOptions options = options_of(chunk, max_rows, 0, trace_scaling, false);
+  WhiteningCall call;
+  call.mode = static_cast<Mode>(whitening.mode);
+  const std::vector<WhitenedLayer> whitened(
+      layers.size(), {at<void>(whitening.average), at<void>(whitening.weight), at<int32_t>(whitening.has_gradient),
+                      at<void>(whitening.before), nullptr, true, true});
+  if (call.mode != Mode::kCorrects) {
+    options.triangular = true;
+    options.stages = call.mode == Mode::kWhitens ? kStageAll : kStageApply;
+    rung = static_cast<int32_t>(PreconditionRung::kTaskQueue);
+    call.whitened = whitened.data();
+    call.options.decay = 0.95;
+    call.has_gradient = at<int32_t>(whitening.has_gradient);
+    call.squares = at<float>(whitening.squares);
+    for (PreconditionLayer& layer : layers) {
+      layer.inverse = at<void>(whitening.factors);
+      layer.info = at<int32_t>(whitening.info);
+    }
+  }
   const auto count = static_cast<int64_t>(layers.size());
   CudaTuning tuning;
   tuning.rung = static_cast<PreconditionRung>(rung);
@@ -117,7 +148,7 @@ py::dict cuda_plan(const std::vector<Shape>& shapes, int32_t chunk, int64_t max_
   if (count > kMaxLaunchLayers) throw std::invalid_argument("more layers than one launch takes");
   const auto launch = std::make_unique<PreconditionLaunch>();
   const Status status = plan_launch(layers.data(), count, options, {shared_bytes, architecture},
-                                    reinterpret_cast<void*>(workspace), tuning, *launch);
+                                    reinterpret_cast<void*>(workspace), tuning, *launch, call);
   if (status != Status::kOk) throw std::invalid_argument("the launcher refuses this launch");
   const PreconditionParams& params = launch->params;
   py::list planned;
@@ -132,6 +163,7 @@ py::dict cuda_plan(const std::vector<Shape>& shapes, int32_t chunk, int64_t max_
     one["apply_tasks"] = params.tasks[l].apply_tasks;
     one["pack_tasks"] = params.tasks[l].pack_tasks;
     one["permute_tasks"] = params.tasks[l].permute_tasks;
+    one["finish_tasks"] = params.tasks[l].finish_tasks;
     planned.append(one);
   }
   py::dict result;
@@ -140,7 +172,7 @@ py::dict cuda_plan(const std::vector<Shape>& shapes, int32_t chunk, int64_t max_
   result["threads"] = launch->threads;
   result["shared_bytes"] = params.shared_bytes;
   result["cluster"] = params.cluster;
-  result["workspace_bytes"] = precondition_workspace_cuda(layers.data(), count, options, tuning);
+  result["workspace_bytes"] = workspace_bytes(layers.data(), count, options, tuning, call);
   result["parameter"] = py::bytes(reinterpret_cast<const char*>(&params), sizeof(params));
   return result;
 }
@@ -156,10 +188,18 @@ PYBIND11_MODULE(plans, module) {
            }),
            "units"_a, "rows"_a, "outputs"_a, "taps"_a = 1, "x_dtype"_a = 0, "g_dtype"_a = 0, "group"_a = 1,
            "has_bias"_a = false, "same_input"_a = false, "x"_a = 4096, "g"_a = 4096);
+  py::class_<WhiteningPlan>(module, "WhiteningPlan")
+      .def(py::init([](int32_t mode, int64_t average, int64_t weight, int64_t has_gradient, int64_t before,
+                       int64_t factors, int64_t info, int64_t squares) {
+             return WhiteningPlan{mode, average, weight, has_gradient, before, factors, info, squares};
+           }),
+           "mode"_a, "average"_a = 4096, "weight"_a = 4096, "has_gradient"_a = 4096, "before"_a = 4096,
+           "factors"_a = 4096, "info"_a = 4096, "squares"_a = 4096);
   module.def("cpu_plan", &cpu_plan, "layers"_a, "threads"_a = 1, "chunk"_a = 128, "max_rows"_a = 10000, "step"_a = 0,
              "float64"_a = false);
   module.def("cuda_plan", &cuda_plan, "layers"_a, "chunk"_a = 128, "max_rows"_a = 10000, "trace_scaling"_a = false,
-             "rung"_a = 0, "ctas"_a = 0, "workspace"_a = 4096, "shared_bytes"_a = 227 << 10, "architecture"_a = 90);
+             "rung"_a = 0, "ctas"_a = 0, "workspace"_a = 4096, "shared_bytes"_a = 227 << 10, "architecture"_a = 90,
+             "whitening"_a = WhiteningPlan{});
   module.def(
       "cta",
       [](int units, int shared_bytes) {

@@ -34,7 +34,7 @@ def digest(*folders: str, more: bytes = b"") -> str:
 
 @functools.cache
 def module() -> ModuleType:
-    """The compiled module: ``Shape``, ``cpu_plan``, ``cuda_plan`` and ``cta``; see the end of plans.cpp."""
+    """The compiled module: Shape, WhiteningPlan, cpu_plan, cuda_plan and cta; see the end of plans.cpp."""
     name = digest("include", "cpu", "cuda", more=SOURCES[0].read_bytes())
     target = BUILD / f"plans-{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():

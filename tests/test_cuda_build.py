@@ -20,7 +20,7 @@ CHECK = f"""
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-on_cpu_only = {{"foreach_whiten_", "foreach_whiten_by_", "foreach_unwhiten_", "roa_scan", "roa_scan_backward"}}
+on_cpu_only = {{"roa_scan", "roa_scan_backward"}}
 missing = [name for name in {OPERATORS!r} if not has(f"consistency_ops::{{name}}", "CPU")]
 missing += [n for n in {OPERATORS!r} if has(f"consistency_ops::{{n}}", "CUDA") == (n in on_cpu_only)]
 assert not missing, missing

@@ -8,6 +8,7 @@ from torch import nn
 
 import consistency_ops as co
 from consistency_ops import ops, reference
+from consistency_ops.ops.whitening import Layers, foreach_multiply_
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
 from support.whitening import adamw, optimizer_of, same
@@ -58,6 +59,35 @@ def test_any_matrix_multiplies_from_the_right(shape, chunk, bias, strided):
     torch.testing.assert_close(got, want[..., : shape[1]], rtol=1e-12, atol=1e-12)
     if bias:
         torch.testing.assert_close(column, want[..., -1].mean(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 40), (10, 24, 3, 3), (9, 130)], ids=str)
+def test_a_lower_triangular_matrix_multiplies_from_the_right(shape, dtype):
+    """What all devices have kernels for: L^-1 from a covariance, and a product with it or with L."""
+    torch.manual_seed(0)
+    wide, chunk, units = torch.float64 if dtype == torch.float64 else torch.float32, 64, shape[1] + 1
+    bounds, order = reference.chunk_bounds(units, chunk), reference.division(units, chunk, 8)
+    covariances = ops.foreach_covariance([torch.randn(300, shape[1], dtype=wide)], chunk=chunk, bias=[True], group=8)
+    (factor,), info, _ = ops.foreach_inverse(covariances, units=[units], damping=0.1, chunk=chunk, triangular=True)
+    assert not info.any() and not factor.triu(1).any()
+    whole = torch.zeros(units, units, dtype=torch.float64)
+    for c, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        damped = covariances[0][c, : end - begin, : end - begin].double()
+        damped.diagonal().add_(0.1)
+        want = torch.linalg.inv(torch.linalg.cholesky(damped))
+        error = (factor[c, : end - begin, : end - begin] - want).abs().max() / want.abs().max()
+        assert error <= (1e-12 if dtype == torch.float64 else 1e-5)
+        whole[order[begin:end][:, None], order[begin:end]] = factor[c, : end - begin, : end - begin].double()
+    grad, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    rows = grad.double().flatten(2).transpose(1, 2) if grad.dim() > 2 else grad.double()[:, None]
+    want = torch.cat([rows, bias.double()[:, None, None].expand(-1, rows.shape[1], 1)], 2) @ whole
+    layers = Layers([0], [0], [8], chunk, 0, 0)
+    foreach_multiply_([grad], [bias], [factor], info, layers)
+    got = grad.double().flatten(2).transpose(1, 2) if grad.dim() > 2 else grad.double()[:, None]
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    assert (got - want[..., :-1]).abs().max() <= bound * want.abs().max()
+    assert (bias.double() - want[..., -1].mean(1)).abs().max() <= bound * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

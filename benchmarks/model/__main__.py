@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import plans
 from benchmarks.model import launch as launching
-from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, Launch
+from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, UNWHITENS, WHITENS, Launch
 from benchmarks.model.timing import CLOCK_MHZ, OCCUPIES, SMS, Trace
 
 BYTES_A_US = 4.3e6
@@ -155,6 +155,91 @@ def model(name: str) -> dict:
     return result | bounds | {"bound_us": bounds[largest], "bound_by": largest[:-3], "target_us": target}
 
 
+@dataclasses.dataclass
+class Whitening:
+    """As Shape, in whitened coordinates: the two launches."""
+
+    x_row: Cost
+    seen_row: Cost  # of G, that a gram task looks at
+    g_row: Cost
+    moved_row: Cost  # of a weight, in an apply task
+    finished_row: Cost  # and in a restore task
+    gram_task: Cost
+    factor_task: Cost
+    apply_task: Cost
+    moved_task: Cost
+    finish_task: Cost
+
+
+@functools.cache
+def whitening(x_dtype: int, g_dtype: int) -> Whitening:
+    """From launches of two chunks, with twice the rows of X or twice those of G; two tasks a chunk share them."""
+
+    def launch(rows: int, outputs: int, mode: int) -> Launch:
+        return Launch(2 * CHUNK, rows, outputs, 1, x_dtype, g_dtype, TASK_QUEUE, ctas=2, mode=mode)
+
+    both, more_x, more_g = launch(128, 128, WHITENS), launch(256, 128, WHITENS), launch(128, 256, WHITENS)
+    back, more_back = launch(128, 128, UNWHITENS), launch(128, 256, UNWHITENS)
+    gram, apply, moved, finish = cost(both.run(0)), cost(both.run(6)), cost(back.run(0)), cost(back.run(4))
+    x_row = (cost(more_x.run(0)) + gram * -1) * (1 / 64)
+    seen_row = (cost(more_g.run(0)) + gram * -1) * (1 / 64)  # 32 rows of two chunks
+    g_row = (cost(more_g.run(6)) + apply * -1) * (1 / 64)
+    moved_row = (cost(more_back.run(0)) + moved * -1) * (1 / 64)
+    finished_row = (cost(more_back.run(4)) + finish * -1) * (1 / 128)  # 64 rows of two chunks
+    return Whitening(
+        x_row,
+        seen_row,
+        g_row,
+        moved_row,
+        finished_row,
+        gram + x_row * -64 + seen_row * -64,
+        cost(both.run(4)),
+        apply + g_row * -64,
+        moved + moved_row * -64,
+        finish + finished_row * -128,
+    )
+
+
+def model_whitening(name: str) -> dict:
+    """The bounds of the two launches of whitening for one workload, in us, as `model` has them for one correction."""
+    title, _, layers, rows, x_dtype, g_dtype = workloads()[name]
+    x_bytes, g_bytes = launching.BYTES[x_dtype], launching.BYTES[g_dtype]
+    described = [
+        plans.module().Shape(units, rows, outputs, taps, x_dtype, g_dtype, group=32 // g_bytes)
+        for outputs, units, taps in layers
+    ]
+    of, found = whitening(x_dtype, g_dtype), {}
+    for key, mode in (("whiten", WHITENS), ("unwhiten", UNWHITENS)):
+        plan = plans.module().cuda_plan(described, trace_scaling=True, whitening=plans.module().WhiteningPlan(mode))
+        total, moved = Cost(), plan["workspace_bytes"] * 2.0
+        for of_layer in plan["layers"]:
+            chunks, units = of_layer["chunks"], of_layer["units"]
+            outputs, width, taps = layers[of_layer["layer"]]
+            wide = (units + 31) // 32 * 32 / CHUNK
+            g_rows = outputs * taps * chunks * wide
+            if mode == WHITENS:
+                total += of.x_row * (wide * rows * chunks) + (of.seen_row + of.g_row) * g_rows
+                total += of.factor_task * (chunks * wide * wide)
+                total += of.gram_task * (chunks * of_layer["gram_tasks"] * wide)
+                total += of.apply_task * (chunks * of_layer["apply_tasks"] * wide)
+                # the average read and written, the factor written; G read twice
+                moved += rows * x_bytes * width + 3 * outputs * taps * g_bytes * width + 12 * chunks * CHUNK**2
+            else:
+                total += (of.moved_row + of.finished_row) * g_rows
+                total += of.moved_task * (chunks * of_layer["apply_tasks"] * wide)
+                total += of.finish_task * of_layer["finish_tasks"]
+                moved += 6 * outputs * taps * g_bytes * width + 4 * chunks * CHUNK**2
+        cycles = 1 / (SMS * CLOCK_MHZ)
+        found[key] = {
+            "ctas": plan["ctas"],
+            "issue_us": total.instructions / 4 * cycles,
+            "memory_us": moved / BYTES_A_US,
+            "passes_us": total.passes * cycles,
+            "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
+        }
+    return {"title": title, **found}
+
+
 def one_chunk() -> dict:
     """A CTA that does everything for one chunk of 128 units: 64 rows of X, 64 of G, float32."""
     trace = Launch(2 * CHUNK, 64, 64).run(0)
@@ -181,6 +266,7 @@ def model_all() -> dict:
         "kind": "model",
         "one_chunk": one_chunk(),
         "workloads": found,
+        "whitening": {name: model_whitening(name) for name in ("iv", "v")},
         "factor_inverse_128_us": (end - begin) / CLOCK_MHZ,
         "factor_task_instructions": factor_task().instructions,
         "apply_task_instructions": shape(BFLOAT16, BFLOAT16).apply_task.instructions,
@@ -207,8 +293,14 @@ def main() -> None:
     for name, row in found.items():
         cells = "".join(f"{row[column]:9.0f}" if column in row else f"{'-':>9}" for column in columns)
         print(f"{name:5}{row['title']:23}{row['ctas']:6}{cells}  {row['bound_by']}")
+    for name, launches in result["whitening"].items():
+        for key in ("whiten", "unwhiten"):
+            cells = "".join(
+                f"{launches[key][column]:9.0f}" if column in launches[key] else f"{'-':>9}" for column in columns
+            )
+            print(f"{name:5}{launches['title'] + ', ' + key:23}{launches[key]['ctas']:6}{cells}")
     for key, value in result.items():
-        if key in ("kind", "one_chunk", "workloads"):
+        if key in ("kind", "one_chunk", "workloads", "whitening"):
             continue
         shown = {k: round(v, 1) for k, v in value.items()} if isinstance(value, dict) else round(value, 1)
         print(f"{key}: {shown}")

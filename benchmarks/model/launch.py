@@ -15,10 +15,11 @@ BUILD = ROOT / "build" / "model"
 SOURCE = ROOT / "csrc" / "cuda" / "precondition.cu"
 FLOAT32, BFLOAT16 = 0, 2  # DType
 ONE_CTA, TASK_QUEUE = 1, 3  # PreconditionRung
+WHITENS, UNWHITENS = 3, 5  # Mode
 BYTES = {FLOAT32: 4, BFLOAT16: 2}
 
 
-_codes: dict[int, Code] = {}
+_codes: dict[str, Code] = {}
 _cubin: list[Path] = []
 
 
@@ -28,16 +29,17 @@ def use_cubin(path: Path) -> None:
     _cubin[:] = [path]
 
 
-def kernel(threads: int = 256) -> Code:
-    """The compiled correction for CTAs of this many threads (256: chunks up to 128 units)."""
-    if threads not in _codes:
+def kernel(threads: int = 256, whitens: bool = False) -> Code:
+    """The compiled correction, or whitening, for CTAs of this many threads (256: chunks up to 128 units)."""
+    name = f"ILi{threads}ELb{int(whitens)}E"
+    if name not in _codes:
         cubin = (
             _cubin[0]
             if _cubin
             else compile_kernels(SOURCE, BUILD / f"precondition-{plans.digest('cuda', 'include')}.cubin")
         )
-        _codes[threads] = Code(read_kernel(cubin, f"ILi{threads}E"), read_jump_tables(cubin, f"ILi{threads}E"))
-    return _codes[threads]
+        _codes[name] = Code(read_kernel(cubin, name), read_jump_tables(cubin, name))
+    return _codes[name]
 
 
 def encode(values: np.ndarray, dtype: int) -> np.ndarray:
@@ -62,11 +64,13 @@ class Launch:
         rung: int = ONE_CTA,
         ctas: int = 0,
         seed: int = 0,
+        mode: int = 0,
     ):
         random = np.random.default_rng(seed)
         self.x = random.standard_normal((rows, units)).astype(np.float32)
         self.g = random.standard_normal((outputs, units, taps)).astype(np.float32)
-        self.memory = Memory((rows + 2 * outputs * taps) * units * 4 + (4 << 20))
+        self.memory = Memory((rows + 3 * outputs * taps) * units * 4 + (4 << 20))
+        self.mode = mode
         x, g = encode(self.x, x_dtype), encode(self.g, g_dtype)
         self.shape, self.g_address = g, self.memory.place(g)
         group = 32 // BYTES[g_dtype]
@@ -74,8 +78,28 @@ class Launch:
             units, rows, outputs, taps, x_dtype, g_dtype, group, x=self.memory.place(x), g=self.g_address
         )
         workspace = self.memory.place(np.zeros(1 << 20, np.uint8))
-        self.plan = plans.module().cuda_plan([layer], rung=rung, ctas=ctas, workspace=workspace)
+        how = dict(rung=rung, ctas=ctas, workspace=workspace)
+        if mode:
+            how |= dict(whitening=self.whitening(g), trace_scaling=True)
+        self.plan = plans.module().cuda_plan([layer], **how)
         self.counters = workspace - 0x10_0000_0000
+
+    def whitening(self, g: np.ndarray):
+        """What a launch of whitening needs beside; the factors of two chunks, which nobody made, are the identity."""
+        place, chunk = self.memory.place, 128
+        factors = np.tile(np.eye(chunk, dtype=np.float32), (2, 1, 1))
+        average, one = 0.5 * factors, np.full(1, 0.5, np.float32)
+        self.average_address = place(average)
+        return plans.module().WhiteningPlan(
+            self.mode,
+            average=self.average_address,
+            weight=place(one),
+            has_gradient=place(np.ones(1, np.int32)),
+            before=place(np.zeros_like(g)),
+            factors=place(factors),
+            info=place(np.zeros(2, np.int32)),
+            squares=place(np.zeros(2, np.float32)),
+        )
 
     def run(self, ticket: int) -> Trace:
         """The CTA that does this task; what it waits for counts as done."""
@@ -83,7 +107,7 @@ class Launch:
         counters[:] = 1 << 20
         counters[0], counters[1] = ticket, 0
         parameter, *shape = (self.plan[name] for name in ("parameter", "ctas", "threads", "shared_bytes"))
-        code = kernel(self.plan["threads"])
+        code = kernel(self.plan["threads"], self.mode != 0)
         cta = Cta(self.memory, parameter, ticket, *shape, code.jump_tables)
         return run_cta(code, cta)
 

@@ -205,7 +205,6 @@ def foreach_inverse(
             scaling == "trace",
             chunk or 0,
             triangular,
-            cuda_kernel=not triangular,
         )
     return results
 

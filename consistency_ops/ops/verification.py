@@ -154,8 +154,14 @@ def _whitening(x: Tensor, g: Tensor, b: Tensor, wide: Tensor, wide_g: Tensor) ->
     before = [_random(24, 70, seed=22), _random(40, 300, seed=23)], [_random(24, seed=24)]
     after = [w + 0.1 * d for w, d in zip(before[0], [g, wide_g], strict=True)], [before[1][0] + 0.1 * b]
     moved = torch.tensor([1, 1], dtype=torch.int32)
-    rest = inverses, info, moved, *shape, True, True, 64, 7, 0
-    yield Problem("a step", "foreach_unwhiten_", (*after, *before, *rest))
+    rest = inverses, info, moved, *shape
+    yield Problem("a step", "foreach_unwhiten_", (*after, *before, *rest, True, True, 64, 7, 0))
+    yield Problem("a step, norm free", "foreach_unwhiten_", (*after, *before, *rest, False, True, 64, 7, 0))
+    images, conv = _random(6, 24, 5, 5, seed=30), _random(16, 12, 3, 3, seed=31)
+    factors, counts = [torch.zeros(4, 8, 8)], [torch.tensor([150])]
+    place: tuple[Any, ...] = [], [0], [8], 0.3, True, 0.0, 8, 512, 7, 0
+    of_groups: tuple[Any, ...] = [conv], [], [images], counts, [], [], factors, *place
+    yield Problem("a grouped convolution", "foreach_whiten_", of_groups)
 
 
 def _scans() -> Iterator[Problem]:
@@ -234,6 +240,11 @@ def problems() -> Iterator[Problem]:
     )
     inverses, info, _ = PORTABLE["foreach_inverse"](covariance, [300], 0.3, True, 64)
     yield Problem("chunks of 60", "foreach_apply_", ([wide_g], [], inverses, info, [], [], [], [0], [8], 64, 7, 3))
+    factors, info, _ = PORTABLE["foreach_inverse"](covariance, [300], 0.3, True, 64, True)
+    yield Problem("lower triangular", "foreach_inverse", (covariance, [300], 0.3, True, 64, True))
+    yield Problem(
+        "lower triangular", "foreach_apply_", ([wide_g], [], factors, info, [], [], [], [0], [8], 64, 7, 3, True)
+    )
     yield from _whitening(x, g, b, wide, wide_g)
     yield from _scans()
     special = torch.tensor([0.0, -0.0, 1.5, -1.5, math.inf, -math.inf])

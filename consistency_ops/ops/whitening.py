@@ -1,12 +1,12 @@
 """The operators of ``mode="whiten"``: gradients into whitened coordinates of the inputs, and displacements back.
 
-They are for the engine, which has checked its options: lists have one entry a layer. Native on the CPU; elsewhere
-``portable_whitening.py`` computes.
+They are for the engine, which has checked its options: lists have one entry a layer. Native on the CPU and on CUDA,
+one launch a call; elsewhere ``portable_whitening.py`` computes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Layers:
     chunk: int
     seed: int
     step: int
+
+    def of(self, some: list[int]) -> Layers:
+        """The same for some of the layers."""
+        return replace(
+            self,
+            biases=[i for i, layer in enumerate(some) if layer in self.biases],
+            indices=[self.indices[layer] for layer in some],
+            groups=[self.groups[layer] for layer in some],
+        )
 
 
 def foreach_whiten_(
@@ -82,7 +91,6 @@ def foreach_whiten_(
         max_rows,
         layers.seed,
         layers.step,
-        cuda_kernel=False,
     )
     return result
 
@@ -105,7 +113,6 @@ def foreach_whiten_by_(
         layers.chunk,
         layers.seed,
         layers.step,
-        cuda_kernel=False,
     )
     return result
 
@@ -134,6 +141,57 @@ def foreach_unwhiten_(
     Returns:
         (layers, 2), in the dtype of the factors: ``|D|^2`` and ``|D L^-1|^2``.
     """
+    counts = _chunks(weights, factors, layers)
+    parts = [i for i, count in enumerate(counts) if count < len(factors[i])] if weights[0].is_cuda else []
+    if not parts or len(parts) == len(weights):
+        arguments = weights, biases, weights_before, biases_before, factors, info, has_gradient, layers
+        return _unwhiten(*arguments, keep_norm, finish, cuda_kernel=not parts)
+    # Groups of a convolution share one norm, for which there is no CUDA kernel.
+    rows: list[Tensor] = [info] * len(weights)
+    infos = torch.split(info, [len(factor) for factor in factors])
+    whole = [i for i in range(len(weights)) if i not in parts]
+    for some in (whole, parts):
+        joined = [b for b, layer in enumerate(layers.biases) if layer in some]
+        result = _unwhiten(
+            [weights[i] for i in some],
+            [biases[b] for b in joined],
+            [weights_before[i] for i in some],
+            [biases_before[b] for b in joined],
+            [factors[i] for i in some],
+            torch.cat([infos[i] for i in some]),
+            torch.stack([has_gradient[i] for i in some]),
+            layers.of(some),
+            keep_norm,
+            finish,
+            cuda_kernel=some is whole,
+        )
+        for i, row in zip(some, result.unbind(), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
+
+
+def _chunks(weights: list[Tensor], factors: list[Tensor], layers: Layers) -> list[int]:
+    """The chunks of one group of every layer."""
+    if layers.chunk == 0:
+        return [len(factor) for factor in factors]  # whole layers have no kernel anyway
+    units = [weight.shape[1] + (i in layers.biases) for i, weight in enumerate(weights)]
+    return [-(-count // layers.chunk) for count in units]
+
+
+def _unwhiten(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    weights_before: list[Tensor],
+    biases_before: list[Tensor],
+    factors: list[Tensor],
+    info: Tensor,
+    has_gradient: Tensor,
+    layers: Layers,
+    keep_norm: bool,
+    finish: bool,
+    *,
+    cuda_kernel: bool,
+) -> Tensor:
     result: Tensor = call(
         "foreach_unwhiten_",
         layers.chunk,
@@ -153,7 +211,7 @@ def foreach_unwhiten_(
         layers.chunk,
         layers.seed,
         layers.step,
-        cuda_kernel=False,
+        cuda_kernel=cuda_kernel,
     )
     return result
 
@@ -161,7 +219,7 @@ def foreach_unwhiten_(
 def foreach_multiply_(
     tensors: list[Tensor], biases: list[Tensor], matrices: list[Tensor], info: Tensor, layers: Layers
 ) -> None:
-    """Multiply by any matrices from the right, chunk by chunk, as :func:`foreach_apply_`."""
+    """Multiply by lower triangular matrices from the right, chunk by chunk, as :func:`foreach_apply_`."""
     call(
         "foreach_apply_",
         layers.chunk,
@@ -179,7 +237,6 @@ def foreach_multiply_(
         layers.seed,
         layers.step,
         True,
-        cuda_kernel=False,
     )
 
 

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/cuda_scope.h"
+#include "bindings/cuda_launch.h"
 #include "bindings/layers.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
@@ -18,39 +18,21 @@
 namespace consistency_ops::bindings {
 namespace {
 
-#if defined(CO_CUDA_KERNELS)
-// What co_set_cuda_tuning has chosen for this thread.
-thread_local CudaTuning forced_tuning;
-
-Status run_cuda(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options, const Tensor& on,
-                bool tf32) {
-  CudaTuning tuning = forced_tuning;
-  tuning.tf32 = tf32;
-  const auto count = static_cast<int64_t>(layers.size());
-  const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
-  const CudaScope scope(on);
-  Tensor workspace = empty_contiguous(on, {bytes}, ScalarType::Byte);
-  if (bytes > 0) tuning.counters = scope.counters();
-  if (bytes > 0 && tuning.counters < 0) {
-    // On the stream, so also at every replay of a graph, whose memory pool other operators may have written to.
-    Tensor counters = torch::stable::narrow(workspace, 0, 0, kCudaCounterBytes);
-    torch::stable::zero_(counters);
-  }
-  return precondition_cuda(layers.data(), count, options, scope.device(),
-                           bytes > 0 ? workspace.mutable_data_ptr() : nullptr, scope.stream(), tuning);
-}
-#endif
-
 // `on`: a tensor on the device of all of them.
 void launch(const std::vector<PreconditionLayer>& layers, const PreconditionOptions& options,
             [[maybe_unused]] const Tensor& on, const char* op, [[maybe_unused]] bool tf32 = false) {
 #if defined(CO_CUDA_KERNELS)
   if (on_cuda(on)) {
     STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
-    const Status status = run_cuda(layers, options, on, tf32);
-    STD_TORCH_CHECK(status != Status::kInvalidArgument, op,
-                    ": beyond the CUDA kernel: at most 2^30 rows a layer, fewer than 2^31 units and chunks, and chunks "
-                    "above 192 units need a device with 163 KiB of shared memory a block");
+    CudaTuning tuning = forced_tuning();
+    tuning.tf32 = tf32;
+    const auto count = static_cast<int64_t>(layers.size());
+    const int64_t bytes = precondition_workspace_cuda(layers.data(), count, options, tuning);
+    const Status status = launch_with_workspace(
+        on, bytes, tuning, [&](const CudaDevice& device, void* workspace, void* stream, const CudaTuning& chosen) {
+          return precondition_cuda(layers.data(), count, options, device, workspace, stream, chosen);
+        });
+    check_launch(status, op);
     check_status(status, op);
     return;
   }
@@ -173,7 +155,6 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
   options.triangular = triangular;
   const size_t count = covariances.size();
   STD_TORCH_CHECK(count > 0 && units.size() == count, op, ": got ", count, " covariances and ", units.size(), " units");
-  STD_TORCH_CHECK(!triangular || !covariances[0].is_cuda(), op, ": triangular must be False on CUDA");
   options.float64 = covariances[0].scalar_type() == ScalarType::Double;
   std::vector<PreconditionLayer> layers;
   Tensors inverses;
@@ -194,6 +175,7 @@ std::tuple<Tensors, Tensor, Tensor> foreach_inverse(const Tensors& covariances, 
   return {inverses, info, used};
 }
 
+// triangular: any matrices; on CUDA lower triangular ones.
 void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tensors& inverses, const Tensor& info,
                     const Tensors& permutations, const Ints& bias_layers, const Ints& permutation_layers,
                     const Ints& layer_indices, const Ints& groups, int64_t chunk, int64_t seed, int64_t step,
@@ -204,7 +186,6 @@ void foreach_apply_(const Tensors& grads, const Tensors& bias_grads, const Tenso
   options.triangular = triangular;
   auto layers = matrix_layers(grads, bias_grads, inverses, &PreconditionLayer::inverse, permutations, bias_layers,
                               permutation_layers, layer_indices, groups, options, op);
-  STD_TORCH_CHECK(!triangular || !grads[0].is_cuda(), op, ": triangular must be False on CUDA");
   check_info(info, layers, options, op);
   set_outputs(layers, options, const_cast<int32_t*>(info.const_data_ptr<int32_t>()), nullptr);
   launch(layers, options, grads[0], op);
@@ -248,8 +229,8 @@ int co_set_cuda_tuning(int32_t rung, int32_t ctas) {
   if (rung < 0 || rung > static_cast<int32_t>(PreconditionRung::kTaskQueue) || ctas < 0 || ctas > 1024) {
     return CO_ERROR_INVALID_ARGUMENT;
   }
-  bindings::forced_tuning.rung = static_cast<PreconditionRung>(rung);
-  bindings::forced_tuning.ctas = ctas;
+  bindings::forced_tuning().rung = static_cast<PreconditionRung>(rung);
+  bindings::forced_tuning().ctas = ctas;
   return 0;
 }
 #endif

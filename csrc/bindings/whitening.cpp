@@ -1,5 +1,4 @@
-// The operators of mode="whiten": tensors to PreconditionLayer and WhitenedLayer, and nothing else.  CPU: elsewhere
-// torch's own operations compute (ops/portable_whitening.py).
+// The operators of mode="whiten": tensors to PreconditionLayer and WhitenedLayer, and nothing else.
 #include "consistency_ops/whitening.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -7,11 +6,12 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/cuda_launch.h"
 #include "bindings/layers.h"
 #include "bindings/registration.h"
 #include "bindings/thread_pool.h"
+#include "consistency_ops/whitening_cuda.h"
 
-#if !defined(CONSISTENCY_OPS_SIMT)  // whose library has no CPU kernels
 namespace consistency_ops::bindings {
 namespace {
 
@@ -50,13 +50,48 @@ std::vector<size_t> owners_of(const Tensors& grads, const Ints& bias_layers, con
   return owners;
 }
 
-Status run_whiten(const std::vector<PreconditionLayer>& layers, const std::vector<WhitenedLayer>& whitened,
-                  const PreconditionOptions& options, double decay) {
+// `on`: a tensor on the device of all of them.
+void run_whiten(const std::vector<PreconditionLayer>& layers, const std::vector<WhitenedLayer>& whitened,
+                const PreconditionOptions& options, double decay, [[maybe_unused]] const Tensor& on, const char* op) {
   WhiteningOptions whitening;
   whitening.decay = decay;
-  return whiten_cpu(layers.data(), whitened.data(), static_cast<int64_t>(layers.size()), options, whitening,
-                    thread_pool());
+  const auto count = static_cast<int64_t>(layers.size());
+#if defined(CO_CUDA_KERNELS)
+  if (on_cuda(on)) {
+    STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
+    const CudaTuning& forced = forced_tuning();
+    const int64_t bytes = whitening_workspace_cuda(layers.data(), count, options, whitening, false, forced);
+    const Status status = launch_with_workspace(
+        on, bytes, forced, [&](const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+          return whiten_cuda(layers.data(), whitened.data(), count, options, whitening, device, workspace, stream,
+                             tuning);
+        });
+    check_launch(status, op);
+    check_status(status, op);
+    return;
+  }
+#endif
+  check_status(whiten_cpu(layers.data(), whitened.data(), count, options, whitening, thread_pool()), op);
 }
+
+#if defined(CO_CUDA_KERNELS)
+// squares: float32, zero.
+void run_unwhiten_cuda(const std::vector<PreconditionLayer>& layers, const std::vector<WhitenedLayer>& whitened,
+                       const PreconditionOptions& options, const WhiteningOptions& whitening, Tensor& squares,
+                       const char* op) {
+  STD_TORCH_CHECK(!options.float64, op, ": float64 has no CUDA kernel");
+  const auto count = static_cast<int64_t>(layers.size());
+  const CudaTuning& forced = forced_tuning();
+  const int64_t bytes = whitening_workspace_cuda(layers.data(), count, options, whitening, true, forced);
+  const Status status = launch_with_workspace(
+      squares, bytes, forced, [&](const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+        return unwhiten_cuda(layers.data(), whitened.data(), count, options, whitening,
+                             squares.mutable_data_ptr<float>(), device, workspace, stream, tuning);
+      });
+  check_launch(status, op);
+  check_status(status, op);
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> foreach_whiten_(const Tensors& grads, const Tensors& bias_grads, Tensors inputs,
                                                    const Tensors& row_counts, const Tensors& averages,
@@ -130,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> foreach_whiten_(const Tensors& grads, const T
     whitened[l].average = averages[l].mutable_data_ptr();
     whitened[l].average_weight = average_weights[l].mutable_data_ptr();
   }
-  check_status(run_whiten(layers, whitened, options, decay), op);
+  run_whiten(layers, whitened, options, decay, grads[0], op);
   return {info, used, has_gradient};
 }
 
@@ -149,7 +184,7 @@ Tensor foreach_whiten_by_(const Tensors& grads, const Tensors& bias_grads, const
   Tensor has_gradient = new_flags(grads[0], grads.size());
   const auto whitened = whitened_layers(layers, owners_of(grads, bias_layers, factors, options),
                                         has_gradient.mutable_data_ptr<int32_t>());
-  check_status(run_whiten(layers, whitened, options, 0), op);
+  run_whiten(layers, whitened, options, 0, grads[0], op);
   return has_gradient;
 }
 
@@ -178,7 +213,8 @@ Tensor foreach_unwhiten_(const Tensors& weights, const Tensors& biases, const Te
   for (size_t b = 0; b < biases.size(); ++b) same(biases[b], biases_before[b]);
 
   const auto owners = owners_of(weights, bias_layers, factors, options);
-  auto whitened = whitened_layers(layers, owners, nullptr);
+  auto whitened = whitened_layers(layers, owners, const_cast<int32_t*>(moves));
+  const bool on_gpu = on_cuda(weights[0]);
   for (size_t l = 0; l < layers.size(); ++l) {
     const size_t owner = owners[l];
     // The groups of a convolution: as far into the other tensor as into the weight.
@@ -192,11 +228,19 @@ Tensor foreach_unwhiten_(const Tensors& weights, const Tensors& biases, const Te
           static_cast<const char*>(layers[l].bias_grad) - static_cast<const char*>(biases[b].const_data_ptr());
       whitened[l].bias_before = static_cast<const char*>(bias_before[owner]->const_data_ptr()) + bias_offset;
     }
-    whitened[l].moves = moves[owner] != 0;
+    whitened[l].moves = on_gpu || moves[owner] != 0;  // on a GPU the kernel looks
   }
   WhiteningOptions whitening;
   whitening.keep_norm = keep_norm;
   whitening.finish = finish;
+#if defined(CO_CUDA_KERNELS)
+  if (on_gpu) {
+    STD_TORCH_CHECK(layers.size() == weights.size(), op, ": groups of a convolution have no CUDA kernel");
+    Tensor squares = torch::stable::new_zeros(weights[0], {static_cast<int64_t>(weights.size()), 2}, ScalarType::Float);
+    run_unwhiten_cuda(layers, whitened, options, whitening, squares, op);
+    return squares;
+  }
+#endif
   std::vector<double> of_group(2 * layers.size());
   check_status(unwhiten_cpu(layers.data(), whitened.data(), static_cast<int64_t>(layers.size()), options, whitening,
                             of_group.data(), thread_pool()),
@@ -219,11 +263,10 @@ Tensor foreach_unwhiten_(const Tensors& weights, const Tensors& biases, const Te
 
 }  // namespace
 
-CO_LIBRARY_IMPL(CO_NAMESPACE, CPU, m) {
+CO_REGISTER(m) {
   m.impl("foreach_whiten_", TORCH_BOX(&foreach_whiten_));
   m.impl("foreach_whiten_by_", TORCH_BOX(&foreach_whiten_by_));
   m.impl("foreach_unwhiten_", TORCH_BOX(&foreach_unwhiten_));
 }
 
 }  // namespace consistency_ops::bindings
-#endif

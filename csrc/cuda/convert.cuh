@@ -41,6 +41,10 @@ CO_DEVICE void store_element(DType dtype, void* base, int64_t offset, float valu
   }
 }
 
+CO_DEVICE float round_to(DType dtype, float value) {
+  return dtype == DType::kFloat32 ? value : to_float<uint16_t>(dtype, from_float<uint16_t>(dtype, value));
+}
+
 CO_DEVICE bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 }  // namespace consistency_ops

@@ -32,6 +32,7 @@
 
 #include "consistency_ops/damping.h"
 #include "consistency_ops/precondition_cuda.h"
+#include "consistency_ops/whitening_cuda.h"
 #include "cuda/precondition/apply.cuh"
 #include "cuda/precondition/chunk.cuh"
 #include "cuda/precondition/chunk_io.cuh"
@@ -40,19 +41,24 @@
 #include "cuda/precondition/permute.cuh"
 #include "cuda/precondition/plan.h"
 #include "cuda/precondition/scheduler.cuh"
+#include "cuda/precondition/whitening.cuh"
 
 namespace consistency_ops {
 namespace {
 
-template <int kThreads_, int kGramBlocks_, int kCtas_>
+// kWhitens: the code of whitening too, which has a kernel of its own, so that a correction does not pay for it.
+template <int kThreads_, bool kWhitens_, int kGramBlocks_, int kCtas_>
 struct PreconditionTraits {
   static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kGramBlocks = kGramBlocks_;  // of 16 x 32, a warp
   static constexpr int kCtas = kCtas_;              // resident on an SM, by registers
+  static constexpr bool kWhitens = kWhitens_;
 };
-using UpTo128 = PreconditionTraits<256, 3, 2>;  // 20 blocks for 8 warps
-using UpTo256 = PreconditionTraits<512, 5, 1>;  // 72 blocks for 16 warps
+template <bool kWhitens>
+using UpTo128 = PreconditionTraits<256, kWhitens, 3, 2>;  // 20 blocks for 8 warps
+template <bool kWhitens>
+using UpTo256 = PreconditionTraits<512, kWhitens, 5, 1>;  // 72 blocks for 16 warps
 
 // Writes info and damping_used of this chunk for every layer of the run, which share one factorisation.  Thread 0 of
 // CTA 0 of the cluster does it.
@@ -94,6 +100,29 @@ CO_DEVICE void load_covariance(const PreconditionParams& params, const Chunk& ch
   if (chunk.task.cluster > 1) sum_over_cluster(chunk, Traits::kThreads);
 }
 
+// What makes the tiles A / tau: their covariance is written where it is wanted, and may be read until the next barrier.
+template <typename Traits>
+CO_DEVICE float covariance_scale(const PreconditionParams& params, const Chunk& chunk) {
+  const PreconditionLayer& layer = layer_of(params, chunk);
+  const bool summed = chunk.task.stages & kStageCovariance;
+  float scale = summed ? 1.0f / static_cast<float>(chunk.input.all_rows) : 1.0f;
+  if (summed && layer.covariance != nullptr) {
+    store_matrix(params.options, chunk, static_cast<float*>(layer.covariance), scale, Traits::kThreads);
+  }
+  if (params.options.trace_scaling && (chunk.task.stages & kStageFactor)) {
+    const float* given = summed ? nullptr : static_cast<const float*>(layer.covariance);
+    scale /= layer_trace_scale(params.options, chunk, given, scale, Traits::kThreads);
+  }
+  return scale;
+}
+
+// The same where a layer is whitened; -1 if no rows were ever seen.
+template <typename Traits>
+CO_DEVICE float whitening_scale(const PreconditionParams& params, const Chunk& chunk) {
+  if (layer_of(params, chunk).covariance != nullptr) return load_average(params, chunk, Traits::kThreads);
+  return chunk.input.all_rows > 0 ? covariance_scale<Traits>(params, chunk) : -1.0f;
+}
+
 // tiles <- L L^T = A scaled + damping I, with up to three dampings; failed_minor is info.  A failed try destroys
 // the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  The
 // CTAs of a cluster hold the same numbers and fail alike.  Without the factor stage only the covariance is written.
@@ -104,19 +133,22 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chun
     if (chunk.task.role == kGramTask) {
       const int64_t at = static_cast<int64_t>(chunk.task.chunk) * chunk.task.of_layer.gram_tasks + chunk.task.part;
       store_tiles(chunk, chunk.records.gram + at * chunk.records.floats, Traits::kThreads);
+      if constexpr (Traits::kWhitens) report<Traits::kThreads>(params, chunk);
       return;
     }
-    const PreconditionLayer& layer = layer_of(params, chunk);
-    const bool summed = chunk.task.stages & kStageCovariance;
-    float scale = summed ? 1.0f / static_cast<float>(chunk.input.all_rows) : 1.0f;
-    if (summed && layer.covariance != nullptr) {
-      store_matrix(params.options, chunk, static_cast<float*>(layer.covariance), scale, Traits::kThreads);
+    float scale = 0.0f;
+    if (Traits::kWhitens && chunk.task.mode == Mode::kWhitens) {
+      scale = whitening_scale<Traits>(params, chunk);
+      if (scale < 0.0f) {  // given up, as a matrix of NaN
+        if (threadIdx.x == 0) chunk.scratch.failed_minor = 1;
+        record_outcome(params, chunk.task, 1, damping_of_try<float>(params.options.damping, kMaxTries - 1));
+        __syncthreads();
+        return;
+      }
+    } else {
+      scale = covariance_scale<Traits>(params, chunk);
     }
     if (!(chunk.task.stages & kStageFactor)) return;
-    if (params.options.trace_scaling) {
-      const float* given = summed ? nullptr : static_cast<const float*>(layer.covariance);
-      scale /= layer_trace_scale(params.options, chunk, given, scale, Traits::kThreads);
-    }
     __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
     const float damping = damping_of_try<float>(params.options.damping, chunk.scratch.failed_tries);
     damp(chunk, scale, damping, Traits::kThreads);
@@ -142,11 +174,12 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk
     if (threadIdx.x == 0) chunk.scratch.failed_minor = layer.info[chunk.task.chunk];
     load_matrix(params.options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
   } else {
-    if (chunk.scratch.failed_minor == 0) invert<Traits::kWarps>(chunk);
+    if (chunk.scratch.failed_minor == 0) invert<Traits::kWarps, Traits::kWhitens>(chunk);
     const PreconditionLayer& layer = layer_of(params, chunk);
     if (layer.inverse != nullptr) {  // zeros where it failed
       const float scale = chunk.scratch.failed_minor == 0 ? 1.0f : 0.0f;
-      store_matrix(params.options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads);
+      store_matrix(params.options, chunk, static_cast<float*>(layer.inverse), scale, Traits::kThreads,
+                   Traits::kWhitens);
     }
     if (chunk.task.of_layer.apply_tasks > 0) {
       if (threadIdx.x == 0) *status() = chunk.scratch.failed_minor;
@@ -155,8 +188,52 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk
   }
 }
 
+// The G that this CTA corrects, or what an optimizer has made of it.
+template <typename Traits>
+CO_DEVICE void apply_to_members(const PreconditionParams& params, const Chunk& chunk) {
+  CO_NO_UNROLL
+  for (int m = 0; m < chunk.task.members; m = chunk.scratch.part.member + 1) {
+    __syncthreads();  // the planes are complete, or the last member has been corrected
+    if (threadIdx.x == 0) {
+      begin_member<Traits::kWhitens>(&layer_of(params, chunk), chunk, m, params.whitening.of_layer[chunk.task.layer]);
+    }
+    __syncthreads();
+    const PreconditionLayer& member = (&layer_of(params, chunk))[m];
+    if (member.g_dtype == DType::kFloat32) {
+      apply<Traits::kWarps, DType::kFloat32, Traits::kWhitens>(member, chunk);
+    } else if (member.g_dtype == DType::kBFloat16) {
+      apply<Traits::kWarps, DType::kBFloat16, Traits::kWhitens>(member, chunk);
+    } else {
+      apply<Traits::kWarps, DType::kFloat16, Traits::kWhitens>(member, chunk);
+    }
+  }
+}
+
+// W <- before + (W - before) L^-1 of this task's outputs, or what restore tasks will make that of.
+template <typename Traits>
+CO_DEVICE void map_back(const PreconditionParams& params, const Chunk& chunk) {
+  if (!has_moved(params, chunk.task)) return;
+  if (Traits::kWarps == 8 && chunk.scratch.failed_minor == 0) make_planes(chunk);
+  if (const int thread = fresh_thread(); thread < 32) chunk.scratch.warp_sum[thread] = 0.0f;
+  apply_to_members<Traits>(params, chunk);
+  __syncthreads();  // the squares are complete
+  if (threadIdx.x != 0) return;
+  SquareSums sums{};
+  CO_NO_UNROLL
+  for (int warp = 0; warp < Traits::kWarps; ++warp) {
+    sums.before += chunk.scratch.warp_sum[2 * warp];
+    sums.after += chunk.scratch.warp_sum[2 * warp + 1];
+  }
+  const int at = chunk.task.chunk * chunk.task.of_layer.apply_tasks + chunk.task.part;
+  static_cast<SquareSums*>(chunk.records.status)[at] = sums;
+}
+
 template <typename Traits>
 CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
+  if (Traits::kWhitens && chunk.task.stages == 0 && chunk.task.mode == Mode::kUnwhitens) {
+    finish_displacement<Traits::kThreads>(params, chunk);
+    return;
+  }
   if (chunk.task.stages == 0) {
     const PreconditionLayer& layer = layer_of(params, chunk);
     const DType dtype = chunk.task.role == kPackTask ? layer.x_dtype : layer.g_dtype;
@@ -169,22 +246,20 @@ CO_DEVICE void run_task(const PreconditionParams& params, const Chunk& chunk) {
   }
   if (chunk.task.stages & (kStageCovariance | kStageFactor)) damped_factor<Traits>(params, chunk);
   if (chunk.task.stages & (kStageFactor | kStageApply)) load_inverse<Traits>(params, chunk);
-  if (!(chunk.task.stages & kStageApply) || chunk.scratch.failed_minor != 0) return;
-  if constexpr (Traits::kWarps == 8) make_planes(chunk);
-  CO_NO_UNROLL
-  for (int m = 0; m < chunk.task.members; m = chunk.scratch.part.member + 1) {
-    __syncthreads();  // the planes are complete, or the last member has been corrected
-    if (threadIdx.x == 0) begin_member(&layer_of(params, chunk), chunk, m);
-    __syncthreads();
-    const PreconditionLayer& member = (&layer_of(params, chunk))[m];
-    if (member.g_dtype == DType::kFloat32) {
-      apply<Traits::kWarps, DType::kFloat32>(member, chunk);
-    } else if (member.g_dtype == DType::kBFloat16) {
-      apply<Traits::kWarps, DType::kBFloat16>(member, chunk);
-    } else {
-      apply<Traits::kWarps, DType::kFloat16>(member, chunk);
-    }
+  if (!(chunk.task.stages & kStageApply)) return;
+  if (Traits::kWhitens && chunk.task.mode == Mode::kWhitensBy) {
+    const PreconditionLayer& layer = layer_of(params, chunk);
+    const uint32_t flags =
+        look_at_gradient<Traits::kThreads, true>(layer, chunk, chunk.task.first_output, chunk.task.outputs);
+    record_gradient(params, chunk.task, flags);
   }
+  if (Traits::kWhitens && chunk.task.mode == Mode::kUnwhitens) {
+    map_back<Traits>(params, chunk);
+    return;
+  }
+  if (chunk.scratch.failed_minor != 0) return;
+  if constexpr (Traits::kWarps == 8) make_planes(chunk);
+  apply_to_members<Traits>(params, chunk);
 }
 
 // Where the unit at a position of the chunk lies in the rows that this task reads.
@@ -244,23 +319,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   } else if (task.stages & kStageFactor) {
     record_outcome(params, task, 0, static_cast<float>(params.options.damping));
   }
-  end_task(params, task);
+  const bool last = end_task(params, task);
+  if (Traits::kWhitens && params.whitening.mode == Mode::kWhitens) {
+    if (threadIdx.x == 0) shared[0].scratch.waits = last ? 1 : 0;
+    __syncthreads();
+    if (shared[0].scratch.waits != 0) update_weights(params, Traits::kThreads);
+  }
 }
 
-}  // namespace
-
-Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                         const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+template <bool kWhitens>
+Status launch_layers(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                     const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning,
+                     const WhiteningCall& call) {
   static thread_local PreconditionLaunch plan;  // 32 KB: not on the caller's stack
-  if (!is_valid(layers, count, options, tuning)) return Status::kInvalidArgument;
-  if (workspace == nullptr && precondition_workspace_cuda(layers, count, options, tuning) > 0) {
+  if (workspace == nullptr && workspace_bytes(layers, count, options, tuning, call) > 0) {
     return Status::kInvalidArgument;
   }
   for (int64_t first = 0, length; first < count; first += length) {
     length = next_launch(layers + first, count - first);
-    Status status = plan_launch(layers + first, length, options, device, workspace, tuning, plan);
+    WhiteningCall here = call;
+    if (call.whitened != nullptr) here.whitened += first;
+    Status status = plan_launch(layers + first, length, options, device, workspace, tuning, plan, here);
     const auto kernel = [] {
-      return plan.threads == UpTo128::kThreads ? precondition_kernel<UpTo128> : precondition_kernel<UpTo256>;
+      return plan.threads == UpTo128<kWhitens>::kThreads ? precondition_kernel<UpTo128<kWhitens>>
+                                                         : precondition_kernel<UpTo256<kWhitens>>;
     };
     const auto block = [] { return dim3(static_cast<unsigned>(plan.threads)); };
     const auto shared_bytes = [] { return static_cast<size_t>(plan.params.shared_bytes); };
@@ -268,7 +350,7 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
         !clusters_fit(kernel(), block(), shared_bytes(), plan.params.cluster)) {
       CudaDevice without_clusters = device;
       without_clusters.compute_capability = std::min(device.compute_capability, 89);
-      status = plan_launch(layers + first, length, options, without_clusters, workspace, tuning, plan);
+      status = plan_launch(layers + first, length, options, without_clusters, workspace, tuning, plan, here);
     }
     if (status == Status::kOk && plan.ctas > 0) {
       status = launch(kernel(), dim3(static_cast<unsigned>(plan.ctas)), block(), shared_bytes(), stream, plan.params,
@@ -277,6 +359,35 @@ Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const P
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
+}
+
+}  // namespace
+
+Status precondition_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                         const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+  if (!is_valid(layers, count, options, tuning)) return Status::kInvalidArgument;
+  if (!options.triangular) {
+    return launch_layers<false>(layers, count, options, device, workspace, stream, tuning, {});
+  }
+  WhiteningCall call;
+  call.mode = options.stages == kStageFactor ? Mode::kFactors : Mode::kMultiplies;
+  return launch_layers<true>(layers, count, options, device, workspace, stream, as_queue(tuning), call);
+}
+
+Status whiten_cuda(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                   const PreconditionOptions& options, const WhiteningOptions& whitening, const CudaDevice& device,
+                   void* workspace, void* stream, const CudaTuning& tuning) {
+  const WhiteningCall call = call_of(whitened, count, options, whitening, nullptr);
+  if (!is_valid(layers, count, options, as_queue(tuning), call)) return Status::kInvalidArgument;
+  return launch_layers<true>(layers, count, options, device, workspace, stream, as_queue(tuning), call);
+}
+
+Status unwhiten_cuda(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                     const PreconditionOptions& options, const WhiteningOptions& whitening, float* squares,
+                     const CudaDevice& device, void* workspace, void* stream, const CudaTuning& tuning) {
+  const WhiteningCall call = call_of(whitened, count, options, whitening, squares);
+  if (squares == nullptr || !is_valid(layers, count, options, as_queue(tuning), call)) return Status::kInvalidArgument;
+  return launch_layers<true>(layers, count, options, device, workspace, stream, as_queue(tuning), call);
 }
 
 }  // namespace consistency_ops

@@ -11,6 +11,7 @@
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
+#include "consistency_ops/whitening_cuda.h"
 #include "cuda/precondition/counter_slots.h"
 #include "cuda/precondition/heuristics.h"
 #include "simt/runtime.h"
@@ -68,6 +69,8 @@ API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "PreconditionOptions") == 0) return sizeof(PreconditionOptions);
   if (std::strcmp(name, "CudaDevice") == 0) return sizeof(CudaDevice);
   if (std::strcmp(name, "CudaTuning") == 0) return sizeof(CudaTuning);
+  if (std::strcmp(name, "WhitenedLayer") == 0) return sizeof(WhitenedLayer);
+  if (std::strcmp(name, "WhiteningOptions") == 0) return sizeof(WhiteningOptions);
   if (std::strcmp(name, "LayerWork") == 0) return sizeof(LayerWork);
   if (std::strcmp(name, "RowMatrix") == 0) return sizeof(RowMatrix);
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
@@ -114,6 +117,23 @@ API const char* simt_precondition(const PreconditionLayer* layers, int64_t count
 API int64_t simt_precondition_workspace(const PreconditionLayer* layers, int64_t count,
                                         const PreconditionOptions* options, const CudaTuning* tuning) {
   return precondition_workspace_cuda(layers, count, *options, *tuning);
+}
+
+// squares: null for the launch before the optimizer's step.
+API const char* simt_whiten(const PreconditionLayer* layers, const WhitenedLayer* whitened, int64_t count,
+                            const PreconditionOptions* options, const WhiteningOptions* whitening, float* squares,
+                            const CudaDevice* device, void* workspace, const CudaTuning* tuning) {
+  return guarded([&] {
+    if (squares == nullptr) {
+      return whiten_cuda(layers, whitened, count, *options, *whitening, *device, workspace, nullptr, *tuning);
+    }
+    return unwhiten_cuda(layers, whitened, count, *options, *whitening, squares, *device, workspace, nullptr, *tuning);
+  });
+}
+
+API int64_t simt_whitening_workspace(const PreconditionLayer* layers, int64_t count, const PreconditionOptions* options,
+                                     const WhiteningOptions* whitening, bool unwhitens, const CudaTuning* tuning) {
+  return whitening_workspace_cuda(layers, count, *options, *whitening, unwhitens, *tuning);
 }
 
 API void simt_counter_slots() { slots = std::make_unique<CounterSlots>(); }

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import precondition_cases as cases
 import simt_library as simt
+import whitening_cases
 
 SCHEDULES = (dict(order=1, resident=2), dict(order=2, resident=1), dict(resident=0), dict(resident=3))
 
 
-def check_schedules(library: simt.Library, case: cases.Case, seeds: int) -> None:
+def check_schedules(library: simt.Library, case: cases.Case | whitening_cases.WhiteningCase, seeds: int) -> None:
     """Ascending, descending and random orders, one to all CTAs in flight: always right, always the same bytes."""
+    of = whitening_cases if isinstance(case, whitening_cases.WhiteningCase) else cases
     first = None
     for seed in range(seeds):
         library.schedule(seed=seed, device=case.device, **SCHEDULES[seed % len(SCHEDULES)])
-        result = cases.written(cases.check(library, case))
+        result = of.written(of.check(library, case))
         first = first or result
         assert result == first, f"the result depends on the schedule: {case}"
 
@@ -27,5 +29,7 @@ def check_schedules(library: simt.Library, case: cases.Case, seeds: int) -> None
 if __name__ == "__main__":
     library = simt.Library(Path(sys.argv[1]))
     for name in sys.argv[3:] or cases.SMALL:
-        check_schedules(library, cases.named(name), int(sys.argv[2]))
+        whitens = name.startswith(whitening_cases.PREFIX)
+        case = whitening_cases.named(name.removeprefix(whitening_cases.PREFIX)) if whitens else cases.named(name)
+        check_schedules(library, case, int(sys.argv[2]))
         print(name, flush=True)

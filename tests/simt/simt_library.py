@@ -287,7 +287,22 @@ class Options(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64),
         ("stages", ctypes.c_int32),
+        ("triangular", ctypes.c_bool),
     )
+
+
+class Whitened(ctypes.Structure):
+    """WhitenedLayer."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("average", "average_weight", "has_gradient", "before", "bias_before")),
+        ("moves", ctypes.c_bool),
+        ("first", ctypes.c_bool),
+    )
+
+
+class WhiteningOptions(ctypes.Structure):
+    _fields_ = (("decay", ctypes.c_double), ("keep_norm", ctypes.c_bool), ("finish", ctypes.c_bool))
 
 
 class Device(ctypes.Structure):
@@ -330,6 +345,8 @@ class LayerWork(ctypes.Structure):
         ("waits_for_trace", ctypes.c_bool),
         ("packs_x", ctypes.c_bool),
         ("permutes_g", ctypes.c_bool),
+        ("unwhitens", ctypes.c_bool),
+        ("finish_rows", ctypes.c_int64),
     )
 
 
@@ -338,7 +355,7 @@ class LaunchShape(ctypes.Structure):
 
 
 class LayerTasks(ctypes.Structure):
-    _fields_ = tuple((f"{kind}_tasks", ctypes.c_int16) for kind in ("gram", "apply", "pack", "permute"))
+    _fields_ = tuple((f"{kind}_tasks", ctypes.c_int16) for kind in ("gram", "apply", "pack", "permute", "finish"))
 
 
 class CtaShape(ctypes.Structure):
@@ -426,12 +443,13 @@ class Library:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         launchers = ("precondition", "modulus", "modulus_backward", "batch_rms_norm_denominator", "channel_divide")
-        launchers += ("capture_rows", "capture_mark")
+        launchers += ("capture_rows", "capture_mark", "whiten")
         for name in ("selftest", *(f"simt_{launcher}" for launcher in launchers)):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
         self._library.simt_size_of.restype = ctypes.c_int64
         self._library.simt_precondition_workspace.restype = ctypes.c_int64
+        self._library.simt_whitening_workspace.restype = ctypes.c_int64
         self._library.simt_choose_cta.restype = CtaShape
         self._library.simt_choose_rung.restype = LaunchShape
         self._library.simt_tasks_of_layer.restype = LayerTasks
@@ -445,6 +463,8 @@ class Library:
             b"PreconditionOptions": Options,
             b"CudaDevice": Device,
             b"CudaTuning": Tuning,
+            b"WhitenedLayer": Whitened,
+            b"WhiteningOptions": WhiteningOptions,
             b"LayerWork": LayerWork,
             b"RowMatrix": RowMatrix,
             b"ModulusParams": Modulus,
@@ -513,6 +533,31 @@ class Library:
         self._call(
             "simt_precondition", array, count, ctypes.byref(options), ctypes.byref(on), address, ctypes.byref(how)
         )
+
+    def whiten(
+        self,
+        layers: list[Layer],
+        whitened: list[Whitened],
+        options: Options,
+        whitening: WhiteningOptions,
+        squares: np.ndarray | None,
+        device: str,
+        workspace: np.ndarray,
+        tuning: Tuning,
+    ) -> None:
+        """whiten_cuda, or with ``squares`` unwhiten_cuda."""
+        arrays = (Layer * len(layers))(*layers), (Whitened * len(layers))(*whitened), ctypes.c_int64(len(layers))
+        addresses = [ctypes.c_void_p(None if a is None or not len(a) else a.ctypes.data) for a in (squares, workspace)]
+        on = Device(SHARED_BYTES[device], int(device[3:]))
+        how = ctypes.byref(options), ctypes.byref(whitening)
+        self._call("simt_whiten", *arrays, *how, addresses[0], ctypes.byref(on), addresses[1], ctypes.byref(tuning))
+
+    def whitening_workspace_bytes(
+        self, layers: list[Layer], options: Options, whitening: WhiteningOptions, unwhitens: bool, tuning: Tuning
+    ) -> int:
+        array, count = (Layer * len(layers))(*layers), ctypes.c_int64(len(layers))
+        how = ctypes.byref(options), ctypes.byref(whitening), ctypes.c_bool(unwhitens), ctypes.byref(tuning)
+        return self._library.simt_whitening_workspace(array, count, *how)
 
     def modulus(self, x: int, y: int, signs: int | None, rows: int, row_length: int, dtype: int) -> None:
         """Run modulus on addresses, so that arrays may begin anywhere."""

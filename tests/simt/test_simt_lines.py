@@ -6,6 +6,7 @@ import sys
 import precondition_cases as cases
 import pytest
 import simt_library as simt
+import whitening_cases
 
 from support import processes
 
@@ -29,6 +30,7 @@ FILES = (
     "precondition.cu",
     "scheduler.cuh",
     "tile_product.cuh",
+    "whitening.cuh",
 )
 RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
 RUNGS += ["same input@queue"]
@@ -42,6 +44,7 @@ def test_every_line_runs(tmp_path):
     library = simt.build("lines")
     large = ("96", "128 bfloat16", "256", "160 of 16 bits", "160, one pass of TF32", "160, overflow of float16")
     large += ("not aligned", "128, X of 16 bits", "mixed types@sm_80", "96@sm_80", "128 bfloat16@sm_80")
+    large += tuple(whitening_cases.PREFIX + name for name in (*whitening_cases.SMALL, "160", "160 of 16 bits"))
     command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
     done = processes.run(command, env=environment, capture_output=True, text=True, timeout=processes.LONG)

@@ -30,6 +30,13 @@ CASES += ("96", "128", "128@one_cta", "128, X of 16 bits", "160", "160 of 16 bit
 CASES += tuple(f"permuted, {name}@packed" for name in ("blocks", "aligned, bias", "not aligned", "four layers"))
 CASES += ("mixed types@sm_80", "not aligned@sm_80", "96@sm_80", "128 bfloat16@sm_80")
 CASES += ("same input@queue", "same input, bias, trace@queue", "permuted, same input@packed")
+CASES += tuple(f"whitened, {name}" for name in ("several layers", "no average", "no average, no trace", "bias"))
+CASES += tuple(f"whitened, {name}" for name in ("taps", "bfloat16", "rows", "no rows yet", "NaN in X", "NaN in G"))
+CASES += tuple(f"whitened, {name}" for name in ("damping raised", "damping raised, one chunk", "a chunk given up"))
+CASES += tuple(f"whitened, {name}" for name in ("no gradient", "norm free", "not finished", "permuted", "160"))
+CASES += ("whitened, not finished, norm free", "whitened, a gradient of the bias alone")
+CASES += ("whitened, 160, a chunk given up",)
+CASES += ("whitened, float16@sm_80", "whitened, bias@sm_80", "whitened, not aligned")
 FILES = (
     "gram.cuh",
     "factor.cuh",
@@ -40,6 +47,7 @@ FILES = (
     "chunk_io.cuh",
     "permute.cuh",
     "scheduler.cuh",
+    "whitening.cuh",
     "precondition.cu",
 )
 
@@ -146,7 +154,7 @@ PLANTED = [
     plant("plane_product.cuh", "(b == 0 ? 0 : above_16)", "0"),
     plant("apply.cuh", "multiply_by_planes<3, 3>", "multiply_by_planes<2, 2>"),
     plant("plane_product.cuh", "adds || q + 1 < kLevels);", "adds);"),
-    plant("plane_product.cuh", "if (n >= k) {", "if (true) {"),
+    plant("plane_product.cuh", "if (reads_below(triangle, k, n)) {", "if (true) {"),
     plant("plane_product.cuh", "s * 16, !kApart);", "0, !kApart);"),
     plant("plane_product.cuh", "+ n) * kPlaneTile + s * 16 * kTile", "+ n) * kPlaneTile + s * 16"),
     plant("plane_product.cuh", "add_now(total[i], term[i]);", "total[i] = term[i];"),
@@ -157,7 +165,7 @@ PLANTED = [
         "kApart && n < 1; ++n) add(sum[n], term[n]);",
     ),
     plant("chunk.cuh", "i < 4; ++i) add_now(sum[i], term[i]);", "i < 3; ++i) add_now(sum[i], term[i]);"),
-    plant("apply.cuh", "const bool below = column >= k / 2;", "const bool below = true;"),
+    plant("apply.cuh", "const bool below = reads_below(triangle, k / 2, column);", "const bool below = true;"),
     plant("apply.cuh", ">> 4 * quad & 15u) == 15u", ">> 4 * quad & 1u) == 1u"),
     plant("gradient_rows.cuh", "if (unit == kNoUnit) return;", ""),
     plant("gradient_rows.cuh", "layer.g_unit_stride == 1 && bits % 4 == 0 ? 1 : 0", "layer.g_unit_stride == 1 ? 1 : 0"),
@@ -194,6 +202,53 @@ PLANTED = [
     plant("scheduler.cuh", "all_outputs += params.layers[", "all_outputs = params.layers["),
     plant("precondition.cu", "for (int m = 0; m < task.members; ++m) {", "for (int m = 0; m < 1; ++m) {"),
     plant("precondition.cu", "if (threadIdx.x == 0) *status() = chunk.scratch.failed_minor;", ""),
+    plant(
+        "gradient_rows.cuh",
+        "return triangle == Triangle::kLower ? n > k :",
+        "return triangle == Triangle::kLower ? n < k :",
+    ),
+    plant("gradient_rows.cuh", "Triangle::kUpper && n < k;", "Triangle::kUpper && n < k - 1;"),
+    plant("gradient_rows.cuh", "n >= k : triangle == Triangle::kUpper;", "n >= k : triangle == Triangle::kLower;"),
+    plant(
+        "gradient_rows.cuh",
+        "written ? value_of(from_float<Raw>(kType, value)) : from;",
+        "value_of(from_float<Raw>(kType, value));",
+    ),
+    plant("gradient_rows.cuh", "return chunk.task.adds ? old + to : to;", "return to;"),
+    plant("gradient_rows.cuh", "single == kBiasUnit && written", "single == kBiasUnit"),
+    plant("apply.cuh", "add_square(squares[0], displacement(layer, chunk, at));", ""),
+    plant("apply.cuh", "if (chunk.task.adds) value +=", "if (false) value +="),
+    plant("apply.cuh", "chunk.scratch.warp_sum[2 * warp + side] +=", "chunk.scratch.warp_sum[2 * warp + side] ="),
+    plant("apply.cuh", "!rows.unwhitens() || chunk.scratch.failed_minor == 0", "true"),
+    plant("chunk_io.cuh", "!(lower && row < column)", "true"),
+    plant("factor.cuh", "!kTriangular && begin", "begin"),
+    plant(
+        "scheduler.cuh",
+        "task.of_layer.permute_tasks + task.of_layer.finish_tasks > 0",
+        "task.of_layer.permute_tasks > 0",
+    ),
+    plant("scheduler.cuh", "params.whitening.finish && !params.whitening.keep_norm", "!params.whitening.keep_norm"),
+    plant(
+        "scheduler.cuh",
+        "(options.stages & kStageCovariance) && params.whitening.mode != Mode::kWhitens;",
+        "(options.stages & kStageCovariance);",
+    ),
+    plant("whitening.cuh", "if (!is_finite(value)) flags |= kNotFinite;", ""),
+    plant("whitening.cuh", "!kOwn || chunk.scratch.has_bias != 0", "!kOwn"),
+    plant("whitening.cuh", "average != nullptr && chunk.task.part == 0", "average != nullptr"),
+    plant("whitening.cuh", "rows.count == chunk.task.division.units;", "true;"),
+    plant("whitening.cuh", "enters = enters && chunk.scratch.warp_count[w] == 0;", ""),
+    plant("whitening.cuh", "if (chunk.scratch.failed_tries > 0) {", "if (false) {"),
+    plant("whitening.cuh", "fma(mean, rows.sum, kept * diagonal)", "mean * rows.sum"),
+    plant("whitening.cuh", "*static_cast<float*>(params.whitening.of_layer[l]) = *new_weight(params, l);", ""),
+    plant("whitening.cuh", "if (!has_moved(params, task)) return;", ""),
+    plant("whitening.cuh", "is_finite(ratio) ? ratio : 1.0f", "1.0f"),
+    plant(
+        "whitening.cuh", "if (!whitening.keep_norm || !whitening.finish) return;", "if (!whitening.keep_norm) return;"
+    ),
+    plant("precondition.cu", "if (scale < 0.0f) {", "if (false) {"),
+    plant("precondition.cu", "if (!has_moved(params, chunk.task)) return;", ""),
+    plant("plan.cpp", "static_cast<int32_t>(of.has_gradient - call.has_gradient)", "static_cast<int32_t>(r)"),
     plant(
         "ptx_host.h", "__atomic_fetch_add(counter, value, __ATOMIC_RELEASE)", "__atomic_fetch_add(counter, value, 0)"
     ),

@@ -159,15 +159,19 @@ def test_one_tf32_pass_is_less_accurate_and_only_that(simt):
 
 
 @pytest.mark.parametrize("scaling", ["absolute", "trace"])
-def test_whole_training_steps(scaling):
+@pytest.mark.parametrize("mode", ["correct", "whiten", "whiten, coupled decay"])
+def test_whole_training_steps(scaling, mode):
     """Capture, mark, covariance, inverse and correction of a network as the preconditioner calls them."""
 
     def train(kind):
         torch.manual_seed(3)
         layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(36, 5)]
         model = torch.nn.Sequential(*layers)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        pre = co.Preconditioner(model, optimizer, chunk=16, max_rows=50, damping=0.1, scaling=scaling, every=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1 if "decay" in mode else 0.0)
+        if mode == "whiten":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        options = dict(mode=mode.partition(",")[0], scaling=scaling, every=2)
+        pre = co.Preconditioner(model, optimizer, chunk=16, max_rows=50, damping=0.1, **options)
         with behind_the_operators(kind):
             for _ in range(3):
                 for _ in range(2):

@@ -20,8 +20,8 @@ namespace consistency_ops {
 // sum <- 16 rows of G times 128 columns of A^-1, of chunks above 128 units, by the float32 tiles.  kProducts: 3 for
 // float32; 2 where G has 16 bits, which TF32 holds; 1 rounds both.  sum[m][n][i]: position 128 half + 16 m + 8 n + 2 t
 // + i % 2.
-template <int kProducts, int kWarps, DType kType>
-CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk,
+template <int kProducts, int kWarps, DType kType, bool kWhitens>
+CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kType, kWhitens>& rows, const Chunk& chunk,
                               int half) {
   const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
   const auto split = [](float value, float& high, float& low) {
@@ -31,7 +31,8 @@ CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kTyp
   };
   CO_NO_UNROLL
   for (int k = 0; k < 2 * chunk.side(); ++k) {  // 16 units
-    FourUnits<RawOf<kType>> now[2];             // not ahead: its registers are taken, and 16 warps wait in turn
+    const Triangle triangle = triangle_of<kWhitens>(chunk.task.mode);
+    FourUnits<RawOf<kType>> now[2];  // not ahead: its registers are taken, and 16 warps wait in turn
     rows.load(k * 16 + 4 * t, now);
     CO_UNROLL
     for (int s = 0; s < 2; ++s) {  // two of every lane's four
@@ -45,9 +46,9 @@ CO_DEVICE void multiply_tiles(float (&sum)[8][2][4], const LaneRows<kWarps, kTyp
       CO_UNROLL
       for (int n = 0; n < kWarpColumns / kTile; ++n) {
         const int column = half * (kWarpColumns / kTile) + n;
-        if (column >= chunk.side()) continue;
+        if (column >= chunk.side() || is_zero(triangle, k / 2, column)) continue;
         const int unit = k % 2 * 16 + 4 * t + s * 2;
-        const bool below = column >= k / 2;  // on or below the diagonal: rows of the tile are columns of the product
+        const bool below = reads_below(triangle, k / 2, column);
         const float* tile = lower_tile(chunk.tiles, below ? column : k / 2, below ? k / 2 : column);
         const int by_unit = below ? 1 : kTilePitch, by_column = below ? kTilePitch : 1;
         tile += unit * by_unit + g * by_column;
@@ -76,29 +77,45 @@ CO_DEVICE float written_below(DType dtype) {
 
 // The bias gradient of a chunk that has its unit: every row of G has a copy of its output's, corrected like the row,
 // and their mean goes back.  One thread adds the copies of an output with several taps, in the order of the rows.
+template <bool kWhitens>
 struct BiasCopies {
+  CO_DEVICE static bool unwhitens(const Chunk& chunk) { return kWhitens && chunk.task.mode == Mode::kUnwhitens; }
+  CO_DEVICE static float displacement(const PreconditionLayer& layer, const Chunk& chunk, int64_t at) {
+    const float now = load_element(layer.bias_dtype, layer.bias_grad, at);
+    return round_to(layer.bias_dtype, now - load_element(layer.bias_dtype, chunk.scratch.part.bias_before, at));
+  }
   CO_DEVICE static void load(const PreconditionLayer& layer, const Chunk& chunk, int first) {
     const GradientPart& part = chunk.scratch.part;
     if (const int place = fresh_thread(); place < kRoundRows && first + place < part.end) {
+      const int64_t at = (first + place) / part.taps * layer.bias_stride;
       chunk.scratch.bias_copies()[place] =
-          load_element(layer.bias_dtype, layer.bias_grad, (first + place) / part.taps * layer.bias_stride);
+          unwhitens(chunk) ? displacement(layer, chunk, at) : load_element(layer.bias_dtype, layer.bias_grad, at);
     }
   }
-  CO_DEVICE static void store(const PreconditionLayer& layer, const Chunk& chunk, int first) {
+  CO_DEVICE static void write(const PreconditionLayer& layer, const Chunk& chunk, int output, float value,
+                              float (&squares)[2]) {
+    const int64_t at = output * layer.bias_stride;
+    if (unwhitens(chunk)) {
+      value = round_to(layer.bias_dtype, value);
+      add_square(squares[0], displacement(layer, chunk, at));
+      add_square(squares[1], value);
+      if (chunk.task.adds) value += load_element(layer.bias_dtype, chunk.scratch.part.bias_before, at);
+    }
+    store_element(layer.bias_dtype, layer.bias_grad, at, value);
+  }
+  CO_DEVICE static void store(const PreconditionLayer& layer, const Chunk& chunk, int first, float (&squares)[2]) {
     const int thread = fresh_thread(), taps = chunk.scratch.part.taps;
     const int count = min(kRoundRows, chunk.scratch.part.end - first);
     if (taps == 1) {
       if (thread >= count) return;
-      store_element(layer.bias_dtype, layer.bias_grad, (first + thread) * layer.bias_stride,
-                    chunk.scratch.bias_copies()[thread]);
+      write(layer, chunk, first + thread, chunk.scratch.bias_copies()[thread], squares);
     } else if (thread == 0) {
       float sum = chunk.scratch.bias_sum;  // of an output that began in the last round
       int tap = first % taps;
       for (int place = 0; place < count; ++place) {
         sum = (tap == 0 ? 0.0f : sum) + chunk.scratch.bias_copies()[place];
         if (++tap < taps) continue;
-        store_element(layer.bias_dtype, layer.bias_grad, (first + place) / taps * layer.bias_stride,
-                      sum / static_cast<float>(taps));
+        write(layer, chunk, (first + place) / taps, sum / static_cast<float>(taps), squares);
         tap = 0;
       }
       chunk.scratch.bias_sum = sum;
@@ -114,8 +131,9 @@ CO_DEVICE void join_written(bool (&written)[2]) {
 }
 
 // The sums of a warp with 16 rows.
-template <int kWarps, DType kType>
-CO_DEVICE void multiply_rows(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk, int half) {
+template <int kWarps, DType kType, bool kWhitens>
+CO_DEVICE void multiply_rows(float (&sum)[8][2][4], const LaneRows<kWarps, kType, kWhitens>& rows, const Chunk& chunk,
+                             int half) {
   if constexpr (kWarps > 8) {
     if (chunk.task.tf32) {
       multiply_tiles<1>(sum, rows, chunk, half);
@@ -140,8 +158,20 @@ CO_DEVICE bool is_busy(const Chunk& chunk, int first) {
   return first + fresh_thread() / 32 / together * (kWarps == 8 ? together : 1) * kWarpRows < chunk.scratch.part.end;
 }
 
+// All threads, after a part of the outputs: its squares to those of its warp.
+CO_DEVICE void add_squares(const Chunk& chunk, float (&squares)[2]) {
+  const int lane = fresh_thread() % 32, warp = fresh_thread() / 32;
+  CO_UNROLL
+  for (int side = 0; side < 2; ++side) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      squares[side] += __shfl_xor_sync(0xffffffffu, squares[side], lanes);
+    }
+    if (lane == 0) chunk.scratch.warp_sum[2 * warp + side] += squares[side];
+  }
+}
+
 // All threads, between barriers; after begin_member, and up to 128 units after make_planes.
-template <int kWarps, DType kType>
+template <int kWarps, DType kType, bool kWhitens>
 CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk) {
   constexpr bool kByPlanes = kWarps == 8;
   constexpr int kHalves = kWarps / 8;  // warps that share their rows
@@ -150,14 +180,15 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk) {
     if (kHalves > 1 || chunk.scratch.has_bias != 0) {
       __syncthreads();  // the flags and copies of the last rows have been read
       if (const int thread = fresh_thread(); thread < kRoundRows) chunk.scratch.not_finite[thread] = 0;
-      if (chunk.scratch.has_bias != 0) BiasCopies::load(layer, chunk, first);
+      if (chunk.scratch.has_bias != 0) BiasCopies<kWhitens>::load(layer, chunk, first);
       __syncthreads();
     }
-    const LaneRows<kWarps, kType> rows(layer, chunk, first);
+    const LaneRows<kWarps, kType, kWhitens> rows(layer, chunk, first);
     float sum[8][2][4] = {};
-    if (is_busy<kWarps>(chunk, first)) multiply_rows(sum, rows, chunk, fresh_thread() / 32 % kHalves);
+    const bool multiplies = !rows.unwhitens() || chunk.scratch.failed_minor == 0;
+    if (multiplies && is_busy<kWarps>(chunk, first)) multiply_rows(sum, rows, chunk, fresh_thread() / 32 % kHalves);
     const float limit = written_below(kType);
-    bool written[2] = {true, true};
+    bool written[2] = {multiplies, multiplies};
     CO_UNROLL
     for (int m = 0; m < 8; ++m) {
       CO_UNROLL
@@ -174,31 +205,41 @@ CO_DEVICE void apply(const PreconditionLayer& layer, const Chunk& chunk) {
       CO_UNROLL
       for (int r = 0; r < 2; ++r) written[r] = chunk.scratch.not_finite[place_of_lane<kWarps>() + 8 * r] == 0;
     }
+    float squares[2] = {};
     CO_UNROLL
     for (int r = 0; r < 2; ++r) {
-      if (r >= rows.inside || !written[r]) continue;
+      if (r >= rows.inside || !(written[r] || rows.unwhitens())) continue;
       const int t = fresh_thread() % 4;
       CO_UNROLL
       for (int m = 0; m < 8; ++m) {
         if constexpr (kByPlanes) {
           if (m * 16 >= chunk.padded()) continue;
           const float value[4] = {sum[m][0][2 * r], sum[m][0][2 * r + 1], sum[m][1][2 * r], sum[m][1][2 * r + 1]};
-          rows.store(r, m * 16 + 4 * t, value);
+          if (rows.unwhitens()) {
+            rows.move(r, m * 16 + 4 * t, value, written[r], squares);
+          } else {
+            rows.store(r, m * 16 + 4 * t, value);
+          }
         } else {
           CO_UNROLL
           for (int n = 0; n < 2; ++n) {
             const int position = fresh_thread() / 32 % kHalves * kWarpColumns + m * 16 + n * 8 + 2 * t;
             if (position >= chunk.padded()) continue;
             const float value[2] = {sum[m][n][2 * r], sum[m][n][2 * r + 1]};
-            rows.store(r, position, value);
+            if (rows.unwhitens()) {
+              rows.move(r, position, value, written[r], squares);
+            } else {
+              rows.store(r, position, value);
+            }
           }
         }
       }
     }
     if (chunk.scratch.has_bias != 0) {
       __syncthreads();  // the copies are complete
-      BiasCopies::store(layer, chunk, first);
+      BiasCopies<kWhitens>::store(layer, chunk, first, squares);
     }
+    if (rows.unwhitens()) add_squares(chunk, squares);
   }
 }
 

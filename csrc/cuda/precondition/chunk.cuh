@@ -26,6 +26,8 @@ struct Task {
   uint32_t awaited;               // the value of awaited_counter that the task waits for; 0: it waits for nobody
   uint32_t* awaited_counter;
   uint32_t* done_counter;  // counts the CTAs whose results others wait for; may be null
+  Mode mode;               // of the launch
+  bool adds;               // displacements that are mapped back are added at once
   bool tf32;               // CudaTuning
   bool warpgroups;         // PreconditionParams
   bool empty;              // no row was seen, or there is nothing to correct: everything stays as it is
@@ -52,6 +54,7 @@ struct InputRows {
 struct Records {
   float* gram;     // of the layer: [chunks, gram_tasks, record]
   float* inverse;  // of the chunk: a record, then failed_minor
+  void* status;    // of the layer: GramStatus of every gram task, or SquareSums of every apply task
   int32_t floats;  // of a record
 };
 
@@ -61,6 +64,8 @@ struct GradientPart {
   int32_t first, end;  // rows
   int32_t taps;        // of an output
   int32_t aligned;     // 1: four units that are neighbours can be loaded at once
+  int64_t to_before;   // bytes from an element of a weight to what it was before the step
+  const void* bias_before;
 };
 
 // What the threads of a CTA tell each other while they work.
@@ -76,10 +81,11 @@ struct Scratch {
   int32_t not_finite[kRoundRows];  // 1: the result of this row of G must not be written
   float bias_sum;
   GradientPart part;
-  int32_t has_bias;  // 1: one of the units is the bias
-  int32_t ragged;    // 1: there is a run of kSingles
-  int32_t waits;     // 1: the inverse was not there yet
-  float warp_sum[32];
+  int32_t has_bias;    // 1: one of the units is the bias
+  int32_t ragged;      // 1: there is a run of kSingles
+  int32_t waits;       // 1: the inverse was not there yet; at the end, whether this CTA is the last one
+  int32_t gradient;    // GradientFlags that the CTA has found
+  float warp_sum[32];  // where displacements are mapped back: the two squares of every warp
   int32_t warp_count[32];
   int32_t bias_position, last_unit;    // permute.cuh
   int32_t failed_minor, failed_tries;  // info of the last try, and the tries before it

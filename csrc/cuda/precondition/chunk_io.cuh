@@ -32,10 +32,10 @@ CO_DEVICE void for_each_element(const Chunk& chunk, int threads, F&& f) {
   }
 }
 
-// tiles * scale -> [chunk, chunk] row-major, both triangles; zeros past the chunk's own units, and everywhere if scale
-// is 0.  The CTAs of a cluster hold the same tiles and write a part each.
+// tiles * scale -> [chunk, chunk] row-major, both triangles, or zeros in the upper one if it is `lower`; zeros past the
+// chunk's own units, and everywhere if scale is 0.  The CTAs of a cluster hold the same tiles and write a part each.
 CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chunk, float* matrices, float scale,
-                            int threads) {
+                            int threads, bool lower = false) {
   CO_NO_UNROLL
   for (int e = chunk.task.rank * threads + fresh_thread(); e < options.chunk * options.chunk;
        e += chunk.task.cluster * threads) {
@@ -43,7 +43,7 @@ CO_DEVICE void store_matrix(const PreconditionOptions& options, const Chunk& chu
     const int i = max(row, column), j = min(row, column);
     const float value = lower_tile(chunk.tiles, min(i, chunk.padded() - 1) / kTile,
                                    min(j, chunk.padded() - 1) / kTile)[i % kTile * kTilePitch + j % kTile];
-    const bool inside = i < chunk.size() && scale != 0.0f;
+    const bool inside = i < chunk.size() && scale != 0.0f && !(lower && row < column);
     matrices[covariance_offset(options, chunk.task.chunk, row, column)] = inside ? value * scale : 0.0f;
   }
 }
@@ -79,11 +79,17 @@ CO_DEVICE void load_tiles(const Chunk& chunk, const float* records, int count, i
   __syncthreads();
 }
 
-// tau of the layer (damping.h), whose covariance is `multiplier` times what is stored: in this chunk's own tiles where
-// that is the whole layer, else in the partial covariances in the workspace, else in `covariance`.  The order of the
-// sum depends only on the shape of the layer and on its number of gram tasks.
-CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
-                                  float multiplier, int threads) {
+// The finite elements of a diagonal.
+struct DiagonalSum {
+  float sum;
+  int32_t count;
+};
+
+// Of the covariance of the layer as it is stored: in this chunk's own tiles where that is the whole layer, else in the
+// partial covariances in the workspace, else in `covariance`.  The order of the sum depends only on the shape of the
+// layer and on its number of gram tasks.
+CO_DEVICE DiagonalSum layer_diagonal(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
+                                     int threads) {
   const int thread = fresh_thread(), lane = thread % 32, warp = thread / 32;
   const Division& division = chunk.task.division;
   const int gram_tasks = chunk.task.of_layer.gram_tasks;
@@ -129,7 +135,14 @@ CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chun
     sum += chunk.scratch.warp_sum[w];
     count += chunk.scratch.warp_count[w];
   }
-  return trace_scale(sum, count, multiplier);
+  return {sum, count};
+}
+
+// tau of the layer (damping.h), whose covariance is `multiplier` times what is stored.
+CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chunk& chunk, const float* covariance,
+                                  float multiplier, int threads) {
+  const DiagonalSum diagonal = layer_diagonal(options, chunk, covariance, threads);
+  return trace_scale(diagonal.sum, diagonal.count, multiplier);
 }
 
 // tiles <- tiles * scale + damping I, and the identity past the chunk's own units.

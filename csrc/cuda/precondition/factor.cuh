@@ -144,8 +144,9 @@ CO_DEVICE void store_symmetric_tile(TileProduct<kTile>& product, float* tile) {
   });
 }
 
-// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete and symmetric.
-template <int kWarps>
+// All threads.  tiles: L -> A^-1, whose diagonal tiles are complete and symmetric; with kTriangular -> L^-1, whose
+// diagonal tiles have zeros above the diagonal.
+template <int kWarps, bool kTriangular = false>
 CO_DEVICE void invert(const Chunk& chunk) {
   constexpr int kParts = kWarps == 4 || kWarps == 8 ? 2 : 1,
                 kColumns = kTile / kParts;  // warps that share a tile of the ladder
@@ -191,7 +192,7 @@ CO_DEVICE void invert(const Chunk& chunk) {
   __syncthreads();
   // A^-1[i][j] = sum_m W[m][i]^T W[m][j], a warp a tile, as many rows at once as there are warps for.
   CO_NO_UNROLL
-  for (int begin = 0, last; begin < chunk.side(); begin = last) {
+  for (int begin = 0, last; !kTriangular && begin < chunk.side(); begin = last) {
     int tiles = 0;
     for (last = begin; last < chunk.side() && tiles + last + 1 <= kWarps; ++last) tiles += last + 1;
     int i = begin, j = warp;

@@ -18,7 +18,8 @@ using RawOf = std::conditional_t<kType == DType::kFloat32, uint32_t, uint16_t>;
 
 // Run by one thread, between barriers: what all threads must know of the G that they correct next.  It stays in shared
 // memory, because registers that live through a product would be spilled.
-CO_DEVICE void begin_member(const PreconditionLayer* members, const Chunk& chunk, int member) {
+template <bool kWhitens>
+CO_DEVICE void begin_member(const PreconditionLayer* members, const Chunk& chunk, int member, const void* bias_before) {
   GradientPart& part = chunk.scratch.part;
   part.member = member;
   const PreconditionLayer& layer = members[member];
@@ -31,6 +32,11 @@ CO_DEVICE void begin_member(const PreconditionLayer* members, const Chunk& chunk
   CO_UNROLL
   for (int i = 0; i < kMaxTapDims; ++i) {
     if (layer.g_tap_size[i] > 1) bits |= static_cast<uintptr_t>(layer.g_tap_stride[i]);
+  }
+  if (kWhitens && chunk.task.mode == Mode::kUnwhitens) {
+    part.to_before = static_cast<const char*>(layer.x) - static_cast<const char*>(layer.g);
+    part.bias_before = bias_before;
+    bits |= reinterpret_cast<uintptr_t>(layer.x) / static_cast<uintptr_t>(element_size(layer.g_dtype));
   }
   part.aligned = layer.g_unit_stride == 1 && bits % 4 == 0 ? 1 : 0;
 }
@@ -52,8 +58,35 @@ CO_DEVICE int place_of_lane() {
   return fresh_thread() / 32 / (kWarps / 8) * kWarpRows + fresh_thread() % 32 / 4;
 }
 
+// The matrix M that rows of G are multiplied by, of which the lower tiles lie in shared memory.
+enum class Triangle : int {
+  kSymmetric = 0,  // the whole matrix
+  kLower = 1,      // M is lower triangular: D L^-1
+  kUpper = 2,      // M is the transpose of what lies there: G L^-T
+};
+template <bool kWhitens>
+CO_DEVICE Triangle triangle_of(Mode mode) {
+  if (!kWhitens) return Triangle::kSymmetric;
+  return mode == Mode::kWhitens || mode == Mode::kWhitensBy ? Triangle::kUpper : Triangle::kLower;
+}
+// Whether block (k, n) of M is zero, of units k and columns n.
+CO_DEVICE bool is_zero(Triangle triangle, int k, int n) {
+  return triangle == Triangle::kLower ? n > k : triangle == Triangle::kUpper && n < k;
+}
+// Whether tile (k, n) of M is read from tile (n, k), whose rows are then the columns of the product.
+CO_DEVICE bool reads_below(Triangle triangle, int k, int n) {
+  return triangle == Triangle::kSymmetric ? n >= k : triangle == Triangle::kUpper;
+}
+
+CO_DEVICE void add_square(float& sum, float value) {
+  const float scaled = value * kSquareScale;
+  sum = fma(scaled, scaled, sum);
+}
+
 // The two rows, 8 apart, of which a lane holds elements.
-template <int kWarps, DType kType>
+//
+// Where displacements are mapped back (Mode::kUnwhitens) what is loaded is now - before, rounded to the type.
+template <int kWarps, DType kType, bool kWhitens>
 struct LaneRows {
   using Raw = RawOf<kType>;
 
@@ -77,7 +110,15 @@ struct LaneRows {
     if (chunk.scratch.part.aligned != 0 && unit >= 0) {
       CO_UNROLL
       for (int r = 0; r < 2; ++r) {
-        if (r < inside) to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit);
+        if (r >= inside) continue;
+        to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit);
+        if (!unwhitens()) continue;
+        const FourUnits<Raw> now = to[r], old = *reinterpret_cast<const FourUnits<Raw>*>(before(row[r] + unit));
+        to[r] = FourUnits<Raw>{};
+        CO_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          to[r].set(kType, i, now.get(kType, i) - old.get(kType, i), now.get(kType, i + 1) - old.get(kType, i + 1));
+        }
       }
       return;
     }
@@ -90,7 +131,51 @@ struct LaneRows {
         if (single == kBiasUnit) {
           to[r].set(i, from_float<Raw>(kType, chunk.scratch.bias_copies()[place_of_lane<kWarps>() + 8 * r]));
         } else if (r < inside) {
-          to[r].set(i, row[r][single * layer.g_unit_stride]);
+          const Raw* const now = row[r] + single * layer.g_unit_stride;
+          to[r].set(i, unwhitens() ? from_float<Raw>(kType, value_of(*now) - value_of(*before(now))) : *now);
+        }
+      }
+    }
+  }
+  CO_DEVICE bool unwhitens() const { return kWhitens && chunk.task.mode == Mode::kUnwhitens; }
+  CO_DEVICE static float value_of(Raw element) { return to_float<Raw>(kType, element); }
+  CO_DEVICE const Raw* before(const Raw* now) const {
+    return reinterpret_cast<const Raw*>(reinterpret_cast<const char*>(now) + chunk.scratch.part.to_before);
+  }
+  // What becomes of an element whose displacement was mapped to `value`; if it was not, the displacement stays.
+  CO_DEVICE float moved(float now, float old, float value, bool written, float (&squares)[2]) const {
+    const float from = value_of(from_float<Raw>(kType, now - old));
+    const float to = written ? value_of(from_float<Raw>(kType, value)) : from;
+    add_square(squares[0], from);
+    add_square(squares[1], to);
+    return chunk.task.adds ? old + to : to;
+  }
+  // The mapped displacements of `kCount` positions.
+  template <int kCount>
+  CO_DEVICE void move(int r, int position, const float (&value)[kCount], bool written, float (&squares)[2]) const {
+    const int32_t unit = chunk.scratch.run[position >> 2];
+    if (kCount == 4 && chunk.scratch.part.aligned != 0 && unit >= 0) {
+      const FourUnits<Raw> now = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit),
+                           old = *reinterpret_cast<const FourUnits<Raw>*>(before(row[r] + unit));
+      FourUnits<Raw> four{};
+      CO_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        const float first = moved(now.get(kType, i), old.get(kType, i), value[i], written, squares);
+        const float second = moved(now.get(kType, i + 1), old.get(kType, i + 1), value[i + 1], written, squares);
+        four.set(kType, i, first, second);
+      }
+      store_words(row[r] + unit, four.word);
+    } else if (unit != kNoUnit) {
+      CO_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const int32_t single = chunk.scratch.unit[position + i];
+        if (single >= 0) {
+          Raw* const now = row[r] + single * layer.g_unit_stride;
+          const float result = moved(value_of(*now), value_of(*before(now)), value[i], written, squares);
+          *now = from_float<Raw>(kType, result);
+        }
+        if (single == kBiasUnit && written) {
+          chunk.scratch.bias_copies()[place_of_lane<kWarps>() + 8 * r] = value[i];
         }
       }
     }

@@ -27,7 +27,7 @@ constexpr int kMaxStageRows = 128;      // of X
 constexpr int kRoundRows = 128;         // of G, that a CTA corrects at a time
 constexpr int kStageWords = 4096;       // of X, 4 bytes each, in flight in the registers of a CTA
 constexpr int kStaticShared = 6 << 10;  // bound on the kernel's fixed shared arrays, with what CUDA reserves
-constexpr int kMaxLaunchLayers = 118;   // descriptors that fit the 32,764 bytes of kernel parameters
+constexpr int kMaxLaunchLayers = 112;   // descriptors that fit the 32,764 bytes of kernel parameters
 
 CO_HOST_DEVICE constexpr int padded_units(int units) { return (units + kTile - 1) / kTile * kTile; }
 CO_HOST_DEVICE constexpr int lower_tiles(int side) { return side * (side + 1) / 2; }
@@ -136,6 +136,8 @@ struct LayerWork {
   int64_t chunks, x_rows, g_rows;  // rows that the launch sums and corrects; 0 without that stage
   bool waits_for_trace;
   bool packs_x, permutes_g;  // with a task queue
+  bool unwhitens;            // every part of G is an apply task, and restore tasks follow
+  int64_t finish_rows;       // of G, that these scale and add
 };
 
 struct LaunchShape {
@@ -150,6 +152,7 @@ struct LayerTasks {
   int16_t apply_tasks;    // of every chunk: the correction of a part of the outputs
   int16_t pack_tasks;     // for all chunks: copy a part of the rows of X for the gram tasks
   int16_t permute_tasks;  // for all chunks: permute a part of G for the apply tasks; as many more restore it
+  int16_t finish_tasks;   // for all chunks: scale and add a part of the displacements
 };
 
 inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, int64_t permuted_bytes, bool clusters,
@@ -171,8 +174,14 @@ inline LaunchShape choose_rung(int64_t chunks, int64_t longest_rows, int64_t per
   return {rung, cluster, parts};
 }
 
+// Whitening is a task queue whatever is asked for: what its parts tell each other passes through the workspace anyway.
+inline CudaTuning as_queue(CudaTuning tuning) {
+  tuning.rung = PreconditionRung::kTaskQueue;
+  return tuning;
+}
+
 inline LayerTasks tasks_of_layer(const LayerWork& work, const LaunchShape& shape, const CudaTuning& tuning) {
-  LayerTasks tasks{static_cast<int16_t>(work.waits_for_trace), 0, 0, 0};
+  LayerTasks tasks{static_cast<int16_t>(work.waits_for_trace), 0, 0, 0, 0};
   if (shape.rung != PreconditionRung::kTaskQueue) return tasks;
   const auto parts_of = [&](int64_t rows, int64_t least) {
     const int64_t most = (rows + least - 1) / least, fewest = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
@@ -189,6 +198,10 @@ inline LayerTasks tasks_of_layer(const LayerWork& work, const LaunchShape& shape
   };
   if (work.packs_x) tasks.pack_tasks = permuting(work.x_rows);
   if (work.permutes_g) tasks.permute_tasks = permuting(work.g_rows);
+  if (work.unwhitens && work.g_rows > 0) {
+    tasks.apply_tasks = static_cast<int16_t>(apply_tasks);
+    tasks.finish_tasks = std::max<int16_t>(1, permuting(work.finish_rows));
+  }
   return tasks;
 }
 

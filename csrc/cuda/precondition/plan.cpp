@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "consistency_ops/whitening_cuda.h"
+
 namespace consistency_ops {
 namespace {
 
@@ -44,18 +46,28 @@ RowMatrix matrix_of_g(const PreconditionLayer* layers, int members, const Precon
 
 // The work of the first of `layers` and of those that have its input; nothing for one of the latter.
 LayerWork work_of(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                  const CudaTuning& tuning) {
+                  const CudaTuning& tuning, const WhiteningCall& call) {
   if (layers->same_input) return {};
   const RowMatrix x = matrix_of_x(*layers, options), g = matrix_of_g(layers, run_length(layers, count), options);
-  return {x.chunks, x.rows, g.rows, waits_for_trace(*layers, options), permutes(x, tuning), permutes(g, tuning)};
+  const bool unwhitens = call.mode == Mode::kUnwhitens;  // whose second operand would have to be permuted, too
+  const bool waits = call.mode == Mode::kWhitens || waits_for_trace(*layers, options);
+  const bool finishes = unwhitens && call.options.keep_norm && call.options.finish;
+  return {x.chunks,
+          x.rows,
+          g.rows,
+          waits,
+          permutes(x, tuning),
+          permutes(g, tuning) && !unwhitens,
+          unwhitens,
+          finishes ? g.rows : 0};
 }
 
 // False if the workspace would be larger than 64 GiB.
 bool lay_out(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-             const CudaTuning& tuning, bool clusters, Layout& layout) {
+             const CudaTuning& tuning, bool clusters, const WhiteningCall& call, Layout& layout) {
   int64_t chunks = 0, longest = 0, permuted = 0;
   for (int64_t l = 0; l < count; ++l) {
-    const LayerWork work = work_of(layers + l, count - l, options, tuning);
+    const LayerWork work = work_of(layers + l, count - l, options, tuning, call);
     chunks += work.chunks;
     if (work.chunks > 0) longest = std::max({longest, work.x_rows, work.g_rows});
     if (work.packs_x) permuted += work.x_rows * layers[l].units * element_size(layers[l].x_dtype);
@@ -67,7 +79,7 @@ bool lay_out(const PreconditionLayer* layers, int64_t count, const PreconditionO
   bool tasks_meet = false;
   for (int64_t l = 0; l < count; ++l) {
     const PreconditionLayer& layer = layers[l];
-    const LayerWork work = work_of(layers + l, count - l, options, tuning);
+    const LayerWork work = work_of(layers + l, count - l, options, tuning, call);
     const LayerTasks tasks = layout.tasks[l] = tasks_of_layer(work, layout.shape, tuning);
     layout.records[l] = layout.packed[l] = 0;
     const auto want_slab = [&](int64_t element_bytes) {
@@ -85,8 +97,9 @@ bool lay_out(const PreconditionLayer* layers, int64_t count, const PreconditionO
     const int64_t at = kCudaCounterBytes + layout.bytes, record = record_floats(all_units(layer), work.chunks);
     if (at / 16 > UINT32_MAX) return false;
     layout.records[l] = static_cast<uint32_t>(at / 16);
-    const int64_t floats = tasks.gram_tasks * record + (tasks.apply_tasks > 0 ? record + kStatusFloats : 0);
+    const int64_t floats = tasks.gram_tasks * record + inverse_floats(tasks, record, options.stages);
     layout.bytes += work.chunks * floats * static_cast<int64_t>(sizeof(float));
+    layout.bytes += status_bytes(tasks, work.chunks, call.mode);
   }
   if (tasks_meet) layout.bytes += kCudaCounterBytes;
   for (int64_t l = 0, turn = 0; l < count; ++l) {
@@ -103,12 +116,13 @@ bool lay_out(const PreconditionLayer* layers, int64_t count, const PreconditionO
 // Large layers first, because the last CTAs to start decide when the launch ends; layers that wait for their trace go
 // last.  Layers with the same input stay together.
 void put_in_order(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                  const CudaTuning& tuning, PreconditionLayer* ordered) {
+                  const CudaTuning& tuning, const WhiteningCall& call, PreconditionParams& params) {
+  PreconditionLayer* ordered = params.layers;
   int64_t firsts[kMaxLaunchLayers], runs = 0;
   LayerWork works[kMaxLaunchLayers];
   for (int64_t l = 0; l < count; l += run_length(layers + l, count - l)) {
     firsts[runs++] = l;
-    works[l] = work_of(layers + l, count - l, options, tuning);
+    works[l] = work_of(layers + l, count - l, options, tuning, call);
   }
   std::stable_sort(firsts, firsts + runs, [&](int64_t a, int64_t b) {
     if (works[a].waits_for_trace != works[b].waits_for_trace) return works[b].waits_for_trace;
@@ -116,6 +130,15 @@ void put_in_order(const PreconditionLayer* layers, int64_t count, const Precondi
   });
   for (int64_t r = 0; r < runs; ++r) {
     ordered = std::copy_n(layers + firsts[r], run_length(layers + firsts[r], count - firsts[r]), ordered);
+  }
+  if (call.whitened == nullptr) return;
+  for (int64_t r = 0; r < runs; ++r) {  // of one layer each
+    const WhitenedLayer& of = call.whitened[firsts[r]];
+    params.whitening.number[r] = static_cast<int32_t>(of.has_gradient - call.has_gradient);
+    params.whitening.of_layer[r] =
+        call.mode == Mode::kUnwhitens ? const_cast<void*>(of.bias_before) : of.average_weight;
+    if (call.mode == Mode::kUnwhitens) params.layers[r].x = of.before;
+    if (call.mode == Mode::kWhitens) params.layers[r].covariance = of.average;
   }
 }
 
@@ -152,7 +175,8 @@ bool is_valid(const PreconditionLayer* layers, int64_t count, const Precondition
   if (count < 0 || (count > 0 && layers == nullptr) || options.float64) return false;
   if (options.chunk < 1 || options.chunk > kMaxChunk || options.max_rows < 1 || !(options.damping >= 0)) return false;
   if (options.stages < 1 || options.stages > kStageAll) return false;
-  if (options.stages == (kStageCovariance | kStageApply) || options.triangular) return false;
+  if (options.stages == (kStageCovariance | kStageApply)) return false;
+  if (options.triangular && options.stages != kStageFactor && options.stages != kStageApply) return false;
   const int most_ctas = tuning.rung == PreconditionRung::kCluster ? kMaxCluster : kMaxParts;
   if (tuning.ctas < 0 || tuning.ctas > most_ctas) return false;
   if (tuning.counters < -1 || tuning.counters >= kCudaCounterSlots) return false;
@@ -179,6 +203,37 @@ bool is_valid(const PreconditionLayer* layers, int64_t count, const Precondition
   return true;
 }
 
+WhiteningCall call_of(const WhitenedLayer* whitened, int64_t count, const PreconditionOptions& options,
+                      const WhiteningOptions& whitening, float* squares) {
+  WhiteningCall call;
+  call.mode = squares != nullptr ? Mode::kUnwhitens : options.stages == kStageAll ? Mode::kWhitens : Mode::kWhitensBy;
+  call.whitened = whitened;
+  call.options = whitening;
+  call.has_gradient = count > 0 && whitened != nullptr ? whitened->has_gradient : nullptr;
+  call.squares = squares;
+  return call;
+}
+
+bool is_valid(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+              const CudaTuning& tuning, const WhiteningCall& call) {
+  PreconditionOptions plain = options;
+  plain.triangular = false;
+  if (!is_valid(layers, count, plain, tuning) || !options.triangular) return false;
+  const bool unwhitens = call.mode == Mode::kUnwhitens;
+  if (options.stages != kStageApply && (unwhitens || options.stages != kStageAll)) return false;
+  if (!(call.options.decay >= 0 && call.options.decay < 1)) return false;
+  for (int64_t l = 0; l < count; ++l) {
+    const PreconditionLayer& layer = layers[l];
+    const WhitenedLayer& of = call.whitened[l];
+    const bool empty = layer.units == 0 || layer.outputs == 0;
+    if (layer.same_input || (layer.inverse == nullptr && !empty) || of.has_gradient == nullptr) return false;
+    if ((of.average == nullptr) != (of.average_weight == nullptr)) return false;
+    if (!unwhitens || empty) continue;
+    if (!of.first || of.before == nullptr || (layer.has_bias && of.bias_before == nullptr)) return false;
+  }
+  return true;
+}
+
 int64_t next_launch(const PreconditionLayer* layers, int64_t count) {
   int64_t length = 0;
   while (length < count) {
@@ -190,11 +245,19 @@ int64_t next_launch(const PreconditionLayer* layers, int64_t count) {
 }
 
 Status plan_launch(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                   const CudaDevice& device, void* workspace, const CudaTuning& tuning, PreconditionLaunch& launch) {
+                   const CudaDevice& device, void* workspace, const CudaTuning& tuning, PreconditionLaunch& launch,
+                   const WhiteningCall& call) {
   static thread_local Layout layout;
   PreconditionParams& params = launch.params;
-  put_in_order(layers, count, options, tuning, params.layers);
-  if (!lay_out(params.layers, count, options, tuning, device.compute_capability >= 90, layout)) {
+  put_in_order(layers, count, options, tuning, call, params);
+  params.whitening.mode = call.mode;
+  params.whitening.has_gradient = call.has_gradient;
+  params.whitening.squares = call.squares;
+  params.whitening.decay = static_cast<float>(call.options.decay);
+  params.whitening.entering = static_cast<float>(1 - call.options.decay);
+  params.whitening.keep_norm = call.options.keep_norm;
+  params.whitening.finish = call.options.finish;
+  if (!lay_out(params.layers, count, options, tuning, device.compute_capability >= 90, call, layout)) {
     return Status::kInvalidArgument;
   }
   params.options = options;
@@ -221,19 +284,32 @@ Status plan_launch(const PreconditionLayer* layers, int64_t count, const Precond
   return Status::kOk;
 }
 
-int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
-                                    const CudaTuning& tuning) {
+int64_t workspace_bytes(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                        const CudaTuning& tuning, const WhiteningCall& call) {
   static thread_local Layout layout;
   int64_t largest = 0;
   for (int64_t first = 0, length; first < count; first += length) {
     length = next_launch(layers + first, count - first);
     if (length == 0) return 0;  // refused by precondition_cuda
     for (const bool clusters : {false, true}) {
-      lay_out(layers + first, length, options, tuning, clusters, layout);
+      lay_out(layers + first, length, options, tuning, clusters, call, layout);
       largest = std::max(largest, layout.bytes);
     }
   }
   return largest;
+}
+
+int64_t whitening_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                                 const WhiteningOptions& whitening, bool unwhitens, const CudaTuning& tuning) {
+  WhiteningCall call;
+  call.mode = unwhitens ? Mode::kUnwhitens : options.stages == kStageAll ? Mode::kWhitens : Mode::kWhitensBy;
+  call.options = whitening;
+  return workspace_bytes(layers, count, options, as_queue(tuning), call);
+}
+
+int64_t precondition_workspace_cuda(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
+                                    const CudaTuning& tuning) {
+  return workspace_bytes(layers, count, options, options.triangular ? as_queue(tuning) : tuning, {});
 }
 
 }  // namespace consistency_ops

@@ -92,8 +92,8 @@ CO_DEVICE void split_rows(const FourUnits<RawOf<kType>> (&raw)[2], const Chunk& 
 }
 
 // Calls f(tile, half, planes) for every 16 units of a warp's 16 rows of G, which are loaded kAhead such steps before.
-template <int kLeft, int kAhead, int kWarps, DType kType, typename F>
-CO_DEVICE void walk_rows(const LaneRows<kWarps, kType>& rows, const Chunk& chunk, int side, F&& f) {
+template <int kLeft, int kAhead, int kWarps, DType kType, bool kWhitens, typename F>
+CO_DEVICE void walk_rows(const LaneRows<kWarps, kType, kWhitens>& rows, const Chunk& chunk, int side, F&& f) {
   const int t = fresh_thread() % 4;
   FourUnits<RawOf<kType>> raw[kAhead > 0 ? kAhead : 1][2];
   CO_UNROLL
@@ -143,8 +143,9 @@ CO_DEVICE void multiply_planes_16(float (&sum)[2][4], const uint32_t (&left)[kLe
 
 // sum <- 16 rows of G times A^-1, by its planes.  kLeft planes of G; products of planes whose numbers add up to less
 // than kLevels.  sum[m][n][i] belongs to row i / 2 of the lane's two and to position 16 m + 4 t + 2 n + i % 2.
-template <int kLeft, int kLevels, int kWarps, DType kType>
-CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
+template <int kLeft, int kLevels, int kWarps, DType kType, bool kWhitens>
+CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType, kWhitens>& rows,
+                               const Chunk& chunk) {
   constexpr int kAhead = kLevels == 3 ? 0 : kType == DType::kFloat32 ? 1 : 2;  // three planes leave no registers
   walk_rows<kLeft, kAhead>(rows, chunk, chunk.side(), [&](int k, int s, const uint32_t (&left)[kLeft][4]) {
     const int lane = fresh_thread() % 32, side = chunk.side();
@@ -155,16 +156,19 @@ CO_DEVICE void multiply_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kTy
     // The second 16 units of a tile, or columns: in a row the vectors that lie two further, or back.
     const int below_16 = (lane / 2 % 4 ^ lane / 8 % 2) < 2 ? 16 : -16,
               above_16 = (lane / 2 % 4 ^ lane / 16) < 2 ? 16 : -16;
+    const Triangle triangle = triangle_of<kWhitens>(chunk.task.mode);
     CO_UNROLL
     for (int n = 0; n < kWarpColumns / kTile; ++n) {
-      if (n >= side) continue;
-      const int tile = (n >= k ? lower_tiles(n) + k : lower_tiles(k) + n) * kPlaneTile;
+      if (n >= side || is_zero(triangle, k, n)) continue;
+      const bool is_below = reads_below(triangle, k, n);
+      const int tile = (is_below ? lower_tiles(n) + k : lower_tiles(k) + n) * kPlaneTile;
       CO_UNROLL
       for (int b = 0; b < 2; ++b) {
+        if (n == k && is_zero(triangle, s, b)) continue;
         multiply_planes_16<kLevels>(sum[2 * n + b], left,
-                                    n >= k ? below + (s == 0 ? 0 : below_16) + tile + b * 16 * kTile
-                                           : above + (b == 0 ? 0 : above_16) + tile + s * 16 * kTile,
-                                    n >= k);
+                                    is_below ? below + (s == 0 ? 0 : below_16) + tile + b * 16 * kTile
+                                             : above + (b == 0 ? 0 : above_16) + tile + s * 16 * kTile,
+                                    is_below);
       }
     }
   });
@@ -187,22 +191,24 @@ CO_DEVICE void multiply_planes_32(float (&d)[16], const uint32_t (&left)[kLeft][
 }
 
 // The same as multiply_planes by the four warps of a warpgroup, which take A^-1 from shared memory themselves.
-template <int kLeft, int kLevels, int kWarps, DType kType>
-CO_DEVICE void multiply_planes_together(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows,
+template <int kLeft, int kLevels, int kWarps, DType kType, bool kWhitens>
+CO_DEVICE void multiply_planes_together(float (&sum)[8][2][4], const LaneRows<kWarps, kType, kWhitens>& rows,
                                         const Chunk& chunk) {
   constexpr bool kApart = kLevels == 3;  // as in multiply_planes_16
   constexpr int kAhead = kType == DType::kFloat32 ? 1 : 2;
   // The compiler must know that no warp goes a way of its own here, or it puts the products one after the other.
   const int side = __shfl_sync(0xffffffffu, chunk.side(), 0);
+  const auto triangle =
+      static_cast<Triangle>(__shfl_sync(0xffffffffu, static_cast<int>(triangle_of<kWhitens>(chunk.task.mode)), 0));
   const uint16_t* const planes = reinterpret_cast<const uint16_t*>(chunk.tiles);
   walk_rows<kLeft, kAhead>(rows, chunk, side, [&](int k, int s, const uint32_t (&left)[kLeft][4]) {
     CO_UNROLL
     for (int n = 0; n < kWarpColumns / kTile; ++n) {
-      if (n >= side) continue;
+      if (n >= side || is_zero(triangle, k, n)) continue;
       float term[16];
       float (&total)[16] = reinterpret_cast<float (&)[16]>(sum[2 * n]);
       float (&target)[16] = kApart ? term : total;
-      if (n >= k) {
+      if (reads_below(triangle, k, n)) {
         multiply_planes_32<false, kLevels>(target, left, planes + (lower_tiles(n) + k) * kPlaneTile + s * 16, !kApart);
       } else {
         multiply_planes_32<true, kLevels>(target, left, planes + (lower_tiles(k) + n) * kPlaneTile + s * 16 * kTile,
@@ -215,8 +221,9 @@ CO_DEVICE void multiply_planes_together(float (&sum)[8][2][4], const LaneRows<kW
 }
 
 // The same, whichever way the device has.
-template <int kLeft, int kLevels, int kWarps, DType kType>
-CO_DEVICE void multiply_by_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType>& rows, const Chunk& chunk) {
+template <int kLeft, int kLevels, int kWarps, DType kType, bool kWhitens>
+CO_DEVICE void multiply_by_planes(float (&sum)[8][2][4], const LaneRows<kWarps, kType, kWhitens>& rows,
+                                  const Chunk& chunk) {
   if (by_warpgroups(chunk.task.warpgroups)) {
     multiply_planes_together<kLeft, kLevels>(sum, rows, chunk);
   } else {

@@ -78,12 +78,17 @@ CO_DEVICE void link_task(const PreconditionParams& params, Task& task, uint32_t 
     task.awaited_counter = &counters->summed[l];
     if (task.of_layer.apply_tasks > 0) task.done_counter = &counters->inverted[l];
   } else if (task.role == kPermuteTask) {
+    if (params.whitening.mode == Mode::kWhitens) {  // whose gram tasks look at G as it lies
+      task.awaited = static_cast<uint32_t>(count_chunks(params.layers[l], params.options)) *
+                     static_cast<uint32_t>(task.of_layer.gram_tasks);
+      task.awaited_counter = &counters->summed[l];
+    }
     task.done_counter = &counters->inverted[l];
   } else if (task.role == kApplyTask) {
     task.awaited = static_cast<uint32_t>(task.of_layer.permute_tasks);
     if (params.options.stages != kStageApply) task.awaited += ctas;
     task.awaited_counter = &counters->inverted[l];
-    if (task.of_layer.permute_tasks > 0) task.done_counter = &counters->corrected[l];
+    if (task.of_layer.permute_tasks + task.of_layer.finish_tasks > 0) task.done_counter = &counters->corrected[l];
   } else {
     task.awaited = ctas * static_cast<uint32_t>(task.of_layer.apply_tasks);
     task.awaited_counter = &counters->corrected[l];
@@ -134,6 +139,8 @@ CO_DEVICE void identify_task(const PreconditionParams& params, int number, Task&
   }
   task.cluster = params.cluster;
   task.tf32 = params.tf32;
+  task.mode = params.whitening.mode;
+  task.adds = params.whitening.finish && !params.whitening.keep_norm;
   task.warpgroups = params.warpgroups;
   link_task(params, task, static_cast<uint32_t>(chunks * params.cluster));
 }
@@ -152,14 +159,16 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
     all_outputs += params.layers[task.layer + m].outputs;
     all_rows_of_g += rows_of_g(params.layers[task.layer + m]);
   }
-  task.empty = layer.units == 0 || ((options.stages & kStageCovariance) && input.all_rows == 0) ||
-               ((options.stages & kStageApply) && all_rows_of_g == 0);
+  // Without rows whitening goes on by the average.
+  const bool needs_rows = (options.stages & kStageCovariance) && params.whitening.mode != Mode::kWhitens;
+  task.empty =
+      layer.units == 0 || (needs_rows && input.all_rows == 0) || ((options.stages & kStageApply) && all_rows_of_g == 0);
 
   const LayerTasks& of_layer = task.of_layer;
   const int role = task.role, part = task.part * task.cluster + task.rank;
   const int x_parts = role == kGramTask ? of_layer.gram_tasks : role == kPackTask ? of_layer.pack_tasks : 1;
   const int g_parts = role == kApplyTask                             ? of_layer.apply_tasks
-                      : role == kPermuteTask || role == kRestoreTask ? of_layer.permute_tasks
+                      : role == kPermuteTask || role == kRestoreTask ? of_layer.permute_tasks + of_layer.finish_tasks
                                                                      : 1;
   part_of(input.all_rows, part, x_parts * task.cluster, input.first_row, input.rows);
   part_of(all_outputs, part, g_parts * task.cluster, task.first_output, task.outputs);
@@ -188,6 +197,16 @@ CO_DEVICE void divide_rows(const PreconditionParams& params, Task& task, InputRo
   }
 }
 
+// Behind the records of a layer.
+CO_DEVICE void* status_of(const PreconditionParams& params, int l) {
+  const PreconditionLayer& layer = params.layers[l];
+  const int64_t chunks = own_chunks(layer, params.options),
+                record = record_floats(all_units(layer), max(chunks, int64_t{1}));
+  const int64_t of_chunk =
+      params.tasks[l].gram_tasks * record + inverse_floats(params.tasks[l], record, params.options.stages);
+  return params.workspace + static_cast<int64_t>(params.records[l]) * 16 + chunks * of_chunk * int64_t{sizeof(float)};
+}
+
 // Run by one thread: everything that the CTA must know of the task with this number.
 CO_DEVICE void begin_task(const PreconditionParams& params, int number, ChunkShared& shared) {
   Task& task = shared.task;
@@ -210,8 +229,9 @@ CO_DEVICE void begin_task(const PreconditionParams& params, int number, ChunkSha
   records.gram = reinterpret_cast<float*>(params.workspace + static_cast<int64_t>(params.records[task.layer]) * 16);
   records.inverse = records.gram + chunks * task.of_layer.gram_tasks * records.floats +
                     static_cast<int64_t>(task.chunk) * (records.floats + kStatusFloats);
+  records.status = status_of(params, task.layer);
   shared.scratch.failed_tries = shared.scratch.failed_minor = 0;
-  shared.scratch.has_bias = shared.scratch.ragged = 0;
+  shared.scratch.has_bias = shared.scratch.ragged = shared.scratch.gradient = 0;
 }
 
 // All threads of the cluster: takes the next ticket.
@@ -240,19 +260,20 @@ CO_DEVICE void wait_for_others(const Task& task) {
   __syncthreads();
 }
 
-// Publishes what others wait for.
-CO_DEVICE void end_task(const PreconditionParams& params, const Task& task) {
+// Publishes what others wait for.  True in thread 0 of the last CTA of the launch, where CTAs count.
+CO_DEVICE bool end_task(const PreconditionParams& params, const Task& task) {
   Counters* counters = counters_of(params);
-  if (counters == nullptr) return;
+  if (counters == nullptr) return false;
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return false;
   if (task.done_counter != nullptr) add_release(task.done_counter, 1);
-  if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return;
+  if (add_acquire_release(&counters->finished, 1) != gridDim.x - 1) return false;
   for (int l = 0; l < params.count; ++l) {
     counters->packed[l] = counters->summed[l] = counters->inverted[l] = counters->corrected[l] = 0;
   }
   counters->ticket = 0;
   atomicExch(&counters->finished, 0u);
+  return true;
 }
 
 }  // namespace consistency_ops

@@ -141,8 +141,8 @@ typedef struct co_precondition_options {
   int64_t max_rows;   /* >= 1: how many rows of X are sampled at most */
   uint64_t seed, step;
   int32_t stages; /* CO_STAGE_ALL, or a combination of neighbouring stages */
-  /* 0, or 1 with CO_STAGE_FACTOR or CO_STAGE_APPLY alone, on the CPU: `inverse` is L^-1 with A = L L^T (damped), and G
-   * is multiplied by the matrices in `inverse` as they are. */
+  /* 0, or 1 with CO_STAGE_FACTOR or CO_STAGE_APPLY alone: `inverse` is L^-1 with A = L L^T (damped), and G is
+   * multiplied by the matrices in `inverse` as they are; on CUDA these must be lower triangular. */
   int32_t triangular;
 } co_precondition_options;
 

@@ -35,7 +35,7 @@ typedef struct co_cuda_tuning {
 #define CO_CUDA_COUNTER_BYTES 2048
 
 /* co_precondition_cpu on the GPU, one kernel for about a hundred layers.  Chunks above 192 units need 163 KiB of shared
- * memory a block; at most 118 layers in a row have the same input.  workspace: 16-byte aligned; its first
+ * memory a block; at most 112 layers in a row have the same input.  workspace: 16-byte aligned; its first
  * CO_CUDA_COUNTER_BYTES are zero before the first use, and every launch leaves them zero. */
 CO_API int co_precondition_cuda(const co_precondition_layer* layers, int64_t count,
                                 const co_precondition_options* options, const co_cuda_device* device, void* workspace,

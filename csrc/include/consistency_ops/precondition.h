@@ -78,7 +78,8 @@ struct PreconditionOptions {
   int32_t stages = kStageAll;
   // The matrices between the factor and the apply stage are triangular, not symmetric: with A = L L^T (damped) the
   // factor stage writes L^-1, and the apply stage multiplies G by whatever matrices it is given (L^-T whitens a
-  // gradient, L^-1 maps a displacement back).  CPU only, and only with one of these two stages: others are refused.
+  // gradient, L^-1 maps a displacement back).  On CUDA these must be lower triangular.  Only with one of these two
+  // stages: others are refused.
   bool triangular = false;
 };
 

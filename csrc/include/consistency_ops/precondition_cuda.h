@@ -45,9 +45,9 @@ struct CudaTuning {
 constexpr int32_t kCudaCounterSlots = 256;
 
 // Queues the correction on `stream` (a cudaStream_t) and returns at once: no synchronisation, no allocation, no copy.
-// One kernel launch for every 118 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16
+// One kernel launch for every 112 layers.  Differences from precondition_cpu: X and G are float32, bfloat16 or float16
 // and everything is computed in float32 (kInvalidArgument otherwise); chunks above 192 units need a device with 163 KiB
-// of shared memory a block; at most 118 layers in a row have the same input.
+// of shared memory a block; at most 112 layers in a row have the same input.
 //
 // `workspace` is device memory of precondition_workspace_cuda() bytes, 16-byte aligned, or null where that is 0.  Its
 // first kCudaCounterBytes must be zero when it is first used, unless `tuning.counters` says that they are elsewhere;

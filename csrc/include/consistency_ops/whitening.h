@@ -1,4 +1,5 @@
-// An optimizer's step in whitened coordinates of every layer's inputs, in two calls for all layers.  CPU.
+// An optimizer's step in whitened coordinates of every layer's inputs, in two calls for all layers.  CPU;
+// whitening_cuda.h has the same for CUDA.
 //
 //   whiten_cpu     before the step: A <- decay A + (1 - decay) X_c^T X_c / n, L L^T = A / tau + damping I by chunks,
 //                  and G[:, c] <- G[:, c] L^-T.  With stages = kStageApply by factors that are kept, without rows.
