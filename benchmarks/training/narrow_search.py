@@ -48,10 +48,12 @@ def _settings() -> dict[str, dict]:
 
 
 SETTINGS = _settings()
-# The base settings at the least and the largest width, and every change of them at the middle depth and least width.
-DEFAULT = [n for n, s in SETTINGS.items() if n.endswith(f"width {s['width']}") and s["width"] != 16] + [
-    n for n in SETTINGS if any(n.endswith(f", sgd2, depth 50, width 10, {change}") for change in CHANGES)
-]
+# The base settings at the least width, every change of them at the middle depth, and the largest width.
+DEFAULT = (
+    [n for n in SETTINGS if n.endswith("width 10")]
+    + [n for n in SETTINGS if any(n.endswith(f", sgd2, depth 50, width 10, {change}") for change in CHANGES)]
+    + [n for n in SETTINGS if n.endswith("width 32")]
+)
 SIZE = {"epochs": 5, "train": 4_000, "test": 2_000, "batch": 100, "networks": 5}
 TRAINED = 2.0
 FIGSIZE = (12, 7)
