@@ -229,6 +229,7 @@ class Interrupted(Exception):
         ("convnet", "adam, whiten"),
         ("conditioning", "last BN, whitened"),
         ("convnet", "muon"),
+        ("contractive", "modulus, decay 0.004, rising"),
         ("init-tolerance", "sgd2, 0.01"),
         ("roa-depth", "roa, depth 50000"),
     ],

@@ -135,7 +135,8 @@ def run(settings, size, seed, data, tick):
     project(0)
     common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=tick)
     rates = (1.0, 0.5, 0.1) if settings.get("optimizer") != "whiten" else (0.01, 0.003, 0.001)
-    outcome = fit.train(model, optimizer, data, search=rates, after_step=project, **common)
+    progress = getattr(tick, "progress", None)
+    outcome = fit.train(model, optimizer, data, search=rates, after_step=project, progress=progress, **common)
     if clip or orthogonal:
         project(0, last=True)
         outcome["test_error"][-1] = fit.error_of(model, data)
