@@ -97,9 +97,8 @@ class Preconditioner:
             the same as a higher rate (see the page on choosing).
         outputs: in mode ``"whiten"``, whether the optimizer works in whitened coordinates of each layer's outputs, too:
             it is given ``K^-1 G L^-T``, and its step is mapped back by ``K^-T`` and ``L^-1``, with ``K K^T`` the damped
-            running second moment of the columns of ``G L^-T``, by chunks of outputs. This average forgets with the
-            steps: ``decay ** every`` from one refresh to the next. Weights that are dealt to ranks (``DTensor``) have
-            the inputs' side only.
+            running second moment of the columns of ``G L^-T``, by chunks of outputs. Weights that are dealt to ranks
+            (``DTensor``) have the inputs' side only.
         process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
             number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
             ``fully_shard`` and ``DTensor`` parameters are recognised.

@@ -283,22 +283,3 @@ def test_it_is_named_and_refused_where_it_means_nothing():
         Preconditioner(mlp(), adamw(mlp()), outputs=True)
     with pytest.raises(ValueError, match="outputs must be True or False, got 1"):
         Preconditioner(mlp(), adamw(mlp()), mode="whiten", outputs=1)
-
-
-def test_the_average_of_the_outputs_forgets_with_the_steps():
-    """After the first 20 steps only every 4th one enters; what was there has the weight of four steps less."""
-    model = mlp()
-    optimizer = adamw(model)
-    pre = Preconditioner(model, optimizer, mode="whiten", outputs=True, decay=0.9, every=4, chunk=8)
-    found = []
-    for step in range(25):
-        optimizer.zero_grad()
-        backward(model, *data(seed=step))
-        optimizer.step()
-        state = pre.state_dict()["layers"]["0"]
-        found.append([float(state[key]) for key in ("weight", "output_weight")])
-    want = 1 - 0.9**20
-    assert found[19] == pytest.approx([want, want])
-    kept = 0.9**4
-    assert found[20] == pytest.approx([0.9 * want + 0.1, kept * want + 1 - kept])
-    assert found[23] == found[20]

@@ -89,7 +89,6 @@ def whiten_outputs(
     options: CorrectionOptions,
     chunk_of: Callable[[int], int],
     damping: float | None,
-    decay: float,
 ) -> list[OutputSide]:
     """Whiten gradients that are whitened over the inputs already; those of weights that are dealt to ranks stay.
 
@@ -97,7 +96,6 @@ def whiten_outputs(
         has_gradient: int32, one entry a layer.
         chunk_of: the largest chunk for so many outputs.
         damping: for new factors; ``None``: those of the last refresh are used. A layer that has none waits.
-        decay: of the average, since the last refresh.
     """
     flags = has_gradient.unbind()
     by_chunk: dict[int, list[int]] = {}
@@ -117,7 +115,7 @@ def whiten_outputs(
         if damping is None:
             factors, info = _stored_factors(some, columns, launch, store)
         else:
-            factors, info = _new_factors(some, columns, launch, store, options, damping, decay, seen)
+            factors, info = _new_factors(some, columns, launch, store, options, damping, seen)
         sides.append(OutputSide(places, launch, factors, info, seen))
         for matrix, values in zip(matrices, columns, strict=True):
             write_columns(matrix, values)
@@ -135,7 +133,6 @@ def _new_factors(
     store: StateStore,
     options: CorrectionOptions,
     damping: float,
-    decay: float,
     seen: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     """Factors from these columns and the average of earlier ones; the columns become whitened, in place.
@@ -168,7 +165,7 @@ def _new_factors(
         launch,
         damping=damping,
         scaling=options.scaling,
-        decay=decay,
+        decay=float(options.decay),
         max_rows=max(map(len, columns)),
     )
     if options.every > 1:

@@ -26,7 +26,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from .. import ops
 from ..ops.whitening import Layers, foreach_multiply_, foreach_unwhiten_, foreach_whiten_, foreach_whiten_by_
 from ..reference import norm_scales
-from .correction import GATHERING_STEPS, Correction, CorrectionOptions
+from .correction import Correction, CorrectionOptions
 from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
 from .layer import Layer
@@ -257,11 +257,7 @@ class WhiteningCorrection(Correction):
         sides: list[OutputSide] = []
         if self.options.outputs:
             damping = self.last_damping if self.refreshes(self.step) else None
-            options, decay = self.options, float(self.options.decay)
-            if self.step >= GATHERING_STEPS:
-                # Gradients change faster than inputs do: this average forgets with the steps, not with the refreshes.
-                decay **= options.every
-            sides = whiten_outputs(steps, has_gradient, self._store, options, self.chunk_of, damping, decay)
+            sides = whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
         if any(is_dtensor(step.weight) for step in steps):
             flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
             has_gradient = torch.stack(flags)
