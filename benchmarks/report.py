@@ -293,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": lambda: full_tables.search(stored("full/search")),
     "search-outputs": lambda: full_tables.outputs(stored("full/search")),
     "small-norms": lambda: full_tables.small_norms(stored("full/norms")),
+    "small-members": lambda: full_tables.members(stored("full/norms")),
     "search-norms": lambda: full_tables.norms(stored("full/search")),
     **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},
 }

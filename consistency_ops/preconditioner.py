@@ -86,9 +86,10 @@ class Preconditioner:
             draws a new random division in mode ``"correct"``. Above 0 the division is fixed, the average is
             bias-corrected, and a step with Inf or NaN in a layer's inputs or gradient does not enter it.
         every: capture and invert in every ``every``-th step; the steps between reuse inverse and division. ``None``: 10
-            in mode ``"whiten"`` with an average, else 1. Above 1 use ``decay=0.5`` or more, too: the inverse of one
-            batch multiplies what only other batches have by ``1 / damping``, and training may diverge. With ``decay >
-            0`` all of the first 20 steps capture and invert, because an average has to be gathered before it is reused.
+            in mode ``"whiten"`` with an average and without ``outputs``, else 1. Above 1 use ``decay=0.5`` or more,
+            too: the inverse of one batch multiplies what only other batches have by ``1 / damping``, and training may
+            diverge. With ``decay > 0`` all of the first 20 steps capture and invert, because an average has to be
+            gathered before it is reused.
         bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
@@ -139,7 +140,7 @@ class Preconditioner:
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
         if every is None:
-            every = 10 if self.mode == "whiten" and decay > 0 else 1
+            every = 10 if self.mode == "whiten" and decay > 0 and not outputs else 1
         options = CorrectionOptions(
             damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm, rows_dtype, outputs
         )
@@ -440,7 +441,7 @@ class Preconditioner:
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
         if self.mode != "whiten":
             return table
-        found = "a third to three times" if self._correction.options.keep_norm else "a half to twice"
+        found = "a third to six times" if self._correction.options.keep_norm else "a half to twice"
         return f"{table}\n{_RATE_NOTE.format(found)}"
 
     def __repr__(self) -> str:

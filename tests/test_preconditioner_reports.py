@@ -87,7 +87,7 @@ def test_the_summary_says_that_whitened_coordinates_want_another_rate():
     whitened = Preconditioner(model, optimizer, mode="whiten", skip="4")
     assert repr(whitened).startswith("Preconditioner(2 of 3 layers, mode='whiten', damping=0.1, scaling='trace'")
     assert "keep_norm" not in repr(whitened)
-    assert "best learning rate was a third to three times" in whitened.summary().splitlines()[-1]
+    assert "best learning rate was a third to six times" in whitened.summary().splitlines()[-1]
     whitened.remove()
     free = Preconditioner(model, optimizer, mode="whiten", skip="4", keep_norm=False)
     assert "keep_norm=False" in repr(free)

@@ -360,6 +360,10 @@ def test_tables_of_the_summary_and_of_the_aims():
         "**char-gpt 1.20**",
     ]
     assert [cells[0] for cells in found] == ["1 of 1 run"] * 5 + ["0 of 1 run"] * 4
+    runs["char-gpt"] += fakes("adamw+both", [1.35], 0.01, {0.01: 1.0})
+    found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
+    assert found[6] == ["1 of 1 run", "char-gpt 0.90 |"]  # beside that of the inputs alone
+    del runs["char-gpt"][-2:]
     del runs["char-gpt"][-1]  # SOAP's final run
     found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
     assert [cells[0] for cells in found[-2:]] == ["0 of 0 run"] * 2

@@ -130,9 +130,7 @@ METHODS: dict[str, Method] = {
     },
     # With the package's defaults for all else.
     **{
-        f"{base}+both": method(
-            f"{base}+pre", start, f"{text}, whitened, outputs too", whitened(base), outputs=True, every=10
-        )
+        f"{base}+both": method(f"{base}+pre", start, f"{text}, whitened, outputs too", whitened(base), outputs=True)
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),

@@ -58,6 +58,19 @@ SETTINGS: dict[str, dict | None] = {
     "norm free": {"damping": 0.3, "keep_norm": False},
     "norm free, damping 0.1": {"damping": 0.1, "keep_norm": False},
     "norm free, damping 1": {"damping": 1.0, "keep_norm": False},
+    # Other members of the family, one change of "norm kept" each.
+    **{
+        name: {"damping": 0.3, **change}
+        for name, change in (
+            ("every=1", {"every": 1}),
+            ("every=32", {"every": 32}),
+            ("chunk=32", {"chunk": 32}),
+            ("chunk=None", {"chunk": None}),
+            ("bias=False", {"bias": False}),
+            ("without the last layer", {"skip": ["head", "7"]}),
+            ("outputs=True", {"outputs": True}),
+        )
+    },
 }
 
 

@@ -13,6 +13,7 @@ import argparse
 import datetime
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks import DATA
 from benchmarks.micro.timing import command
 from benchmarks.peers.family import build_family
 from benchmarks.peers.full import FOLDER, FULL, train
-from benchmarks.peers.optimizers import corrected, plain
+from benchmarks.peers.optimizers import Step, corrected, plain, whitened
 from benchmarks.peers.runs import Store, versions
 
 STEPS = {"deep-mlp": 200, "autoencoder": 300, "char-gpt": 240, "fashion-convnet": 240}
@@ -100,7 +101,19 @@ CHANGES: dict[str, dict[str, object]] = {
     "betas 0.9, 0.95, damping 0.3": {"betas": (0.9, 0.95), "damping": 0.3},
     "betas 0.95, 0.99, damping 0.3": {"betas": (0.95, 0.99), "damping": 0.3},
 }
-REFERENCES = {"base": plain, "corrected": corrected}
+
+
+def of_the_package(**options: object) -> Callable[[str], Callable[..., Step]]:
+    return lambda base: lambda model, loss_type, lr: whitened(base)(model, loss_type, lr, **options)
+
+
+REFERENCES: dict[str, Callable[[str], Callable[..., Step]]] = {
+    "base": plain,
+    "corrected": corrected,
+    "the package, outputs=True": of_the_package(outputs=True),
+    "the package, outputs=True, every=10": of_the_package(outputs=True, every=10),
+    "the package, outputs=True, every=10, decay=0.7": of_the_package(outputs=True, every=10, decay=0.7),
+}
 
 
 def main() -> None:
