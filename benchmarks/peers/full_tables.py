@@ -172,21 +172,22 @@ def rates(runs: Runs) -> str:
 
 
 SHOWN = ("adamw", "adamw+white", "muon", "muon+white")
+COLUMNS = ("adamw", "adamw+white", "adamw+both", "muon", "muon+white")
 
 
 def summary(runs: Runs, key: str = "metric") -> str:
-    """Return a table with a task in a row: the optimizers of ``SHOWN``, and the best of the others' that were run."""
-    heads = [_name(name) for name in SHOWN]
-    lines = ["| task | " + " | ".join(heads) + " | best of the others |", "| --- |" + " --- |" * (len(SHOWN) + 1)]
+    """Return a table with a task in a row: the optimizers of ``COLUMNS``, and the best of the others' that were run."""
+    heads = [_name(name) for name in COLUMNS]
+    lines = ["| task | " + " | ".join(heads) + " | best of the others |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
     for task in tasks_of(runs):
         found = {name: of_phase(runs[task], name, "final") for name in METHODS}
         ends_ = {name: statistics.mean(values(some, key)) for name, some in found.items() if some}
-        first = min((name for name in ends_ if name in SHOWN or name not in OURS), key=lambda name: ends_[name])
-        cells = [spread(values(found[name], key)) if found[name] else "not run" for name in SHOWN]
-        others = {name: end for name, end in ends_.items() if name not in SHOWN and name not in OURS}
+        first = min((name for name in ends_ if name in COLUMNS or name not in OURS), key=lambda name: ends_[name])
+        cells = [spread(values(found[name], key)) if found[name] else "not run" for name in COLUMNS]
+        others = {name: end for name, end in ends_.items() if name not in COLUMNS and name not in OURS}
         best = min(others, key=lambda name: others[name], default=None)
         cells.append("" if best is None else f"{spread(values(found[best], key))}, {METHODS[best].text}")
-        marked = [f"*{c}*" if n == first else c for n, c in zip((*SHOWN, best), cells, strict=True)]
+        marked = [f"*{c}*" if n == first else c for n, c in zip((*COLUMNS, best), cells, strict=True)]
         lines.append(f"| {task}, {FULL[task].metric} | " + " | ".join(marked) + " |")
     return "\n".join(lines)
 
