@@ -183,11 +183,12 @@ def _error(records: list[dict]) -> float:
 
 def plot(figure, results):
     axes = figure.subplots(2, 3)
+    widths = sorted({records[0]["settings"]["width"] for records in results.values()})
     for row, optimizer in zip(axes, RATES, strict=True):
         for axis, depth in zip(row, DEPTHS, strict=True):
             for k, activation in enumerate(ACTIVATIONS):
                 for j, change in enumerate(["", *CHANGES]):
-                    for i, width in enumerate(WIDTHS):
+                    for i, width in enumerate(widths):
                         name = f"{activation}, {optimizer}, depth {depth}, width {width}" + (change and f", {change}")
                         if name not in results:
                             continue
@@ -198,8 +199,8 @@ def plot(figure, results):
                         style = dict(color=f"C{3 * k}", marker="osD^v"[j], markersize=5, capsize=2, linestyle="")
                         span = [[count / total - low], [high - count / total]]
                         axis.errorbar(at, count / total, yerr=span, **style, linewidth=0.8, label=label)
-            axis.set(xticks=range(len(WIDTHS)), ylim=(-0.05, 1.05))
-            axis.set_xticklabels([f"{w} units" for w in WIDTHS])
+            axis.set(xticks=range(len(widths)), xlim=(-0.5, len(widths) - 0.5), ylim=(-0.05, 1.05))
+            axis.set_xticklabels([f"{w} units" for w in widths])
             axis.set_title(f"{optimizer}, {depth} hidden layers", fontsize="medium")
             axis.grid(alpha=0.3)
         row[0].set_ylabel("share of seeds that train,\n95 % interval")
