@@ -132,3 +132,37 @@ def test_stages_agree_with_the_fused_call():
     staged = grad.clone()
     ops.foreach_correct_([staged], covariances, damping=0.1, scaling="trace", chunk=128)
     assert error(staged, fused.double()) < 1e-5
+
+
+@pytest.mark.parametrize("units", [64, 128, 250])
+@pytest.mark.parametrize("rows", [3, 16, 17, 32])
+def test_taps_of_a_convolution(rows, units):
+    """3 x 3 taps that lie side by side are moved as they lie; with another layout, or a bias, they are not."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, units, 1, rows, generator=generator) + 0.2
+    grad, bias = torch.randn(7, units, 3, 3, generator=generator), torch.randn(7, generator=generator)
+    options = {"damping": 0.1, "scaling": "trace", "seed": 3}
+    want, _, info, _ = expected(grad, x, **options)
+    bound = min(8 * torch.finfo(torch.float32).eps * (1 + units / 0.1), 1e-4)
+    assert info.count_nonzero() == 0
+    assert error(co.precondition(grad, x, **options), want) < bound
+    other = grad.to(memory_format=torch.channels_last)
+    assert error(co.precondition(other, x, **options), want) < bound
+    with_bias, got_bias = co.precondition(grad, x, bias_grad=bias, **options)
+    want, want_bias, _, _ = expected(grad, x, bias, **options)
+    assert error(with_bias, want) < bound and error(got_bias, want_bias) < bound
+
+
+@pytest.mark.parametrize("shape", [(9, 128), (9, 128, 3, 3)])
+def test_only_the_row_that_overflows_stays(shape):
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(shape, generator=generator)
+    x = torch.randn(8, 128, *[1] * (len(shape) - 2), generator=generator)
+    row = (4, slice(None), *[1] * (len(shape) - 2))
+    grad[row] *= 1e37
+    options = {"damping": 1e-3, "scaling": "trace"}
+    result, want = co.precondition(grad, x, **options), expected(grad, x, **options)[0]
+    assert torch.equal(result[row], grad[row]) and want[row].abs().max() > torch.finfo(torch.float32).max
+    others = torch.ones(shape, dtype=torch.bool)
+    others[row] = False
+    assert error(result[others], want[others]) < 1e-3

@@ -15,6 +15,17 @@ int64_t tile_index(bool by_unit, int64_t row, int64_t unit) {
   return by_unit ? unit * kMaxTileRows + row : row * kTilePitch + unit;
 }
 
+// A copy of the bias for every row.
+template <typename T>
+void load_bias(const PreconditionLayer& layer, int64_t taps, int64_t first_output, int64_t rows, const Scratch<T>& s) {
+  const GatherKernels<T>& gather = isa_kernels<T>().gather[static_cast<int>(layer.bias_dtype)];
+  const Run run{0, 0, 0, 1};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t offset = (first_output + r / taps) * layer.bias_stride;
+    gather.load_tile(layer.bias_grad, &offset, 1, 1, &run, 1, 0, false, s.bias + r);
+  }
+}
+
 // Every tap of an output has corrected a copy of its bias; the bias becomes their mean.
 template <typename T>
 void average_bias(const PreconditionLayer& layer, int64_t taps, int64_t first_output, int64_t outputs,
@@ -56,6 +67,16 @@ MatrixKind Launch<T>::kind() const {
   return whitened_ == nullptr ? MatrixKind::kGeneral : unwhitens_ ? MatrixKind::kLower : MatrixKind::kUpper;
 }
 
+template <typename T>
+const char* Launch<T>::next_outputs(int32_t index, int64_t output) const {
+  if (output >= layers_[index].outputs) {
+    if (after_[index] >= 0) index = after_[index];
+    output = 0;
+  }
+  return static_cast<const char*>(layers_[index].g) +
+         output * layers_[index].g_output_stride * element_size(layers_[index].g_dtype);
+}
+
 // Corrects some outputs; `more`: as many come next.
 template <typename T>
 void Launch<T>::apply_block(int32_t index, int64_t first_output, int64_t outputs, bool more, const Scratch<T>& s) {
@@ -79,7 +100,9 @@ void Launch<T>::apply_block(int32_t index, int64_t first_output, int64_t outputs
   }
   const int64_t ahead = more ? outputs * layer.g_output_stride : 0;
 
-  for (size_t c = 0; c < plan.chunks.size(); ++c) {
+  const char* next = next_outputs(index, first_output + outputs);
+  int64_t first_unit = 0;
+  for (size_t c = 0; c < plan.chunks.size(); first_unit += plan.chunks[c++].size) {
     if (states_[head].info[c] != 0) continue;
     const ChunkPlan& chunk = plan.chunks[c];
     const Run* runs = plan.runs.data() + chunk.first_run;
@@ -93,12 +116,30 @@ void Launch<T>::apply_block(int32_t index, int64_t first_output, int64_t outputs
                            states_[head].tile_scale[c], static_cast<float>(largest));
       continue;
     }
-    int64_t corrected = 0;
-    if (!with_bias && !few) {
-      corrected = kernels.direct[static_cast<int>(layer.g_dtype)].correct(
-          layer.g, s.row_offset, rows, layer.g_unit_stride, runs, chunk.num_runs, taps, ahead, matrix, chunk.size,
-          largest, s.product);
-      if (corrected == rows) continue;
+    const DirectRows<T> at{layer.g,
+                           s.row_offset,
+                           rows,
+                           layer.g_unit_stride,
+                           runs,
+                           chunk.num_runs,
+                           taps,
+                           chunk.size,
+                           next + rows * first_unit * element_size(layer.g_dtype),
+                           largest,
+                           with_bias ? s.bias : nullptr,
+                           plan.bias_column,
+                           s.tile,
+                           s.product,
+                           s.projected};
+    if (with_bias) load_bias(layer, taps, first_output, rows, s);
+    const DirectKernels<T>& direct = kernels.direct[static_cast<int>(layer.g_dtype)];
+    const T inverse_damping = T(1) / static_cast<T>(options_.damping);
+    const int64_t corrected =
+        few ? direct.correct_few(at, few_rows_transposed(chunk, matrix), matrix, chunk.row_panels, inverse_damping)
+            : direct.correct(at, matrix, kind());
+    if (corrected == rows) {
+      if (with_bias) average_bias(layer, taps, first_output, outputs, s);
+      continue;
     }
     for (int r = 0; !by_unit && r < tile_rows; ++r) {
       std::fill(s.tile + r * kTilePitch + chunk.size, s.tile + r * kTilePitch + chunk.panels * kPanel, T(0));
@@ -116,8 +157,8 @@ void Launch<T>::apply_block(int32_t index, int64_t first_output, int64_t outputs
         }
         const uint32_t bad =
             few ? kernels.chunk.apply_few(s.tile, by_unit, here, few_rows_transposed(chunk, matrix), matrix,
-                                          chunk.row_panels, chunk.size, T(1) / static_cast<T>(options_.damping),
-                                          largest, s.projected, s.product)
+                                          chunk.row_panels, chunk.size, inverse_damping, largest, s.projected,
+                                          s.product)
                 : kernels.chunk.apply(s.tile, by_unit, here, matrix, kind(), chunk.size, largest, s.product);
         g_gather.store_tile(s.product, bad, layer.g, row_offset, here, layer.g_unit_stride, runs, chunk.num_runs);
         if (with_bias) {

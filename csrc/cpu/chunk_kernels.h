@@ -94,13 +94,32 @@ struct GatherKernels {
   void (*moments)(const void* x, const int64_t* row_offset, int64_t rows, int64_t lanes, double* squares, double* sums);
 };
 
+// Rows of G in one chunk, and what their products may use.
+template <typename T>
+struct DirectRows {
+  void* g;
+  const int64_t* row_offset;
+  int64_t rows, unit_stride;
+  const Run* runs;
+  int64_t count;
+  int64_t taps;  // so many rows after one another may lie side by side
+  int64_t size;  // units of the chunk
+  // What is prefetched while the rows are corrected: as many bytes as they have in this chunk.
+  const char* next;
+  T limit;
+  T* bias;  // one a row, corrected with it; or null
+  int64_t bias_column;
+  T *tile, *product, *projected;  // scratch
+};
+
+// load_tile, apply and store_tile in one, for as many rows from the first on as they return: G is read where it lies,
+// without a copy.
 template <typename T>
 struct DirectKernels {
-  // load_tile, apply and store_tile in one, for as many rows from the first on as it returns: G is read where it lies,
-  // without a copy.  For chunks of 2 to 4 panels, or any with 9 taps side by side; `product`: scratch, as `out` of
-  // apply.
-  int64_t (*correct)(void* g, const int64_t* row_offset, int64_t rows, int64_t unit_stride, const Run* runs,
-                     int64_t count, int64_t taps, int64_t ahead, const T* inverse, int64_t size, T limit, T* product);
+  // For chunks of 2 to 8 panels, or any with 9 taps side by side.
+  int64_t (*correct)(const DirectRows<T>& at, const T* matrix, MatrixKind kind);
+  // As apply_few.  For units side by side, or 9 taps of every unit.
+  int64_t (*correct_few)(const DirectRows<T>& at, const T* x_transposed, const T* w, int row_panels, T inverse_damping);
 };
 
 // Products of G in bfloat16 with the inverse as two terms of bfloat16, x = upper + lower to 16 bits: no more is lost

@@ -19,12 +19,23 @@ namespace consistency_ops::cpu {
 template <typename T>
 constexpr double kFewRowsCondition = sizeof(T) == 4 ? 1e6 : 1e14;
 
+// Whether the 3 x 3 taps of a unit, and the units of an output, lie side by side: what DirectKernels moves fast.
+inline bool has_dense_taps(const PreconditionLayer& layer) {
+  int64_t taps = 1;
+  for (int d = kMaxTapDims - 1; d >= 0; --d) {
+    if (layer.g_tap_size[d] > 1 && layer.g_tap_stride[d] != taps) return false;
+    taps *= layer.g_tap_size[d];
+  }
+  return taps == 9 && layer.g_unit_stride == taps && layer.g_dtype == DType::kFloat32;
+}
+
 // ChunkPlan::row_panels of a chunk: not 0 where the rows, padded to panels, are at most a quarter of its units.
 inline int32_t few_row_panels(const PreconditionLayer& layer, const PreconditionOptions& options, const LayerPlan& plan,
                               const ChunkPlan& chunk) {
   const int64_t panels = (plan.sample.count + kPanel - 1) / kPanel;
   const bool fused = options.stages == kStageAll && layer.covariance == nullptr && layer.inverse == nullptr;
-  const bool pays = 4 * panels <= chunk.panels && layer.g_unit_stride == 1;  // else moving G takes longer than products
+  // Elsewhere moving G takes longer than products.
+  const bool pays = 4 * panels <= chunk.panels && (layer.g_unit_stride == 1 || has_dense_taps(layer));
   if (!fused || !pays || !(options.damping > 0) || plan.sample.count > plan.row_block) return 0;
   return static_cast<int32_t>(panels);
 }

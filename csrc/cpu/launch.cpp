@@ -53,6 +53,7 @@ Launch<T>::Launch(const PreconditionLayer* layers, const PreconditionOptions& op
       options_(options),
       plan_(plan),
       states_(plan.layers.size()),
+      after_(plan.layers.size(), -1),
       scratch_(threads),
       whitened_(whitening.layers),
       decay_(whitening.decay),
@@ -74,6 +75,12 @@ Launch<T>::Launch(const PreconditionLayer* layers, const PreconditionOptions& op
     s.projected = reinterpret_cast<T*>(take(kMaxTileRows * kTilePitch * sizeof(T)));
     s.inverse_diagonal = reinterpret_cast<T*>(take((kMaxChunk + plan.bias_elements) * sizeof(T)));
     s.bias = s.inverse_diagonal + kMaxChunk;
+  }
+  int32_t after = -1;
+  for (auto task = plan.tasks.rbegin(); threads == 1 && task != plan.tasks.rend(); ++task) {
+    if (task->phase != Phase::kApply || task->layer == after) continue;
+    after_[task->layer] = after;
+    after = task->layer;
   }
   for (size_t l = 0; l < states_.size(); ++l) {
     states_[l].diagonals.resize(plan.layers[l].chunks.size());

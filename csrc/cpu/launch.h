@@ -99,6 +99,8 @@ class Launch {
   void apply(const Task& task, const Scratch<T>& s);
   // Corrects some outputs; `more`: as many come next.
   void apply_block(int32_t index, int64_t first_output, int64_t outputs, bool more, const Scratch<T>& s);
+  // What is corrected after the outputs before this one: of the layer, or the first ones of another.
+  const char* next_outputs(int32_t index, int64_t output) const;
   MatrixKind kind() const;
 
   // Notes the diagonal of the average so far.
@@ -119,6 +121,7 @@ class Launch {
   const PreconditionOptions& options_;
   const Plan& plan_;
   std::vector<LayerState> states_;
+  std::vector<int32_t> after_;  // by layer, the one that this thread corrects after it; or -1
   std::vector<Scratch<T>> scratch_;
   T* storage_;
   const WhitenedLayer* whitened_;

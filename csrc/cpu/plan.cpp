@@ -156,6 +156,12 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       at.sample = sample_rows(rows, options.max_rows);
       at.draws = {options.seed, options.step, layer.layer, 0, at.sample.stride, rows};
       at.active = at.sample.count > 0 || without_rows;
+      // A few rows more than a block go with it: a block of their own would cost more to add than to sum.
+      const int64_t all = round_up(at.sample.count, kLeastRowBlock);
+      if (all > at.row_block && 2 * all <= 3 * at.row_block && at.units * all * element <= kPackedBytes) {
+        at.row_block = all;
+        plan.most_rows = std::max(plan.most_rows, all);
+      }
     }
     if (at.active && has_one_unit(layers, count, l, options)) {
       at.active = false;
