@@ -254,6 +254,21 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("rows_of_x", [1001, 4096])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_copy_every_row_of_a_block_once(rows_of_x, threads):
+    x, before = torch.randn(2, rows_of_x, 129), torch.get_num_threads()
+    rows, state = torch.full((2 * rows_of_x + 3, 129), -7.0), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
+    torch.set_num_threads(threads)
+    try:
+        for part in x:
+            capture(rows, state, part, 0, -1, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(rows[: 2 * rows_of_x], x.flatten(0, 1))
+    assert bool((rows[2 * rows_of_x :] == -7).all())
+
+
 def test_a_recomputation_counts_only_where_the_forward_pass_did_not():
     rows, state = torch.zeros(8, 2), torch.zeros(2, STATE_SIZE, dtype=torch.int64)
     x = torch.randn(3, 2)

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/parallel.h"
 #include "cpu/strided.h"
 
 #if defined(__SSE2__)
@@ -17,6 +18,9 @@ namespace {
 
 constexpr int64_t kTile = 64;               // rows of a tile: its offsets fit on the stack, its columns in L1
 constexpr int64_t kTaskBytes = 512 * 1024;  // below this, waking a thread costs more than it saves
+// The same of rows that are one block.  The threads that have just computed it are awake, and have parts of it in
+// cache.
+constexpr int64_t kBlockTaskBytes = 120 * 1024;
 
 #include "cpu/convert.inl"
 
@@ -132,6 +136,16 @@ void copy_past_cache(void* to, const void* from, size_t bytes) {
 #endif
 }
 
+void copy_block(char* to, const char* from, int64_t bytes, const ThreadPool& pool) {
+  const int64_t tasks = std::clamp<int64_t>(bytes / kBlockTaskBytes, 1, std::max<int64_t>(1, pool.threads));
+  const int64_t share = (bytes / tasks + 63) / 64 * 64;
+  cpu::run_tasks(pool, tasks, [&](int64_t task) {
+    const int64_t begin = std::min(bytes, task * share);
+    const int64_t end = task + 1 == tasks ? bytes : std::min(bytes, begin + share);
+    copy_past_cache(to + begin, from + begin, static_cast<size_t>(end - begin));
+  });
+}
+
 bool one_block(const CaptureProblem& p, const CapturePlan& plan) {
   int64_t dense = p.units;
   for (int i = kMaxCaptureDims - 1; i >= 0; --i) {
@@ -164,9 +178,8 @@ Status capture_rows_cpu(const CaptureProblem& p, const ThreadPool& pool) {
   if (plan.moves()) move_rows(p, plan);
   Copy copy{&p, &plan, 0};
   if (plan.count > 0 && one_block(p, plan)) {
-    const int64_t bytes = row_bytes(p);
-    copy_past_cache(static_cast<char*>(p.rows) + plan.kept * bytes, static_cast<const char*>(p.x) + plan.first * bytes,
-                    static_cast<size_t>(plan.count * bytes));
+    copy_block(static_cast<char*>(p.rows) + plan.kept * row_bytes(p),
+               static_cast<const char*>(p.x) + plan.first * row_bytes(p), plan.count * row_bytes(p), pool);
   } else if (plan.count > 0) {
     const int64_t wanted = (plan.count * row_bytes(p) + kTaskBytes - 1) / kTaskBytes;
     const int64_t tiles = (plan.count + kTile - 1) / kTile;

@@ -126,7 +126,7 @@ struct Kernels {
     }
   }
 
-  // Products of one lane of panel `last` with the panels before it, kPanels of them at once: column `lane` of their
+  // Products of one lane of panel `last` with kPanels panels at once, itself perhaps among them: column `lane` of their
   // blocks.
   template <int kPanels>
   static void gram_lane(const T* p, int64_t rows, int64_t pitch, int last, int lane, int first, bool accumulate, T* c) {
@@ -157,13 +157,12 @@ struct Kernels {
     const int last = panels - 1;
     const bool by_lane = tail <= kFewLanes && last > 0;
     if (by_lane) {
-      if (!accumulate) __builtin_memset(c + last * height * kPanel, 0, last * kPanel * kPanel * sizeof(T));
+      if (!accumulate) __builtin_memset(c + last * height * kPanel, 0, panels * kPanel * kPanel * sizeof(T));
       for (int lane = 0; lane < tail; ++lane) {
         int first = 0;
-        for (; first + 4 <= last; first += 4) gram_lane<4>(p, rows, pitch, last, lane, first, accumulate, c);
-        for (; first < last; ++first) gram_lane<1>(p, rows, pitch, last, lane, first, accumulate, c);
+        for (; first + 4 <= panels; first += 4) gram_lane<4>(p, rows, pitch, last, lane, first, accumulate, c);
+        for (; first < panels; ++first) gram_lane<1>(p, rows, pitch, last, lane, first, accumulate, c);
       }
-      diagonal_tile(p + last * pitch * kPanel, rows, accumulate, c + (last * height + last * kPanel) * kPanel);
     }
     for (int i = 0; i < panels - by_lane; ++i) {
       const T* right = p + i * pitch * kPanel;

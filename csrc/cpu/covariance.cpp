@@ -70,21 +70,22 @@ void Launch<T>::accumulate(const Task& task, const Scratch<T>& s) {
   const Run* runs = plan.runs.data() + plan.chunks[task.begin].first_run;
   const int64_t num_runs = last.first_run + last.num_runs - plan.chunks[task.begin].first_run;
 
-  // The lanes that no run writes: the padding of every chunk, and the bias unit.
+  // The lanes that no run writes: the padding of every chunk, and the bias unit; in as many rows as a block has.
+  const int64_t read = std::min(plan.row_block, plan.sample.count);
   for (int64_t c = task.begin; c < task.end; ++c) {
     const ChunkPlan& chunk = plan.chunks[c];
     const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
     T* tail = s.packed + panel * plan.packed_panel();
     for (int64_t lane = chunk.size - (chunk.panels - 1) * kPanel; lane < kPanel; ++lane) {
-      for (int64_t k = 0; k < plan.row_block; ++k) tail[k * kPanel + lane] = 0;
+      for (int64_t k = 0; k < read; ++k) tail[k * kPanel + lane] = 0;
     }
     if (c == plan.bias_chunk) {
       T* ones = s.packed + (chunk.first_panel - first_panel + plan.bias_column / kPanel) * plan.packed_panel() +
                 plan.bias_column % kPanel;
-      for (int64_t k = 0; k < plan.row_block; ++k) ones[k * kPanel] = 1;
+      for (int64_t k = 0; k < read; ++k) ones[k * kPanel] = 1;
       if (pairs != nullptr) {
         uint32_t* words = reinterpret_cast<uint32_t*>(ones);
-        for (int64_t k = 0; k < plan.row_block; ++k) words[k * kPanel] = kPairOfOnes;
+        for (int64_t k = 0; k < read; ++k) words[k * kPanel] = kPairOfOnes;
       }
     }
   }

@@ -3,7 +3,9 @@
 #include "cpu/convert.inl"
 
 constexpr int64_t kPrefetchBytes = 64 << 10;
-constexpr int64_t kLongRowBytes = 4 << 10;  // shorter rows come from L2 fast enough
+constexpr int64_t kLongRowBytes = 4 << 10;
+constexpr int64_t kPackRowBytes = 16 << 10;  // of short rows that are packed together: half of the smallest L1
+constexpr int64_t kLeastPackRows = 8;
 
 template <typename S, typename T>
 struct Gather {
@@ -132,14 +134,55 @@ struct Gather {
     return end - first;
   }
 
+  template <int kLength>
+  static inline __attribute__((always_inline)) void pack_run(const S* from, const int64_t* row_offset, int64_t rows,
+                                                             T* to) {
+    for (int64_t r = 0; r < rows; ++r) copy_in<kLength>(from + row_offset[r], to + r * kPanel);
+  }
+
+  static void pack_run(const S* from, const int64_t* row_offset, int64_t rows, int length, T* to) {
+    if (length >= 8) {
+      pack_run<8>(from, row_offset, rows, to);
+      if (length > 8) pack_run<8>(from + length - 8, row_offset, rows, to + length - 8);
+    } else if (length >= 4) {
+      pack_run<4>(from, row_offset, rows, to);
+      if (length > 4) pack_run<4>(from + length - 4, row_offset, rows, to + length - 4);
+    } else {
+      for (int u = 0; u < length; ++u) pack_run<1>(from + u, row_offset, rows, to + u);
+    }
+  }
+
+  // Short rows: a few at a time, which stay in L1 while every run is taken from all of them, so that its length is
+  // looked at once.  With the runs go the fetches of the rows that come next.
+  static void pack_short(const S* source, const int64_t* row_offset, int64_t rows, int64_t row_bytes, const Run* runs,
+                         int64_t count, T* packed) {
+    int64_t some = kPackRowBytes / (row_bytes + 1);
+    some = some < kLeastPackRows ? kLeastPackRows : some;
+    for (int64_t k = 0; k < rows; k += some) {
+      const int64_t here = rows - k < some ? rows - k : some;
+      const int64_t next = rows - k - here < some ? rows - k - here : some;
+      int64_t fetched = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        for (; fetched < next * (i + 1) / count; ++fetched) {
+          const char* row = reinterpret_cast<const char*>(source + row_offset[k + here + fetched]);
+          for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
+        }
+        pack_run(source + runs[i].unit, row_offset + k, here, runs[i].length, packed + runs[i].packed + k * kPanel);
+      }
+    }
+  }
+
   static void pack(const void* x, const int64_t* row_offset, int64_t rows, int64_t unit_stride, int64_t row_units,
                    const Run* runs, int64_t count, T* packed) {
     const S* source = static_cast<const S*>(x);
+    const int64_t row_bytes = row_units * sizeof(S);
+    if (unit_stride == 1 && row_bytes <= kLongRowBytes) {
+      pack_short(source, row_offset, rows, row_bytes, runs, count, packed);
+      return;
+    }
     if (unit_stride == 1) {
       // The runs of a row come in random order, which no hardware prefetcher follows: with every run goes the fetch of
-      // its share of a row ahead into L2, and, where rows are long, of the next row into L1.
-      const int64_t row_bytes = row_units * sizeof(S);
-      const bool is_long = row_bytes > kLongRowBytes;
+      // its share of a row ahead into L2, and of the next row into L1.
       const int64_t ahead = 1 + kPrefetchBytes / (row_bytes + 1);
       const int64_t share = 1 + row_bytes / (count + 1);
       for (int64_t k = 0; k < rows; ++k) {
@@ -149,7 +192,7 @@ struct Gather {
         T* to = packed + k * kPanel;
         for (const Run* run = runs; run != runs + count; ++run, next += share, soon += share) {
           __builtin_prefetch(next, 0, 2);
-          if (is_long) __builtin_prefetch(soon, 0, 3);
+          __builtin_prefetch(soon, 0, 3);
           copy_in(row + run->unit, to + run->packed, run->length);
         }
       }
