@@ -230,7 +230,8 @@ class Attachment:
             self._run(steps)
         left = self.placements.left_alone() if pooled else set()
         corrected = corrected or bool(steps or pooled - left)
-        held = not own or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
+        held = corrected or not own  # all else takes a while
+        held = held or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
         self.vigil.step(held, corrected, bool(left))
         finished = not states.paused
         waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []

@@ -14,6 +14,7 @@ import torch.utils.deterministic
 from torch import Tensor
 
 from ..ops.backend import is_out_of_memory
+from ..ops.library import torch_abi
 
 if TYPE_CHECKING:
     from .ownership import Ownership
@@ -131,13 +132,16 @@ class CaptureStates:
         self.waiting = 0
         self.step, self.paused = step, paused
         self.inputs.clear()
+        all_paused = paused if pauses or not finished else None
         for state, last, pattern, steps, pausing in self._tensors.values():
+            if torch_abi is not None and torch_abi.reset_states(state, last, step, all_paused, finished):
+                continue
             if finished:
                 last.copy_(state)
             pattern.zero_()
             steps.fill_(step)
-            if pauses or not finished:
-                pausing.fill_(int(paused))
+            if all_paused is not None:
+                pausing.fill_(int(all_paused))
 
 
 class RowMask:

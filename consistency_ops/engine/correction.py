@@ -92,6 +92,7 @@ class Correction:
         self.last_damping: float = math.nan  # of the last inversion, before retries
         self.last_division_step: int = 0  # the step whose division the last inversion had
         self._store = store
+        self._divisions: dict[tuple[int, int], Tensor] = {}  # what the store keeps of a division and its units
 
     # Which layers, which steps
 
@@ -276,13 +277,12 @@ class Correction:
             count: rows behind ``covariance``; 0 keeps it out, too.
             covariance: of this step.
         """
-        decay, state = self.options.decay, self._store.get(step.layer)
-        old, weight = state.get("covariance"), state.get("weight")
+        decay = self.options.decay
+        old, weight = (self._store.one(step.layer, key) for key in ("covariance", "weight"))
         if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
         old, weight = old.to(covariance), weight.to(covariance)  # the layer may have had another dtype
-        finite = largest([covariance, *step.gradients]).isfinite()
-        enters = finite & (count > 0)
+        enters = are_finite([covariance, *step.gradients]) & (count > 0)
         weight = torch.where(enters, decay * weight + (1 - decay), weight)
         total = torch.where(enters, decay * old + (1 - decay) * covariance, old)
         step.layer.pending.update(covariance=total, weight=weight)
@@ -335,8 +335,8 @@ class Correction:
 
     def stored_inverse(self, step: LayerStep) -> tuple[Tensor, Tensor] | None:
         """Inverse and info of the last refresh, or None if there is none that fits the layer as it is now."""
-        state = {**self._store.get(step.layer), **step.layer.pending}
-        inverse, info = state.get("inverse"), state.get("info")
+        layer = step.layer
+        inverse, info = (layer.pending.get(key, self._store.one(layer, key)) for key in ("inverse", "info"))
         if inverse is None or info is None or not step.units_unchanged:
             return None
         if len(inverse) != self.num_chunks(step):
@@ -384,11 +384,15 @@ class Correction:
         """Count the step and store what it left; after the optimizer's step, which may not find our state before."""
         self.step += 1
         self._store.count_step(self.step)
+        if not self.stores_matrices:
+            return
         for layer in layers:
             if layer.pending and layer.weight is not None:
-                division = torch.tensor([self.division_digest(layer), layer.inverse_units], device="cpu")
-                for key, value in {**layer.pending, "division": division}.items():
-                    self._store.put(layer, key, value)
+                key = self.division_digest(layer), layer.inverse_units or 0
+                if (division := self._divisions.get(key)) is None:
+                    division = self._divisions[key] = torch.tensor(key, device="cpu")
+                for name, value in {**layer.pending, "division": division}.items():
+                    self._store.put(layer, name, value)
                 layer.pending.clear()
 
     def resume(self, layers: list[Layer]) -> list[str]:
@@ -443,12 +447,13 @@ def _has_waited(step: LayerStep) -> bool:
     return capture is not None and capture.waits and not capture.idle
 
 
-def largest(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude in several tensors, in float64; NaN if one is in them, 0 if they are empty. One pass."""
-    ends = [end for t in tensors if t.numel() for end in torch.aminmax(t)]
-    if not ends:  # a rank may hold no rows of a layer
-        return tensors[0].new_zeros((), dtype=torch.float64)
-    return torch.stack([end.double() for end in ends]).abs().max()
+def are_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether there is neither Inf nor NaN in any of several tensors, in one pass."""
+    dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+    ends = [end.to(dtype) for t in tensors if t.numel() for end in torch.aminmax(t)]  # a rank may hold no rows of one
+    if not ends:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    return torch.stack(ends).isfinite().all()
 
 
 def check(condition: bool, name: str, requirement: str, value: object) -> None:

@@ -17,7 +17,7 @@ from .capture import Capture
 from .capture_states import CaptureStates
 from .correction import Correction
 from .layer import Layer
-from .layer_types import LayerType
+from .layer_types import InProjection, LayerType, TransposedConvolution
 from .ownership import Ownership
 
 
@@ -26,7 +26,8 @@ def _bind() -> bool:
     if torch_abi is None or not hasattr(library, "co_host_calls"):
         return False
     library.co_host_calls.restype = ctypes.c_void_p
-    return bool(torch_abi.bind_host_path(library.co_host_calls(), Capture, CaptureStates, Layer, LayerType))
+    classes = Capture, CaptureStates, Layer, LayerType, TransposedConvolution, InProjection
+    return bool(torch_abi.bind_host_path(library.co_host_calls(), *classes))
 
 
 is_bound: bool = _bind()

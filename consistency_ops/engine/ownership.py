@@ -21,7 +21,7 @@ class Ownership:
         """Look at the optimizer's parameters again; returns whether others have come or gone."""
         if self._optimizer is None:
             return False
-        now = [id(p) for group in self._optimizer.stepping.param_groups for p in group["params"]]
+        now = [identity for group in self._optimizer.stepping.param_groups for identity in map(id, group["params"])]
         if now == self._in_order:
             return False
         self._in_order, self.owned = now, frozenset(now)

@@ -60,6 +60,15 @@ class StateStore:
             return self._own.get(layer.name, {})
         return {_name(layer, key): local(value) for key, value in self._entries(layer).items()}
 
+    def one(self, layer: Layer, key: str) -> Tensor | None:
+        """One entry of :meth:`get`, without a look at the others."""
+        if self._optimizer is None:
+            return self._own.get(layer.name, {}).get(key)
+        if layer.index in self.shards:
+            return self.get(layer).get(key)
+        value: Tensor | None = self._optimizer.known_state_of(layer.weight).get(_prefix(layer) + key)
+        return None if value is None else local(value)
+
     def holds(self, layer: Layer, key: str, value: Tensor) -> bool:
         """Whether ``value`` itself is kept there, and in no DTensor: quicker than :meth:`get`."""
         if self._optimizer is None:
@@ -95,7 +104,7 @@ class StateStore:
         prefix = _prefix(layer)
         assert self._optimizer is not None
         entries = self._optimizer.known_state_of(layer.weight)
-        return {k: v for k, v in entries.items() if _is_ours(k) and k.startswith(prefix) and k != _STEP}
+        return {k: v for k, v in entries.items() if isinstance(k, str) and k.startswith(prefix) and k != _STEP}
 
     def count_step(self, step: int) -> None:
         """Write the step beside the state of every parameter that has been updated.
@@ -228,7 +237,8 @@ def _prefix(layer: Layer) -> str:
 
 
 def _name(layer: Layer, key: str) -> str:
-    return re.sub(r"_of_\d+$", "", key.removeprefix(_prefix(layer)))
+    name = key.removeprefix(_prefix(layer))
+    return re.sub(r"_of_\d+$", "", name) if "_of_" in name else name
 
 
 def _is_ours(key: object) -> bool:

@@ -24,14 +24,15 @@ bool find(PyObject* type, std::initializer_list<Slot*> slots) {
 
 }  // namespace
 
-// bind_host_path(address of a HostCalls, Capture, CaptureStates, Layer, LayerType): False if the library was built from
-// other sources.  From now on a call of a Capture goes to C++ first.
+// bind_host_path(address of a HostCalls, Capture, CaptureStates, Layer, LayerType, TransposedConvolution,
+// InProjection): False if the library was built from other sources.  From now on a call of a Capture goes to C++ first.
 PyObject* bind_host_path(PyObject* /*module*/, PyObject* args) {
   HANDLE_TH_ERRORS
   unsigned long long address = 0;
-  PyObject *capture = nullptr, *states = nullptr, *layer = nullptr, *kind = nullptr;
-  if (!PyArg_ParseTuple(args, "KO!O!O!O!", &address, &PyType_Type, &capture, &PyType_Type, &states, &PyType_Type,
-                        &layer, &PyType_Type, &kind)) {
+  PyObject *capture = nullptr, *states = nullptr, *layer = nullptr, *kind = nullptr, *transposed = nullptr,
+           *third = nullptr;
+  if (!PyArg_ParseTuple(args, "KO!O!O!O!O!O!", &address, &PyType_Type, &capture, &PyType_Type, &states, &PyType_Type,
+                        &layer, &PyType_Type, &kind, &PyType_Type, &transposed, &PyType_Type, &third)) {
     return nullptr;
   }
   const auto* calls = reinterpret_cast<const bindings::HostCalls*>(static_cast<uintptr_t>(address));
@@ -58,13 +59,17 @@ PyObject* bind_host_path(PyObject* /*module*/, PyObject* args) {
   host.matrix = name("matrix");
   host.packed = name("packed");
   host.id = name("id");
+  host.position = name("position");
+  host.groups = name("groups");
   if (PyErr_Occurred()) return nullptr;
   host.plain_keys = at::empty({0}, at::kFloat).unsafeGetTensorImpl()->key_set();
-  for (PyObject* type : {capture, states, layer, kind}) Py_INCREF(type);  // for good, as this module
+  for (PyObject* type : {capture, states, layer, kind, transposed, third}) Py_INCREF(type);  // for good, as this module
   c.type = reinterpret_cast<PyTypeObject*>(capture);
   s.type = reinterpret_cast<PyTypeObject*>(states);
   l.type = reinterpret_cast<PyTypeObject*>(layer);
   host.kind_type = reinterpret_cast<PyTypeObject*>(kind);
+  host.transposed_type = reinterpret_cast<PyTypeObject*>(transposed);
+  host.third_type = reinterpret_cast<PyTypeObject*>(third);
   host.calls = calls;
   if (c.type->tp_call != call_capture) {
     call_in_python = c.type->tp_call;

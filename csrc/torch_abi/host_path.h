@@ -45,10 +45,11 @@ struct HostPath {
   CaptureClass capture;
   StatesClass states;
   LayerClass layer;
-  PyTypeObject* kind_type = nullptr;  // LayerType: those of subclasses see their weight in another way
-  c10::DispatchKeySet plain_keys;     // of a dense tensor of the CPU that is nothing else
+  // LayerType, TransposedConvolution, InProjection: other subclasses see their weight in a way that Python knows.
+  PyTypeObject *kind_type = nullptr, *transposed_type = nullptr, *third_type = nullptr;
+  c10::DispatchKeySet plain_keys;  // of a dense tensor of the CPU that is nothing else
   PyObject *training = nullptr, *parameters = nullptr, *bias = nullptr, *matrix = nullptr, *packed = nullptr,
-           *id = nullptr;  // names
+           *id = nullptr, *position = nullptr, *groups = nullptr;  // names
 };
 extern HostPath host;
 

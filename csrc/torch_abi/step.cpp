@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstring>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -21,17 +22,28 @@ namespace {
 
 constexpr char kPlan[] = "consistency_ops.host_plan";
 
-// One layer of a step; the tensors keep the memory that `problem` points to.
+// One layer of a step; the tensors keep the memory that its problem points to.
 struct Planned {
   THPObjectPtr layer;
   at::Tensor grad, bias_grad, rows, count;
-  PreconditionLayer problem;
   int64_t convolution_groups, rows_id;
   bool is_double;
 };
 struct Plan {
   std::vector<Planned> layers;
-  std::vector<THPObjectPtr> others;  // layers that have nothing to correct in this step
+  std::vector<PreconditionLayer> problems;  // one a layer, in their order: of its first group, if it has several
+  std::vector<THPObjectPtr> others;         // layers that have nothing to correct in this step
+};
+
+// What is needed of a LayerType; most layers of a network have that of the layer before.
+struct Kind {
+  enum class Form { kPython, kWhole, kTransposed, kThird };  // how the matrix lies in the parameter
+
+  PyObject* of = nullptr;  // borrowed from a layer
+  Form form = Form::kPython;
+  THPObjectPtr bias;  // its name, or None
+  bool third_of_bias = false;
+  int64_t third = 0;  // which
 };
 
 enum class Look { kPlanned, kNothing, kPython };  // kNothing: this layer has nothing to correct in this step
@@ -40,6 +52,39 @@ PyObject* attribute(PyObject* object, PyObject* name) {
   PyObject* value = PyObject_GetAttr(object, name);
   if (value == nullptr) PyErr_Clear();
   return value;
+}
+
+// As LayerType.view and bias_view, which are views of the whole here, too.
+void learn(PyObject* object, Kind& kind) {
+  PyTypeObject* type = Py_TYPE(object);
+  kind.of = object;
+  kind.form = Kind::Form::kPython;
+  if (type != host.kind_type && type != host.transposed_type && type != host.third_type) return;
+  kind.bias = THPObjectPtr(attribute(object, host.bias));
+  THPObjectPtr matrix(attribute(object, host.matrix)), packed(attribute(object, host.packed)),
+      position(attribute(object, host.position));
+  if (!kind.bias || matrix.get() != Py_None || !packed || !position || !PyLong_CheckExact(position.get())) return;
+  kind.third = PyLong_AsLongLong(position.get());
+  kind.third_of_bias = type == host.third_type;
+  if (kind.third_of_bias && (kind.third < 0 || kind.third > 2)) return;
+  if (packed.get() == Py_False) {
+    kind.form = type == host.transposed_type ? Kind::Form::kTransposed : Kind::Form::kWhole;
+  } else if (packed.get() == Py_True && type == host.third_type) {
+    kind.form = Kind::Form::kThird;
+  }
+}
+
+// A third of a tensor's first dimension; undefined if it has none.
+at::Tensor third_of(const at::Tensor& whole, int64_t which) {
+  const int64_t size = whole.dim() > 0 ? whole.size(0) / 3 : 0;
+  return size > 0 && whole.size(0) == 3 * size ? whole.narrow(0, which * size, size) : at::Tensor();
+}
+
+// Transposed convolutions with one group; undefined if Python is to find it: with more it may be a copy.
+at::Tensor transposed(const at::Tensor& whole, PyObject* module) {
+  THPObjectPtr groups(attribute(module, host.groups));
+  const bool one = groups && PyLong_CheckExact(groups.get()) && PyLong_AsLongLong(groups.get()) == 1;
+  return one && whole.dim() > 1 ? whole.transpose(0, 1) : at::Tensor();
 }
 
 bool owns(PyObject* owned, PyObject* parameter) {
@@ -61,33 +106,71 @@ bool plain_gradient(const at::Tensor& grad) {
 // As Capture._follows: the weight is the one that was hooked, and is so still.
 bool follows(PyObject* capture, PyObject* weight) {
   const CaptureClass& c = host.capture;
-  THPObjectPtr id(PyLong_FromVoidPtr(weight));
   PyObject *known = c.weight.get(capture), *handle = c.mark_handle.get(capture);
-  if (!id || known == nullptr || known == Py_None || handle == nullptr || handle == Py_None) return false;
-  if (PyObject_RichCompareBool(id.get(), known, Py_EQ) != 1) return false;
+  if (known == nullptr || !PyLong_CheckExact(known) || handle == nullptr || handle == Py_None) return false;
+  if (PyLong_AsVoidPtr(known) != weight) return false;
   PyObject* hooks = reinterpret_cast<THPVariable*>(weight)->post_accumulate_grad_hooks;
   THPObjectPtr hook(attribute(handle, host.id));
   return hook && hooks != nullptr && PyDict_Check(hooks) && PyDict_Contains(hooks, hook.get()) == 1;
 }
 
 // The bias of a layer that joins it to its units, if it has a gradient of this optimizer.
-bool find_bias(PyObject* layer, PyObject* kind, PyObject* parameters, PyObject* owned, at::Tensor& grad) {
+bool find_bias(PyObject* layer, Kind& kind, PyObject* parameters, PyObject* owned, at::Tensor& grad) {
   if (!host.layer.joins_bias.is_true(layer)) return true;
-  THPObjectPtr name(attribute(kind, host.bias));
-  if (!name) return false;
-  PyObject* bias = name.get() == Py_None ? nullptr : PyDict_GetItemWithError(parameters, name.get());
+  PyObject* bias = kind.bias.get() == Py_None ? nullptr : PyDict_GetItemWithError(parameters, kind.bias.get());
   if (bias == nullptr || bias == Py_None) return true;
   if (!is_parameter(bias)) return false;
   if (!owns(owned, bias) || !THPVariable_Unpack(bias).grad().defined()) return true;
   grad = THPVariable_Unpack(bias).grad();
-  return plain_gradient(grad) && grad.dim() == 1;
+  if (!plain_gradient(grad) || grad.dim() != 1) return false;
+  if (kind.third_of_bias) grad = third_of(grad, kind.third);
+  return grad.defined();
 }
 
-Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planned& found) {
+void fetch_object(const void* object, int lines) {
+  for (int i = 0; object != nullptr && i < lines; ++i) __builtin_prefetch(static_cast<const char*>(object) + 64 * i);
+}
+
+// Between two steps forward and backward pass have pushed all this out of the first caches.  What a layer needs hangs
+// together by pointers, so it is fetched in three turns, while the layers before it are looked at.
+void fetch_ahead(PyObject* layers, Py_ssize_t i) {
   const LayerClass& l = host.layer;
   const CaptureClass& c = host.capture;
-  PyObject *capture = l.capture.get(layer), *kind = l.kind.get(layer), *tied = l.tied.get(layer);
-  if (capture == nullptr || Py_TYPE(capture) != c.type || Py_TYPE(kind) != host.kind_type) return Look::kPython;
+  const auto layer_at = [&](Py_ssize_t at) {
+    PyObject* layer = at < PyList_GET_SIZE(layers) ? PyList_GET_ITEM(layers, at) : nullptr;
+    return layer != nullptr && Py_TYPE(layer) == l.type ? layer : nullptr;
+  };
+  const auto capture_of = [&](PyObject* layer) {
+    PyObject* capture = layer == nullptr ? nullptr : l.capture.get(layer);
+    return capture != nullptr && Py_TYPE(capture) == c.type ? capture : nullptr;
+  };
+  if (i + 6 < PyList_GET_SIZE(layers)) fetch_object(PyList_GET_ITEM(layers, i + 6), 3);
+  if (PyObject* layer = layer_at(i + 4)) {
+    fetch_object(l.capture.get(layer), 7);
+    fetch_object(l.module.get(layer), 1);
+  }
+  if (PyObject* capture = capture_of(layer_at(i + 2))) {
+    fetch_object(c.rows.get(capture), 1);
+    fetch_object(c.count.get(capture), 1);
+    fetch_object(c.mark_handle.get(capture), 1);
+    PyObject* weight = c.weight.get(capture);  // its id
+    if (weight != nullptr && PyLong_CheckExact(weight)) fetch_object(PyLong_AsVoidPtr(weight), 2);
+  }
+  if (PyObject* capture = capture_of(layer_at(i + 1))) {
+    for (const Slot* slot : {&c.rows, &c.count}) {
+      if (const at::Tensor* tensor = tensor_in(*slot, capture)) fetch_object(tensor->unsafeGetTensorImpl(), 3);
+    }
+  }
+}
+
+Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Kind& kind, Planned& found,
+          PreconditionLayer& p) {
+  const LayerClass& l = host.layer;
+  const CaptureClass& c = host.capture;
+  PyObject *capture = l.capture.get(layer), *tied = l.tied.get(layer);
+  if (capture == nullptr || Py_TYPE(capture) != c.type) return Look::kPython;
+  if (kind.of != l.kind.get(layer)) learn(l.kind.get(layer), kind);
+  if (kind.form == Kind::Form::kPython) return Look::kPython;
   THPObjectPtr module(referent(l.module.get(layer)));
   THPObjectPtr parameters(module ? attribute(module.get(), host.parameters) : nullptr);
   if (!parameters || !PyDict_CheckExact(parameters.get()) || !PyUnicode_Check(tied)) return Look::kPython;
@@ -106,13 +189,23 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planne
                      c.restarted.integer(source, 1) == 0 &&
                      c.is_double.is_true(capture) == (weight.scalar_type() == at::kDouble);
   if (!plain) return Look::kPython;
-  found.grad = weight.grad();
-  if (!found.grad.defined()) return Look::kNothing;
+  const at::Tensor& whole = weight.grad();
+  if (!whole.defined()) return Look::kNothing;
+  if (!plain_gradient(whole)) return Look::kPython;
+  switch (kind.form) {
+    case Kind::Form::kThird:
+      found.grad = third_of(whole, kind.third);
+      break;
+    case Kind::Form::kTransposed:
+      found.grad = transposed(whole, module.get());
+      break;
+    default:
+      found.grad = whole;
+  }
+  if (!found.grad.defined()) return Look::kPython;
 
   const at::Tensor &grad = found.grad, *rows = tensor_in(c.rows, source), *count = tensor_in(c.count, source);
   if (rows == nullptr || count == nullptr || !is_plain(*rows) || !is_plain(*count)) return Look::kPython;
-  THPObjectPtr matrix(attribute(kind, host.matrix)), packed(attribute(kind, host.packed));
-  if (matrix.get() != Py_None || packed.get() != Py_False || !plain_gradient(grad)) return Look::kPython;
   if (!find_bias(layer, kind, parameters.get(), owned, found.bias_grad)) return Look::kPython;
   if (grad.dim() < 2 || grad.dim() > 2 + kMaxTapDims || rows->dim() != 2 || rows->size(0) == 0 || grad.size(1) == 0) {
     return Look::kPython;
@@ -129,7 +222,6 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planne
   found.count = *count;
   found.rows_id = reinterpret_cast<int64_t>(c.rows.get(source));
   found.is_double = rows->scalar_type() == at::kDouble;
-  PreconditionLayer& p = found.problem;
   for (int64_t& size : p.x_row_size) size = 1;
   p.x = rows->const_data_ptr();
   p.x_row_size[kMaxRowDims - 1] = rows->size(0);
@@ -146,26 +238,30 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Planne
 }
 
 // As in_order_of_input of layer_step.py.
-void put_same_rows_together(std::vector<Planned>& plan) {
+void put_same_rows_together(Plan& plan) {
   std::map<std::tuple<int64_t, bool, DType>, size_t> run_of;
   std::vector<std::vector<size_t>> runs;
-  for (size_t i = 0; i < plan.size(); ++i) {
-    const bool alone = plan[i].convolution_groups != 1;
-    const int64_t id = alone ? -1 - static_cast<int64_t>(i) : plan[i].rows_id;
-    const auto [at, is_new] = run_of.try_emplace({id, plan[i].problem.has_bias, plan[i].problem.g_dtype}, runs.size());
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    const PreconditionLayer& p = plan.problems[i];
+    const bool alone = plan.layers[i].convolution_groups != 1;
+    const int64_t id = alone ? -1 - static_cast<int64_t>(i) : plan.layers[i].rows_id;
+    const auto [at, is_new] = run_of.try_emplace({id, p.has_bias, p.g_dtype}, runs.size());
     if (is_new) runs.emplace_back();
     runs[at->second].push_back(i);
   }
-  std::vector<Planned> ordered;
-  ordered.reserve(plan.size());
+  Plan ordered;
+  ordered.layers.reserve(plan.layers.size());
+  ordered.problems.reserve(plan.layers.size());
   for (const auto& run : runs) {
-    const uint32_t division = plan[run.front()].problem.layer;
+    const uint32_t division = plan.problems[run.front()].layer;
     for (size_t i : run) {
-      ordered.push_back(std::move(plan[i]));
-      ordered.back().problem.layer = division;
+      ordered.layers.push_back(std::move(plan.layers[i]));
+      ordered.problems.push_back(plan.problems[i]);
+      ordered.problems.back().layer = division;
     }
   }
-  plan = std::move(ordered);
+  plan.layers.swap(ordered.layers);
+  plan.problems.swap(ordered.problems);
 }
 
 bool gradients_overlap(const std::vector<Planned>& plan) {
@@ -184,7 +280,8 @@ bool gradients_overlap(const std::vector<Planned>& plan) {
 void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
 
 bool set_slice(const Slot& slot, PyObject* layer, PyObject* tensor, int64_t begin, int64_t end) {
-  THPObjectPtr slice(Py_BuildValue("(OLL)", tensor, static_cast<long long>(begin), static_cast<long long>(end)));
+  THPObjectPtr first(PyLong_FromLongLong(begin)), last(PyLong_FromLongLong(end));
+  THPObjectPtr slice(first && last ? PyTuple_Pack(3, tensor, first.get(), last.get()) : nullptr);
   if (slice) slot.set(layer, slice.get());
   return static_cast<bool>(slice);
 }
@@ -204,26 +301,29 @@ PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
   }
   auto plan = std::make_unique<Plan>();
   plan->layers.reserve(PyList_GET_SIZE(layers));
+  plan->problems.reserve(PyList_GET_SIZE(layers));
   bool shared = false;
+  Kind kind;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); ++i) {
     PyObject* layer = PyList_GET_ITEM(layers, i);
     if (Py_TYPE(layer) != host.layer.type) Py_RETURN_NONE;
-    Planned planned{};
-    const Look seen = look(layer, owned, chunk, group, planned);
-    if (seen == Look::kPython ||
-        (seen == Look::kPlanned && !plan->layers.empty() && planned.is_double != plan->layers.front().is_double)) {
+    fetch_ahead(layers, i);
+    Planned& planned = plan->layers.emplace_back();
+    const Look seen = look(layer, owned, chunk, group, kind, planned, plan->problems.emplace_back());
+    if (seen == Look::kPython || (seen == Look::kPlanned && planned.is_double != plan->layers.front().is_double)) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
     if (seen == Look::kNothing) {
+      plan->layers.pop_back();
+      plan->problems.pop_back();
       plan->others.emplace_back(Py_NewRef(layer));
       continue;
     }
     shared = shared || !host.capture.source.is(host.layer.capture.get(layer), Py_None);
-    plan->layers.push_back(std::move(planned));
   }
   if (plan->layers.empty() || gradients_overlap(plan->layers)) Py_RETURN_NONE;
-  if (shared) put_same_rows_together(plan->layers);
+  if (shared) put_same_rows_together(*plan);
   PyObject* capsule = PyCapsule_New(plan.get(), kPlan, forget);
   if (capsule != nullptr) plan.release();
   return capsule;
@@ -251,16 +351,21 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
   options.seed = static_cast<uint64_t>(seed);
   options.step = static_cast<uint64_t>(step);
 
-  std::vector<PreconditionLayer> problems;
-  problems.reserve(plan->layers.size());
   int64_t chunks = 0;
-  for (const Planned& planned : plan->layers) {
-    options.float64 = options.float64 || planned.is_double || planned.problem.g_dtype == DType::kFloat64;
-    PreconditionLayer problem = planned.problem;
-    for (int64_t g = 0; g < planned.convolution_groups; ++g, bindings::to_next_group(problem))
-      problems.push_back(problem);
-    chunks += planned.convolution_groups * num_chunks(problem, options);
+  bool has_groups = false;
+  for (size_t i = 0; i < plan->layers.size(); ++i) {
+    const Planned& planned = plan->layers[i];
+    options.float64 = options.float64 || planned.is_double || plan->problems[i].g_dtype == DType::kFloat64;
+    chunks += planned.convolution_groups * num_chunks(plan->problems[i], options);
+    has_groups = has_groups || planned.convolution_groups > 1;
   }
+  std::vector<PreconditionLayer> groups;  // one a group of a convolution
+  for (size_t i = 0; has_groups && i < plan->layers.size(); ++i) {
+    PreconditionLayer problem = plan->problems[i];
+    for (int64_t g = 0; g < plan->layers[i].convolution_groups; ++g, bindings::to_next_group(problem))
+      groups.push_back(problem);
+  }
+  std::vector<PreconditionLayer>& problems = has_groups ? groups : plan->problems;
   bindings::find_same_inputs(problems);
   const at::Tensor info = at::empty({chunks}, at::kInt), used = at::empty({chunks}, at::kFloat);
   int64_t begin = 0;
@@ -279,11 +384,11 @@ PyObject* run_step(PyObject* /*module*/, PyObject* args) {
   THPObjectPtr info_object(THPVariable_Wrap(info)), used_object(THPVariable_Wrap(used));
   if (!info_object || !used_object) return nullptr;
   begin = 0;
-  for (Planned& planned : plan->layers) {
+  for (size_t i = 0; i < plan->layers.size(); ++i) {
     const LayerClass& l = host.layer;
-    PyObject* layer = planned.layer.get();
-    const PreconditionLayer& p = planned.problem;
-    const int64_t end = begin + planned.convolution_groups * num_chunks(p, options);
+    PyObject* layer = plan->layers[i].layer.get();
+    const PreconditionLayer& p = plan->problems[i];
+    const int64_t end = begin + plan->layers[i].convolution_groups * num_chunks(p, options);
     const bool told = set_slice(l.info_slice, layer, info_object.get(), begin, end) &&
                       set_slice(l.damping_slice, layer, used_object.get(), begin, end) &&
                       l.inverse_units.set_integer(layer, p.units + (p.has_bias ? 1 : 0)) &&
@@ -324,6 +429,36 @@ PyObject* begin_step(PyObject* /*module*/, PyObject* args) {
     }
     for (const Slot* slot : {&c.mark_due, &c.lost, &c.plain}) slot->set(self, Py_False);
     for (const Slot* slot : {&c.source, &c.grad}) slot->set(self, Py_None);
+  }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+// reset_states(state, last, step, paused, finished): the tensors of one device in CaptureStates.reset; False if Python
+// is to do it.  paused: None if it is what it was.
+PyObject* reset_states(PyObject* /*module*/, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *state_object = nullptr, *last_object = nullptr, *paused = nullptr, *finished = nullptr;
+  long long step = 0;
+  if (!PyArg_ParseTuple(args, "OOLOO!", &state_object, &last_object, &step, &paused, &PyBool_Type, &finished)) {
+    return nullptr;
+  }
+  if (host.calls == nullptr || !host.used || !is_tensor(state_object) || !is_tensor(last_object) || !unwatched()) {
+    Py_RETURN_FALSE;
+  }
+  const at::Tensor &state = THPVariable_Unpack(state_object), &last = THPVariable_Unpack(last_object);
+  const bool fits = is_plain(state) && is_plain(last) && state.is_contiguous() && last.is_contiguous() &&
+                    state.scalar_type() == at::kLong && last.scalar_type() == at::kLong && state.dim() == 2 &&
+                    state.size(1) == kCaptureStateSize && state.sizes() == last.sizes();
+  if (!fits) Py_RETURN_FALSE;
+  auto* entries = static_cast<CaptureState*>(state.mutable_data_ptr());
+  const int64_t count = state.size(0);
+  if (finished == Py_True && count > 0) std::memcpy(last.mutable_data_ptr(), entries, state.nbytes());
+  for (int64_t i = 0; i < count; ++i) {
+    CaptureState& entry = entries[i];
+    entry.used = entry.seen = entry.stride = entry.next = entry.mark = entry.thinned = entry.forward = 0;
+    entry.step = step;
+    if (paused != Py_None) entry.paused = paused == Py_True ? 1 : 0;
   }
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS

@@ -14,5 +14,6 @@ PyObject* use_host_path(PyObject* module, PyObject* used);
 PyObject* plan_step(PyObject* module, PyObject* args);
 PyObject* run_step(PyObject* module, PyObject* args);
 PyObject* begin_step(PyObject* module, PyObject* args);
+PyObject* reset_states(PyObject* module, PyObject* args);
 
 }  // namespace consistency_ops::torch_abi
