@@ -266,8 +266,22 @@ def kernel_bounds() -> str:
     return "\n".join(lines)
 
 
+def kernel_whitening() -> str:
+    """The bounds of the two launches of whitening, and of one correction of the same workload, by the model, in us."""
+    found = read("kernel-model")
+    lines = ["| | issue | memory | passes | tensor |", "| --- | --- | --- | --- | --- |"]
+    for name, launches in found["whitening"].items():
+        rows = {"one correction": found["steps"][-1]["workloads"][name]}
+        rows |= {"before the step, new factors": launches["whiten"], "after the step": launches["unwhiten"]}
+        for what, row in rows.items():
+            cells = " | ".join(f"{row[f'{bound}_us']:.0f}" for bound in ("issue", "memory", "passes", "tensor"))
+            lines.append(f"| {launches['title']}: {what} | {cells} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kernel-model": kernel_model,
+    "kernel-whitening": kernel_whitening,
     "kernel-bounds": kernel_bounds,
     "step": step,
     "whiten": whiten,

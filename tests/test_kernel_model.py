@@ -51,6 +51,22 @@ def test_the_emulated_machine_code_gives_the_result():
 
 @pytest.mark.slow
 @needs_tools
+def test_the_emulated_machine_code_whitens():
+    """Gram tasks, factor and apply tasks of the launch before the optimizer's step, with an average."""
+    units, chunk = 64, 128
+    emulated = launch.Launch(units, rows=40, outputs=24, rung=launch.TASK_QUEUE, ctas=2, mode=launch.WHITENS)
+    for cta in range(emulated.plan["ctas"]):
+        emulated.run(cta)
+    grad, inputs = (torch.from_numpy(array) for array in (emulated.g[..., 0].copy(), emulated.x))
+    average, factor = torch.zeros(2, 1, chunk, chunk)
+    average[0, :units, :units] = 0.5 * torch.eye(units)
+    lists = [grad], [], [inputs], [torch.tensor([40])], [average], [torch.tensor([0.5])], [factor], [], [0], [8]
+    torch.ops.consistency_ops_torch.foreach_whiten_(*lists, 0.1, True, 0.95, chunk, 10_000, 0, 0)
+    torch.testing.assert_close(torch.from_numpy(emulated.gradient()[..., 0]), grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_tools
 def test_tasks_of_the_queue_are_emulated():
     """A task finds what it waits for through a table of jumps, which lies in a constant bank of its own."""
     queued = launch.Launch(64, 8, 8, rung=launch.TASK_QUEUE, ctas=2)

@@ -266,7 +266,7 @@ def model_all() -> dict:
         "kind": "model",
         "one_chunk": one_chunk(),
         "workloads": found,
-        "whitening": {name: model_whitening(name) for name in ("iv", "v")},
+        "whitening": {name: model_whitening(name) for name in ("iv",)},
         "factor_inverse_128_us": (end - begin) / CLOCK_MHZ,
         "factor_task_instructions": factor_task().instructions,
         "apply_task_instructions": shape(BFLOAT16, BFLOAT16).apply_task.instructions,

@@ -489,6 +489,34 @@ class Code:
 
         return run
 
+    def make_voteu(self, i, m, o):
+        assert m == ["ANY"] and o[1:] == ["UPT", "PT"], o  # the active lanes
+        d = target(o[0])
+
+        def run(w, mask):
+            w.UR[d] = sum(1 << lane for lane in range(32) if mask is None or mask[lane])
+
+        return run
+
+    def make_redux(self, i, m, o):
+        assert m == ["OR"], m
+        d, a = target(o[0]), Operand(o[1])
+
+        def run(w, mask):
+            values = np.broadcast_to(a.get(w), (32,))
+            w.UR[d] = int(np.bitwise_or.reduce(values if mask is None else values[mask]))
+
+        return run
+
+    def make_uflo(self, i, m, o):
+        assert m == ["U32"], m  # the highest bit that is set
+        d, a = target(o[0]), Operand(o[1])
+
+        def run(w, mask):
+            w.UR[d] = (int(a.get(w)) & 0xFFFFFFFF).bit_length() - 1 & 0xFFFFFFFF
+
+        return run
+
     # Moves
 
     def make_mov(self, i, m, o):
@@ -1247,7 +1275,8 @@ class Code:
 
     def make_redg(self, i, m, o):
         where, a = address_of(o[0]), Operand(o[1])
-        return lambda w, mask: self._atomic(w, mask, where, a.get(w), lambda x, y: x + y)
+        update = (lambda x, y: x | y) if "OR" in m else (lambda x, y: x + y)
+        return lambda w, mask: self._atomic(w, mask, where, a.get(w), update)
 
     def make_atoms(self, i, m, o):
         where, a = address_of(o[1]), Operand(o[2])
