@@ -95,7 +95,7 @@ READS_AND_WRITES = [  # of X and of G, four units at once and one by one
     ("gram.cuh", "raw[i] = x[chunk.scratch.row_offset[row]"),
     ("gradient_rows.cuh", "to[r] = *reinterpret_cast<const FourUnits<Raw>*>(row[r] + unit)"),
     ("ptx_host.h", "*static_cast<Words*>(address) = words"),
-    ("gradient_rows.cuh", "to[r].set(i, row[r][single * layer.g_unit_stride])"),
+    ("gradient_rows.cuh", "to[r].set(i, unwhitens() ?"),
     ("gradient_rows.cuh", "row[r][single * layer.g_unit_stride] = from_float"),
 ]
 
