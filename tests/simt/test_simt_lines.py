@@ -44,7 +44,9 @@ def test_every_line_runs(tmp_path):
     library = simt.build("lines")
     large = ("96", "128 bfloat16", "256", "160 of 16 bits", "160, one pass of TF32", "160, overflow of float16")
     large += ("not aligned", "128, X of 16 bits", "mixed types@sm_80", "96@sm_80", "128 bfloat16@sm_80")
-    large += tuple(whitening_cases.PREFIX + name for name in (*whitening_cases.SMALL, "160", "160 of 16 bits"))
+    large += tuple(
+        whitening_cases.PREFIX + name for name in (*whitening_cases.SMALL, "160", "160 of 16 bits", "bias@sm_80")
+    )
     command = [sys.executable, simt.ROOT / "tests/simt/run_cases.py", library, "1", *cases.SMALL, *RUNGS, *large]
     environment = {**simt.sanitizer_environment("lines"), "GCOV_PREFIX": str(tmp_path)}
     done = processes.run(command, env=environment, capture_output=True, text=True, timeout=processes.LONG)

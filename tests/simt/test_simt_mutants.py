@@ -35,7 +35,7 @@ CASES += tuple(f"whitened, {name}" for name in ("taps", "bfloat16", "rows", "no 
 CASES += tuple(f"whitened, {name}" for name in ("damping raised", "damping raised, one chunk", "a chunk given up"))
 CASES += tuple(f"whitened, {name}" for name in ("no gradient", "norm free", "not finished", "permuted", "160"))
 CASES += ("whitened, not finished, norm free", "whitened, a gradient of the bias alone")
-CASES += ("whitened, 160, a chunk given up",)
+CASES += ("whitened, 160, a chunk given up", "whitened, stages apart")
 CASES += ("whitened, float16@sm_80", "whitened, bias@sm_80", "whitened, not aligned")
 FILES = (
     "gram.cuh",

@@ -13,7 +13,7 @@ import numpy as np
 import precondition_cases as cases
 import simt_library as simt
 
-APPLY, ALL = 4, 7
+FACTOR, APPLY, ALL = 2, 4, 7
 
 
 @dataclasses.dataclass
@@ -40,6 +40,7 @@ class WhiteningCase:
     spoil_average: tuple[int, int, float] | None = None
     still: tuple[int, ...] = ()
     bias_only: tuple[int, ...] = ()
+    stages_apart: bool = False
 
     def plain(self) -> cases.Case:
         names = ("layers", "chunk", "damping", "trace", "max_rows", "device", "packing")
@@ -142,9 +143,36 @@ def run(library: simt.Library, case: WhiteningCase) -> list[Whitening]:
         one.before_wide = joined(one.before, one.bias_before, one.problem.case.g_dtype)
     squares = cases.on_256_bytes(np.zeros((len(state), 2), np.float32))
     launch(APPLY, squares)
+    if case.stages_apart:
+        _stages_apart(library, case, state, layers, options, tuning)
     for i, one in enumerate(state):
         one.squares = squares[i]
     return state
+
+
+def _stages_apart(library, case, state, layers, options, tuning) -> None:
+    """L^-1 of the average, and G L^-1, by precondition_cuda."""
+    for one, layer in zip(state, layers, strict=True):
+        one.covariance = cases.on_256_bytes(one.average / one.average_weight)
+        one.apart, one.product = cases.on_256_bytes(np.full_like(one.factors, np.nan)), one.g.copy()
+        layer.covariance, layer.inverse, layer.g = (a.ctypes.data for a in (one.covariance, one.apart, one.product))
+        if one.bias is not None:
+            one.bias_product = one.bias.copy()
+            layer.bias_grad = one.bias_product.ctypes.data
+    for stages in (FACTOR, APPLY):
+        options.stages = stages
+        workspace = np.zeros(library.workspace_bytes(layers, options, tuning), np.uint8)
+        library.precondition(layers, options, case.device, workspace, tuning)
+    for one in state:
+        layer = one.problem.case
+        assert cases.relative_error(one.apart, one.factors) <= 200 * cases.EPS[simt.FLOAT32]
+        order = library.division(one.problem.all_units, case.chunk, layer.group, 3, 0, layer.layer)
+        want = joined(one.g, one.bias, layer.g_dtype)
+        for c, (begin, end) in enumerate(itertools.pairwise(cases.bounds(len(order), case.chunk))):
+            index, factor = order[begin:end], one.apart[c, : end - begin, : end - begin].astype(np.float64)
+            want[:, :, index] = want[:, :, index] @ factor
+        got = simt.decode(one.product, layer.g_dtype).transpose(0, 2, 1)
+        assert cases.relative_error(got, want[..., : layer.units]) <= 200 * cases.EPS[simt.FLOAT32]
 
 
 def check(library: simt.Library, case: WhiteningCase) -> list[Whitening]:
@@ -293,6 +321,7 @@ SMALL = {
     "not finished": W([L(70, 40, bias=True)], finish=False, parts=2),
     "not finished, norm free": W([L(20, 6)], finish=False, keep_norm=False),
     "a gradient of the bias alone": W([L(70, 6, bias=True)], bias_only=(0,), parts=2),
+    "stages apart": W([L(70, 40, bias=True), L(33, 5, layer=1)], stages_apart=True),
     "no outputs": W([L(40, 0), L(20, 3, layer=1)]),
     "groups": W([L(72, 6, group=8), L(72, 6, group=8, x_dtype=B, g_dtype=B, layer=1)]),
     "permuted": W([L(72, 20, bias=True), L(64, 33, x_dtype=B, g_dtype=H, layer=1)], parts=3, packing=simt.ALWAYS),
