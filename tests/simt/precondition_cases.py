@@ -384,6 +384,9 @@ SMALL = {
 LARGE = {
     "64": Case([L(64, 70, rows=530), L(50, 3, layer=1)], chunk=64),
     "96": Case([L(96, 20, rows=45)], chunk=96),
+    # 150 rows of G: the first 128 end within the three taps of an output
+    "bias of taps": Case([L(20, 50, taps=(3,), bias=True)]),
+    "95": Case([L(95, 3, rows=45)], chunk=96),  # single units, whose stage of 32 rows is full
     "128": Case([L(128, 66, rows=520), L(31, 2, layer=1)], chunk=128),
     "128 bfloat16": Case([L(256, 66, rows=600, x_dtype=B, g_dtype=B, group=16)], chunk=128, trace=True),
     "128, X of 16 bits": Case([L(128, 9, rows=530, x_dtype=B), L(99, 9, x_dtype=H, layer=1)], chunk=128),
