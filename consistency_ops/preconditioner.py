@@ -441,7 +441,9 @@ class Preconditioner:
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
         if self.mode != "whiten":
             return table
-        found = "a third to six times" if self._correction.options.keep_norm else "a half to twice"
+        options = self._correction.options
+        found = "a third to six times" if options.keep_norm else "a half to twice"
+        found = "a sixth to six times" if options.outputs else found
         return f"{table}\n{_RATE_NOTE.format(found)}"
 
     def __repr__(self) -> str:

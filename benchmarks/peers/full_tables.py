@@ -382,7 +382,7 @@ MEMBERS = ("alone", "norm kept", *list(SETTINGS)[5:])
 
 def members(runs: list[dict]) -> str:
     """Return a table of other members of the family in front of AdamW: train loss at one rate, three seeds."""
-    tasks = [task for task in SMALL if any(run["phase"] == MEMBERS[-1] and run["task"] == task for run in runs)]
+    tasks = [task for task in SMALL if any(run["phase"] == MEMBERS[2] and run["task"] == task for run in runs)]
     heads = [f"{task}, adamw at {RATES_ALONE['adamw', task]:g}" for task in tasks]
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for name in MEMBERS:

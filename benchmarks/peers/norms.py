@@ -69,6 +69,7 @@ SETTINGS: dict[str, dict | None] = {
             ("bias=False", {"bias": False}),
             ("without the last layer", {"skip": ["head", "7"]}),
             ("outputs=True", {"outputs": True}),
+            ("outputs=True, keep_norm=False", {"outputs": True, "keep_norm": False}),
         )
     },
 }
