@@ -24,39 +24,10 @@ struct Kernels {
                       const void* denominator);
 };
 
-namespace portable {
-#define CO_VECTOR_BYTES 16
-#include "cpu/batch_rms_norm.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace portable
+#define CO_KERNELS "cpu/batch_rms_norm.inl"
+#include "cpu/each_isa.inl"
 
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define CO_VECTOR_BYTES 32
-#include "cpu/batch_rms_norm.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define CO_VECTOR_BYTES 64
-#include "cpu/batch_rms_norm.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-const Kernels& kernels(DType dtype) {
-#if defined(__x86_64__)
-  if (cpu::isa_level() >= cpu::IsaLevel::kAvx512) return avx512::kTable[static_cast<int>(dtype)];
-  if (cpu::isa_level() >= cpu::IsaLevel::kAvx2) return avx2::kTable[static_cast<int>(dtype)];
-#endif
-  return portable::kTable[static_cast<int>(dtype)];
-}
+const Kernels& kernels(DType dtype) { return CO_BEST(kTable[static_cast<int>(dtype)]); }
 
 constexpr int64_t kBlock = 1 << 15;  // elements
 

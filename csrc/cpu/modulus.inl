@@ -1,10 +1,7 @@
-// The kernels of modulus.cpp for one instruction set; included inside a namespace of its own and under its target
-// pragma, after
-//
-//   uint32_t Wide<I>::modulus(x, y, minus_inf)   32 absolute values; returns the mask of the negative ones
-//   void     Wide<I>::flip(grad, word, grad_x)   32 gradients, negated where word has a bit
-//
+// The kernels of modulus.cpp for one instruction set; included by each_isa.inl.
 // Calls no function of another header (see chunk_kernels.inl).
+
+#include "cpu/modulus_lanes.inl"
 
 // 32 elements, one word of signs, at a time; the tail goes through a buffer of 32.
 template <typename I, bool kHalf>

@@ -30,39 +30,10 @@ struct ScanKernels {
   int64_t (*packed_bytes)(int64_t units);
 };
 
-namespace portable {
-#define CO_VECTOR_BYTES 16
-#include "cpu/roa_scan.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace portable
+#define CO_KERNELS "cpu/roa_scan.inl"
+#include "cpu/each_isa.inl"
 
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define CO_VECTOR_BYTES 32
-#include "cpu/roa_scan.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define CO_VECTOR_BYTES 64
-#include "cpu/roa_scan.inl"
-#undef CO_VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-const ScanKernels& kernels(DType dtype) {
-#if defined(__x86_64__)
-  if (cpu::isa_level() >= cpu::IsaLevel::kAvx512) return avx512::kScanTable[static_cast<int>(dtype)];
-  if (cpu::isa_level() >= cpu::IsaLevel::kAvx2) return avx2::kScanTable[static_cast<int>(dtype)];
-#endif
-  return portable::kScanTable[static_cast<int>(dtype)];
-}
+const ScanKernels& kernels(DType dtype) { return CO_BEST(kScanTable[static_cast<int>(dtype)]); }
 
 constexpr size_t kAlignment = 64;
 constexpr int64_t kFewestRows = 4;  // a block of fewer rows waits for its sums rather than for arithmetic
