@@ -473,9 +473,13 @@ class Code:
                 w.pc[arrived] += 1
 
     def make_bar(self, i, m, o):
+        """``accessed``: which barrier, how many warps meet there (0: all), and whether this one waits for them."""
+        number, threads = Operand(o[0]), Operand(o[1]) if len(o) > 1 else None
+
         def run(w, mask):
             assert mask is None or (mask == w.live).all(), "a barrier that not all threads of a warp reach"
-            w.accessed = ("barrier",)
+            which, count = (int(np.asarray(x.get(w)).flat[0]) if x else 0 for x in (number, threads))
+            w.accessed = ("barrier", which, count // 32, "ARV" not in m)
 
         return run
 
@@ -490,6 +494,8 @@ class Code:
         return run
 
     def make_voteu(self, i, m, o):
+        if len(o) == 2:
+            return self._vote_uniform(m, o)
         assert m == ["ANY"] and o[1:] == ["UPT", "PT"], o  # the active lanes
         d = target(o[0])
 
@@ -514,6 +520,16 @@ class Code:
 
         def run(w, mask):
             w.UR[d] = (int(a.get(w)) & 0xFFFFFFFF).bit_length() - 1 & 0xFFFFFFFF
+
+        return run
+
+    def _vote_uniform(self, m, o):
+        assert m in (["ALL"], ["ANY"]) and len(o) == 2, (m, o)  # one predicate of the active lanes
+        d, a, join = int(o[0].lstrip("UP")), predicate(o[1]), np.all if m == ["ALL"] else np.any
+
+        def run(w, mask):
+            votes = np.broadcast_to(a(w), (32,))
+            w.UP[d] = bool(join(votes if mask is None else votes[mask]))
 
         return run
 
@@ -803,10 +819,11 @@ class Code:
 
     def make_ulea(self, i, m, o):
         d, a, b, shift = target(o[0]), Operand(o[1]), Operand(o[2]), int(o[-1], 16)
-        assert not m, m
+        assert m in ([], ["HI"]) and (m == [] or o[3] == "URZ"), (m, o)
 
         def run(w, mask):
-            w.UR[d] = ((int(a.get(w)) << shift) + int(b.get(w))) & 0xFFFFFFFF
+            shifted = int(a.get(w)) >> (32 - shift) if m else int(a.get(w)) << shift
+            w.UR[d] = (shifted + int(b.get(w))) & 0xFFFFFFFF
 
         return run
 
@@ -911,6 +928,21 @@ class Code:
             joined = (result & other, ~result & other) if "AND" in m else (result | other, ~result | other)
             for number, value in zip((d, e), joined, strict=True):
                 write_predicate(w, number, value, mask)
+
+        return run
+
+    def make_uisetp(self, i, m, o):
+        d, e = (7 if p.endswith("T") else int(p.lstrip("UP")) for p in o[:2])
+        a, b, combine, compare = Operand(o[2]), Operand(o[3]), predicate(o[4]), COMPARE[m[0]]
+        assert "EX" not in m and ("AND" in m or "OR" in m), m
+        join = (lambda x, y: x and y) if "AND" in m else (lambda x, y: x or y)
+        view = int if "U32" in m else lambda x: int(signed(x))
+
+        def run(w, mask):
+            result, other = compare(view(a.get(w)), view(b.get(w))), bool(combine(w))
+            for number, value in ((d, join(result, other)), (e, join(not result, other))):
+                if number != 7:
+                    w.UP[number] = value
 
         return run
 

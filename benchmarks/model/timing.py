@@ -64,7 +64,7 @@ def run_cta(code: Code, cta: Cta) -> Trace:
     slot = [0.0] * 4  # next free issue slot of a sub-partition
     pipes: list[dict[str, float]] = [{} for _ in range(4)]
     lsu = 0.0
-    waiting: list[tuple[int, float]] = []
+    waiting: dict[int, list[tuple[int, float]]] = {}  # of every barrier: the warps that arrived, -1: it went on; when
     living = len(warps)
     queue: list[tuple[float, int, int]] = []
 
@@ -136,19 +136,25 @@ def run_cta(code: Code, cta: Cta) -> Trace:
             boards[i][instruction.read] = max(boards[i][instruction.read], read)
         free[i] = now + max(1, instruction.stall)
         trace.cycles = max(trace.cycles, now + 1)
-        if warp.accessed == ("barrier",) and name == "BAR":
-            waiting.append((i, now))
-        elif warp.choose():
-            heapq.heappush(queue, (ready(i), i, turn))
-        else:
-            living -= 1
-        if waiting and len(waiting) == living:
-            release = max(time for _, time in waiting) + BARRIER
+        waits, number, expected = False, 0, 0
+        if name == "BAR" and warp.accessed[0] == "barrier":
+            _, number, expected, waits = warp.accessed
+            waiting.setdefault(number, []).append((i if waits else -1, now))
+        if not waits:
+            if warp.choose():
+                heapq.heappush(queue, (ready(i), i, turn))
+            else:
+                living -= 1
+        for number in [number, 0]:  # the whole CTA's may be complete because a warp has ended
+            arrived = waiting.get(number, [])
+            if not arrived or len(arrived) != ((expected if number else 0) or living):
+                continue
+            release = max(time for _, time in arrived) + BARRIER
             trace.barriers.append((release, instruction.file))
-            for j, _ in waiting:
+            for j in (j for j, _ in arrived if j >= 0):
                 free[j] = max(free[j], release)
                 if warps[j].choose():
                     heapq.heappush(queue, (ready(j), j, turn))
-            waiting = []
+            del waiting[number]
     assert not waiting and living == 0, "warps wait at a barrier that others never reach"
     return trace

@@ -1,12 +1,13 @@
 // Inverse and solve of batches of symmetric positive definite matrices: the inner step of the correction alone.
 //
 // One CTA a matrix, of a warp for every 32 rows and more, so that small matrices share an SM: 32 CTAs of a warp for up
-// to 32 rows.  The lower triangle is read once into tiles of shared memory (factor.cuh), factored there, and inverted
-// (factor.cuh) or substituted with (substitute.cuh).  Where there are few matrices and many right-hand sides, several
-// CTAs factor the same matrix and divide its right-hand sides: the factor takes as long as the others would wait for
-// it.
+// to 32 rows.  The lower triangle is read once into tiles of shared memory, and factored and inverted (sweep.cuh from
+// 65 to 128 rows, else factor.cuh) or factored and substituted with (factor.cuh, substitute.cuh).  Where there are few
+// matrices and many right-hand sides, several CTAs factor the same matrix and divide its right-hand sides: the factor
+// takes as long as the others would wait for it.
 #include "consistency_ops/linalg_cuda.h"
 #include "cuda/precondition/substitute.cuh"
+#include "cuda/precondition/sweep.cuh"
 
 namespace consistency_ops {
 namespace {
@@ -38,8 +39,8 @@ CO_DEVICE void for_elements(int padded, bool along_rows, F&& f) {
   }
 }
 
-// tiles <- the factor of matrix m, whose info is written.  All threads; ends with a barrier.
-template <int kWarps>
+// tiles <- the factor of matrix m, or if kInverts its inverse; info is written.  All threads; ends with a barrier.
+template <int kWarps, bool kInverts>
 CO_DEVICE bool factor_matrix(const SpdParams& p, int64_t m, bool writes_info, ChunkShared& shared, const Chunk& chunk) {
   if (threadIdx.x == 0) shared.task.size = static_cast<int32_t>(p.n);
   __syncthreads();
@@ -53,15 +54,23 @@ CO_DEVICE bool factor_matrix(const SpdParams& p, int64_t m, bool writes_info, Ch
       lower_tile(chunk.tiles, i / kTile, i / kTile)[j % kTile * kTilePitch + i % kTile] = value;
     }
   });
-  factor<kWarps>(chunk);
-  __syncthreads();
+  if constexpr (kInverts && kWarps == 8) {
+    factor_and_invert(chunk, chunk.tiles + chunk.tile_floats());
+  } else {
+    factor<kWarps>(chunk);
+    __syncthreads();
+  }
   const int info = shared.scratch.failed_minor;
   if (threadIdx.x == 0 && writes_info) p.info[m] = info;
+  if constexpr (kInverts && kWarps != 8) {
+    if (info == 0) invert<kWarps>(chunk);
+  }
   return info == 0;
 }
 
 template <int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1) spd_inverse_kernel(CO_KERNEL_PARAM(SpdLaunch, launch)) {
+__global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
+    spd_inverse_kernel(CO_KERNEL_PARAM(SpdLaunch, launch)) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
   const Chunk chunk(shared[0], tiles);
@@ -69,8 +78,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) spd_inverse_kernel(CO_KERNEL_P
   const int64_t m = blockIdx.x;
   const int n = static_cast<int>(p.n);
   float* out = static_cast<float*>(p.result) + m * p.n * p.n;
-  const bool ok = factor_matrix<kWarps>(p, m, true, shared[0], chunk);
-  if (ok) invert<kWarps>(chunk);
+  const bool ok = factor_matrix<kWarps, true>(p, m, true, shared[0], chunk);
   for_elements<kWarps>(chunk.padded(), true, [&](int i, int j) {
     if (i < n && j < n) out[i * n + j] = ok ? symmetric(chunk, i, j) : nanf("");
   });
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32) spd_solve_kernel(CO_KERNEL_PARAM(
   const SpdParams& p = launch.problem;
   const int64_t m = blockIdx.x / launch.parts, part = blockIdx.x % launch.parts;
   const int n = static_cast<int>(p.n);
-  const bool ok = factor_matrix<kWarps>(p, m, part == 0, shared[0], chunk);
+  const bool ok = factor_matrix<kWarps, false>(p, m, part == 0, shared[0], chunk);
   float* rows = tiles + chunk.tile_floats();
   const float* b = static_cast<const float*>(p.b) + m * p.b_batch;
   float* out = static_cast<float*>(p.result) + m * p.n * p.nrhs;
@@ -119,13 +127,13 @@ __global__ void __launch_bounds__(kWarps * 32) spd_solve_kernel(CO_KERNEL_PARAM(
 
 constexpr int64_t kMaxGrid = 0x7fffffff;
 
-// Where `tiles` and the fixed arrays of a CTA fit the device, launches the kernel for n rows.
+// Where `tiles`, `floats` behind them and the fixed arrays of a CTA fit the device, launches the kernel for n rows.
 template <typename F>
-Status for_size(const SpdParams& p, int tiles, const CudaDevice& device, F&& run) {
+Status for_size(const SpdParams& p, int tiles, int floats, const CudaDevice& device, F&& run) {
   if (p.dtype != DType::kFloat32 || p.batch < 0 || p.n < 0 || p.n > kMaxChunk || p.nrhs < 0) {
     return Status::kInvalidArgument;
   }
-  const int64_t bytes = int64_t{tiles} * kTileFloats * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = (int64_t{tiles} * kTileFloats + floats) * static_cast<int64_t>(sizeof(float));
   if (bytes > device.shared_bytes - kStaticShared || p.batch > kMaxGrid) return Status::kInvalidArgument;
   if (p.batch == 0) return Status::kOk;
   return run(static_cast<size_t>(bytes));
@@ -152,7 +160,8 @@ Status launch_solve(const SpdParams& p, size_t bytes, void* stream) {
 
 Status spd_inverse_cuda(const SpdParams& params, const CudaDevice& device, void* stream) {
   const int side = side_of(params);
-  return for_size(params, lower_tiles(side), device, [&](size_t bytes) {
+  const int floats = side == 3 || side == 4 ? kSweepFloats : 0;
+  return for_size(params, lower_tiles(side), floats, device, [&](size_t bytes) {
     if (side <= 1) return launch_inverse<1>(params, bytes, stream);
     if (side <= 2) return launch_inverse<4>(params, bytes, stream);
     return side <= 4 ? launch_inverse<8>(params, bytes, stream) : launch_inverse<16>(params, bytes, stream);
@@ -161,7 +170,7 @@ Status spd_inverse_cuda(const SpdParams& params, const CudaDevice& device, void*
 
 Status spd_solve_cuda(const SpdParams& params, const CudaDevice& device, void* stream) {
   const int side = side_of(params);
-  return for_size(params, lower_tiles(side) + side, device, [&](size_t bytes) {
+  return for_size(params, lower_tiles(side) + side, 0, device, [&](size_t bytes) {
     if (side <= 1) return launch_solve<1>(params, bytes, stream);
     if (side <= 2) return launch_solve<4>(params, bytes, stream);
     return side <= 4 ? launch_solve<8>(params, bytes, stream) : launch_solve<16>(params, bytes, stream);

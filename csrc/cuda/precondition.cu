@@ -1,11 +1,11 @@
 // The correction of every layer in one launch.
 //
-// A chunk of units passes four steps: its share of X becomes X^T X (gram.cuh), which is factored and inverted in shared
-// memory (factor.cuh) and multiplied from the right on its columns of G (apply.cuh).  The factor is bound by latency: a
-// chunk of 128 has 128 dependent pivots, whatever the device.  So chunks run side by side, and 76 KiB of shared memory
-// and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an H200.  The rest is bound by the
-// instructions that an SM can issue and by memory, whose floor is the time to read X once and to read and write G.
-// benchmarks/model counts both from the compiled code (docs/developer/kernel-model.md).
+// A chunk of units passes four steps: its share of X becomes X^T X (gram.cuh), which is factored and inverted on the SM
+// (sweep.cuh; factor.cuh above 128 units) and multiplied from the right on its columns of G (apply.cuh).  The factor is
+// bound by latency: a chunk of 128 has 128 dependent pivots, whatever the device.  So chunks run side by side, and 76
+// KiB of shared memory and 128 registers a thread let two CTAs share an SM, 264 at once on the 132 SMs of an H200.  The
+// rest is bound by the instructions that an SM can issue and by memory, whose floor is the time to read X once and to
+// read and write G. benchmarks/model counts both from the compiled code (docs/developer/kernel-model.md).
 //
 // Three rungs, one kernel.  They differ in how many CTAs work on a chunk and how these exchange what they have
 // (heuristics.h chooses).  All times here are estimates: nothing has been measured on a GPU.
@@ -41,6 +41,7 @@
 #include "cuda/precondition/permute.cuh"
 #include "cuda/precondition/plan.h"
 #include "cuda/precondition/scheduler.cuh"
+#include "cuda/precondition/sweep.cuh"
 #include "cuda/precondition/whitening.cuh"
 
 namespace consistency_ops {
@@ -54,6 +55,7 @@ struct PreconditionTraits {
   static constexpr int kGramBlocks = kGramBlocks_;  // of 16 x 32, a warp
   static constexpr int kCtas = kCtas_;              // resident on an SM, by registers
   static constexpr bool kWhitens = kWhitens_;
+  static constexpr bool kSweeps = kWarps == 8 && !kWhitens;  // the inverse comes with the factor (sweep.cuh)
 };
 template <bool kWhitens>
 using UpTo128 = PreconditionTraits<256, kWhitens, 3, 2>;  // 20 blocks for 8 warps
@@ -123,9 +125,10 @@ CO_DEVICE float whitening_scale(const PreconditionParams& params, const Chunk& c
   return chunk.input.all_rows > 0 ? covariance_scale<Traits>(params, chunk) : -1.0f;
 }
 
-// tiles <- L L^T = A scaled + damping I, with up to three dampings; failed_minor is info.  A failed try destroys
-// the covariance, so the next one sums or loads it again: that is rare, and cheaper than a copy in shared memory.  The
-// CTAs of a cluster hold the same numbers and fail alike.  Without the factor stage only the covariance is written.
+// tiles <- the factor L of A scaled + damping I = L L^T, or the inverse at once (kSweeps), with up to three dampings;
+// failed_minor is info.  A failed try destroys the covariance, so the next one sums or loads it again: that is rare,
+// and cheaper than a copy in shared memory.  The CTAs of a cluster hold the same numbers and fail alike.  Without the
+// factor stage only the covariance is written.
 template <typename Traits>
 CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chunk) {
   for (;;) {
@@ -152,7 +155,11 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chun
     __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
     const float damping = damping_of_try<float>(params.options.damping, chunk.scratch.failed_tries);
     damp(chunk, scale, damping, Traits::kThreads);
-    factor<Traits::kWarps>(chunk);
+    if constexpr (Traits::kSweeps) {
+      factor_and_invert(chunk, chunk.arena());
+    } else {
+      factor<Traits::kWarps>(chunk);
+    }
     if (chunk.scratch.failed_minor == 0 || chunk.scratch.failed_tries == kMaxTries - 1) {
       record_outcome(params, chunk.task, chunk.scratch.failed_minor, damping);
       return;
@@ -174,7 +181,9 @@ CO_DEVICE void load_inverse(const PreconditionParams& params, const Chunk& chunk
     if (threadIdx.x == 0) chunk.scratch.failed_minor = layer.info[chunk.task.chunk];
     load_matrix(params.options, chunk, static_cast<const float*>(layer.inverse), Traits::kThreads);
   } else {
-    if (chunk.scratch.failed_minor == 0) invert<Traits::kWarps, Traits::kWhitens>(chunk);
+    if constexpr (!Traits::kSweeps) {
+      if (chunk.scratch.failed_minor == 0) invert<Traits::kWarps, Traits::kWhitens>(chunk);
+    }
     const PreconditionLayer& layer = layer_of(params, chunk);
     if (layer.inverse != nullptr) {  // zeros where it failed
       const float scale = chunk.scratch.failed_minor == 0 ? 1.0f : 0.0f;

@@ -19,6 +19,23 @@ CO_DEVICE int fresh_thread() {
   return thread;
 }
 
+// A barrier of `threads` threads, whole warps of a CTA, that has a number from 1 to 15.  What a thread wrote before it
+// arrived is visible to those that have waited.
+CO_DEVICE void barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+// Counts this thread among them and goes on.
+CO_DEVICE void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// 1 / sqrt(x) to 2^-22.9, of normal numbers; what is below them counts as zero.
+CO_DEVICE float inverse_root_approximately(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // All threads of a cluster wait for one another; what they wrote to any of its shared memories is visible afterwards.
 CO_DEVICE void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -30,6 +30,8 @@ enum Wrapper : int32_t {
   kBFloat16Product,
   kFloat16Product,
   kAddNow,
+  kInverseRoot,
+  kBarrierSync,
   kWarpgroupProduct,
   kWarpgroupTransposed,
   kMatrices,
@@ -102,6 +104,20 @@ __global__ void golden_kernel(CO_KERNEL_PARAM(Params, p)) {
     float sum = __uint_as_float(in);
     add_now(sum, __uint_as_float(p.in[(i + 1) % 512]));
     p.out[i] = __float_as_uint(sum);
+  } else if (p.wrapper == kInverseRoot) {
+    p.out[i] = __float_as_uint(inverse_root_approximately(__uint_as_float(in)));
+  } else if (p.wrapper == kBarrierSync) {
+    // 128 threads: those of the first two warps write and go on, the others wait for them and read, twice.
+    auto* words = reinterpret_cast<uint32_t*>(matrices);
+    for (unsigned turn = 0; turn < 2; ++turn) {
+      if (thread < 64) {
+        words[turn * 64 + thread] = in + turn;
+        barrier_arrive(3 + static_cast<int>(turn), 128);
+      } else {
+        barrier_sync(3 + static_cast<int>(turn), 128);
+        p.out[turn * 64 + thread - 64] = words[turn * 64 + 127 - thread];
+      }
+    }
   } else if (p.wrapper == kWarpgroupProduct || p.wrapper == kWarpgroupTransposed) {
     // 128 threads: two products of 16, the first without a sum before it.
     const auto half = [&](unsigned k) -> uint32_t { return float_to_bfloat16(__uint_as_float(p.in[k % 512])); };
@@ -253,6 +269,10 @@ int main() {
   print("mma_m16n8k8_tf32<overflow>", run(kMatrixProduct, sums, 128, 1, 32));
   print("mma_m16n8k16<bfloat16,overflow>", run(kBFloat16Product, sums, 128, 1, 32));
   print("add_now", run(kAddNow, small, 512, 2, 256));
+  std::vector<uint32_t> positive(512);
+  for (unsigned i = 0; i < 512; ++i) positive[i] = 0x00800000u + i * 0x003f8000u + (small[i] & 0x7fffu);
+  print("inverse_root_approximately", run(kInverseRoot, positive, 512, 2, 256));
+  print("barrier_sync", run(kBarrierSync, small, 128, 1, 128));
   print("wgmma_m64n32k16<rows>", run(kWarpgroupProduct, small, 2048, 1, 128));  // zeros where there are none
   print("wgmma_m64n32k16<columns>", run(kWarpgroupTransposed, small, 2048, 1, 128));
   print("load_matrices", run(kMatrices, small, 128, 1, 32));

@@ -1,5 +1,5 @@
-// The chunk kernels of factor.cuh alone, behind the signatures of co_cholesky_f32 and co_cholesky_solve_f32 (c_api.h),
-// so that LAPACK's yardsticks can be held against them.
+// The chunk kernels of factor.cuh and sweep.cuh alone, behind the signatures of co_cholesky_f32 and
+// co_cholesky_solve_f32 (c_api.h), so that LAPACK's yardsticks can be held against them.
 //
 // LAPACK's ratio of a solve measures the residual, which only substitution keeps small; the correction multiplies by
 // the explicit inverse, whose result is as near to the exact one but leaves a residual of eps cond.  So there are two
@@ -9,6 +9,7 @@
 
 #include "consistency_ops/c_api.h"
 #include "cuda/precondition/substitute.cuh"
+#include "cuda/precondition/sweep.cuh"
 
 using namespace consistency_ops;
 
@@ -28,6 +29,7 @@ struct SolveParams {
   int64_t lda;
   float* b;
   int64_t ldb;
+  int32_t* info;
 };
 
 // tiles <- the lower triangle of a, both halves of the diagonal tiles, and the identity past n.
@@ -82,15 +84,27 @@ Chunk load_factor(const SolveParams& params, float* tiles, ChunkShared& shared) 
   return chunk;
 }
 
-// As the correction does it: B <- A^-1 B with the explicit inverse.
+// As the correction does it: B <- A^-1 B with the explicit inverse.  `l` of the parameters is A here.
 template <int kWarps>
 void inverse_solve_kernel(const SolveParams& params) {
   CO_DYNAMIC_SHARED(float, tiles);
   CO_SHARED(ChunkShared, shared, [1]);
-  const Chunk chunk = load_factor<kWarps>(params, tiles, shared[0]);
+  const Chunk chunk(shared[0], tiles);
   const int thread = static_cast<int>(threadIdx.x);
-  invert<kWarps>(chunk);
-  for (int64_t rhs = 0; rhs < params.nrhs; ++rhs) {
+  if (thread == 0) shared[0].task.size = params.n;
+  __syncthreads();
+  load_lower(chunk, params.l, params.lda, true);
+  if constexpr (kWarps == 8) {
+    factor_and_invert(chunk, tiles + chunk.tile_floats());
+  } else {
+    factor<kWarps>(chunk);
+    __syncthreads();
+    if (shared[0].scratch.failed_minor == 0) invert<kWarps>(chunk);
+  }
+  __syncthreads();
+  const int info = shared[0].scratch.failed_minor;
+  if (thread == 0) *params.info = info;
+  for (int64_t rhs = 0; info == 0 && rhs < params.nrhs; ++rhs) {
     float* b = params.b + rhs * params.ldb;
     float sum = 0.0f;
     if (thread < params.n) {
@@ -129,7 +143,7 @@ void solve_kernel(const SolveParams& params) {
 template <typename F>
 int run(int n, F&& kernel) {
   const int side = padded_units(n) / kTile;
-  const size_t bytes = (lower_tiles(side) + side) * kTileFloats * sizeof(float);
+  const size_t bytes = ((lower_tiles(side) + side) * kTileFloats + (n <= 128 ? kSweepFloats : 0)) * sizeof(float);
   try {
     simt::launch(dim3(1), dim3(n <= 128 ? 256 : 512), dim3(1), bytes, kernel);
   } catch (const simt::Error& error) {
@@ -160,8 +174,10 @@ int checked_solve(int64_t n, int64_t nrhs, const float* l, int64_t lda, float* b
   if (n < 0 || nrhs < 0 || l == nullptr || b == nullptr || lda < least || ldb < least) return CO_ERROR_INVALID_ARGUMENT;
   if (n > kMaxChunk) return CO_ERROR_TOO_LARGE;
   if (n == 0 || nrhs == 0) return 0;
-  const SolveParams params{static_cast<int>(n), nrhs, l, lda, b, ldb};
-  return run(params.n, [&] { kernel(params); });
+  int32_t info = 0;
+  const SolveParams params{static_cast<int>(n), nrhs, l, lda, b, ldb, &info};
+  const int status = run(params.n, [&] { kernel(params); });
+  return status != 0 ? status : info;
 }
 
 }  // namespace
@@ -174,9 +190,11 @@ extern "C" __attribute__((visibility("default"))) int co_simt_cholesky_solve_f32
                        [&](const auto& params) { n <= 128 ? solve_kernel<8>(params) : solve_kernel<16>(params); });
 }
 
-extern "C" __attribute__((visibility("default"))) int simt_inverse_solve(int64_t n, int64_t nrhs, const float* l,
+// B <- A^-1 B by the explicit inverse, from the lower triangle of A; or the order of the leading minor that is not
+// positive definite, and B stays.
+extern "C" __attribute__((visibility("default"))) int simt_inverse_solve(int64_t n, int64_t nrhs, const float* a,
                                                                          int64_t lda, float* b, int64_t ldb) {
-  return checked_solve(n, nrhs, l, lda, b, ldb, [&](const auto& params) {
+  return checked_solve(n, nrhs, a, lda, b, ldb, [&](const auto& params) {
     n <= 128 ? inverse_solve_kernel<8>(params) : inverse_solve_kernel<16>(params);
   });
 }

@@ -15,6 +15,19 @@ namespace consistency_ops {
 
 inline int fresh_thread() { return static_cast<int>(threadIdx.x); }
 
+inline void barrier_sync(int number, int threads, SIMT_SITE) {
+  simt::named_barrier(number, threads, true, {file, line});
+}
+inline void barrier_arrive(int number, int threads, SIMT_SITE) {
+  simt::named_barrier(number, threads, false, {file, line});
+}
+
+// What is below the normal numbers counts as zero.  The error is as large as the instruction's may be, to either side.
+inline float inverse_root_approximately(float x) {
+  const float y = 1.0f / std::sqrt(fabs(x) < 0x1p-126f ? x * 0.0f : x);
+  return y * (__float_as_uint(x) & 1u ? 1.0f + 0x1p-23f : 1.0f - 0x1p-23f);
+}
+
 inline void cluster_barrier(SIMT_SITE) { simt::cluster_barrier({file, line}); }
 
 inline Float4 load_cluster(const Float4* address, int rank) {

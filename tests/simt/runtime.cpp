@@ -77,6 +77,14 @@ struct Barrier {
   int any = 0, result[2] = {0, 0};
 };
 
+// Threads that have arrived at a barrier of some of the block, waiting or not.
+struct NamedBarrier {
+  std::vector<Fiber*> waiting;
+  int arrived = 0, expected = 0;
+  unsigned generation = 0;
+  char tag[2];
+};
+
 struct WarpGroup {  // the meeting place of the lanes of one mask
   uint32_t mask = 0, arrived = 0;
   unsigned generation = 0;
@@ -98,6 +106,7 @@ struct Cta {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
+  NamedBarrier named[16];
   char exit_tag = 0;
 };
 
@@ -296,6 +305,7 @@ std::unique_ptr<Cluster> start_cluster(unsigned id, dim3 grid, dim3 block, dim3 
       __asan_unpoison_memory_region(cta.shared + entry.second.first, entry.second.second);
 #endif
     cta.barrier.waiting.reserve(S.threads);
+    for (NamedBarrier& barrier : cta.named) barrier.waiting.reserve(S.threads);
     cta.warps = std::vector<Warp>((S.threads + 31) / 32);
     for (Warp& warp : cta.warps) warp.groups.reserve(32);
     cta.fibers = std::vector<Fiber>(S.threads);
@@ -481,6 +491,36 @@ int block_barrier_or(int value, Site site) {
 void cluster_barrier(Site site) {
   Cluster* cluster = S.current->cta->cluster;
   arrive(cluster->barrier, size_t{S.threads} * S.cluster_size, "cluster barrier", site);
+}
+
+void named_barrier(int number, int threads, bool waits, Site site) {
+  if (number < 1 || number > 15) fail("%s:%d: there is no named barrier %d", site.file, site.line, number);
+  if (threads <= 0 || threads % 32 != 0 || static_cast<unsigned>(threads) > S.threads) {
+    fail("%s:%d: a barrier of %d threads", site.file, site.line, threads);
+  }
+  NamedBarrier& barrier = S.current->cta->named[number];
+  if (barrier.arrived == 0) barrier.expected = threads;
+  if (barrier.expected != threads) {
+    fail("%s:%d: barrier %d of %d threads, where others meet as %d", site.file, site.line, number, threads,
+         barrier.expected);
+  }
+  [[maybe_unused]] char* tag = &barrier.tag[barrier.generation & 1];
+  TSAN(__tsan_release(tag);)
+  if (waits) barrier.waiting.push_back(S.current);
+  if (++barrier.arrived == barrier.expected) {
+    for (Fiber* fiber : barrier.waiting) S.runnable.push_back(fiber);
+    barrier.waiting.clear();
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++S.stats.block_barriers;
+  }
+  if (waits) {
+    wait("named barrier", site);
+    TSAN(__tsan_acquire(tag);)
+  } else {
+    ++S.current->meetings;
+    yield();
+  }
 }
 
 void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {

@@ -75,6 +75,8 @@ void fence();
 void block_barrier(Site site);
 int block_barrier_or(int value, Site site);
 void cluster_barrier(Site site);
+// Barrier `number` (1 to 15) of `threads` threads of the block, of which only those wait that say so.
+void named_barrier(int number, int threads, bool waits, Site site);
 
 // All lanes of `mask` meet; the last one calls resolve(lanes, mask) with every lane's `operand`, then all go on.
 using Resolve = void (*)(void* const lanes[32], uint32_t mask);

@@ -25,6 +25,24 @@ void divergent_barrier() {
   }
 }
 
+// One half of a block writes, the other half waits for it at a named barrier and reads.
+void hand_over(const float* x, float* y, bool with_barrier) {
+  CO_SHARED(float, tile, [32]);
+  if (threadIdx.x < 32) {
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (with_barrier) barrier_arrive(1, 64);
+  } else {
+    if (with_barrier) barrier_sync(1, 64);
+    y[threadIdx.x - 32] = tile[63 - threadIdx.x];
+  }
+}
+
+void half_a_barrier() {
+  if (threadIdx.x < 32) barrier_sync(2, 64);
+}
+
+void two_sizes() { barrier_sync(2, threadIdx.x < 32 ? 32 : 64); }
+
 void early_exit() {
   if (threadIdx.x == 7) return;
   __syncthreads();
@@ -128,6 +146,9 @@ API const char* selftest(const char* name, int variant, const float* x, float* y
   const auto is = [name](const char* wanted) { return std::strcmp(name, wanted) == 0; };
   if (is("reverse")) return run(1, 64, 1, [&] { reverse(x, y, variant); });
   if (is("divergent barrier")) return run(1, 64, 1, divergent_barrier);
+  if (is("hand over")) return run(1, 64, 1, [&] { hand_over(x, y, variant != 0); });
+  if (is("half a barrier")) return run(1, 64, 1, half_a_barrier);
+  if (is("two sizes")) return run(1, 64, 1, two_sizes);
   if (is("early exit")) return run(1, 64, 1, early_exit);
   if (is("wrong mask")) return run(1, 32, 1, [&] { wrong_mask(y); });
   if (is("lane outside mask")) return run(1, 32, 1, lane_outside_mask);

@@ -25,6 +25,16 @@ SHARED = [
     ("gram.cuh", "const float value = right[", 1.0),
     ("gram.cuh", "reinterpret_cast<Raw*>(chunk.arena()) + row * pitch + mine.run * 4) = four", 4.0),  # 512 bytes
     ("gram.cuh", "*element = first ?", 4.0),  # once in 512 rows
+    ("sweep.cuh", "block[j][k] = cross[panel_place(first + j, k)]", 1.0),
+    ("sweep.cuh", "*reinterpret_cast<Float4*>(matrix + panel_place(i, k)) =", 4.0),  # 512 bytes
+    ("sweep.cuh", "const float a = first, b = second", 2.0),
+    ("sweep.cuh", "next = pair_at(factors, (c + 1) * kPanel + g, 2 * t)", 2.0),  # 256 bytes
+    ("sweep.cuh", "first = upper_first ? sum[c][e] : sum[c][2 + e]", 2.0),
+    ("plane_product.cuh", "value[i][r][0] = from[0]", 1.0),
+    ("plane_product.cuh", "*reinterpret_cast<uint32_t*>(to) = pair", 1.0),
+]
+# The same above 128 units.
+LARGE = [
     ("factor.cuh", "row[c] = tile[lane * kTilePitch + c]", 1.0),
     ("factor.cuh", "panel[lane] = {row[j], row[j + 1]}", 2.0),  # 256 bytes
     ("factor.cuh", "const TwoColumns of_c = panel[c]", 1.0),
@@ -33,8 +43,6 @@ SHARED = [
     ("factor.cuh", "tile[row * kTilePitch + column] = sign * value", 4.0),
     ("tile_product.cuh", "const float value = a[", 1.0),
     ("tile_product.cuh", "const float value = b[", 1.0),
-    ("plane_product.cuh", "value[i][r][0] = from[0]", 1.0),
-    ("plane_product.cuh", "*reinterpret_cast<uint32_t*>(to) = pair", 1.0),
 ]
 # Sectors a request of 512 bytes, which fill 16.  Rows of X and G begin on 64 bytes here, arrays where malloc puts them.
 GLOBAL = [
@@ -57,6 +65,16 @@ def count(folder, *case, script="run_cases.py"):
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     return count(tmp_path_factory.mktemp("accesses"), "64@one_cta")  # a stage of 64 rows of G, and one of 6
+
+
+@pytest.fixture(scope="module")
+def counted_large(tmp_path_factory):
+    return count(tmp_path_factory.mktemp("accesses"), "160")
+
+
+@pytest.mark.parametrize(("file", "snippet", "most"), LARGE)
+def test_cost_of_a_line_above_128_units(counted_large, file, snippet, most):
+    assert_cost(counted_large, "shared", file, snippet, most)
 
 
 @pytest.mark.parametrize(

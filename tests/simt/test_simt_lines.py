@@ -29,6 +29,7 @@ FILES = (
     "plane_product.cuh",
     "precondition.cu",
     "scheduler.cuh",
+    "sweep.cuh",
     "tile_product.cuh",
     "whitening.cuh",
 )

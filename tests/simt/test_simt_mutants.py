@@ -16,7 +16,9 @@ from support import processes
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
-SYNCHRONISATION = re.compile(r"(__syncthreads|__syncwarp|__threadfence|cluster_barrier)\(\);")
+SYNCHRONISATION = re.compile(
+    r"((__syncthreads|__syncwarp|__threadfence|cluster_barrier)\(\)|barrier_(sync|arrive)\(k\w.*\));"
+)
 CASES = ("one chunk", "several layers", "bias", "nchw", "trace", "NaN in X", "NaN in G, bias", "infinity in X, trace")
 CASES += ("several layers@one_cta", "bias@one_cta", "NaN in X@one_cta", "95@one_cta")  # no barrier of a cluster helps
 CASES += ("bias of taps@one_cta",)
@@ -43,6 +45,7 @@ CASES += ("whitened, float16@sm_80", "whitened, bias@sm_80", "whitened, not alig
 FILES = (
     "gram.cuh",
     "factor.cuh",
+    "sweep.cuh",
     "tile_product.cuh",
     "apply.cuh",
     "gradient_rows.cuh",
@@ -147,6 +150,17 @@ PLANTED = [
     plant("factor.cuh", "row[c] = fma(-row[j + 1], of_c.v[1],", "row[c] = fma(-row[j + 1], of_c.v[0],"),
     plant("factor.cuh", "job % 2 * (kTile / 2)", "0"),
     plant("factor.cuh", "job = warp + 1; job < 2", "job = warp + 2; job < 2"),
+    plant("sweep.cuh", "fabs(rest) < 0x1p-6f", "true"),
+    plant("sweep.cuh", "root = fma(0.5f * y, rest, y);", "root = 2.0f * y;"),
+    plant("sweep.cuh", "pivot > 0.0f && is_finite(pivot)", "pivot != 0.0f"),
+    plant("sweep.cuh", "z[m] = fma(-z[j], block[m][j], z[m]);", ""),
+    plant("sweep.cuh", "for (int k = 0; k < kPanel; ++k) z[k] = 0.0f;", ""),
+    plant("sweep.cuh", "eight > p ? -upper : upper", "-upper"),
+    plant("sweep.cuh", "if (eight != p) last[e]", "if (true) last[e]"),
+    plant("sweep.cuh", "2 * kRow + r > p ? -z.v[e] : z.v[e]", "-z.v[e]"),
+    plant("sweep.cuh", "c + 1 == kNext ? 0.0f : value", "value"),
+    plant("sweep.cuh", "if (c < 2) return;", ""),
+    plant("sweep.cuh", "barrier_sync(kFactorsReady + p % 2,", "barrier_sync(kFactorsReady,"),
     plant("tile_product.cuh", "if (kProducts > 2) mma", "if (kProducts > 3) mma"),
     plant("tile_product.cuh", "i / 2 * inner_a", "i % 2 * inner_a"),
     plant("gram.cuh", " && chunk.x_stage() * columns == kWarps * kLoads", ""),

@@ -35,6 +35,15 @@ def test_barrier_orders_shared_memory(library):
     assert not missed, "a missing barrier shows under every seed, because shared memory starts as NaN"
 
 
+def test_named_barrier_orders_shared_memory(library):
+    def make():
+        return {"x": np.arange(32, dtype=np.float32), "y": np.zeros(32, np.float32)}
+
+    want = np.arange(32)[::-1]
+    assert all(np.array_equal(y, want) for y in results(library, "hand over", 1, 20, make))
+    assert not all(np.array_equal(y, want) for y in results(library, "hand over", 0, 20, make))
+
+
 def test_lanes_do_not_run_in_lock_step(library):
     def make():
         return {"y": np.arange(32, dtype=np.float32)}
@@ -63,6 +72,8 @@ def test_cluster_barriers(library):
             r"divergent __syncthreads: thread \d+ .*selftest.cpp:\d+ while thread \d+ waits at .*:\d+",
         ),
         ("early exit", r"deadlock: no thread can run\n(.|\n)*63 threads: __syncthreads at .*selftest.cpp:\d+"),
+        ("half a barrier", r"deadlock: no thread can run\n(.|\n)*32 threads: named barrier at .*selftest.cpp:\d+"),
+        ("two sizes", r"barrier 2 of \d+ threads, where others meet as \d+"),
         ("wrong mask", r"shuffles from lane \d+, which is not in mask 0000ffff"),
         ("lane outside mask", r"lane \d+ is not in the mask 000000ff"),
     ],

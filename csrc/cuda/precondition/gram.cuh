@@ -313,7 +313,7 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     }
   };
 
-  uint32_t raw[kStageWords / (kWarps * 32)];
+  uint32_t raw[kStageWords / (kWarps * 32)] = {};  // or its registers would be kept for it while a try is factored
   float sum[kUnits][4][4] = {};
   locate_gram_blocks(chunk);
   // Turn t writes stage t - 1 to shared memory, has stage t fetched into registers, and multiplies stage t - 1.

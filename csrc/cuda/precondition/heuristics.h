@@ -37,6 +37,8 @@ CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
 constexpr int kPlanes = 3;
 constexpr int kPlaneTile = kPlanes * kTile * kTile;  // 16-bit numbers
 constexpr int kMaxPlaneTiles = 10;
+constexpr int kSweepFloats =
+    4 * 128 * 8;  // behind the tiles, for the factor and inverse of up to 128 units (sweep.cuh)
 
 struct CtaShape {
   int32_t threads;       // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device
@@ -72,7 +74,8 @@ inline CtaShape choose_cta(int units, int shared_bytes, int slab_bytes = 0) {
   cta.tile_floats = tiles;
   cta.arena_floats = arena;
   const int planes = threads == 256 ? lower_tiles(side) * kPlaneTile * 2 : 0;
-  cta.shared_bytes = std::max({(tiles + arena) * 4, planes, slab_bytes});
+  const int sweep = threads == 256 ? (tiles + kSweepFloats) * 4 : 0;
+  cta.shared_bytes = std::max({(tiles + arena) * 4, planes, sweep, slab_bytes});
   return cta;
 }
 
