@@ -145,9 +145,9 @@ def run_cta(code: Code, cta: Cta) -> Trace:
                 heapq.heappush(queue, (ready(i), i, turn))
             else:
                 living -= 1
-        for number in [number, 0]:  # the whole CTA's may be complete because a warp has ended
-            arrived = waiting.get(number, [])
-            if not arrived or len(arrived) != ((expected if number else 0) or living):
+        for barrier in (number, 0):  # the whole CTA's may be complete because a warp has ended
+            arrived = waiting.get(barrier, [])
+            if not arrived or len(arrived) != ((expected if barrier else 0) or living):
                 continue
             release = max(time for _, time in arrived) + BARRIER
             trace.barriers.append((release, instruction.file))
@@ -155,6 +155,6 @@ def run_cta(code: Code, cta: Cta) -> Trace:
                 free[j] = max(free[j], release)
                 if warps[j].choose():
                     heapq.heappush(queue, (ready(j), j, turn))
-            del waiting[number]
+            del waiting[barrier]
     assert not waiting and living == 0, "warps wait at a barrier that others never reach"
     return trace

@@ -1,4 +1,5 @@
-// Cholesky factorisation and explicit inverse of one chunk, in place in the lower 32 x 32 tiles of shared memory.
+// Cholesky factorisation and explicit inverse of one chunk, in place in the lower 32 x 32 tiles of shared memory. Where
+// the inverse of up to 128 units is all that is wanted, sweep.cuh makes it faster.
 //
 // The factor is right-looking over tiles: one warp factors the diagonal tile with a row of it in every lane's
 // registers, a thread a row solves the tiles below, and warps update what is left, half a tile each.  The 32 pivots of
