@@ -353,7 +353,9 @@ struct SweepRows {
   }
 
   // M += Z Z^T of panel p in the rows before its end, M -= Z Z^T behind it.
-  CO_DEVICE void update(float* factors, int p) {
+  // `padded` units of the chunk, which reach behind every column here: asking parts the loop in pieces, over which the
+  // compiler does not spread the operands of later products, whose registers it does not have.
+  CO_DEVICE void update(float* factors, int p, int padded) {
     if (kColumns == 0) return;
     const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
     RightFactor half[2];
@@ -368,9 +370,9 @@ struct SweepRows {
     FloatPair next = pair_at(factors, g, 2 * t);
     CO_UNROLL
     for (int c = 0; c < kColumns; ++c) {
+      if (c % 3 == 2 && c * kPanel >= padded) break;
       const RightFactor right(next);
       if (c + 1 < kColumns) next = pair_at(factors, (c + 1) * kPanel + g, 2 * t);
-      __syncwarp();  // redundant: it keeps the loads of later operands behind it, in few registers
       float term[4] = {};
       multiply(term, left, right);
       add(sum[c], term);
@@ -421,6 +423,7 @@ CO_DEVICE void for_constant(int n, F&& f) {
 template <int kWarp>
 CO_DEVICE void sweep_updates(const Chunk& chunk, SweepExchange& exchange) {
   const int panels = chunk.padded() / kPanel;
+  const int padded = padded_units(*const_cast<const volatile int32_t*>(&chunk.task.size));  // nothing is known of it
   SweepRows<kWarp> upper;
   SweepRows<7 - kWarp> lower;
   const bool has_upper = 2 * kWarp < panels, has_lower = 2 * (7 - kWarp) < panels;
@@ -429,8 +432,8 @@ CO_DEVICE void sweep_updates(const Chunk& chunk, SweepExchange& exchange) {
   CO_NO_UNROLL
   for (int p = 0; p < panels; ++p) {
     barrier_sync(kFactorsReady + p % 2, 2 * kGroup);
-    if (has_lower) lower.update(exchange.factors[p % 2], p);
-    if (has_upper) upper.update(exchange.factors[p % 2], p);
+    if (has_lower) lower.update(exchange.factors[p % 2], p, padded);
+    if (has_upper) upper.update(exchange.factors[p % 2], p, padded);
     if (p + 2 >= panels) continue;
     for_constant<2, kMaxSweep / kPanel - 1>(p + 2, [&](auto next) {
       if (has_lower) lower.template give<decltype(next)::value>(exchange.cross[p % 2]);
