@@ -111,13 +111,13 @@ def test_a_chunk_that_does_not_fit_has_no_cta(module):
 @pytest.mark.parametrize(
     ("layers", "cluster", "ctas"),
     [  # the table of csrc/cuda/precondition/heuristics.h
-        ([(784, 100), (100, 100), (100, 100), (100, 10)], 1, 10),
+        ([(784, 100), (100, 100), (100, 100), (100, 10)], 8, 80),
         ([(512, 512)] * 3, 8, 96),
         ([(4096, 4096)], 8, 256),
     ],
 )
 def test_how_many_ctas_work_on_a_chunk(module, layers, cluster, ctas):
-    rows = {10: 128, 96: 1024, 256: 4096}[ctas]
+    rows = {80: 128, 96: 1024, 256: 4096}[ctas]
     plan = module.cuda_plan([module.Shape(units, rows, outputs, group=8) for units, outputs in layers])
     assert (plan["cluster"], plan["ctas"]) == (cluster, ctas)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import plans
 from benchmarks.model import launch as launching
-from benchmarks.model.launch import BFLOAT16, FLOAT32, TASK_QUEUE, UNWHITENS, WHITENS, Launch
+from benchmarks.model.launch import BFLOAT16, CLUSTER, FLOAT32, ONE_CTA, TASK_QUEUE, UNWHITENS, WHITENS, Launch
 from benchmarks.model.timing import CLOCK_MHZ, OCCUPIES, SMS, Trace
 
 BYTES_A_US = 4.3e6
@@ -118,6 +118,16 @@ def workloads() -> dict[str, tuple[str, float, list[tuple[int, int, int]], int, 
     }
 
 
+LATENCY_OF = {"i": (784, 128, 100), "ii": (512, 1024, 512)}  # units, rows and outputs of the slowest layer
+
+
+@functools.cache
+def latency(name: str, cluster: int) -> float:
+    """Of a CTA of the workload's slowest layer, in us; it does everything for a chunk, alone or in a cluster."""
+    rung = CLUSTER if cluster > 1 else ONE_CTA
+    return Launch(*LATENCY_OF[name], rung=rung, ctas=cluster).run(0).cycles / CLOCK_MHZ
+
+
 def model(name: str) -> dict:
     """The bounds of one workload, in us."""
     title, target, layers, rows, x_dtype, g_dtype = workloads()[name]
@@ -147,10 +157,8 @@ def model(name: str) -> dict:
         "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
     }
     result = {"title": title, "ctas": planned["ctas"], "waves": planned["ctas"] / (2 * SMS), "sectors": total.sectors}
-    if name == "i":
-        bounds["latency_us"] = Launch(784, 128, 100).run(0).cycles / CLOCK_MHZ
-    if name == "ii":  # one of the eight CTAs of a cluster; what these exchange is not in it
-        bounds["latency_us"] = alone().cycles / CLOCK_MHZ
+    if name in LATENCY_OF:
+        bounds["latency_us"] = latency(name, planned["cluster"])
     largest = max(bounds, key=bounds.get)
     return result | bounds | {"bound_us": bounds[largest], "bound_by": largest[:-3], "target_us": target}
 

@@ -19,7 +19,7 @@ U32, U64, I64, F32 = np.uint32, np.uint64, np.int64, np.float32
 LANES = np.arange(32)
 PARAMETERS = 0x210  # of a kernel, in constant bank 0
 GLOBAL = 0x10_0000_0000  # where device memory begins
-SHARED_WINDOW = 1 << 24  # of generic addresses; CTA 0 of a cluster of one
+SHARED_WINDOW = 1 << 24  # of generic addresses; every CTA of a cluster has the shared memory of the one that runs
 
 
 class Memory:
@@ -474,7 +474,7 @@ class Code:
 
     def make_bar(self, i, m, o):
         """``accessed``: which barrier, how many warps meet there (0: all), and whether this one waits for them."""
-        number, threads = Operand(o[0]), Operand(o[1]) if len(o) > 1 else None
+        number, threads = (Operand(o[j]) if len(o) > j else None for j in range(2))
 
         def run(w, mask):
             assert mask is None or (mask == w.live).all(), "a barrier that not all threads of a warp reach"
@@ -482,6 +482,10 @@ class Code:
             w.accessed = ("barrier", which, count // 32, "ARV" not in m)
 
         return run
+
+    def make_ucgabar_wait(self, i, m, o):
+        """The barrier of a cluster, whose other CTAs do the same at the same time."""
+        return self.make_bar(i, m, o)
 
     def make_vote(self, i, m, o):
         assert m == ["ANY"] and o[1] == "PT", o  # the ballot of the active lanes, and no predicate
@@ -1188,6 +1192,8 @@ class Code:
     def _access(self, w, addresses, mask, size, space):
         chosen = addresses if mask is None else addresses[mask]
         assert not (chosen % size).any(), f"an access of {size} bytes that is not aligned"
+        if space == "generic" and len(chosen) and chosen[0] < GLOBAL:
+            space = "shared"  # of another CTA of the cluster
         if space == "shared":
             w.accessed = ("shared", bank_waves(addresses if mask is None else chosen, size))
         else:

@@ -14,7 +14,7 @@ from benchmarks.model.timing import Trace, run_cta
 BUILD = ROOT / "build" / "model"
 SOURCE = ROOT / "csrc" / "cuda" / "precondition.cu"
 FLOAT32, BFLOAT16 = 0, 2  # DType
-ONE_CTA, TASK_QUEUE = 1, 3  # PreconditionRung
+ONE_CTA, CLUSTER, TASK_QUEUE = 1, 2, 3  # PreconditionRung
 WHITENS, UNWHITENS = 3, 5  # Mode
 BYTES = {FLOAT32: 4, BFLOAT16: 2}
 
@@ -51,7 +51,11 @@ def encode(values: np.ndarray, dtype: int) -> np.ndarray:
 
 
 class Launch:
-    """One layer of two chunks in emulated memory, and the CTAs of its launch one by one."""
+    """One layer in emulated memory, and the CTAs of its launch one by one.
+
+    Of a cluster the instructions and times are right and the numbers are not: a CTA finds itself in the place of every
+    other one.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,9 @@ class Launch:
         mode: int = 0,
     ):
         random = np.random.default_rng(seed)
-        self.x = random.standard_normal((rows, units)).astype(np.float32)
+        # What a CTA of a cluster gets from others is its own here, which is no covariance: the damping must decide.
+        scale = 0.01 if rung == CLUSTER else 1.0
+        self.x = (scale * random.standard_normal((rows, units))).astype(np.float32)
         self.g = random.standard_normal((outputs, units, taps)).astype(np.float32)
         self.memory = Memory((rows + 3 * outputs * taps) * units * 4 + (4 << 20))
         self.mode = mode

@@ -16,6 +16,7 @@ CLOCK_MHZ = 1980.0
 SMS = 132
 DRAM_LATENCY = 480  # cycles until a load of device memory is there; L2 hits take 260
 BARRIER = 25
+CLUSTER_BARRIER = 200  # cycles, as a load from another CTA of the cluster takes
 LATENCY = {"LDS": 30, "LDSM": 33, "STS": 10, "ATOMS": 60, "SHFL": 24, "MUFU": 22, "I2F": 22, "F2I": 22, "F2F": 22}
 LATENCY |= {"LDC": 30, "S2R": 25, "S2UR": 25, "STG": 20, "REDG": 20, "CCTL": 20, "LDG": DRAM_LATENCY, "LD": 200}
 LATENCY |= {"ATOMG": 700, "LDGSTS": DRAM_LATENCY, "ST": 20, "R2UR": 12}
@@ -65,6 +66,7 @@ def run_cta(code: Code, cta: Cta) -> Trace:
     pipes: list[dict[str, float]] = [{} for _ in range(4)]
     lsu = 0.0
     waiting: dict[int, list[tuple[int, float]]] = {}  # of every barrier: the warps that arrived, -1: it went on; when
+    latency = {"BAR": BARRIER, "UCGABAR_WAIT": CLUSTER_BARRIER}
     living = len(warps)
     queue: list[tuple[float, int, int]] = []
 
@@ -137,7 +139,7 @@ def run_cta(code: Code, cta: Cta) -> Trace:
         free[i] = now + max(1, instruction.stall)
         trace.cycles = max(trace.cycles, now + 1)
         waits, number, expected = False, 0, 0
-        if name == "BAR" and warp.accessed[0] == "barrier":
+        if name in latency and warp.accessed[0] == "barrier":
             _, number, expected, waits = warp.accessed
             waiting.setdefault(number, []).append((i if waits else -1, now))
         if not waits:
@@ -149,7 +151,7 @@ def run_cta(code: Code, cta: Cta) -> Trace:
             arrived = waiting.get(barrier, [])
             if not arrived or len(arrived) != ((expected if barrier else 0) or living):
                 continue
-            release = max(time for _, time in arrived) + BARRIER
+            release = max(time for _, time in arrived) + latency.get(name, BARRIER)
             trace.barriers.append((release, instruction.file))
             for j in (j for j, _ in arrived if j >= 0):
                 free[j] = max(free[j], release)

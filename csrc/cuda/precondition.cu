@@ -154,7 +154,7 @@ CO_DEVICE void damped_factor(const PreconditionParams& params, const Chunk& chun
     if (!(chunk.task.stages & kStageFactor)) return;
     __syncthreads();  // the covariance has been read from the tiles, for the trace and for memory
     const float damping = damping_of_try<float>(params.options.damping, chunk.scratch.failed_tries);
-    damp(chunk, scale, damping, Traits::kThreads);
+    damp<Traits::kWarps>(chunk, scale, damping);
     if constexpr (Traits::kSweeps) {
       factor_and_invert(chunk, chunk.arena());
     } else {

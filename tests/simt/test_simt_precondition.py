@@ -51,7 +51,7 @@ def test_permuted_rows(library, name):
     run_cases.check_schedules(library, cases.named(f"{name}@packed"), seeds=4)
 
 
-@pytest.mark.parametrize("rung", ["cluster", "queue"])
+@pytest.mark.parametrize("rung", ["one_cta", "cluster", "queue"])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128 bfloat16", "256 on sm_80"])
 def test_rungs(library, name, rung):
     """Several CTAs a chunk, although the launcher would not take so many for so little."""
@@ -75,7 +75,7 @@ def launched(library, name, **change):
 
 def test_rungs_launch_what_they_say(library):
     case = "several layers"  # 3 + 1 + 2 chunks
-    assert launched(library, case) == 6, "nothing is worth more than one CTA here"
+    assert launched(library, case) == 6 * 4, "70 rows: 16 or more for each of four CTAs"
     assert launched(library, case + "@one_cta") == 6
     assert launched(library, case + "@cluster") == 6 * 4
     assert launched(library, case + "@cluster", device="sm_80") == 6, "no clusters"
@@ -85,13 +85,14 @@ def test_rungs_launch_what_they_say(library):
     assert launched(library, "permuted, X alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 3, "kernel taps are gathered"
     assert launched(library, "permuted, G alone@packed") == (2 + 2) * (3 + 1 + 3) + 2 * 2 * 3, "and images in planes"
     same = "same input"  # 3 chunks for three layers, 2 for another one
-    assert launched(library, same) == launched(library, same + "@one_cta") == 3 + 2
+    assert launched(library, same) == (3 + 2) * 4, "64 rows or more"
+    assert launched(library, same + "@one_cta") == 3 + 2
     assert launched(library, same + "@cluster") == (3 + 2) * 4
     assert launched(library, same + "@queue") == (3 + 2) * (3 + 1 + 3)
     assert launched(library, f"permuted, {same}@packed") == (3 + 2) * (3 + 1 + 3) + 2 * (3 + 2 * 3)
     assert launched(library, f"permuted, {same}, another dtype@packed") == 2 * (3 + 1 + 3) + 3, "its G is gathered"
     assert launched(library, "trace@one_cta") == 3 + 2 + (3 + 1 + 2), "gram tasks of the layers with several chunks"
-    assert launched(library, "128", rung=simt.AUTOMATIC) == 8, "two chunks, 520 rows: clusters of 4"
+    assert launched(library, "128", rung=simt.AUTOMATIC) == 16, "two chunks, 520 rows: clusters of 8"
 
 
 def test_a_device_that_refuses_clusters_gets_none(library):

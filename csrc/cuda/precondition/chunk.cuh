@@ -79,6 +79,7 @@ struct Scratch {
   // Copies of the bias gradient, corrected, of every row of G, which come when the pivots have been used.
   CO_DEVICE float* bias_copies() { return inverse_pivot; }
   int32_t not_finite[kRoundRows];  // 1: the result of this row of G must not be written
+  int32_t staged_rows;             // of X, in the stage
   float bias_sum;
   GradientPart part;
   int32_t has_bias;    // 1: one of the units is the bias

@@ -145,12 +145,31 @@ CO_DEVICE float layer_trace_scale(const PreconditionOptions& options, const Chun
   return trace_scale(diagonal.sum, diagonal.count, multiplier);
 }
 
-// tiles <- tiles * scale + damping I, and the identity past the chunk's own units.
-CO_DEVICE void damp(const Chunk& chunk, float scale, float damping, int threads) {
-  for_each_element(chunk, threads, [&](int row, int column, float* element) {
-    const float one = row == column ? 1.0f : 0.0f;
-    *element = row < chunk.size() && column < chunk.size() ? fma(*element, scale, one * damping) : one;
-  });
+// tiles <- tiles * scale + damping I, and the identity past the chunk's own units.  A lane has elements of one column
+// of every tile.
+template <int kWarps>
+CO_DEVICE void damp(const Chunk& chunk, float scale, float damping) {
+  constexpr int kRows = kTile / kWarps;
+  const int lane = fresh_thread() % 32, warp = fresh_thread() / 32, size = chunk.size();
+  float* at = chunk.tiles + warp * kTilePitch + lane;
+  int i = 0, j = 0;
+  CO_UNROLL_2
+  for (int left = lower_tiles(chunk.side()); left > 0; --left, at += kTileFloats) {
+    float value[kRows];
+    CO_UNROLL
+    for (int r = 0; r < kRows; ++r) value[r] = at[r * kWarps * kTilePitch];
+    CO_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int row = warp + r * kWarps;
+      const bool diagonal = i == j && row == lane, inside = row < size - i * kTile && lane < size - j * kTile;
+      const float one = diagonal ? 1.0f : 0.0f;
+      at[r * kWarps * kTilePitch] = inside ? fma(value[r], scale, diagonal ? damping : 0.0f) : one;
+    }
+    if (++j > i) {
+      ++i;
+      j = 0;
+    }
+  }
 }
 
 }  // namespace consistency_ops

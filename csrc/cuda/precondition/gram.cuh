@@ -170,7 +170,7 @@ CO_DEVICE void gram_blocks_32(float (*sum)[4][4], int32_t block, const Chunk& ch
   const float* left = chunk.arena() + t * pitch + (block & 0xffff) + g;
   const float* right = chunk.arena() + t * pitch + (block >> 16) + g;
   CO_NO_UNROLL
-  for (int k = chunk.x_stage(); k > 0; k -= 8) {
+  for (int k = chunk.scratch.staged_rows; k > 0; k -= 8) {
     float a[kRows][4], a_low[kRows][4];
     CO_UNROLL
     for (int m = 0; m < kRows; ++m) {
@@ -222,7 +222,7 @@ CO_DEVICE void gram_blocks_16(float (*sum)[4][4], int32_t block, const Chunk& ch
   const uint16_t* left = stage + lane / 16 * 8 * pitch + lane / 8 % 2 * 8 + (block & 0xffff);
   const uint16_t* right = stage + lane / 8 % 2 * 8 * pitch + lane / 16 * 8 + (block >> 16);
   CO_UNROLL_2
-  for (int k = chunk.x_stage(); k > 0; k -= 16) {
+  for (int k = chunk.scratch.staged_rows; k > 0; k -= 16) {
     uint32_t a[kRows][4], b[2][4];
     CO_UNROLL
     for (int m = 0; m < kRows; ++m) load_matrices_transposed(a[m], left + m * 16);
@@ -303,8 +303,15 @@ CO_DEVICE void gram(const PreconditionLayer& layer, const Chunk& chunk) {
     const int warp = fresh_thread() / 32, before = u / 2 * 2 * kWarps;
     return u + 1 == kUnits && kUnits % 2 == 1 ? before + warp : before + warp * 2 + u % 2;
   };
-  const auto locate = [&](int first) {  // the rows of the stage that begins with sampled row `first`
+  // The rows of the stage that begins with sampled row `first`; and how many the stage before it has, which is
+  // multiplied next: zeros fill them up to a whole product.
+  const auto locate = [&](int first) {
+    constexpr int kStep = sizeof(Raw) == 2 ? 16 : 8;  // rows of a product
     const int thread = fresh_thread();
+    if (thread == 0) {
+      const int staged = min(chunk.x_stage(), chunk.x_rows() - first + chunk.x_stage());
+      chunk.scratch.staged_rows = (staged + kStep - 1) / kStep * kStep;
+    }
     if (thread < chunk.x_stage() && first + thread < chunk.x_rows()) {
       const int64_t row = chunk.x_row(first + thread);
       chunk.scratch.row_offset[thread] =

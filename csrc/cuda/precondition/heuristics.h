@@ -96,7 +96,7 @@ CO_HOST_DEVICE constexpr int64_t slab_bytes(int64_t units, int64_t element_bytes
 // measured (workloads of the README):
 //
 //   chunks  rows  rung                      why
-//     10     128  one CTA a chunk           fewer than 128 rows a CTA are not worth the exchange of a cluster
+//     10     128  clusters of 8             80 CTAs: 128 rows of X take longer than the exchange of sixteen rows' sums
 //     12    1024  clusters of 8             96 CTAs; the exchange is 1 to 2 us, 1024 rows in one CTA some 20 us
 //     32    4096  clusters of 8             256 CTAs
 //    181    4096  task queue, 3 parts       the chunks fill the device, but its last wave would be half empty
@@ -104,7 +104,7 @@ CO_HOST_DEVICE constexpr int64_t slab_bytes(int64_t units, int64_t element_bytes
 //     32    4096  task queue, group = 1     128 tasks pack X, as many permute G and restore it (permutes(), below)
 constexpr int kTargetCtas = 264;
 constexpr int kMaxCluster = 8;      // what every device with clusters can launch
-constexpr int kClusterRows = 128;   // of X or G, at least, for a CTA of a cluster
+constexpr int kClusterRows = 16;    // of X or G, at least, for a CTA of a cluster
 constexpr int kLongRows = 1024;     // of X or G, at most, for a CTA without a task queue
 constexpr int kMaxTaskRows = 4096;  // of X or G, for a task of the queue
 constexpr int kMinGramRows = 512;   // of X, for a task of the queue

@@ -142,7 +142,6 @@ CO_DEVICE void identify_task(const PreconditionParams& params, int number, Task&
   task.mode = params.whitening.mode;
   task.adds = params.whitening.finish && !params.whitening.keep_norm;
   task.warpgroups = params.warpgroups;
-  link_task(params, task, static_cast<uint32_t>(chunks * params.cluster));
 }
 
 // Run by one thread: the rows of X and the outputs of G that are this CTA's part of its task.
@@ -207,25 +206,31 @@ CO_DEVICE void* status_of(const PreconditionParams& params, int l) {
   return params.workspace + static_cast<int64_t>(params.records[l]) * 16 + chunks * of_chunk * int64_t{sizeof(float)};
 }
 
-// Run by one thread: everything that the CTA must know of the task with this number.
-CO_DEVICE void begin_task(const PreconditionParams& params, int number, ChunkShared& shared) {
+// Run by one thread: how the units of the layer are divided, and which of them are the chunk's.
+CO_DEVICE void divide_units(const PreconditionParams& params, ChunkShared& shared) {
   Task& task = shared.task;
-  identify_task(params, number, task);
-  divide_rows(params, task, shared.input);
   const PreconditionOptions& options = params.options;
   const PreconditionLayer& layer = params.layers[task.layer];
   const Division& division = task.division =
       make_division(layer.units + layer.has_bias, options.chunk, layer.group, options.seed, options.step, layer.layer);
-  task.size = static_cast<int32_t>(chunk_begin(division.units, division.chunks, task.chunk + 1) -
-                                   chunk_begin(division.units, division.chunks, task.chunk));
+  const uint32_t units = static_cast<uint32_t>(division.units), chunks = static_cast<uint32_t>(division.chunks);
+  const uint32_t least = units / chunks;  // as in chunk_begin
+  task.size = static_cast<int32_t>(least + (static_cast<uint32_t>(task.chunk) < units - least * chunks ? 1 : 0));
   const int bytes = static_cast<int>(element_size(layer.x_dtype));  // at least 16 rows of 16-bit numbers
   shared.input.arena = params.tile_floats;
   const int padded = padded_units(task.size), elements = params.arena_floats * 4 / bytes;
   shared.input.stage_rows = stage_rows(padded, elements, bytes);
   shared.input.single_rows = stage_rows(padded, elements, 4);
+}
+
+// Run by one thread: where the task meets others.
+CO_DEVICE void find_records(const PreconditionParams& params, ChunkShared& shared) {
+  Task& task = shared.task;
+  const PreconditionLayer& layer = params.layers[task.layer];
+  const int64_t chunks = own_chunks(layer, params.options);
+  link_task(params, task, static_cast<uint32_t>(chunks) * static_cast<uint32_t>(params.cluster));
   Records& records = shared.records;
-  const int64_t chunks = own_chunks(layer, options);
-  records.floats = record_floats(division.units, division.chunks);
+  records.floats = record_floats(all_units(layer), chunks);
   records.gram = reinterpret_cast<float*>(params.workspace + static_cast<int64_t>(params.records[task.layer]) * 16);
   records.inverse = records.gram + chunks * task.of_layer.gram_tasks * records.floats +
                     static_cast<int64_t>(task.chunk) * (records.floats + kStatusFloats);
@@ -248,7 +253,12 @@ CO_DEVICE void take_task(const PreconditionParams& params, ChunkShared& shared) 
     if (threadIdx.x == 0 && task.rank != 0) task.ticket = load_cluster(&task.ticket, 0);
     cluster_barrier();  // which all have read, so that rank 0 may exit
   }
-  if (threadIdx.x == 0) begin_task(params, task.ticket, shared);
+  if (threadIdx.x == 0) identify_task(params, task.ticket, task);
+  __syncthreads();
+  // A thread of one warp each, side by side, because most of it is waiting for one division after the other.
+  if (threadIdx.x == 0) divide_rows(params, task, shared.input);
+  if (threadIdx.x == 32) divide_units(params, shared);
+  if (threadIdx.x == 64) find_records(params, shared);
   __syncthreads();
 }
 

@@ -88,7 +88,7 @@ struct RowSample {
 };
 
 CO_HOST_DEVICE inline RowSample sample_rows(int64_t rows, int64_t max_rows) {
-  if (rows <= 0) return {1, 0};
+  if (rows <= max_rows) return {1, rows > 0 ? rows : 0};  // no division, which a GPU has none for
   const int64_t stride = rows / max_rows + (rows % max_rows != 0);
   return {stride, rows / stride + (rows % stride != 0)};
 }
