@@ -71,7 +71,11 @@ KERNELS = {
         registers=80, static_shared=11 << 10, need=("LDG.E.64", "STG.E.128")
     ),
     # One CTA an SM at least, up to 512 threads; fixed arrays as those of the correction.
-    ("linalg", r"spd_inverse_kernel"): Budget(
+    # Up to 128 units in one sweep of matrix instructions, without shuffles (sweep.cuh); above by factor.cuh.
+    ("linalg", r"spd_inverse_kernelILi8E"): Budget(
+        registers=128, static_shared=6 << 10, need=("MUFU.RSQ", "FFMA", "BAR.SYNC", "HMMA")
+    ),
+    ("linalg", r"spd_inverse_kernelILi(?!8E)"): Budget(
         registers=128, static_shared=6 << 10, need=("MUFU.RSQ", "FFMA", "BAR.SYNC", "SHFL")
     ),
     ("linalg", r"spd_solve_kernel"): Budget(
