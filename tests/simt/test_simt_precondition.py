@@ -157,7 +157,7 @@ def test_layers_with_the_same_input_are_in_one_launch(library, before, run):
             cases.run(library, case)
         return
     cases.check(library, case)
-    assert library.stats().ctas == 2, "of the last launch: the chunks of the run"
+    assert library.stats().ctas == 2 * 8, "of the last launch: the chunks of the run, a cluster each for 222 rows of G"
 
 
 @pytest.mark.parametrize("change", [{"units": 41}, {"has_bias": True}, {"same_input": True}])
@@ -197,7 +197,8 @@ WORKLOADS = {
 @pytest.mark.parametrize(
     ("name", "clusters", "rung", "cluster"),
     [
-        ("i", True, simt.ONE_CTA, 1),
+        ("i", True, simt.CLUSTER, 8),
+        ("i", False, simt.ONE_CTA, 1),
         ("ii", True, simt.CLUSTER, 8),
         ("ii", False, simt.ONE_CTA, 1),
         ("iii", True, simt.TASK_QUEUE, 1),
