@@ -14,17 +14,20 @@ reproducible, milliseconds less so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional
 
 import consistency_ops as co
 from benchmarks.micro.timing import interleaved, medians, save
+from consistency_ops.engine import host_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from support import frameworks
@@ -72,17 +75,24 @@ SMALL_BATCHES = ("mobilenetv3_small_100", "efficientnet_b0", "convnext_atto", "v
 MODELS |= {name: functools.partial(of_timm, name) for name in SMALL_BATCHES}
 
 
+def nothing(*_) -> bool:
+    """In place of the correction, in Python (the first step) or in C++ (the others): says that it is done."""
+    return True
+
+
 def step_of(build, preconditioned: bool, corrects: bool = True):
     model, optimizer, loss = build()
     model.train()
     preconditioner = co.Preconditioner(model, optimizer) if preconditioned else None
     if not corrects:
-        preconditioner._correction.run = lambda steps: None
+        preconditioner._correction.run = nothing
+    in_cpp = contextlib.nullcontext() if corrects else mock.patch.object(host_path, "correct", nothing)
 
     def step() -> None:
         optimizer.zero_grad()
         loss().backward()
-        optimizer.step()
+        with in_cpp:
+            optimizer.step()
 
     step.preconditioner = preconditioner
     return step
