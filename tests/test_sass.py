@@ -105,7 +105,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=sorted({file for file, _ in KERNELS}))
+# The correction's file takes minutes of two cores.
+FILES = [
+    pytest.param(file, marks=[pytest.mark.slow] * (file == "precondition")) for file in sorted({f for f, _ in KERNELS})
+]
+
+
+@pytest.fixture(scope="module", params=FILES)
 def compiled(request):
     """(file, object for all architectures); compiled again when a source has changed."""
     sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
