@@ -303,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-rates": lambda: full_tables.rates(whole_trainings()),
     "full-summary": lambda: full_tables.summary(whole_trainings()),
     "full-goals": lambda: full_tables.goals(whole_trainings()),
+    "full-converged": lambda: full_tables.converged(whole_trainings()),
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
     "search": lambda: full_tables.search(stored("full/search")),
     "search-outputs": lambda: full_tables.outputs(stored("full/search")),

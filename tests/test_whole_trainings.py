@@ -349,7 +349,8 @@ def test_tables_of_the_summary_and_of_the_aims():
     )
     found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
     assert [cells[1].removesuffix(" |") for cells in found] == [
-        "char-gpt 0.80",  # below the best of first order
+        "**char-gpt 1.07**",  # over the best of first order
+        "char-gpt 0.80",
         "char-gpt 0.80",  # AdamW, whitened and alone
         "char-gpt 0.80",
         "char-gpt 1.00",  # the same rate
@@ -359,12 +360,25 @@ def test_tables_of_the_summary_and_of_the_aims():
         "**char-gpt 1.00**",  # not below SOAP's CPU seconds
         "**char-gpt 1.20**",
     ]
-    assert [cells[0] for cells in found] == ["1 of 1 run"] * 5 + ["0 of 1 run"] * 4
+    assert [cells[0] for cells in found] == ["0 of 1 run"] + ["1 of 1 run"] * 5 + ["0 of 1 run"] * 4
     runs["char-gpt"] += fakes("adamw+both", [1.35], 0.01, {0.01: 1.0})
     found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines() if "outputs too" in line]
     assert found[0] == ["1 of 1 run", "char-gpt 0.90 |"]  # beside those of the inputs alone
-    assert [cells[0] for cells in found] == ["1 of 1 run"] * 3 + ["0 of 1 run"] * 3
+    assert [cells[0] for cells in found] == ["1 of 1 run"] * 4 + ["0 of 1 run"] * 3
     del runs["char-gpt"][-2:]
     del runs["char-gpt"][-1]  # SOAP's final run
     found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
     assert [cells[0] for cells in found[-2:]] == ["0 of 0 run"] * 2
+
+
+def test_table_of_the_last_tenth_says_how_far_an_optimizer_still_fell():
+    def run(late: float, end: float) -> dict:
+        made = fake("char-gpt", "adamw", "final", 0.01, 1.0)
+        steps = made["steps"]
+        return made | {"curve": [[0, 0.0, None, 9.0], [round(0.9 * steps), 1.0, 1.0, late], [steps, 2.0, 1.0, end]]}
+
+    assert full_tables.converged({"char-gpt": [run(1.2, 1.0), run(2.3, 2.0)]}).splitlines()[2:] == [
+        "| torch SGD, momentum 0.9 | not run |",
+        "| torch AdamW | 1.167 |",
+        "| torch Muon, AdamW for the rest | not run |",
+    ]

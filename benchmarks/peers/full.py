@@ -58,12 +58,12 @@ FULL: dict[str, Task] = {
     for name, batch, steps in (
         ("autoencoder", 250, 500),
         ("deep-mlp", 500, 400),
-        ("fashion-mlp", 250, 1000),
+        ("fashion-mlp", 250, 600),
         ("fashion-convnet", 128, 600),
         ("cifar-convnet", 64, 624),
         ("cifar-resnet", 64, 624),
         ("char-gpt", 32, 480),
-        ("narrow-mlp", 250, 400),
+        ("narrow-mlp", 250, 600),
     )
 }
 FULL["char-gpt-large"] = dataclasses.replace(
