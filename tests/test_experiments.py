@@ -38,8 +38,8 @@ def chosen(name, experiment):
         ],
         "modern": ["vit, modulus", "gpt, speed"],
         "narrow-search": ["relu, sgd2, depth 20, width 10", "modulus, sgd2, depth 20, width 10, noise"],
-        "roa-memory": ["adding, roa, corrected", "copying, rnn"],
-        "roa-pixels": ["whiten"],
+        "roa-memory": ["adding, roa, corrected", "copying, rnn", "psmnist, roa, both sides"],
+        "roa-pixels": ["both sides, ten epochs"],
         "pixelwise": ["im2col", "fft"],
         "noise": ["relu, depth 50, residual 0.01", "relu, depth 50, gradient 0.01"],
         "glorot": ["tanh, glorot"],
@@ -223,7 +223,9 @@ class Interrupted(Exception):
         ("roa-memory", "adding, roa, corrected"),
         ("roa-memory", "copying, lstm"),
         ("roa-memory", "psmnist, roa, corrected"),
+        ("roa-memory", "adding, roa, both sides"),
         ("roa-pixels", "whiten"),
+        ("roa-pixels", "both sides, ten epochs"),
         ("shapeset", "tanh, glorot"),
         ("modern", "gpt, modulus"),
         ("convnet", "adam, whiten"),
@@ -232,6 +234,7 @@ class Interrupted(Exception):
         ("contractive", "modulus, decay 0.004, rising"),
         ("init-tolerance", "sgd2, 0.01"),
         ("roa-depth", "roa, depth 50000"),
+        ("roa-depth", "roa, depth 50000, mnist 1400"),
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, run, tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ counts.
 "bytes": what autograd keeps for backward in one training step, without parameters, each buffer once; the modulus keeps
 one bit an element (:func:`consistency_ops.modulus`), ReLU its output, which the next layer keeps anyway, GELU its
 input.  "milliseconds": the least of many steps of one thread, forward and backward, of all three activations in turn;
-``--runs "resnet, speed"`` measures it, on a quiet machine.
+"ratios": of the modulus over the others, the median over the rounds of these turns (and its quartiles), so that a
+machine whose speed changes changes both sides.  On a quiet machine:
+    python -m benchmarks.training modern --steps 1000 --runs "resnet, speed" "vit, speed" "gpt, speed"
 """
 
 from __future__ import annotations
@@ -136,18 +138,28 @@ def kept_for_backward(network: str, activation: str, split: tasks.Split) -> int:
     return sum(kept.values())
 
 
-def speed(network: str, split: tasks.Split, steps: int) -> dict[str, dict[str, float]]:
-    """Least milliseconds of a step, forward and backward, by activation, measured in turn."""
+def speed(network: str, split: tasks.Split, steps: int) -> dict[str, dict]:
+    """Return the time of a step, forward and backward, by activation, measured in turn; two rounds warm up."""
     models = {activation: build(network, activation, 0) for activation in ACTIVATIONS}
     x, y = (part[: BATCH[network]] for part in split.train)
     times: dict[str, list[float]] = {activation: [] for activation in models}
-    for _ in range(max(2, steps // 10)):
-        for activation, model in models.items():
-            model.zero_grad()
+    names = list(models)
+    for turn in range(2 + max(2, steps // 10)):
+        for name in names[turn % 3 :] + names[: turn % 3]:  # each of them is now the first, now the last one
+            models[name].zero_grad()
             start = time.perf_counter()
-            loss_of(model, x, y).backward()
-            times[activation].append(1000 * (time.perf_counter() - start))
-    return {"milliseconds": {activation: min(values) for activation, values in times.items()}}
+            loss_of(models[name], x, y).backward()
+            if turn >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    ratios = {
+        name: torch.tensor(times["modulus"]).div(torch.tensor(times[name])).quantile(torch.tensor([0.25, 0.5, 0.75]))
+        for name in names
+        if name != "modulus"
+    }
+    return {
+        "milliseconds": {name: min(values) for name, values in times.items()},
+        "ratios": {name: [round(v, 4) for v in values.tolist()] for name, values in ratios.items()},
+    }
 
 
 def plot(figure, results):
@@ -171,9 +183,12 @@ def lines(results):
     text = []
     for name, records in results.items():
         if "milliseconds" in records[0]:
-            found = records[0]["milliseconds"]
-            ratios = ", ".join(f"{a} {ms:.2f} ms ({ms / found['relu']:.2f} of relu)" for a, ms in found.items())
-            text.append(f"{name}: {ratios}")
+            times = ", ".join(f"{a} {ms:.2f} ms" for a, ms in records[0]["milliseconds"].items())
+            ratios = [
+                f"{values[1]:.3f} ({values[0]:.3f} to {values[2]:.3f}) of {a}"
+                for a, values in records[0]["ratios"].items()
+            ]
+            text.append(f"{name}: {times}; the modulus takes {', '.join(ratios)}")
         else:
             text.append(
                 f"{name}: test {runner.spread((r['test'] for r in records), '{:.4f}')}, rates "

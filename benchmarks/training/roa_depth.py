@@ -6,7 +6,8 @@ hidden state over that at the last one, before training; the bounds are those of
 
 50 000 layers: the additive network alone, which keeps one state in 250 for backward (``checkpoint``) and computes the
 others again, Adam's fused form, and after every epoch the gradient's ratio and the bounds anew (``gradients``,
-``all_bounds``), beside the loss of every step and the largest memory of the process in MB (``memory``).
+``all_bounds``), beside the loss of every step and the largest memory of the process in MB (``memory``).  "mnist": the
+first so many images of MNIST instead of the digits, an epoch; a long training is resumable after each of these.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import DATA as FOLDER
 from benchmarks.training import fit, runner
 from consistency_ops.nn import ROAFeedForward
 
@@ -28,6 +30,9 @@ RATES = (0.003, 0.001)
 SETTINGS = {
     f"{kind}, depth {depth}": {"kind": kind, "depth": depth} for depth in DEPTHS[:-1] for kind in ("roa", "mlp")
 } | {"roa, depth 50000": DEEPEST}
+MNIST = {f"roa, depth 50000, mnist {n}": {**DEEPEST, "data": "mnist", "train": n, "test": 1000} for n in (1400, 10_000)}
+DEFAULT = list(SETTINGS)
+SETTINGS |= MNIST
 SIZE = {"epochs": 5, "batch": 50, "width": 32}
 FIGSIZE = (10, 4)
 
@@ -41,11 +46,11 @@ class Plain(ROAFeedForward):
         return x
 
 
-def network(settings: dict, size: dict, seed: int) -> ROAFeedForward:
+def network(settings: dict, size: dict, seed: int, inputs: int = 64) -> ROAFeedForward:
     torch.manual_seed(seed)
     kind = ROAFeedForward if settings["kind"] == "roa" else Plain
     options = {"checkpoint": settings["checkpoint"]} if "checkpoint" in settings else {}
-    model = kind(64, size["width"], 10, settings["depth"], **options)
+    model = kind(inputs, size["width"], 10, settings["depth"], **options)
     if kind is Plain:  # Glorot's weights are the best known for tanh
         for layer in model.layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -62,9 +67,12 @@ def gradient(model: ROAFeedForward, data: fit.Split) -> float:
 
 
 def run(settings, size, seed, data, tick):
+    if "data" in settings:
+        data = fit.load(settings["data"], settings, FOLDER / settings["data"])
     data, depth = data.standard(), settings["depth"]
     data = fit.Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, 1.0)
-    model = network(settings, size, seed)
+    inputs = data.train_x.shape[1]
+    model = network(settings, size, seed, inputs)
     outcome = {"gradient": gradient(model, data)}
     if settings["kind"] == "roa":
         outcome["bounds"] = [fit.finite(x) for x in model.jacobian_bounds()]
@@ -72,7 +80,7 @@ def run(settings, size, seed, data, tick):
         return {"rate": RATES[1], **outcome, **_deepest(model, data, size, seed, tick)}
     trials = {}
     for rate in RATES if depth < 5000 else RATES[1:2]:
-        model = network(settings, size, seed)
+        model = network(settings, size, seed, inputs)
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         common = dict(epochs=size["epochs"], batch=size["batch"], seed=seed, tick=lambda text: None)
         if depth >= 5000:
@@ -105,12 +113,19 @@ def _deepest(model: ROAFeedForward, data: fit.Split, size: dict, seed: int, tick
 def plot(figure, results):
     left, right = figure.subplots(1, 2)
     floor = 1e-45  # smallest float32, where a gradient that is exactly 0 is drawn
-    for kind, colour, label in (("roa", "C0", "roaFNN"), ("mlp", "C3", "tanh MLP, Glorot's weights")):
-        pairs = [(d, results[f"{kind}, depth {d}"]) for d in DEPTHS if f"{kind}, depth {d}" in results]
+    lines_drawn = {
+        ("roaFNN", "C0"): {d: f"roa, depth {d}" for d in DEPTHS},
+        ("tanh MLP, Glorot's weights", "C3"): {d: f"mlp, depth {d}" for d in DEPTHS},
+        ("roaFNN, MNIST", "C2"): {DEEPEST["depth"]: next((name for name in MNIST if name in results), "")},
+    }
+    for (label, colour), names in lines_drawn.items():
+        pairs = [(d, results[name]) for d, name in names.items() if name in results]
+        if not pairs:
+            continue
         depths = [d for d, _ in pairs]
         gradients = [max(floor, sum(r["gradient"] for r in rs) / len(rs)) for _, rs in pairs]
         left.plot(depths, gradients, "o-", color=colour, label=label)
-        if kind == "roa":
+        if label == "roaFNN":
             low, high = ([math.exp(r[0]["bounds"][i]) for _, r in pairs] for i in (0, 1))
             left.fill_between(depths, low, high, color=colour, alpha=0.2, label="certified bounds")
         errors = [sum(min(r["test_error"]) for r in rs) / len(rs) for _, rs in pairs]
