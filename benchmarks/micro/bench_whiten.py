@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict | None] = {  # arguments of Preconditioner, None withou
     "correct": {"mode": "correct"},
     "whiten": {"mode": "whiten"},
     "whiten, every=1": {"mode": "whiten", "every": 1},
+    "whiten, outputs": {"mode": "whiten", "outputs": True},
+    "whiten, outputs, every=10": {"mode": "whiten", "outputs": True, "every": 10},
 }
 
 

@@ -110,6 +110,7 @@ def source_bytes(directory: Path) -> Split:
     """
     folder = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(folder.rglob("*.py")) if not _foreign(path.relative_to(folder))]
+    files = [path for path in files if path.stat().st_size]
     x, y = (
         [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in some]
         for some in ([path for i, path in enumerate(files) if i % 10], files[::10])

@@ -67,10 +67,12 @@ def columns_of(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """The columns of a matrix, of all taps of a kernel, the bias last, as rows (columns, outputs): a copy."""
     weight, bias = matrix
     rows = weight.flatten(1).T
+    units = len(rows)
+    columns = rows.new_empty(units + (bias is not None), rows.shape[1], dtype=dtype)
+    columns[:units].copy_(rows)
     if bias is not None:
-        rows = torch.cat([rows, bias.to(rows.dtype)[None]])
-    copy: Tensor = rows.to(dtype, copy=True).contiguous()
-    return copy
+        columns[units].copy_(bias)
+    return columns
 
 
 def write_columns(matrix: Matrix, columns: Tensor) -> None:
