@@ -335,8 +335,7 @@ class Correction:
 
     def stored_inverse(self, step: LayerStep) -> tuple[Tensor, Tensor] | None:
         """Inverse and info of the last refresh, or None if there is none that fits the layer as it is now."""
-        layer = step.layer
-        inverse, info = (layer.pending.get(key, self._store.one(layer, key)) for key in ("inverse", "info"))
+        inverse, info = (self._store.newest(step.layer, key) for key in ("inverse", "info"))
         if inverse is None or info is None or not step.units_unchanged:
             return None
         if len(inverse) != self.num_chunks(step):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def whiten_outputs(
     flags = has_gradient.unbind()
     by_chunk: dict[int, list[int]] = {}
     for i, step in enumerate(steps):
-        known = damping is not None or "output_inverse" in _state_of(store, step)
+        known = damping is not None or store.newest(step.layer, "output_inverse") is not None
         if known and not is_dtensor(step.weight) and step.grad.numel():
             by_chunk.setdefault(chunk_of(len(step.grad)), []).append(i)
     sides = []
@@ -124,10 +124,6 @@ def whiten_outputs(
     return sides
 
 
-def _state_of(store: StateStore, step: LayerStep) -> dict[str, Tensor]:
-    return {**store.get(step.layer), **step.layer.pending}
-
-
 def _new_factors(
     steps: list[LayerStep],
     columns: list[Tensor],
@@ -147,14 +143,10 @@ def _new_factors(
     weights: list[Tensor] = []
     for step, x, shape in zip(steps, columns, shapes, strict=True):
         if options.decay > 0:
-            state = store.get(step.layer)
-            total, weight = state.get("output_covariance"), state.get("output_weight")
-            if total is None or weight is None or total.shape != shape:
-                total, weight = x.new_zeros(shape), x.new_zeros(1)
-            # Copies, for the call changes them in place: what is stored stays until the step is over.
-            totals.append(torch.empty(shape, dtype=x.dtype, device=x.device).copy_(total))
-            weights.append(weight.to(x.dtype, copy=True))
-            step.layer.pending.update(output_covariance=totals[-1], output_weight=weights[-1])
+            total, weight = store.running_sum(step.layer, shape, x.dtype, x.device, prefix="output_")
+            step.layer.pending.update(output_covariance=total, output_weight=weight)
+            totals.append(total)
+            weights.append(weight)
     factors = [x.new_zeros(shape) for x, shape in zip(columns, shapes, strict=True)]
     info, _, _ = foreach_whiten_(
         columns,
@@ -182,8 +174,10 @@ def _new_factors(
 def _stored_factors(
     steps: list[LayerStep], columns: list[Tensor], launch: Layers, store: StateStore
 ) -> tuple[list[Tensor], Tensor]:
-    states = [_state_of(store, step) for step in steps]
-    factors = [state["output_inverse"].to(x.dtype) for state, x in zip(states, columns, strict=True)]
-    info = torch.cat([state["output_info"].to(torch.int32) for state in states])
+    factors = [
+        cast("Tensor", store.newest(step.layer, "output_inverse")).to(x.dtype)
+        for step, x in zip(steps, columns, strict=True)
+    ]
+    info = torch.cat([cast("Tensor", store.newest(step.layer, "output_info")).to(torch.int32) for step in steps])
     foreach_whiten_by_(columns, [], factors, info, launch)
     return factors, info

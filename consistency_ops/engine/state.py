@@ -69,6 +69,31 @@ class StateStore:
         value: Tensor | None = self._optimizer.known_state_of(layer.weight).get(_prefix(layer) + key)
         return None if value is None else local(value)
 
+    def newest(self, layer: Layer, key: str) -> Tensor | None:
+        """What this step has left of it, else :meth:`one`."""
+        return layer.pending.get(key, self.one(layer, key))
+
+    def running_sum(
+        self,
+        layer: Layer,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        prefix: str = "",
+        fits: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Copies of a running sum of covariances and of its weight; zeros where none of that shape is kept, or it does
+        not fit.
+
+        The call that adds to them does it in place, and what is stored stays until the step is over: if the optimizer
+        breaks it off, its rows have not counted.
+        """
+        total, weight = (self.one(layer, prefix + key) for key in ("covariance", "weight"))
+        if not fits or total is None or weight is None or total.shape != shape:
+            return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(1, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=total.device).copy_(total), weight.to(dtype, copy=True)
+
     def holds(self, layer: Layer, key: str, value: Tensor) -> bool:
         """Whether ``value`` itself is kept there, and in no DTensor: quicker than :meth:`get`."""
         if self._optimizer is None:

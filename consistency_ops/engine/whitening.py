@@ -164,20 +164,11 @@ class WhiteningCorrection(Correction):
         self._hold(steps, launch, factors, info, has_gradient)
 
     def _running_average(self, step: LayerStep) -> tuple[Tensor, Tensor]:
-        """Copies of the stored running sum of covariances and of its weight, or zeros; the call changes them in place.
-
-        What is stored stays until the step is over: if the optimizer breaks it off, its rows have not counted.
-        """
+        """Running sum of covariances and its weight, which the call changes in place."""
         layer, chunk = step.layer, self.chunk_of(step.units)
-        state = self._store.get(layer)
-        total, weight = state.get("covariance"), state.get("weight")
-        shape, dtype = (self.num_chunks(step), chunk, chunk), step.compute_dtype
-        layer.inverse_units, same_units = step.units, step.units_unchanged
-        if total is not None and weight is not None and total.shape == shape and same_units:
-            total = torch.empty(shape, dtype=dtype, device=total.device).copy_(total)
-            weight = weight.to(dtype, copy=True)
-        else:
-            total, weight = step.rows.new_zeros(shape, dtype=dtype), step.rows.new_zeros(1, dtype=dtype)
+        shape = self.num_chunks(step), chunk, chunk
+        layer.inverse_units, fits = step.units, step.units_unchanged
+        total, weight = self._store.running_sum(layer, shape, step.compute_dtype, step.rows.device, fits=fits)
         layer.pending.update(covariance=total, weight=weight)
         return total, weight
 
@@ -325,10 +316,8 @@ class WhiteningCorrection(Correction):
         return known[1]
 
     def _map_outputs_back(self, whitened: _Whitened, weights: list[Tensor], biases: list[Tensor]) -> None:
+        now, before = whitened.matrices(weights, biases), whitened.matrices(whitened.weights, whitened.biases)
         for side in whitened.sides:
-            now, before = (
-                whitened.matrices(*pair) for pair in ((weights, biases), (whitened.weights, whitened.biases))
-            )
             side.map_back_(now, before, keep_norm=self._keeps_norm)
 
     # After the optimizer's step
