@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import CPU_OPTIMIZERS, optimizer_of, same, whitening
+from support.whitening import CPU_OPTIMIZERS, optimizer_of, same, whitening, with_kernels_and_with_torch
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
@@ -202,19 +201,9 @@ def test_a_bias_in_a_group_of_its_own_has_its_own_decay():
 @pytest.mark.parametrize("coupled", ["SGD", "Adam"])
 def test_coupled_decay_with_stored_factors(coupled):
     """Every second step uses the factor of the step before, and its L."""
-    models = [mlp().double(), mlp().double()]
-    for model, backend in zip(models, ("auto", "torch"), strict=True):
-        co.set_backend(backend)
-        try:
-            optimizer = optimizer_of(coupled, model.parameters(), weight_decay=0.3)
-            Preconditioner(model, optimizer, mode="whiten", decay=0.0, every=2, chunk=8)
-            for step in range(4):
-                x, y = data(seed=step)
-                optimizer.zero_grad()
-                backward(model, x.double(), y)
-                optimizer.step()
-        finally:
-            co.set_backend("auto")
+    models = with_kernels_and_with_torch(
+        lambda model: optimizer_of(coupled, model.parameters(), weight_decay=0.3), 4, decay=0.0, every=2
+    )
     same(*models, rtol=1e-9, atol=1e-12)
 
 

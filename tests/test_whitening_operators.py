@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import consistency_ops as co
 from consistency_ops import ops, reference
 from consistency_ops.ops.whitening import Layers, foreach_multiply_
 from consistency_ops.preconditioner import Preconditioner
-from support.training import backward, data, mlp
-from support.whitening import adamw, optimizer_of, same
+from support.whitening import adamw, optimizer_of, same, with_kernels_and_with_torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -178,21 +176,8 @@ def test_the_operators_are_those_of_the_reference(shape, chunk, bias, keep_norm)
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_torchs_own_operations_whiten_the_same(name):
-    models, options = [mlp().double(), mlp().double()], dict(weight_decay=0.1)
-    for model, backend in zip(models, ("auto", "torch"), strict=True):
-        co.set_backend(backend)
-        try:
-            optimizer = optimizer_of(name, model.parameters(), **options)
-            Preconditioner(model, optimizer, mode="whiten", chunk=8)
-            for step in range(3):
-                x, y = data(seed=step)
-                optimizer.zero_grad()
-                backward(model, x.double(), y)
-                optimizer.step()
-        finally:
-            co.set_backend("auto")
-    for p, q in zip(*(m.parameters() for m in models), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    models = with_kernels_and_with_torch(lambda model: optimizer_of(name, model.parameters(), weight_decay=0.1), 3)
+    same(*models, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

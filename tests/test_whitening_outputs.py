@@ -7,10 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import CPU_OPTIMIZERS, adamw, optimizer_of, same, steps_of, whitening
+from support.whitening import (
+    CPU_OPTIMIZERS,
+    adamw,
+    optimizer_of,
+    resumes_bitwise,
+    same,
+    steps_of,
+    train_all_kinds_of_layers,
+    whitening,
+    with_kernels_and_with_torch,
+)
 
 
 def inverse_times(lower, matrix):
@@ -139,27 +148,7 @@ def test_other_coordinates_of_the_outputs_change_nothing():
 @pytest.mark.parametrize("options", [{}, dict(every=3), dict(decay=0.0), dict(decay=0.0, every=2)], ids=str)
 @pytest.mark.parametrize("at", [2, 25])
 def test_resume_is_bitwise(options, at):
-    def start():
-        model = mlp()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-        return model, optimizer, Preconditioner(model, optimizer, mode="whiten", outputs=True, chunk=8, **options)
-
-    def go(model, optimizer, first, last):
-        for step in range(first, last):
-            optimizer.zero_grad()
-            backward(model, *data(seed=step))
-            optimizer.step()
-
-    model, optimizer, _ = start()
-    go(model, optimizer, 0, at)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    go(model, optimizer, at, at + 4)
-    again, other, pre = start()
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    assert pre.steps == at
-    go(again, other, at, at + 4)
-    same(model, again)
+    resumes_bitwise(at, outputs=True, **options)
 
 
 def test_a_step_that_is_broken_off_does_not_count_in_the_averages():
@@ -190,44 +179,17 @@ def test_a_step_that_is_broken_off_does_not_count_in_the_averages():
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_torchs_own_operations_compute_the_same(coupled):
-    models = [mlp().double(), mlp().double()]
-    for model, backend in zip(models, ("auto", "torch"), strict=True):
-        co.set_backend(backend)
-        try:
-            kind = torch.optim.Adam if coupled else torch.optim.AdamW
-            optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.3)
-            Preconditioner(model, optimizer, mode="whiten", outputs=True, every=2, chunk=8)
-            for step in range(24):
-                x, y = data(seed=step)
-                optimizer.zero_grad()
-                backward(model, x.double(), y)
-                optimizer.step()
-        finally:
-            co.set_backend("auto")
+    kind = torch.optim.Adam if coupled else torch.optim.AdamW
+    models = with_kernels_and_with_torch(
+        lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.3), 24, outputs=True, every=2
+    )
     same(*models, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD"])
 @pytest.mark.parametrize("chunk", [4, None])
 def test_all_kinds_of_layers_train(name, chunk):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=3)),
-        *(nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 5)),
-    )
-    x, y = torch.randn(64, 3, 10, 10), torch.randint(5, (64,))
-    weights = [p for p in model.parameters() if p.dim() == 2] if name == "Muon" else list(model.parameters())
-    optimizer = optimizer_of(name, weights)
-    pre = Preconditioner(model, optimizer, mode="whiten", outputs=True, chunk=chunk)
-    losses = []
-    for _ in range(24):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
-    assert pre.stats()["failed_chunks"] == 0
+    assert train_all_kinds_of_layers(name, 24, outputs=True, chunk=chunk)["failed_chunks"] == 0
 
 
 def test_weights_in_bfloat16_and_a_bias_that_is_frozen_later_train():

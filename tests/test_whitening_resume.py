@@ -8,33 +8,13 @@ import torch
 import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import adamw, same, steps_of
+from support.whitening import adamw, resumes_bitwise, same, steps_of
 
 
 @pytest.mark.parametrize("options", [{}, dict(every=3), dict(decay=0.0), dict(decay=0.0, every=2)], ids=str)
 @pytest.mark.parametrize("at", [2, 25])
 def test_resume_is_bitwise(options, at):
-    def start():
-        model = mlp()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-        return model, optimizer, Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
-
-    def go(model, optimizer, first, last):
-        for step in range(first, last):
-            optimizer.zero_grad()
-            backward(model, *data(seed=step))
-            optimizer.step()
-
-    model, optimizer, _ = start()
-    go(model, optimizer, 0, at)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    go(model, optimizer, at, at + 4)
-    again, other, pre = start()
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    assert pre.steps == at
-    go(again, other, at, at + 4)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    resumes_bitwise(at, **options)
 
 
 def test_a_state_of_the_other_mode_is_dropped_with_a_word(caplog):

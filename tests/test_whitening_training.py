@@ -8,29 +8,13 @@ from torch import nn
 
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import adamw, optimizer_of, same, steps_of
+from support.whitening import adamw, same, steps_of, train_all_kinds_of_layers
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD"])
 def test_all_kinds_of_layers_train(name):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=3)),
-        *(nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 5)),
-    )
-    x, y = torch.randn(64, 3, 10, 10), torch.randint(5, (64,))
-    weights = [p for p in model.parameters() if p.dim() == 2] if name == "Muon" else list(model.parameters())
-    optimizer = optimizer_of(name, weights)
-    pre = Preconditioner(model, optimizer, mode="whiten")
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
-    assert pre.stats()["failed_chunks"] == 0 and pre.stats()["layers"] == (1 if name == "Muon" else 4)
+    stats = train_all_kinds_of_layers(name, 8)
+    assert stats["failed_chunks"] == 0 and stats["layers"] == (1 if name == "Muon" else 4)
 
 
 @pytest.mark.parametrize("options", [dict(foreach=True), dict(fused=True), dict(capturable=True)], ids=str)

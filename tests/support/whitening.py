@@ -1,11 +1,15 @@
 """Optimizers, and trainings with ``mode="whiten"``."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import consistency_ops as co
 from consistency_ops.preconditioner import Preconditioner
 
-from .training import backward, data
+from .training import backward, data, mlp
 
 CPU_OPTIMIZERS = {
     "Adadelta": {},
@@ -53,3 +57,69 @@ def adamw(model, **options):
 def same(model, other, rtol=0.0, atol=0.0):
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+
+
+def resumes_bitwise(at, **options):
+    """A training that goes on from its saved state after ``at`` steps makes the same steps."""
+
+    def start():
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        return model, optimizer, Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
+
+    def go(model, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            backward(model, *data(seed=step))
+            optimizer.step()
+
+    model, optimizer, _ = start()
+    go(model, optimizer, 0, at)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    go(model, optimizer, at, at + 4)
+    again, other, pre = start()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    assert pre.steps == at
+    go(again, other, at, at + 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def with_kernels_and_with_torch(optimizer_on, steps, **options):
+    """Two float64 models after the same steps: by the kernels, and by torch's own operations."""
+    models = [mlp().double(), mlp().double()]
+    for model, backend in zip(models, ("auto", "torch"), strict=True):
+        co.set_backend(backend)
+        try:
+            optimizer = optimizer_on(model)
+            Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
+            for step in range(steps):
+                x, y = data(seed=step)
+                optimizer.zero_grad()
+                backward(model, x.double(), y)
+                optimizer.step()
+        finally:
+            co.set_backend("auto")
+    return models
+
+
+def train_all_kinds_of_layers(name, steps, **options):
+    """A training with convolutions, groups and a transposed one lowers its loss; returns what ``stats()`` says then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=3)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 5)),
+    )
+    x, y = torch.randn(64, 3, 10, 10), torch.randint(5, (64,))
+    weights = [p for p in model.parameters() if p.dim() == 2] if name == "Muon" else list(model.parameters())
+    optimizer = optimizer_of(name, weights)
+    pre = Preconditioner(model, optimizer, mode="whiten", **options)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
+    return pre.stats()
