@@ -1,5 +1,6 @@
 """What the experiments at the sources' own size compute by themselves: pictures, steps written out, intervals."""
 
+import copy
 import math
 
 import pytest
@@ -210,5 +211,27 @@ def test_muon_is_that_of_torch_with_adam_on_the_biases():
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0.02 * 0.05)  # torch iterates in bfloat16
     kernel = torch.randn(6, 2, 3, 3, generator=generator)
-    values = torch.linalg.svdvals(muon.orthogonal(kernel.flatten(1)))
+    convolution = nn.Conv2d(2, 6, 3, bias=False)
+    before, convolution.weight.grad = convolution.weight.detach().clone(), kernel
+    muon.Muon(convolution, 1 / (0.2 * math.sqrt(18))).step()
+    values = torch.linalg.svdvals((before - convolution.weight.detach()).flatten(1))
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_goes_on_from_its_state():
+    networks = [nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)) for _ in range(2)]
+    optimizers = [muon.Muon(network, 0.02) for network in networks]
+    x = torch.randn(7, 2, 5, 5, generator=seeded(0))
+
+    def step(i: int) -> None:
+        networks[i].zero_grad()
+        networks[i](x).square().mean().backward()
+        optimizers[i].step()
+
+    step(0)
+    step(0)
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    step(0)
+    step(1)
+    assert all(torch.equal(p, q) for p, q in zip(*(network.parameters() for network in networks), strict=True))

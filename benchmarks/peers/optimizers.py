@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,15 @@ class MatrixMuon(torch.optim.Optimizer):
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         for parameter, view in self._views:
             if view is not parameter:
-                view.grad = parameter.grad.flatten(1)
+                view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         self._muon.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "muon": self._muon.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._muon.load_state_dict(state_dict["muon"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "muon"})
 
 
 class FlatMuon:
