@@ -26,10 +26,6 @@ TESTS = {
     "tests/test_linalg.py": "simt",
 }
 
-# Open: factor and inverse in one sweep, with products cut as here, have 2.04 times the error of torch's own float32
-# operations in this random case of 13 units, where 2 are allowed.  In the plain build it is within the limit.
-NOT_YET = {"tests/test_precondition.py": ["tests/test_precondition.py::test_random_cases_against_float64[simt-32]"]}
-
 
 @pytest.fixture(scope="module")
 def library():
@@ -45,7 +41,6 @@ def test_cases(library, name):
 def test_ordinary_tests(file, selection):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not slow and not nightly"]
     environment = {**os.environ, "SIMT_BUILD": "rounding"}
-    command += [f"--deselect={case}" for case in NOT_YET.get(file, [])]
     done = processes.run(
         [*command, "-k", selection], cwd=simt.ROOT, env=environment, capture_output=True, text=True, timeout=1500
     )

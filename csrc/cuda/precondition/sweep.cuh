@@ -19,8 +19,9 @@
 //   update warps   hold the rest of M in registers, 14 blocks of 16 x 8 each, and add Z Z^T.  They give the cross of
 //                  the panel after the next one away, so they may be a whole panel behind.
 //
-// Products of Z are three TF32 products, which is float32 accuracy; the factor of a panel's block is float32 FMA.  What
-// the whole costs by the model: docs/developer/kernel-model.md.
+// Products of Z are three TF32 products, which is float32 accuracy, and four where they become the next panel, because
+// its pivots pass their error on to all that follows.  The factor of a panel's block is float32 FMA.  What the whole
+// costs by the model: docs/developer/kernel-model.md.
 #pragma once
 
 #include <type_traits>
@@ -270,6 +271,7 @@ CO_DEVICE void sweep_pivots(const Chunk& chunk, SweepExchange& exchange) {
       CO_UNROLL
       for (int m = 0; m < 2; ++m) {
         mma_m16n8k8_tf32(low[m], left[m].low, right.high);
+        mma_m16n8k8_tf32(other[m], left[m].low, right.low);
         mma_m16n8k8_tf32(other[m], left[m].high, right.low);
         mma_m16n8k8_tf32(high[m], left[m].high, right.high);
       }
@@ -281,7 +283,7 @@ CO_DEVICE void sweep_pivots(const Chunk& chunk, SweepExchange& exchange) {
           CO_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int i = 2 * r + e;
-            pair.v[e] -= high[m][i] + (low[m][i] + other[m][i]);
+            pair.v[e] = pair.v[e] - high[m][i] - (low[m][i] + other[m][i]);  // exact where a pivot almost vanishes
           }
           pair_at(cross, index - lane + m * 16 + r * 8 + g, 2 * t) = pair;
         }
@@ -311,18 +313,19 @@ struct SweepRows {
   static constexpr int kColumns = 2 * kRow;
   float sum[kColumns > 0 ? kColumns : 1][4] = {};
 
-  // Half of the lanes take the lower of their two rows first, because those lie in other banks.
+  // Half of the lanes take the lower of their two rows first, because those lie in other banks: 2 and 3 passes, not 4.
   template <typename F>
   CO_DEVICE static void for_each(const Chunk& chunk, F&& f) {
     const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
     float* const tiles = lower_tile(chunk.tiles, kRow / 2, 0) + kRow % 2 * 16 * kTilePitch + 2 * t;
-    float* const first = tiles + (g < 4 ? g : g + 8) * kTilePitch;
-    float* const second = tiles + (g < 4 ? g + 8 : g) * kTilePitch;
+    const bool upper_first = g % 4 < 2;
+    float* const first = tiles + (upper_first ? g : g + 8) * kTilePitch;
+    float* const second = tiles + (upper_first ? g + 8 : g) * kTilePitch;
     CO_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const int offset = c / 4 * kTileFloats + c % 4 * kPanel;
       CO_UNROLL
-      for (int e = 0; e < 2; ++e) f(g < 4, c, e, first[offset + e], second[offset + e]);
+      for (int e = 0; e < 2; ++e) f(upper_first, c, e, first[offset + e], second[offset + e]);
     }
   }
 
