@@ -37,7 +37,7 @@ struct Options {
   uint64_t shared_limit =
       227 << 10;               // bytes a CTA, static + dynamic (sm_90 and sm_100: 227 KiB, sm_80: 163, sm_86: 99)
   uint64_t stack = 128 << 10;  // bytes a CUDA thread
-  uint32_t timeout_s = 120;    // of one launch
+  uint32_t timeout_s = 120;    // of one launch, processor time
   bool clusters = true;        // what clusters_fit answers
 };
 
