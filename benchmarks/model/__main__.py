@@ -128,14 +128,31 @@ def latency(name: str, cluster: int) -> float:
     return Launch(*LATENCY_OF[name], rung=rung, ctas=cluster).run(0).cycles / CLOCK_MHZ
 
 
+def shapes_of(layers: list[tuple[int, int, int]], rows: int, x_dtype: int, g_dtype: int) -> list:
+    """The layers of a workload for the launcher's plan, in groups of a sector."""
+    group = 32 // launching.BYTES[g_dtype]
+    return [
+        plans.module().Shape(units, rows, outputs, taps, x_dtype, g_dtype, group=group)
+        for outputs, units, taps in layers
+    ]
+
+
+def bounds_of(total: Cost, moved: float) -> dict[str, float]:
+    """What the device needs at least for so many instructions, and so many bytes, in us."""
+    cycles = 1 / (SMS * CLOCK_MHZ)
+    return {
+        "issue_us": total.instructions / 4 * cycles,
+        "memory_us": moved / BYTES_A_US,
+        "passes_us": total.passes * cycles,
+        "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
+    }
+
+
 def model(name: str) -> dict:
     """The bounds of one workload, in us."""
     title, target, layers, rows, x_dtype, g_dtype = workloads()[name]
     x_bytes, g_bytes = launching.BYTES[x_dtype], launching.BYTES[g_dtype]
-    described = [
-        plans.module().Shape(units, rows, outputs, taps, x_dtype, g_dtype, group=32 // g_bytes)
-        for outputs, units, taps in layers
-    ]
+    described = shapes_of(layers, rows, x_dtype, g_dtype)
     planned = plans.module().cuda_plan(described)
     total, moved = Cost(), planned["workspace_bytes"] * 2.0
     for of_layer in planned["layers"]:
@@ -149,13 +166,7 @@ def model(name: str) -> dict:
         total += of.gram_task * (chunks * of_layer["gram_tasks"] * wide)
         total += of.apply_task * (chunks * of_layer["apply_tasks"] * wide)
         moved += (rows * x_bytes + 2 * outputs * taps * g_bytes) * width
-    cycles = 1 / (SMS * CLOCK_MHZ)
-    bounds = {
-        "issue_us": total.instructions / 4 * cycles,
-        "memory_us": moved / BYTES_A_US,
-        "passes_us": total.passes * cycles,
-        "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
-    }
+    bounds = bounds_of(total, moved)
     result = {"title": title, "ctas": planned["ctas"], "waves": planned["ctas"] / (2 * SMS), "sectors": total.sectors}
     if name in LATENCY_OF:
         bounds["latency_us"] = latency(name, planned["cluster"])
@@ -212,10 +223,7 @@ def model_whitening(name: str) -> dict:
     """The bounds of the two launches of whitening for one workload, in us, as `model` has them for one correction."""
     title, _, layers, rows, x_dtype, g_dtype = workloads()[name]
     x_bytes, g_bytes = launching.BYTES[x_dtype], launching.BYTES[g_dtype]
-    described = [
-        plans.module().Shape(units, rows, outputs, taps, x_dtype, g_dtype, group=32 // g_bytes)
-        for outputs, units, taps in layers
-    ]
+    described = shapes_of(layers, rows, x_dtype, g_dtype)
     of, found = whitening(x_dtype, g_dtype), {}
     for key, mode in (("whiten", WHITENS), ("unwhiten", UNWHITENS)):
         plan = plans.module().cuda_plan(described, trace_scaling=True, whitening=plans.module().WhiteningPlan(mode))
@@ -237,14 +245,7 @@ def model_whitening(name: str) -> dict:
                 total += of.moved_task * (chunks * of_layer["apply_tasks"] * wide)
                 total += of.finish_task * of_layer["finish_tasks"]
                 moved += 6 * outputs * taps * g_bytes * width + 4 * chunks * CHUNK**2
-        cycles = 1 / (SMS * CLOCK_MHZ)
-        found[key] = {
-            "ctas": plan["ctas"],
-            "issue_us": total.instructions / 4 * cycles,
-            "memory_us": moved / BYTES_A_US,
-            "passes_us": total.passes * cycles,
-            "tensor_us": total.matrix * OCCUPIES["HMMA"] / 4 * cycles,
-        }
+        found[key] = {"ctas": plan["ctas"], **bounds_of(total, moved)}
     return {"title": title, **found}
 
 
