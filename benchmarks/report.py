@@ -165,6 +165,36 @@ def same_input() -> str:
     return "\n".join(lines)
 
 
+def small_batches() -> str:
+    """Networks with few rows a layer, with all layers corrected and with the dear ones left alone."""
+    lines = [
+        "| network | layers | a step without | all corrected | with `max_share={}` | of these left alone |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = read("small_batches")["rows"]
+    lines[0] = lines[0].format(rows[0]["limited"]["max_share"])
+    for row in rows:
+        limited = row["limited"]
+        lines.append(
+            f"| {row['name']} | {row['layers']} | {row['ms']['plain']:.0f} ms | +{100 * row['added']:.0f} % "
+            f"| +{100 * limited['added']:.0f} % | {limited['left']} |"
+        )
+    return "\n".join(lines)
+
+
+def layer_cost() -> str:
+    """How far the count of a layer's cost is from what was measured."""
+    lines = ["| mode | counted over measured share: quartiles | layers within a factor of 2 |", "| --- | --- | --- |"]
+    rows = read("layer_cost")["rows"]
+    for mode, text in (("correct", '`"correct"`'), ("whiten", '`"whiten"`, `every=1`')):
+        # Where nearly nothing was measured there is nothing to compare with.
+        ratios = [row[mode]["counted"] / row[mode]["share"] for row in rows if row[mode]["share"] > 0.05]
+        near = sum(0.5 <= ratio <= 2 for ratio in ratios)
+        quartiles = ", ".join(f"{value:.2f}" for value in statistics.quantiles(ratios, n=4))
+        lines.append(f"| {text} | {quartiles} | {near} of {len(ratios)} |")
+    return "\n".join(lines)
+
+
 def rows_dtype() -> str:
     results = read("rows_dtype")
     columns = ["float32", "bfloat16"]
@@ -291,6 +321,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "monitors": monitors,
     "same-input": same_input,
     "rows-dtype": rows_dtype,
+    "small-batches": small_batches,
+    "layer-cost": layer_cost,
     "linalg": linalg,
     "distributed": distributed,
     "peers-cost": lambda: peers.cost(read("peers/cost")),

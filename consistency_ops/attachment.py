@@ -27,6 +27,7 @@ from .engine.notices import Notices, Vigil, some
 from .engine.optimizers import PRIVATE, AttachedOptimizer, is_private, refuse_private
 from .engine.ownership import Ownership
 from .engine.products import watch_products
+from .engine.shares import Shares
 from .engine.state import StateStore
 from .ops.backend import is_out_of_memory, settle
 from .ops.checks import type_name
@@ -78,10 +79,12 @@ class Attachment:
             self.store,
             notices,
         )
-        self.pooling: Pooling = Pooling(self.correction, self.placements)
+        self._shares: Shares = Shares(self.correction, self.store, notices)
+        self.pooling: Pooling = Pooling(self.correction, self.placements, self._shares)
         self._notices = notices
         self._find_new_layers = find_new_layers
         self._own: list[Layer] = []
+        self._left: list[Layer] = []
         self._running = 0  # calls of the optimizer's step that have begun and not ended: a subclass calls its base's
         self._hooks_fire: bool | None = None  # None: no step has had a gradient yet, so nobody can tell
         self.handles: list[RemovableHandle] = []
@@ -92,6 +95,10 @@ class Attachment:
     def own_layers(self) -> list[Layer]:
         """The layers that are captured for this optimizer, in the order of the model."""
         return self._own
+
+    def left_layers(self) -> list[Layer]:
+        """Those of this optimizer that cost more than ``max_share``."""
+        return self._left
 
     def attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when it holds others."""
@@ -111,7 +118,8 @@ class Attachment:
         new: list[Layer] = []
         for layer in self.layers:
             module, weight = layer.module(), layer.weight
-            if layer.capture is not None or module is None or weight is None or layer.reason is not None or layer.tied:
+            known = layer.capture is not None or layer.dear or layer.reason is not None or layer.tied
+            if known or module is None or weight is None:
                 continue
             if self.ownership.owns(weight):
                 if self.optimizer is not None:
@@ -130,16 +138,19 @@ class Attachment:
                 if layer.only_taken:
                     layer.capture.unhook()
                 if layer.kind.inside:
-                    self.handles += watch_products(module, layer.capture)
+                    layer.capture.watch(watch_products(module, layer.capture))
                 self.handles += self.correction.attach(layer)
                 new.append(layer)
         self._own = [layer for layer in self.layers if layer.capture and layer.capture.states is self.states]
+        self._find_left()
         self.store.keep_types(new)
         self.states.new_weights = False
         if new and self.correction.step > 0:  # they may have had a state that was loaded before they came
             step = self.correction.step
             self._drop_misfits(new)
             self.correction.step = step
+            self._shares.resume(new)
+            self._leave_dear()
 
     def hook_optimizer(self) -> None:
         """Follow the optimizer's steps and loads."""
@@ -194,6 +205,7 @@ class Attachment:
     def finish_step(self) -> None:
         """Count the step and store what it left."""
         self.correction.finish_step(self.own_layers())
+        self._shares.finish_step([*self._own, *self._left])
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -215,6 +227,7 @@ class Attachment:
         pooled: set[int] = set()
         first = False
         quick = bool(self._hooks_fire) and not (states.new_weights or self.pooling.has_ranks)
+        quick = quick and not self._shares.open(own)
         corrected = quick and host_path.correct(correction, own, self.ownership)
         if not corrected:
             for layer in own:
@@ -227,7 +240,8 @@ class Attachment:
                 steps = self._layer_steps(own, pooled)
             if not (self._hooks_fire or states.paused):
                 self._hooks_fire = first = notice_unseen(steps, self._notices)
-            self._run(steps)
+            taken = self._shares.decide(steps)
+            self._run(taken)
         left = self.placements.left_alone() if pooled else set()
         corrected = corrected or bool(steps or pooled - left)
         held = corrected or not own  # all else takes a while
@@ -239,8 +253,9 @@ class Attachment:
         states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
         for capture, still in waits:
             capture.wait(still)
+        self._leave_dear()
         if first:
-            notice_failures(correction, own, self._notices)
+            notice_failures(correction, self.own_layers(), self._notices)
 
     def _run(self, steps: list[LayerStep]) -> None:
         """Correct the gradients of these layers, one launch for all that fit together."""
@@ -309,6 +324,41 @@ class Attachment:
         else:
             states.limit = limit
 
+    # Layers that cost too much
+
+    def _find_left(self) -> None:
+        self._left = [
+            layer
+            for layer in self.layers
+            if layer.dear and layer.weight is not None and self.ownership.owns(layer.weight)
+        ]
+
+    def _leave_dear(self) -> None:
+        """Take the hooks from layers that were found to cost more than ``max_share``: they cost nothing then."""
+        found = [layer for layer in self._own if layer.dear]
+        if not found:
+            return
+        for layer in found:
+            if layer.capture is not None:
+                layer.capture.drop()
+            layer.capture = layer.info_slice = layer.damping_slice = None
+            layer.pending.clear()
+        self._own = [layer for layer in self._own if not layer.dear]
+        self._find_left()
+        self._shares.say_left(found)
+        if not self._own:
+            self.vigil.silence()
+
+    def _take_decisions(self) -> None:
+        """Those of a state that was loaded: some layers may have to be captured that were not, and the reverse."""
+        if self._shares.limit is None:
+            return
+        before = set(self._left)
+        self._shares.resume([*self._own, *self._left])
+        self._leave_dear()
+        if any(not layer.dear for layer in before):
+            self.attach()
+
     # Rows
 
     def drop_rows(self) -> None:
@@ -331,6 +381,7 @@ class Attachment:
         self.store.adopt()
         self._drop_misfits(self.own_layers())
         self.states.move_to(self.correction.step)
+        self._take_decisions()
         self._wait_for_what_is_missing()
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -347,6 +398,7 @@ class Attachment:
             capture.begin_step()
         step = self.correction.step
         self.states.reset(step, paused=not self.correction.refreshes(step), finished=False)
+        self._take_decisions()
         self._wait_for_what_is_missing()
 
     def _wait_for_what_is_missing(self) -> None:
@@ -413,5 +465,6 @@ def _with_a_cure(error: RuntimeError) -> RuntimeError:
 
 
 def held_weights(layers: list[Layer]) -> set[Tensor]:
-    """The weights of the layers that are captured."""
-    return {layer.weight for layer in layers if layer.capture is not None and layer.weight is not None}
+    """The weights of the layers that are captured, or would be if they cost less."""
+    held = (layer for layer in layers if layer.capture is not None or layer.dear)
+    return {layer.weight for layer in held if layer.weight is not None}

@@ -100,6 +100,10 @@ class Preconditioner:
             it is given ``K^-1 G L^-T``, and its step is mapped back by ``K^-T`` and ``L^-1``, with ``K K^T`` the damped
             running second moment of the columns of ``G L^-T``, by chunks of outputs. Weights that are dealt to ranks
             (``DTensor``) have the inputs' side only.
+        max_share: leave a layer alone where correcting it costs more than this share of its own forward and backward
+            pass. A count of operations and bytes decides in the layer's first step, with its rows of that step, and no
+            clock: on all ranks, and after a resume, alike. Such a layer has no hooks from then on; the log and
+            :meth:`summary` name it. ``None``: all are corrected.
         process_group: the ranks that average the gradients, and pool their covariances (the same model, options and
             number of steps on all). Needed only where gradients are averaged by hand: ``DistributedDataParallel``,
             ``fully_shard`` and ``DTensor`` parameters are recognised.
@@ -128,6 +132,7 @@ class Preconditioner:
         seed: int = 0,
         keep_norm: bool = True,
         outputs: bool = False,
+        max_share: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("Preconditioner", model)
@@ -142,7 +147,19 @@ class Preconditioner:
         if every is None:
             every = 10 if self.mode == "whiten" and decay > 0 and not outputs else 1
         options = CorrectionOptions(
-            damping, scaling, chunk, group, max_rows, decay, every, bias, seed, keep_norm, rows_dtype, outputs
+            damping,
+            scaling,
+            chunk,
+            group,
+            max_rows,
+            decay,
+            every,
+            bias,
+            seed,
+            keep_norm,
+            rows_dtype,
+            outputs,
+            max_share,
         )
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
@@ -343,7 +360,11 @@ class Preconditioner:
 
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
-        layers = {layer.name: dict(part.store.get(layer)) for part in self._attachments for layer in part.own_layers()}
+        layers = {
+            layer.name: dict(part.store.get(layer))
+            for part in self._attachments
+            for layer in (*part.own_layers(), *part.left_layers())
+        }
         return {
             "version": _VERSIONS[-1],
             "step": self.steps,
@@ -375,7 +396,11 @@ class Preconditioner:
         check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
         check(is_int(step, 0), "state_dict step", "an integer >= 0", step)
         check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
-        covered = {layer.name: (layer, part) for part in self._attachments for layer in part.own_layers()}
+        covered = {
+            layer.name: (layer, part)
+            for part in self._attachments
+            for layer in (*part.own_layers(), *part.left_layers())
+        }
         unknown = sorted(set(saved) - set(covered))
         check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
@@ -437,7 +462,9 @@ class Preconditioner:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
         parts = self._attachments
         facts = [LayerFacts(part.correction, part.ownership.owns, part.placements.reason) for part in parts]
-        part_of = {layer.index: i for i, part in enumerate(parts) for layer in part.own_layers()}
+        part_of = {
+            layer.index: i for i, part in enumerate(parts) for layer in (*part.own_layers(), *part.left_layers())
+        }
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
         if self.mode != "whiten":
             return table
@@ -455,6 +482,7 @@ class Preconditioner:
             o.rows_dtype is not None
         )
         options += ", keep_norm=False" * (not o.keep_norm) + ", outputs=True" * o.outputs
+        options += "" if o.max_share is None else f", max_share={o.max_share:g}"
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"
 

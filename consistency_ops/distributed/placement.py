@@ -26,6 +26,7 @@ What cannot be supported keeps its gradient, and ``summary()`` says why.
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Placement:
     joins_bias: bool = False
     exchanges_units: bool = False  # the gradient's units are dealt to ranks, and are exchanged for whole rows
     reason: str | None = None  # why the layer is left alone
+    dealt: tuple[int, int] = 1, 1  # ranks with other rows of the gradient; those that compute no others (shares.py)
 
     def __repr__(self) -> str:
         if self.reason is not None:
@@ -268,6 +270,9 @@ class Placements:
         fits = whole and not any(columns) and is_dtensor(bias) and list(bias.placements) == placements
         if bias is not None and not fits:
             layer.joins_bias, bias = False, None
+        rows = [dim for dim, role in enumerate(roles) if role == "rows"]
+        computed = [dim for dim in rows if same_rows is not None and groups[dim] in same_rows]
+        dealt = tuple(math.prod(mesh.size(dim) for dim in dims) for dims in (rows, computed))
         holds = "its units of the gradient" if any(columns) else "its rows of the gradient"
         return Placement(
             layer.name,
@@ -276,6 +281,7 @@ class Placements:
             holds if any(role != "copy" for role in roles) else "the whole gradient",
             bias is not None,
             exchanges,
+            dealt=(dealt[0], dealt[1]),
         )
 
     @staticmethod

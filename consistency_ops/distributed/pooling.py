@@ -24,6 +24,7 @@ from ..engine.dtensors import Group, is_dtensor, local, row_placements
 from ..engine.layer import Layer
 from ..engine.layer_step import LayerStep
 from ..engine.notices import log
+from ..engine.shares import Shares
 from . import cost_model
 from .placement import Placements
 from .rank_check import RankCheck
@@ -43,10 +44,11 @@ class Pooling:
     Args:
         correction: makes covariances and inverses, and applies them.
         placements: says which layers ranks share, and how.
+        shares: decides which of them are left alone, because they cost too much.
     """
 
-    def __init__(self, correction: Correction, placements: Placements) -> None:
-        self._correction, self._placements = correction, placements
+    def __init__(self, correction: Correction, placements: Placements, shares: Shares | None = None) -> None:
+        self._correction, self._placements, self._shares_of_layers = correction, placements, shares
         self._triangles: dict[tuple[Any, ...], Triangles] = {}
         self._dealt_triangles: dict[tuple[Any, ...], DealtTriangles] = {}
         self._checks: dict[Bucket, RankCheck] = {}
@@ -104,10 +106,11 @@ class Pooling:
         # A layer without a gradient takes part all the same: all ranks must send the same buffer.
         covariances = self._refresh(check, groups, steps) if due else None
         check.count_step()
-        here = [i for i, step in enumerate(steps) if step.weight.grad is not None]
+        here = [i for i, step in enumerate(steps) if step.weight.grad is not None and not step.layer.dear]
         corrected = [steps[i] for i in here]
         if covariances is None:
-            correction.apply_stored(corrected)
+            if corrected:
+                correction.apply_stored(corrected)
         elif corrected:  # in one launch: nobody needs the inverses
             correction.from_covariances(corrected, [covariances[i] for i in here])
         for step in corrected:
@@ -161,14 +164,24 @@ class Pooling:
             correction.remember_inverses(steps, *inverses)
             return None
         covariances, rows, broken = self._pool(check, groups, steps, covariances, rows, broken)
+        self._decide(groups, steps, rows)
+        taken = [i for i, step in enumerate(steps) if not step.layer.dear]
         if correction.options.decay > 0:
-            counts = torch.where(broken > 0, 0, rows)
-            triples = zip(steps, torch.split(counts, 1), covariances, strict=True)
-            covariances = [correction.average(step, count, covariance) for step, count, covariance in triples]
+            counts = torch.split(torch.where(broken > 0, 0, rows), 1)
+            for i in taken:
+                covariances[i] = correction.average(steps[i], counts[i], covariances[i])
         if correction.options.every == 1:
             return covariances
-        correction.remember_inverses(steps, *correction.invert(steps, covariances))
+        if taken:
+            inverted = [steps[i] for i in taken]
+            correction.remember_inverses(inverted, *correction.invert(inverted, [covariances[i] for i in taken]))
         return None
+
+    def _decide(self, groups: tuple[Group, ...], steps: list[LayerStep], rows: Tensor) -> None:
+        """Which layers cost too much, by the rows of all ranks."""
+        if self._shares_of_layers is not None:
+            dealt = [self._placements.of(step.layer).dealt for step in steps]
+            self._shares_of_layers.decide_pooled(steps, rows, math.prod(map(len, groups)), dealt)
 
     def _shares(self, groups: tuple[Group, ...], steps: list[LayerStep], covariances: list[Tensor]) -> bool:
         """Whether each rank of the first group factors a share of the chunks."""
@@ -205,6 +218,7 @@ class Pooling:
         # Whole diagonals, not their sums: an entry that is not finite on one rank must not count on any.
         pooled = check.pool(dealt.diagonals(sums), rows)
         diagonals, rows = torch.split(pooled, [dealt.diagonal_length, len(rows)])
+        self._decide(groups, steps, rows)
         tau = dealt.trace_scale(diagonals, rows) if options.scaling == "trace" else None
         whole = dealt.deal(sums)
         mine = whole.new_empty(len(whole) // first.size(), whole.shape[1])
@@ -256,7 +270,7 @@ class Pooling:
     def _compared(self, steps: list[LayerStep]) -> dict[str, int]:
         """What all ranks must agree on."""
         o = self._correction.options
-        options = (o.scaling, o.chunk, o.group, o.decay, o.every, o.bias, o.keep_norm)
+        options = (o.scaling, o.chunk, o.group, o.decay, o.every, o.bias, o.keep_norm, o.max_share)
         layers = [
             (s.layer.name, s.layer.index, s.units, str(s.grad.dtype), self._correction.num_chunks(s)) for s in steps
         ]

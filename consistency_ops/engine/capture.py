@@ -7,14 +7,11 @@ once. The columns of the state tensor are the fields of ``CaptureState`` in ``cs
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import weakref
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
@@ -25,9 +22,9 @@ from .capture_operators import capture_mark, capture_rows, capture_traced_rows
 from .capture_states import MARK, NEW, PAUSED, STRIDE, USED, CaptureStates
 from .dtensors import Group, as_plain, is_dtensor, local_input
 from .layer_types import LayerType
+from .recomputation import is_recomputed
 from .row_buffer import ROOMY, RowBuffer
 
-_CHECKPOINT = torch.utils.checkpoint.__file__
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 _no_interpreter: Any = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func transforms
@@ -62,9 +59,9 @@ class Capture(RowBuffer, Unpickled):
     # fmt: off
     __slots__ = (
         "_adds", "_all_units", "_alone", "_before_handle", "_grad", "_handle", "_key", "_lost",
-        "_mark_handle", "_marked_calls", "_module", "_place", "_plain", "_position", "_restarted", "_units",
-        "_weight", "_width", "calls", "kind", "last_source", "same_rows", "source", "unit_dim", "waits",
-        "weight_name",
+        "_mark_handle", "_marked_calls", "_module", "_place", "_plain", "_position", "_removed", "_restarted",
+        "_units", "_watches", "_weight", "_width", "calls", "kind", "last_source", "same_rows", "source", "unit_dim",
+        "waits", "weight_name",
     )
     # fmt: on
 
@@ -101,6 +98,8 @@ class Capture(RowBuffer, Unpickled):
         self._grad: weakref.ref[Tensor] | None = None  # of the weight, at the last backward pass of this step
         self._mark_handle: RemovableHandle | None = None
         self._module = weakref.ref(module)
+        self._removed = False
+        self._watches: list[RemovableHandle] = []  # more hooks, which end with it
         self._plain = False  # called outside of a backward pass, in this step
         self._marked_calls = 0  # `calls` at the last backward pass of this step
         self._restarted = 0  # `calls` when a backward pass began a new gradient
@@ -212,7 +211,7 @@ class Capture(RowBuffer, Unpickled):
             if not in_backward:
                 self._plain = True
             elif self._plain:
-                if _is_recomputed():
+                if is_recomputed():
                     return
                 in_backward = False  # a part under reentrant checkpointing, whose first pass nobody saw
             if states.mask is not None:
@@ -244,7 +243,7 @@ class Capture(RowBuffer, Unpickled):
     def take(self, x: Tensor) -> None:
         """Capture an input that the module itself is not given, just before its weight is used."""
         module = self._module()
-        if module is not None:
+        if module is not None and not self._removed:
             if x.dtype is torch.float64 and self.state is not None and not self._double:
                 x = x.to(torch.float32)  # the weight was cast, too
             self(module, (None,) * self.kind.position + (x,), {})
@@ -474,23 +473,19 @@ class Capture(RowBuffer, Unpickled):
         if self._kept:
             self._kept = []
 
+    def watch(self, handles: list[RemovableHandle]) -> None:
+        """Remove these hooks with its own."""
+        self._watches += handles
+
     def remove(self) -> None:
+        self._removed = True
         self._handle.remove()
+        for handle in self._watches:
+            handle.remove()
         self._mark_nothing()
 
-
-def _is_recomputed() -> bool:
-    """Whether non-reentrant checkpointing runs this call again in a backward pass: it was captured already.
-
-    Under reentrant checkpointing the first pass has no gradients, and this call is the only one that is seen.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == _CHECKPOINT:
-            if code.co_name == "unpack_hook":
-                return True
-            if code.co_name == "backward":
-                return False
-        frame = frame.f_back
-    return False
+    def drop(self) -> None:
+        """Remove it, with its buffer: a compiled model that reads them is compiled anew, as for a frozen weight."""
+        self.remove()
+        self.state = self.count = None
+        self._release()

@@ -21,6 +21,7 @@ from .. import ops
 from ..ops.arguments import Scaling
 from ..ops.checks import MAX_WIDTH, shown
 from ..ops.correction import launch_correction
+from ..ops.library import torch_abi
 from .digests import digest
 from .dtensors import is_dtensor
 from .layer import Layer
@@ -50,6 +51,7 @@ class CorrectionOptions:
     keep_norm: bool = True
     rows_dtype: torch.dtype | None = None
     outputs: bool = False
+    max_share: float | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.damping):
@@ -73,6 +75,9 @@ class CorrectionOptions:
         check(is_int(self.every, 1), "every", "an integer >= 1", self.every)
         check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
         check(is_int(self.seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", self.seed)
+        share = self.max_share
+        allowed = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < math.inf
+        check(share is None or allowed, "max_share", "None or a finite number > 0", share)
 
 
 class Correction:
@@ -84,6 +89,7 @@ class Correction:
     """
 
     pools = True  # whether ranks can pool the covariances
+    whitens = False  # whether displacements are mapped back
     shares_factorisation = True  # whether ranks can deal the chunks among them
 
     def __init__(self, options: CorrectionOptions, store: StateStore) -> None:
@@ -175,10 +181,10 @@ class Correction:
         """Correct by the rows of this step, and by the average if there is one."""
         covariances = self.covariances(steps)
         # A covariance of NaN fails to factor, and a chunk that fails keeps its gradient: no rows, no correction.
-        for i, step in enumerate(steps):
-            if self.options.decay > 0:
-                covariances[i] = self.average(step, step.count, covariances[i])
-            else:
+        if self.options.decay > 0:
+            covariances = self._averages(steps, covariances)
+        else:
+            for i, step in enumerate(steps):
                 covariances[i] = torch.where(step.count.view(1, 1, 1) > 0, covariances[i], math.nan)
         self.from_covariances(steps, covariances)
 
@@ -278,8 +284,8 @@ class Correction:
             covariance: of this step.
         """
         decay = self.options.decay
-        old, weight = (self._store.one(step.layer, key) for key in ("covariance", "weight"))
-        if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
+        old, weight = self._stored_sum(step, covariance)
+        if old is None or weight is None:
             old, weight = torch.zeros_like(covariance), covariance.new_zeros(1)
         old, weight = old.to(covariance), weight.to(covariance)  # the layer may have had another dtype
         enters = are_finite([covariance, *step.gradients]) & (count > 0)
@@ -288,6 +294,28 @@ class Correction:
         step.layer.pending.update(covariance=total, weight=weight)
         step.layer.inverse_units = step.units
         return total / weight
+
+    def _stored_sum(self, step: LayerStep, covariance: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The running sum of covariances and that of its weights; None where there is none that fits."""
+        old, weight = (self._store.one(step.layer, key) for key in ("covariance", "weight"))
+        if old is None or weight is None or old.shape != covariance.shape or not step.units_unchanged:
+            return None, None
+        return old, weight
+
+    def _averages(self, steps: list[LayerStep], covariances: list[Tensor]) -> list[Tensor]:
+        """:meth:`average` of all layers, in one call where that can be (``csrc/torch_abi/average.cpp``)."""
+        found, update = None, getattr(torch_abi, "update_averages", None)
+        if update is not None:
+            olds, weights = zip(*map(self._stored_sum, steps, covariances), strict=True)
+            counts, gradients = [step.count for step in steps], [step.gradients for step in steps]
+            decay = float(self.options.decay)
+            found = update(decay, covariances, list(olds), list(weights), counts, gradients)
+        if found is None:
+            return [self.average(s, s.count, covariance) for s, covariance in zip(steps, covariances, strict=True)]
+        for step, (total, weight, _) in zip(steps, found, strict=True):
+            step.layer.pending.update(covariance=total, weight=weight)
+            step.layer.inverse_units = step.units
+        return [average for _, _, average in found]
 
     def stored_average(self, layer: Layer) -> Tensor:
         """The bias-corrected running covariance as it is stored; ``decay > 0`` only."""

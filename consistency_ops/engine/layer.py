@@ -35,6 +35,9 @@ class Layer:
     inverse_units: int | None = None  # units of the stored covariance and inverse, bias included
     division_id: int = field(init=False)  # layer id whose division the last inverse was made with
     pending: dict[str, Tensor] = field(default_factory=dict)  # what to store after the optimizer's step
+    share: float | None = None  # correction over forward and backward pass, by count; None: undecided (shares.py)
+    dear: bool = False  # that is more than max_share: it is left alone
+    has_share_entry: bool = False  # the store has one
 
     def __post_init__(self) -> None:
         self.division_id = self.index

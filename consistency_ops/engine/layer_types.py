@@ -39,6 +39,11 @@ class LayerType:
     uncalled: tuple[str, ...] = ()  # children whose weight the module takes without calling them
     inside: bool = False  # whether it multiplies something that forward makes, and not its input
 
+    @property
+    def transposes(self) -> bool:
+        """Whether it is a transposed convolution, whose every input passes all taps."""
+        return False
+
     def view(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight, or its gradient, as (out, in) or (out, in / groups, *kernel)."""
         return weight if self.matrix is None else self.matrix(weight)
@@ -86,6 +91,10 @@ class LayerType:
 
 class TransposedConvolution(LayerType):
     """The weight is (in, out / groups, *kernel): a group's outputs lie inside its inputs."""
+
+    @property
+    def transposes(self) -> bool:
+        return True
 
     def view(self, module: Any, weight: Tensor) -> Tensor:
         if module.groups == 1:

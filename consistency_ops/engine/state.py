@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 PREFIX = "consistency_"
 _STEP = PREFIX + "step"
 _SIDE = "inverse", "info", "covariance", "weight"
-_KEYS = *_SIDE, *(f"output_{key}" for key in _SIDE), "division"
+_KEYS = *_SIDE, *(f"output_{key}" for key in _SIDE), "division", "share"
 _STEPS: set[int] = set()  # ids of the step tensors that the stores of this process write
 
 
 class StateStore:
     """Keeps the tensors of each layer that outlive a step, and the step counter.
 
-    A layer has such tensors only with ``decay > 0`` or ``every > 1``. Their keys:
+    A layer has such tensors only with ``decay > 0``, ``every > 1`` or ``max_share``. Their keys:
 
     * ``inverse``, ``info``: of the last refresh, one entry per chunk.
     * ``covariance``: the running sum of covariances.
     * ``weight``: the sum of the weights in that running sum, for the bias correction; float, (1,).
     * the same with ``output_`` in front: of the output side of ``mode="whiten"``.
     * ``division``: int64, (2,): a digest of everything that fixes the random division, and the number of units.
+    * ``share``: float64, (3,): whether the layer is left alone (1; -1: undecided), its share, and ``max_share``.
 
     With an optimizer the tensors are in ``optimizer.state[weight]``; without one they are kept here, by layer name.
 
@@ -253,7 +254,7 @@ def _clear(state: dict[Tensor, dict[str, Any]], parameter: Tensor) -> None:
 
 def on_host(key: str) -> bool:
     """Whether an entry is read on the host, and lives there."""
-    return key == _STEP or key.endswith("division")
+    return key == _STEP or key.endswith(("division", "share"))
 
 
 def _prefix(layer: Layer) -> str:

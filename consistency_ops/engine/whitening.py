@@ -99,6 +99,7 @@ class WhiteningCorrection(Correction):
     """
 
     shares_factorisation = False
+    whitens = True
 
     def __init__(self, options: CorrectionOptions, store: StateStore, optimizer: Optimizer) -> None:
         super().__init__(options, store)

@@ -67,6 +67,9 @@ def _status(correction: Correction, layer: Layer, owns: Callable[[Tensor], bool]
         return "frozen"
     if placement_reason is not None:
         return placement_reason + _LEFT
+    if layer.dear:
+        limit = correction.options.max_share
+        return f"correction costs {layer.share:.2f} of its passes, max_share={limit:g}" + _LEFT
     info = layer.info
     if info is not None and correction.was_corrected(layer):
         bad = int(info.count_nonzero())

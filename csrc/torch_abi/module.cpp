@@ -18,6 +18,7 @@ PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
                                   {"run_step", run_step, METH_VARARGS, nullptr},
                                   {"begin_step", begin_step, METH_VARARGS, nullptr},
                                   {"reset_states", reset_states, METH_VARARGS, nullptr},
+                                  {"update_averages", update_averages, METH_VARARGS, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {};
   definition.m_name = "_torch_abi";

@@ -15,5 +15,6 @@ PyObject* plan_step(PyObject* module, PyObject* args);
 PyObject* run_step(PyObject* module, PyObject* args);
 PyObject* begin_step(PyObject* module, PyObject* args);
 PyObject* reset_states(PyObject* module, PyObject* args);
+PyObject* update_averages(PyObject* module, PyObject* args);
 
 }  // namespace consistency_ops::torch_abi
