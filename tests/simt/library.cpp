@@ -8,6 +8,7 @@
 #include "consistency_ops/batch_rms_norm_cuda.h"
 #include "consistency_ops/capture_cuda.h"
 #include "consistency_ops/damping.h"
+#include "consistency_ops/linalg_cuda.h"
 #include "consistency_ops/modulus_cuda.h"
 #include "consistency_ops/precondition_cuda.h"
 #include "consistency_ops/random.h"
@@ -71,6 +72,7 @@ API int64_t simt_size_of(const char* name) {
   if (std::strcmp(name, "CudaTuning") == 0) return sizeof(CudaTuning);
   if (std::strcmp(name, "WhitenedLayer") == 0) return sizeof(WhitenedLayer);
   if (std::strcmp(name, "WhiteningOptions") == 0) return sizeof(WhiteningOptions);
+  if (std::strcmp(name, "SpdParams") == 0) return sizeof(SpdParams);
   if (std::strcmp(name, "LayerWork") == 0) return sizeof(LayerWork);
   if (std::strcmp(name, "RowMatrix") == 0) return sizeof(RowMatrix);
   if (std::strcmp(name, "ModulusParams") == 0) return sizeof(ModulusParams);
@@ -128,6 +130,14 @@ API const char* simt_whiten(const PreconditionLayer* layers, const WhitenedLayer
       return whiten_cuda(layers, whitened, count, *options, *whitening, *device, workspace, nullptr, *tuning);
     }
     return unwhiten_cuda(layers, whitened, count, *options, *whitening, squares, *device, workspace, nullptr, *tuning);
+  });
+}
+
+// The inverse where there is no b.
+API const char* simt_spd(const SpdParams* params, const CudaDevice* device) {
+  return guarded([&] {
+    return params->b == nullptr ? spd_inverse_cuda(*params, *device, nullptr)
+                                : spd_solve_cuda(*params, *device, nullptr);
   });
 }
 

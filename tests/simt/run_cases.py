@@ -8,6 +8,7 @@ Prints one line a case; exit status 1 at the first wrong result, a sanitizer's o
 import sys
 from pathlib import Path
 
+import linalg_cases
 import precondition_cases as cases
 import simt_library as simt
 import whitening_cases
@@ -15,9 +16,21 @@ import whitening_cases
 SCHEDULES = (dict(order=1, resident=2), dict(order=2, resident=1), dict(resident=0), dict(resident=3))
 
 
-def check_schedules(library: simt.Library, case: cases.Case | whitening_cases.WhiteningCase, seeds: int) -> None:
+Case = cases.Case | whitening_cases.WhiteningCase | linalg_cases.SpdCase
+MODULES = {whitening_cases.WhiteningCase: whitening_cases, linalg_cases.SpdCase: linalg_cases, cases.Case: cases}
+
+
+def named(name: str) -> Case:
+    """A case of any of the modules, by its name with the module's prefix."""
+    for module in (whitening_cases, linalg_cases):
+        if name.startswith(module.PREFIX):
+            return module.named(name.removeprefix(module.PREFIX))
+    return cases.named(name)
+
+
+def check_schedules(library: simt.Library, case: Case, seeds: int) -> None:
     """Ascending, descending and random orders, one to all CTAs in flight: always right, always the same bytes."""
-    of = whitening_cases if isinstance(case, whitening_cases.WhiteningCase) else cases
+    of = MODULES[type(case)]
     first = None
     for seed in range(seeds):
         library.schedule(seed=seed, device=case.device, **SCHEDULES[seed % len(SCHEDULES)])
@@ -29,7 +42,5 @@ def check_schedules(library: simt.Library, case: cases.Case | whitening_cases.Wh
 if __name__ == "__main__":
     library = simt.Library(Path(sys.argv[1]))
     for name in sys.argv[3:] or cases.SMALL:
-        whitens = name.startswith(whitening_cases.PREFIX)
-        case = whitening_cases.named(name.removeprefix(whitening_cases.PREFIX)) if whitens else cases.named(name)
-        check_schedules(library, case, int(sys.argv[2]))
+        check_schedules(library, named(name), int(sys.argv[2]))
         print(name, flush=True)

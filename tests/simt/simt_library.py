@@ -305,6 +305,21 @@ class WhiteningOptions(ctypes.Structure):
     _fields_ = (("decay", ctypes.c_double), ("keep_norm", ctypes.c_bool), ("finish", ctypes.c_bool))
 
 
+class Spd(ctypes.Structure):
+    """SpdParams."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "n", "nrhs")),
+        ("dtype", ctypes.c_int32),
+        ("a", ctypes.c_void_p),
+        ("a_strides", ctypes.c_int64 * 3),
+        ("b", ctypes.c_void_p),
+        ("b_strides", ctypes.c_int64 * 3),
+        ("result", ctypes.c_void_p),
+        ("info", ctypes.c_void_p),
+    )
+
+
 class Device(ctypes.Structure):
     """CudaDevice."""
 
@@ -443,7 +458,7 @@ class Library:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         launchers = ("precondition", "modulus", "modulus_backward", "batch_rms_norm_denominator", "channel_divide")
-        launchers += ("capture_rows", "capture_mark", "whiten")
+        launchers += ("capture_rows", "capture_mark", "whiten", "spd")
         for name in ("selftest", *(f"simt_{launcher}" for launcher in launchers)):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.simt_batch_rms_norm_workspace.restype = ctypes.c_int64
@@ -465,6 +480,7 @@ class Library:
             b"CudaTuning": Tuning,
             b"WhitenedLayer": Whitened,
             b"WhiteningOptions": WhiteningOptions,
+            b"SpdParams": Spd,
             b"LayerWork": LayerWork,
             b"RowMatrix": RowMatrix,
             b"ModulusParams": Modulus,
@@ -551,6 +567,16 @@ class Library:
         on = Device(SHARED_BYTES[device], int(device[3:]))
         how = ctypes.byref(options), ctypes.byref(whitening)
         self._call("simt_whiten", *arrays, *how, addresses[0], ctypes.byref(on), addresses[1], ctypes.byref(tuning))
+
+    def spd(self, problem, n: int, columns: int | None, device: str) -> None:
+        """spd_inverse_cuda, or with ``columns`` of B spd_solve_cuda; ``problem``: the arrays of linalg_cases.py."""
+        params = Spd(batch=len(problem.info), n=n, nrhs=columns or 0, dtype=FLOAT32)
+        params.a, params.a_strides = problem.a.ctypes.data, problem.a_strides
+        params.b = None if problem.b is None else problem.b.ctypes.data
+        params.b_strides = problem.b_strides
+        params.result, params.info = problem.result.ctypes.data, problem.info.ctypes.data
+        on = Device(SHARED_BYTES[device], int(device[3:]))
+        self._call("simt_spd", ctypes.byref(params), ctypes.byref(on))
 
     def whitening_workspace_bytes(
         self, layers: list[Layer], options: Options, whitening: WhiteningOptions, unwhitens: bool, tuning: Tuning
