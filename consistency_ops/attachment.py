@@ -96,9 +96,9 @@ class Attachment:
         """The layers that are captured for this optimizer, in the order of the model."""
         return self._own
 
-    def left_layers(self) -> list[Layer]:
-        """Those of this optimizer that cost more than ``max_share``."""
-        return self._left
+    def stored_layers(self) -> list[Layer]:
+        """The layers of this optimizer that have a state: the captured ones, and what ``max_share`` left alone."""
+        return [*self._own, *self._left]
 
     def attach(self) -> None:
         """Hook the layers whose weight the optimizer holds; again when it holds others."""
@@ -205,7 +205,7 @@ class Attachment:
     def finish_step(self) -> None:
         """Count the step and store what it left."""
         self.correction.finish_step(self.own_layers())
-        self._shares.finish_step([*self._own, *self._left])
+        self._shares.finish_step(self.stored_layers())
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -354,7 +354,7 @@ class Attachment:
         if self._shares.limit is None:
             return
         before = set(self._left)
-        self._shares.resume([*self._own, *self._left])
+        self._shares.resume(self.stored_layers())
         self._leave_dear()
         if any(not layer.dear for layer in before):
             self.attach()

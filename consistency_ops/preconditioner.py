@@ -361,9 +361,7 @@ class Preconditioner:
         With an optimizer, ``optimizer.state_dict()`` holds all of it already.
         """
         layers = {
-            layer.name: dict(part.store.get(layer))
-            for part in self._attachments
-            for layer in (*part.own_layers(), *part.left_layers())
+            layer.name: dict(part.store.get(layer)) for part in self._attachments for layer in part.stored_layers()
         }
         return {
             "version": _VERSIONS[-1],
@@ -396,11 +394,7 @@ class Preconditioner:
         check(version in _VERSIONS, "state_dict version", " or ".join(map(str, _VERSIONS)), version)
         check(is_int(step, 0), "state_dict step", "an integer >= 0", step)
         check(isinstance(saved, Mapping), "state_dict layers", "a dict by layer name", saved)
-        covered = {
-            layer.name: (layer, part)
-            for part in self._attachments
-            for layer in (*part.own_layers(), *part.left_layers())
-        }
+        covered = {layer.name: (layer, part) for part in self._attachments for layer in part.stored_layers()}
         unknown = sorted(set(saved) - set(covered))
         check(not unknown, "state_dict layers", "those that are covered here", unknown)
         for name, entries in saved.items():
@@ -462,9 +456,7 @@ class Preconditioner:
         """A table of all layers: type, units and chunks, rows of the last capture, and what becomes of the gradient."""
         parts = self._attachments
         facts = [LayerFacts(part.correction, part.ownership.owns, part.placements.reason) for part in parts]
-        part_of = {
-            layer.index: i for i, part in enumerate(parts) for layer in (*part.own_layers(), *part.left_layers())
-        }
+        part_of = {layer.index: i for i, part in enumerate(parts) for layer in part.stored_layers()}
         table = summary(repr(self), self._layers, lambda layer: facts[part_of.get(layer.index, 0)])
         if self.mode != "whiten":
             return table

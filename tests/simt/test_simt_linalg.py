@@ -2,14 +2,11 @@
 schedule; tests/test_linalg.py says more of the operators."""
 
 import shutil
-import sys
 
 import linalg_cases as cases
 import pytest
 import run_cases
 import simt_library as simt
-
-from support import processes
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -31,13 +28,7 @@ def test_sanitizers(kind):
     names = [*cases.SMALL, *cases.LARGE]
     if kind == "races":  # two minutes of many matrices
         names = ["inverse of 20", "inverse of 100", "inverse, spoiled", "solve of 40", "solve of 70, by columns"]
-    script = simt.ROOT / "tests" / "simt" / "run_cases.py"
-    for name in names:  # one process each, as test_simt_precondition.py says why
-        done = processes.run(
-            [sys.executable, script, simt.build(kind), "2", cases.PREFIX + name],
-            env=simt.sanitizer_environment(kind),
-            capture_output=True,
-            text=True,
-            timeout=processes.LONG,
-        )
+    library = simt.build(kind)
+    for name in names:
+        done = simt.run_cases(kind, library, [cases.PREFIX + name])
         assert done.returncode == 0, name + (done.stdout + done.stderr)[-5000:]

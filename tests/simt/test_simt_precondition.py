@@ -324,7 +324,6 @@ def test_workspace_of_permuted_rows(library):
 @pytest.mark.parametrize("kind", ["memory", "races"])
 def test_sanitizers(kind):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
-    script = simt.ROOT / "tests" / "simt" / "run_cases.py"
     rungs = [
         f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("cluster", "queue")
     ]
@@ -332,16 +331,9 @@ def test_sanitizers(kind):
     if kind == "races":  # half a minute each
         permuted = [f"permuted, {name}" for name in ("aligned, bias", "not aligned", "blocks")]
     rungs += [f"{name}@packed" for name in permuted]
+    library = simt.build(kind)
     for name in (*cases.SMALL, "96", "128", "256 on sm_80", *rungs):
-        # A process of its own for each: one never gives back the memory maps of its threads, of which Linux allows
-        # it 65,530, and the case "whole stages of taps" takes 48,000 with ThreadSanitizer.
-        done = processes.run(
-            [sys.executable, script, simt.build(kind), "2", name],
-            env=simt.sanitizer_environment(kind),
-            capture_output=True,
-            text=True,
-            timeout=processes.LONG,
-        )
+        done = simt.run_cases(kind, library, [name])
         assert done.returncode == 0, name + (done.stdout + done.stderr)[-5000:]
 
 
