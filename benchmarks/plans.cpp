@@ -66,11 +66,11 @@ PreconditionOptions options_of(int32_t chunk, int64_t max_rows, uint64_t step, b
 }
 
 py::dict cpu_plan(const std::vector<Shape>& shapes, int32_t threads, int32_t chunk, int64_t max_rows, uint64_t step,
-                  bool float64) {
+                  bool float64, bool pairs) {
   const std::vector<PreconditionLayer> layers = describe(shapes);
   const PreconditionOptions options = options_of(chunk, max_rows, step, false, float64);
   const auto count = static_cast<int64_t>(layers.size());
-  const cpu::Plan plan = cpu::make_plan(layers.data(), count, options, threads);
+  const cpu::Plan plan = cpu::make_plan(layers.data(), count, options, threads, pairs);
   py::list planned, tasks;
   for (const cpu::LayerPlan& layer : plan.layers) {
     py::list chunks, runs;
@@ -86,6 +86,7 @@ py::dict cpu_plan(const std::vector<Shape>& shapes, int32_t threads, int32_t chu
     one["active"] = layer.active;
     one["one_unit"] = layer.one_unit;
     one["rows"] = layer.sample.count;
+    one["in_pairs"] = layer.in_pairs;
     one["row_block"] = layer.row_block;
     one["packed_panel"] = layer.packed_panel();
     one["bias_chunk"] = layer.bias_chunk;
@@ -196,7 +197,7 @@ PYBIND11_MODULE(plans, module) {
            "mode"_a, "average"_a = 4096, "weight"_a = 4096, "has_gradient"_a = 4096, "before"_a = 4096,
            "factors"_a = 4096, "info"_a = 4096, "squares"_a = 4096);
   module.def("cpu_plan", &cpu_plan, "layers"_a, "threads"_a = 1, "chunk"_a = 128, "max_rows"_a = 10000, "step"_a = 0,
-             "float64"_a = false);
+             "float64"_a = false, "pairs"_a = false);
   module.def("cuda_plan", &cuda_plan, "layers"_a, "chunk"_a = 128, "max_rows"_a = 10000, "trace_scaling"_a = false,
              "rung"_a = 0, "ctas"_a = 0, "workspace"_a = 4096, "shared_bytes"_a = 227 << 10, "architecture"_a = 90,
              "whitening"_a = WhiteningPlan{});

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import plans
 
 COVARIANCE, FACTOR, APPLY = range(3)
+FLOAT32, BFLOAT16, FLOAT16 = 0, 2, 3  # DType of csrc/include/consistency_ops/types.h
 PACKED_BYTES = 512 << 10  # kPackedBytes of csrc/cpu/plan.h
 MAX_SHARED = 227 << 10  # bytes of a CTA of an H200
 
@@ -36,7 +37,10 @@ def module():
 def test_every_chunk_and_output_of_the_cpu_has_its_task_after_what_it_waits_for(module, seed):
     draw, layers = shapes(seed)
     threads, chunk, float64 = draw.choice((1, 2, 7)), draw.choice((8, 64, 128, 256)), draw.random() < 0.5
-    plan = module.cpu_plan([module.Shape(**layer) for layer in layers], threads, chunk, step=seed, float64=float64)
+    for layer in layers:
+        layer["x_dtype"] = draw.choice((FLOAT32, BFLOAT16))
+    described = [module.Shape(**layer) for layer in layers]
+    plan = module.cpu_plan(described, threads, chunk, step=seed, float64=float64, pairs=draw.random() < 0.5)
     tasks = plan["tasks"]
 
     def of(phase, layer, before=None):
@@ -91,6 +95,39 @@ def test_what_decides_about_rounding_does_not_depend_on_the_threads(module, seed
         return planned
 
     assert what_rounds(1) == what_rounds(2) == what_rounds(16)
+
+
+@pytest.mark.parametrize(
+    ("units", "dtype", "float32_rows", "pair_rows"),
+    [
+        (768, BFLOAT16, 128, 128),  # never more rows, whose rounding errors would add up
+        (2048, BFLOAT16, 64, 128),
+        (4096, BFLOAT16, 32, 64),
+        (20_000, BFLOAT16, 32, 32),
+        (4096, FLOAT32, 32, 32),
+        (4096, FLOAT16, 32, 32),  # widened into the block
+    ],
+)
+def test_two_rows_of_bfloat16_in_a_word_are_packed_in_half_the_memory(module, units, dtype, float32_rows, pair_rows):
+    shape = module.Shape(units, 2048, 64, x_dtype=dtype)
+    (widened,) = module.cpu_plan([shape])["layers"]
+    (paired,) = module.cpu_plan([shape], pairs=True)["layers"]
+    assert widened["row_block"] == float32_rows and not widened["in_pairs"]
+    assert paired["row_block"] == pair_rows and paired["in_pairs"] == (dtype == BFLOAT16)
+    words = pair_rows // 2 if dtype == BFLOAT16 else pair_rows
+    assert paired["packed_panel"] == 16 * (words + 1)
+    doubled = module.cpu_plan([shape], float64=True, pairs=True)["layers"][0]
+    assert not doubled["in_pairs"]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 64, 65])
+@pytest.mark.parametrize("units", [256, 2048, 5120])
+def test_chunks_with_few_rows_are_not_packed_in_pairs(module, units, rows):
+    shape = module.Shape(units, rows, 64, x_dtype=BFLOAT16)
+    (layer,) = module.cpu_plan([shape], chunk=256, pairs=True)["layers"]
+    few = [chunk["row_panels"] > 0 for chunk in layer["chunks"]]
+    assert layer["in_pairs"] == (not any(few))
+    assert rows > 16 or all(few)
 
 
 @pytest.mark.parametrize("units", range(1, 257, 5))

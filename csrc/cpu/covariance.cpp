@@ -60,10 +60,7 @@ void Launch<T>::accumulate(const Task& task, const Scratch<T>& s) {
   const LayerPlan& plan = plan_.layers[task.layer];
   const IsaKernels<T>& kernels = isa_kernels<T>();
   const GatherKernels<T>& gather = kernels.gather[static_cast<int>(layer.x_dtype)];
-  const PairKernels* pairs = nullptr;
-  // Where the chunks of a layer have 64 and 65 units, only some may have few rows.
-  const bool few = plan.chunks.front().row_panels > 0 || plan.chunks.back().row_panels > 0;
-  if (std::is_same_v<T, float> && layer.x_dtype == DType::kBFloat16 && !few) pairs = pair_kernels();
+  const PairKernels* pairs = plan.in_pairs ? pair_kernels() : nullptr;
   const TileScope tiles(pairs == nullptr ? nullptr : pairs->tiles);
   const int32_t first_panel = plan.chunks[task.begin].first_panel;
   const ChunkPlan& last = plan.chunks[task.end - 1];
@@ -71,7 +68,7 @@ void Launch<T>::accumulate(const Task& task, const Scratch<T>& s) {
   const int64_t num_runs = last.first_run + last.num_runs - plan.chunks[task.begin].first_run;
 
   // The lanes that no run writes: the padding of every chunk, and the bias unit; in as many rows as a block has.
-  const int64_t read = std::min(plan.row_block, plan.sample.count);
+  const int64_t read = plan.packed_rows(std::min(plan.row_block, plan.sample.count));
   for (int64_t c = task.begin; c < task.end; ++c) {
     const ChunkPlan& chunk = plan.chunks[c];
     const int64_t panel = chunk.first_panel - first_panel + chunk.panels - 1;
@@ -107,7 +104,7 @@ void Launch<T>::accumulate(const Task& task, const Scratch<T>& s) {
       if (chunk.row_panels > 0) {
         store_few_rows(chunk, packed, plan.packed_panel(), rows, matrix(chunk));
       } else {
-        kernels.chunk.gram(packed, rows, plan.row_block + 1, chunk.size, row > 0, matrix(chunk));
+        kernels.chunk.gram(packed, rows, plan.pitch(), chunk.size, row > 0, matrix(chunk));
       }
     }
   }
@@ -129,7 +126,7 @@ void Launch<T>::accumulate_pairs(const PairKernels& pairs, const Task& task, con
       const int64_t bias = at + plan.bias_column / kPanel * plan.packed_panel() + plan.bias_column % kPanel;
       packed[bias + rows / 2 * kPanel] = kPairOfOnes & 0xFFFF;
     }
-    pairs.gram(packed + at, (rows + 1) / 2, plan.row_block + 1, chunk.panels, add, matrix(chunk));
+    pairs.gram(packed + at, plan.packed_rows(rows), plan.pitch(), chunk.panels, add, matrix(chunk));
   }
 }
 

@@ -31,11 +31,11 @@ inline bool has_dense_taps(const PreconditionLayer& layer) {
 
 // ChunkPlan::row_panels of a chunk: not 0 where the rows, padded to panels, are at most a quarter of its units.
 inline int32_t few_row_panels(const PreconditionLayer& layer, const PreconditionOptions& options, const LayerPlan& plan,
-                              const ChunkPlan& chunk) {
+                              int64_t chunk_panels) {
   const int64_t panels = (plan.sample.count + kPanel - 1) / kPanel;
   const bool fused = options.stages == kStageAll && layer.covariance == nullptr && layer.inverse == nullptr;
   // Elsewhere moving G takes longer than products.
-  const bool pays = 4 * panels <= chunk.panels && (layer.g_unit_stride == 1 || has_dense_taps(layer));
+  const bool pays = 4 * panels <= chunk_panels && (layer.g_unit_stride == 1 || has_dense_taps(layer));
   if (!fused || !pays || !(options.damping > 0) || plan.sample.count > plan.row_block) return 0;
   return static_cast<int32_t>(panels);
 }

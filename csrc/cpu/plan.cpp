@@ -71,6 +71,15 @@ void divide(const PreconditionLayer& layer, const PreconditionOptions& options, 
   }
 }
 
+// Rows of a packed block, whose elements take `bytes` a row and unit: as many as fit kPackedBytes, so that a wide X is
+// read only once.  A few rows more than a block go with it: a block of their own would cost more to add than to sum.
+int64_t block_rows(int64_t units, int64_t rows, int64_t bytes) {
+  int64_t block = kRowBlock;
+  while (block > kLeastRowBlock && units * block * bytes > kPackedBytes) block /= 2;
+  const int64_t all = round_up(rows, kLeastRowBlock);
+  return all > block && 2 * all <= 3 * block && units * all * bytes <= kPackedBytes ? all : block;
+}
+
 int64_t matrix_of(const ChunkPlan& chunk) { return int64_t{chunk.panels} * chunk.panels * kPanel * kPanel; }
 
 // Of the inverse in tile order: two terms of half a float, an even number of panels high.
@@ -120,7 +129,7 @@ void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int6
 }
 
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
-               bool without_rows, const TileKernels* tiles) {
+               bool pairs, bool without_rows, const TileKernels* tiles) {
   Plan plan;
   plan.layers.resize(count);
   const int64_t element = options.float64 ? 8 : 4;
@@ -136,8 +145,7 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     const int64_t row_bytes = std::max<int64_t>(1, layer.units) * element_size(layer.g_dtype);
     const int64_t rows = std::clamp<int64_t>(kApplyBytes / row_bytes / kPanel * kPanel, kPanel, kApplyRows);
     at.outputs_per_block = std::max<int64_t>(1, rows / std::max<int64_t>(1, at.taps));
-    at.row_block = kRowBlock;
-    while (at.row_block > kLeastRowBlock && at.units * at.row_block * element > kPackedBytes) at.row_block /= 2;
+    at.row_block = block_rows(at.units, 0, element);
     at.bias_chunk = -1;
     at.sample = {1, 0};
     at.head = layer.same_input ? plan.layers[l - 1].head : l;
@@ -156,12 +164,15 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
       at.sample = sample_rows(rows, options.max_rows);
       at.draws = {options.seed, options.step, layer.layer, 0, at.sample.stride, rows};
       at.active = at.sample.count > 0 || without_rows;
-      // A few rows more than a block go with it: a block of their own would cost more to add than to sum.
-      const int64_t all = round_up(at.sample.count, kLeastRowBlock);
-      if (all > at.row_block && 2 * all <= 3 * at.row_block && at.units * all * element <= kPackedBytes) {
-        at.row_block = all;
-        plan.most_rows = std::max(plan.most_rows, all);
-      }
+      at.row_block = block_rows(at.units, at.sample.count, element);
+      // Where the chunks of a layer have 64 and 65 units, only some may have few rows.
+      const int64_t chunks = num_chunks(layer, options);
+      const int64_t largest = (at.units + chunks - 1) / std::max<int64_t>(1, chunks);
+      const int64_t panels = (largest + kPanel - 1) / kPanel;
+      at.in_pairs = pairs && !options.float64 && layer.x_dtype == DType::kBFloat16 &&
+                    few_row_panels(layer, options, at, panels) == 0;
+      if (at.in_pairs) at.row_block = block_rows(at.units, at.sample.count, element / 2);
+      plan.most_rows = std::max(plan.most_rows, at.row_block);
     }
     if (at.active && has_one_unit(layers, count, l, options)) {
       at.active = false;
@@ -170,7 +181,9 @@ Plan make_plan(const PreconditionLayer* layers, int64_t count, const Preconditio
     if (!at.active) continue;
     at.chunks.resize(num_chunks(layer, options));
     divide(layer, options, at);
-    for (ChunkPlan& chunk : at.chunks) chunk.row_panels = few_row_panels(layer, options, at, chunk);
+    for (ChunkPlan& chunk : at.chunks) {
+      chunk.row_panels = at.in_pairs ? 0 : few_row_panels(layer, options, at, chunk.panels);
+    }
     if (plan.tiles != nullptr) place_tiles(&layer, at);
     at.runs.shrink_to_fit();
     plan.table_bytes += static_cast<int64_t>(at.runs.capacity() * sizeof(Run) + at.chunks.size() * sizeof(ChunkPlan));

@@ -9,8 +9,9 @@
 
 namespace consistency_ops::cpu {
 
-// Rows of X in one packed block, at most and at least.  What a layer gets follows from its width alone, because the
-// sums of a block are rounded on their own: the result must not depend on the number of threads.
+// Rows of X in one packed block, at most and at least.  What a layer gets follows from its width, its type and the
+// instruction set alone, because the sums of a block are rounded on their own: the result must not depend on the number
+// of threads.
 constexpr int64_t kRowBlock = 128;
 constexpr int64_t kLeastRowBlock = 32;
 // A task packs at most this much of X at once, so that the block and the covariances it feeds stay in a 1 MiB L2.
@@ -44,6 +45,7 @@ struct LayerPlan {
   bool active;
   bool one_unit;  // corrected apart (one_unit.h); not active
   bool on_tiles;  // in a head: whether a chunk has its inverse in tile order
+  bool in_pairs;  // packed by PairKernels, two rows of bfloat16 a word; else rows are widened to the compute type
   RowSample sample;
   RowDraws draws;     // the row of each of its blocks
   int64_t units;      // with the bias
@@ -54,9 +56,12 @@ struct LayerPlan {
   int32_t bias_chunk;     // the chunk with the bias unit, or -1
   int16_t bias_column;    // its column there
 
-  // Elements between the panels of a packed block: one row more than is used, so that the same row of all panels does
+  // What `rows` rows of X fill of a packed panel, in rows of 16 elements (words, if in pairs).
+  int64_t packed_rows(int64_t rows) const { return in_pairs ? (rows + 1) / 2 : rows; }
+  // Rows of 16 elements from a packed panel to the next: one more than is used, so that the same row of all panels does
   // not fall in one set of the L1 cache.
-  int64_t packed_panel() const { return (row_block + 1) * kPanel; }
+  int64_t pitch() const { return packed_rows(row_block) + 1; }
+  int64_t packed_panel() const { return pitch() * kPanel; }
 };
 
 // Tasks are handed out in order.  A task waits for all tasks of its layer's previous phase, or of earlier waves, whose
@@ -96,10 +101,10 @@ struct Plan {
   int64_t table_bytes = 0;        // memory of the divisions
 };
 
-// `without_rows`: layers of which there are no rows are worked on, too.  `tiles`: the kernels on tiles, if there are
-// any.
+// `without_rows`: layers of which there are no rows are worked on, too.  `pairs`: whether there are PairKernels.
+// `tiles`: the kernels on tiles, if there are any.
 Plan make_plan(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options, int32_t threads,
-               bool without_rows = false, const TileKernels* tiles = nullptr);
+               bool pairs, bool without_rows = false, const TileKernels* tiles = nullptr);
 // Offsets in X of the sampled rows row .. row + rows - 1.
 void sampled_offsets(const PreconditionLayer& layer, const LayerPlan& plan, int64_t row, int64_t rows,
                      int64_t* row_offset);

@@ -71,8 +71,8 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
                         const ThreadPool& pool) {
   if (!cpu::valid(layers, count, options)) return Status::kInvalidArgument;
   try {
-    const cpu::Plan plan =
-        cpu::make_plan(layers, count, options, std::max(1, pool.threads), false, cpu::tile_kernels());
+    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads),
+                                          cpu::pair_kernels() != nullptr, false, cpu::tile_kernels());
     for (int64_t l = 0; l < count; ++l) {
       const cpu::LayerPlan& head = plan.layers[plan.layers[l].head];
       if (!head.active && !head.one_unit) cpu::write_defaults(layers[l], options);
@@ -89,7 +89,8 @@ Status precondition_cpu(const PreconditionLayer* layers, int64_t count, const Pr
 int64_t precondition_workspace_cpu(const PreconditionLayer* layers, int64_t count, const PreconditionOptions& options,
                                    int32_t threads) {
   if (!cpu::valid(layers, count, options)) return 0;
-  const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, threads), false, cpu::tile_kernels());
+  const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, threads), cpu::pair_kernels() != nullptr,
+                                        false, cpu::tile_kernels());
   const int64_t element = options.float64 ? sizeof(double) : sizeof(float);
   return cpu::workspace_bytes(plan, element, threads) + plan.table_bytes;
 }

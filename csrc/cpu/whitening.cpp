@@ -161,7 +161,8 @@ Status whiten_cpu(const PreconditionLayer* layers, const WhitenedLayer* whitened
   if (!cpu::valid_whitening(layers, whitened, count, options, false)) return Status::kInvalidArgument;
   if (!(whitening.decay >= 0 && whitening.decay < 1)) return Status::kInvalidArgument;
   try {
-    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads), true);
+    const cpu::Plan plan =
+        cpu::make_plan(layers, count, options, std::max(1, pool.threads), cpu::pair_kernels() != nullptr, true);
     std::vector<char> finite(count);
     for (int64_t l = 0; l < count; ++l) {
       if (!plan.layers[l].active) cpu::write_defaults(layers[l], options);
@@ -181,7 +182,7 @@ Status unwhiten_cpu(const PreconditionLayer* layers, const WhitenedLayer* whiten
   if (!cpu::valid_whitening(layers, whitened, count, options, true)) return Status::kInvalidArgument;
   try {
     std::fill(squares, squares + 2 * count, 0.0);
-    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads));
+    const cpu::Plan plan = cpu::make_plan(layers, count, options, std::max(1, pool.threads), false);
     return options.float64 ? cpu::unwhiten<double>(layers, whitened, options, whitening, plan, squares, pool)
                            : cpu::unwhiten<float>(layers, whitened, options, whitening, plan, squares, pool);
   } catch (const std::bad_alloc&) {
