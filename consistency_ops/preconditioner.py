@@ -18,10 +18,11 @@ from .engine.capture import Capture
 from .engine.capture_states import RowMask
 from .engine.correction import Correction, CorrectionOptions, check, is_int
 from .engine.discovery import OWN_FORWARD, UNKNOWN, adopt_layer, find_layers, find_new_layers
-from .engine.dtensors import is_dtensor
+from .engine.dtensors import is_dtensor, is_fully_sharded
 from .engine.failed_forward import FailedForward
 from .engine.notices import Notices, end, outlive, some
 from .engine.optimizers import find_optimizers, refuse_private_model
+from .engine.output_side import dealt_rows
 from .engine.state import StateStore, on_host
 from .engine.weight_capture import announce, withdraw
 from .engine.whitening import WhiteningCorrection
@@ -98,8 +99,8 @@ class Preconditioner:
             the same as a higher rate (see the page on choosing).
         outputs: in mode ``"whiten"``, whether the optimizer works in whitened coordinates of each layer's outputs, too:
             it is given ``K^-1 G L^-T``, and its step is mapped back by ``K^-T`` and ``L^-1``, with ``K K^T`` the damped
-            running second moment of the columns of ``G L^-T``, by chunks of outputs. Weights that are dealt to ranks
-            (``DTensor``) have the inputs' side only.
+            running second moment of the columns of ``G L^-T``, by chunks of outputs. Ranks to which ``fully_shard`` has
+            dealt its rows gather them, one layer at a time; row-parallel weights have the inputs' side only.
         max_share: leave a layer alone where correcting it costs more than this share of its own forward and backward
             pass. A count of operations and bytes decides in the layer's first step, with its rows of that step, and no
             clock: on all ranks, and after a resume, alike. Such a layer has no hooks from then on; the log and
@@ -296,12 +297,14 @@ class Preconditioner:
                 "first argument of forward, call consistency_ops.layers.register(the class) first; if it multiplies "
                 "something else, call consistency_ops.capture(that, weight) in the forward.",
             )
-        dealt = [layer for layer in self._layers if layer.capture is not None and is_dtensor(layer.weight)]
-        if self._correction.options.outputs and dealt:
+        covered = [layer for layer in self._layers if layer.capture is not None and is_dtensor(layer.weight)]
+        exchanged = is_fully_sharded(self._model())
+        apart = [layer.name for layer in covered if dealt_rows(layer, exchanged=exchanged) is None]
+        if self._correction.options.outputs and apart:
             self._notices.once(
                 "outputs",
-                "the outputs of weights that are dealt to ranks are not whitened, only their inputs: "
-                f"{some(layer.name for layer in dealt)}.",
+                "the ranks cannot gather the outputs of these weights, so only their inputs are whitened: "
+                f"{some(apart)}.",
             )
         weights = held_weights(self._layers)
         if weights and not any(weight.requires_grad for weight in weights):

@@ -24,6 +24,7 @@ SCENARIOS = [
         "fsdp_convolutions",
         "fsdp_transposed",
         "fsdp_transposed_whiten",
+        "fsdp_transposed_whiten_outputs",
         "units_in_two_dimensions",
         "flattened",
     ),
@@ -40,6 +41,8 @@ SCENARIOS = [
         "fsdp_whiten",
         "ddp_whiten_outputs",
         "fsdp_whiten_outputs",
+        "fsdp_both_sides",
+        "column_parallel_both_sides",
         "ddp_wide",
     ),
 ]
@@ -319,7 +322,7 @@ def test_replicated_weights_with_sharded_rows(results):
         assert result["rows"] == {"up": 10, "down": 10}
 
 
-@pytest.mark.parametrize("state", [0, 1], ids=["decay", "every"])
+@pytest.mark.parametrize("state", [0, 1, 2], ids=["decay", "every", "both sides"])
 def test_checkpoint_of_four_ranks_resumes_on_four_and_on_two(results, state):
     for both in of(results, "checkpoint_fully_shard"):
         uninterrupted = both[state]["uninterrupted"]["parameters"]
@@ -435,19 +438,43 @@ def test_whitened_coordinates_on_ranks_equal_one_process(results, name):
         assert result["same"]
 
 
-@pytest.mark.parametrize(("name", "options"), [("ddp", scenarios.BOTH_SIDES), ("fsdp", scenarios.WHITEN)])
-def test_the_outputs_of_whole_weights_are_whitened_on_ranks_too(results, name, options):
-    """Of weights that are dealt to ranks only the inputs are, as without the option."""
-    want, other = (scenarios.single(o, name="adamw") for o in (options, scenarios.OTHER_SIDES[name]))
+@pytest.mark.parametrize("name", ["ddp_whiten_outputs", "fsdp_whiten_outputs"])
+def test_both_sides_on_ranks_equal_one_process(results, name):
+    """Under fully_shard every rank has some rows of a gradient; the last one has none of the last layer's five."""
+    want, other = (scenarios.single(o, name="adamw") for o in (scenarios.BOTH_SIDES, scenarios.WHITEN))
     assert difference(want, other) > 1e-3
-    for result in of(results, f"{name}_whiten_outputs"):
+    for result in of(results, name):
         assert difference(result["parameters"], want) < TOLERANCE
         assert result["same"]
 
 
-def test_whitened_coordinates_of_a_weight_stored_as_in_out(results):
-    want = scenarios.single_transposed_whiten()
-    for found in of(results, "fsdp_transposed_whiten"):
+def test_both_sides_of_convolutions_whose_outputs_are_dealt_to_ranks(results):
+    """With coupled weight decay; and where no layer has a gradient the step is the optimizer's own, bit for bit."""
+    want, other = map(scenarios.single_both_sides, (scenarios.BOTH_SIDES, scenarios.WHITEN))
+    assert difference(want, other) > 1e-3
+    for found in of(results, "fsdp_both_sides"):
+        assert difference(found["parameters"], want) < TOLERANCE
+        assert found["same"]
+        for ours, plain in zip(*found["idle"], strict=True):
+            assert torch.equal(ours, plain)
+    moved = torch.cat([found["idle"][0][0] for found in of(results, "fsdp_both_sides")])
+    assert float((moved - found["start"][0]).abs().min()) > 0
+
+
+def test_both_sides_of_column_parallel_layers_equal_one_process(results):
+    """Of row-parallel ones, which have the inputs' side alone, the log says so."""
+    want = scenarios.single(scenarios.BOTH_SIDES, name="adamw")
+    for found in of(results, "column_parallel_both_sides"):
+        assert difference(found["parameters"], want) < TOLERANCE
+        assert found["same"]
+        (message,) = [text for text in found["messages"] if "outputs" in text]
+        assert message.endswith("so only their inputs are whitened: down.")
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_whitened_coordinates_of_a_weight_stored_as_in_out(results, outputs):
+    want = scenarios.single_transposed_whiten(outputs=outputs)
+    for found in of(results, f"fsdp_transposed_whiten{'_outputs' * outputs}"):
         assert difference(found["parameters"], want) < TOLERANCE
         assert found["same"] and found["failed"] == 0
         assert found["summary"].count("  ok") == 2

@@ -57,7 +57,11 @@ def is_fully_sharded(model: nn.Module | None) -> bool:
 
 def shards_rows(tensor: DTensor) -> bool:
     """Whether one mesh dimension has runs of rows and all others have copies, as ``fully_shard`` makes them."""
-    sharded = [p for p in tensor.placements if not p.is_replicate()]
+    return deals_rows(tensor.placements)
+
+
+def deals_rows(placements: Sequence[Placement]) -> bool:
+    sharded = [p for p in placements if not p.is_replicate()]
     return len(sharded) == 1 and sharded[0].is_shard(0) and not hasattr(sharded[0], "split_factor")
 
 
@@ -74,6 +78,13 @@ def row_placements(matrix: DTensor) -> list[Placement]:
     from torch.distributed.tensor import Shard
 
     return [Shard(0) if p.is_shard(1) else p for p in matrix.placements]
+
+
+def replicated(tensor: DTensor) -> list[Placement]:
+    """The whole tensor on every rank."""
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate()] * tensor.device_mesh.ndim
 
 
 def redistributed(part: Tensor, like: DTensor, before: Sequence[Placement], after: Sequence[Placement]) -> Tensor:

@@ -246,13 +246,13 @@ class WhiteningCorrection(Correction):
         self, steps: list[LayerStep], launch: Layers, factors: list[Tensor], info: Tensor, has_gradient: Tensor
     ) -> None:
         """Keep what is needed after the optimizer's step, and give the optimizer the coupled decay that it must see."""
+        if any(is_dtensor(step.weight) for step in steps):
+            flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
+            has_gradient = torch.stack(flags)
         sides: list[OutputSide] = []
         if self.options.outputs:
             damping = self.last_damping if self.refreshes(self.step) else None
             sides = whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
-        if any(is_dtensor(step.weight) for step in steps):
-            flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
-            has_gradient = torch.stack(flags)
         biased = [steps[i] for i in launch.biases]
         weights, biases = [_weight_of(step) for step in steps], [_bias_of(step) for step in biased]
         owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]
@@ -316,10 +316,12 @@ class WhiteningCorrection(Correction):
             known = self._lower[index] = factor, _inverse_of_lower(factor)
         return known[1]
 
-    def _map_outputs_back(self, whitened: _Whitened, weights: list[Tensor], biases: list[Tensor]) -> None:
-        now, before = whitened.matrices(weights, biases), whitened.matrices(whitened.weights, whitened.biases)
+    def _map_outputs_back(
+        self, whitened: _Whitened, weights: list[Tensor], before: list[Tensor], biases: list[Tensor]
+    ) -> None:
+        now, old = whitened.matrices(weights, biases), whitened.matrices(before, whitened.biases)
         for side in whitened.sides:
-            side.map_back_(now, before, keep_norm=self._keeps_norm)
+            side.map_back_(now, old, keep_norm=self._keeps_norm)
 
     # After the optimizer's step
 
@@ -337,7 +339,7 @@ class WhiteningCorrection(Correction):
     def _map_back(self, whitened: _Whitened) -> None:
         """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where it is kept."""
         weights, biases = whitened.as_they_are_now()
-        self._map_outputs_back(whitened, weights, biases)
+        self._map_outputs_back(whitened, weights, whitened.weights, biases)
         whitened.unwhiten_(weights, whitened.weights, biases, keep_norm=self._keeps_norm)
         whitened.write_back(weights)
 
@@ -345,13 +347,13 @@ class WhiteningCorrection(Correction):
         """The same where ranks hold parts of the weights: the norms are those of all parts."""
         steps = whitened.steps
         weights, biases = whitened.as_they_are_now()
-        self._map_outputs_back(whitened, weights, biases)
         # Of a layer whose units are dealt to ranks the rows of the displacement are gathered, and dealt again.
         exchanged = {i for i, step in enumerate(steps) if weights[i].shape != step.grad.shape}
         rows, rows_before = list(weights), list(whitened.weights)
         for i in exchanged:
             rows[i] = _rows_of(steps[i], weights[i] - whitened.weights[i])
             rows_before[i] = torch.zeros_like(rows[i])
+        self._map_outputs_back(whitened, rows, rows_before, biases)
         squares = whitened.unwhiten_(rows, rows_before, biases, keep_norm=self._keeps_norm, finish=False)
         if self._keeps_norm:
             scales = norm_scales(torch.stack(sum_over_shards([s.weight for s in steps], list(squares.unbind()))))

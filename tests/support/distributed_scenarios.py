@@ -15,7 +15,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -121,7 +121,6 @@ def ddp_whiten():
 
 
 BOTH_SIDES = {"mode": "whiten", "every": 2, "outputs": True}
-OTHER_SIDES = {"ddp": WHITEN, "fsdp": BOTH_SIDES}  # what these ranks do not compute
 
 
 def ddp_whiten_outputs():
@@ -470,6 +469,57 @@ def single_convolutions(skip=("2",)) -> list[torch.Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
+def _adam(model, options: dict, skip=(), decay=0.3):
+    """Its weight decay is part of the gradient."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=decay)
+    return optimizer, Preconditioner(model, optimizer, chunk=4, skip=skip, **options)
+
+
+def fsdp_both_sides():
+    """Convolutions, the grouped one left alone, and a step without any gradient, as well as a plain optimizer's."""
+    mesh = init_device_mesh("cpu", (4,))
+    model = fully_shard(_conv_net(), mesh=mesh)
+    optimizer, pre = _adam(model, BOTH_SIDES)
+    _conv_step(model, optimizer, ranks=(dist.get_rank(),))
+    idle = []
+    for options in (BOTH_SIDES, None):
+        still = fully_shard(_conv_net(), mesh=mesh)
+        adam, _ = (
+            (torch.optim.Adam(still.parameters(), 0.01), None) if options is None else _adam(still, options, (), 0)
+        )
+        for p in still.parameters():
+            adam.state[p] = {"step": torch.tensor(9.0), "exp_avg": p.detach() / 3, "exp_avg_sq": torch.ones_like(p)}
+        x, y = share(0, dist.get_rank())
+        (0.0 * F.cross_entropy(still(x.repeat(1, 9)[:, :108].view(-1, 3, 6, 6)), y)).backward()
+        adam.step()
+        idle.append([p.detach().to_local().clone() for p in still.parameters()])
+    return result(model, summary=pre.summary(), idle=idle, start=[p.detach() for p in _conv_net().parameters()])
+
+
+def single_both_sides(options: dict) -> list[torch.Tensor]:
+    model = _conv_net()
+    _conv_step(model, _adam(model, options, skip=("2",))[0])
+    return [p.detach() for p in model.parameters()]
+
+
+def column_parallel_both_sides():
+    """All ranks see the same rows, and have some of the outputs."""
+    model = mlp()
+    split = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, init_device_mesh("cpu", (4,)), {"0": split, "2": split})
+    optimizer = sgd(model, "adamw")
+    pre = Preconditioner(model, optimizer, chunk=8, **BOTH_SIDES)
+    train(model, optimizer, range(4))
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("consistency_ops").addHandler(handler)
+    rows_and_units = parallelize_module(block(), init_device_mesh("cpu", (4,)), PARALLEL)
+    Preconditioner(rows_and_units, sgd(rows_and_units, "adamw"), chunk=8, **BOTH_SIDES)
+    logging.getLogger("consistency_ops").removeHandler(handler)
+    return result(model, summary=pre.summary(), messages=messages)
+
+
 def fsdp_mixed_precision():
     """bfloat16 compute, float32 parameters: the same as DDP under autocast would be hard to say, so only sane."""
     model = mlp(torch.float32)
@@ -542,21 +592,25 @@ def fsdp_transposed():
 TRANSPOSED_WHITEN = dict(mode="whiten", every=2)
 
 
-def single_transposed_whiten() -> list[torch.Tensor]:
+def single_transposed_whiten(**options) -> list[torch.Tensor]:
     model = _transposed()
     optimizer = sgd(model, "adamw")
-    Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN)
+    Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN, **options)
     train(model, optimizer, range(4))
     return [p.detach() for p in model.parameters()]
 
 
-def fsdp_transposed_whiten():
+def fsdp_transposed_whiten(**options):
     """The displacement's units are exchanged for whole rows, too, and back."""
     model = fully_shard(_transposed(), mesh=init_device_mesh("cpu", (4,)))
     optimizer = sgd(model, "adamw")
-    pre = Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN)
+    pre = Preconditioner(model, optimizer, chunk=8, **TRANSPOSED_WHITEN, **options)
     train(model, optimizer, [dist.get_rank()])
     return result(model, summary=pre.summary(), failed=pre.stats()["failed_chunks"])
+
+
+def fsdp_transposed_whiten_outputs():
+    return fsdp_transposed_whiten(outputs=True)
 
 
 def units_in_two_dimensions():
@@ -726,7 +780,7 @@ def checkpoint_fully_shard():
     def start(mesh, seed):
         return _sharded(mlp(seed=seed), mesh)
 
-    return [_checkpoint({"decay": 0.5}, start), _checkpoint({"every": 2}, start)]
+    return [_checkpoint(options, start) for options in ({"decay": 0.5}, {"every": 2}, BOTH_SIDES)]
 
 
 def checkpoint_ddp():
