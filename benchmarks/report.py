@@ -332,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-train": lambda: full_tables.ends(whole_trainings(), "train_loss"),
     "full-test": lambda: full_tables.ends(whole_trainings(), "metric"),
     "full-muon-steps": lambda: full_tables.muon_steps(whole_trainings()),
+    "full-first-order-steps": lambda: full_tables.first_order_steps(whole_trainings()),
     "full-rates": lambda: full_tables.rates(whole_trainings()),
     "full-summary": lambda: full_tables.summary(whole_trainings()),
     "full-goals": lambda: full_tables.goals(whole_trainings()),
