@@ -348,7 +348,7 @@ def test_tables_of_the_summary_and_of_the_aims():
     lines = full_tables.summary(runs, "train_loss").splitlines()
     assert lines[2] == (
         "| char-gpt, test loss (nats) | 2.00 ± 0.000 | 1.60 ± 0.000 | not run | 1.50 ± 0.000 | 1.20 ± 0.000 "
-        "| *1.00 ± 0.000, heavyball SOAP, every 10* |"
+        "| *1.00 ± 0.000, heavyball SOAP* |"
     )
     found = [line.split(" | ")[2:] for line in full_tables.goals(runs).splitlines()[2:]]
     assert [cells[1].removesuffix(" |") for cells in found] == [

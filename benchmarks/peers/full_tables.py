@@ -253,7 +253,7 @@ def summary(runs: Runs, key: str = "metric") -> str:
         cells = [spread(values(found[name], key)) if found[name] else "not run" for name in COLUMNS]
         others = {name: end for name, end in ends_.items() if name not in COLUMNS and name not in OURS}
         best = min(others, key=lambda name: others[name], default=None)
-        cells.append("" if best is None else f"{spread(values(found[best], key))}, {METHODS[best].text}")
+        cells.append("" if best is None else f"{spread(values(found[best], key))}, {METHODS[best].text.split(',')[0]}")
         marked = [f"*{c}*" if n == first else c for n, c in zip((*COLUMNS, best), cells, strict=True)]
         lines.append(f"| {task}, {FULL[task].metric} | " + " | ".join(marked) + " |")
     return "\n".join(lines)
