@@ -8,10 +8,11 @@ import torch
 import consistency_ops as co
 from consistency_ops import reference
 from consistency_ops.engine.capture_states import STATE_SIZE
+from consistency_ops.ops import portable_capture
 
 capture = torch.ops.consistency_ops.capture_rows_.default
 mark = torch.ops.consistency_ops.capture_mark_.default
-USED, SEEN, STRIDE, STEP, PAUSED = 0, 1, 2, 7, 8
+USED, SEEN, STRIDE, MARK, STEP, PAUSED = 0, 1, 2, 4, 7, 8
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -220,6 +221,30 @@ def test_a_restart_leaves_one_row_of_every_block_behind_it(forward):
             # Neighbouring blocks give rows that are less than two blocks apart, and in their order.
             assert (taken.diff() > 0).all() and taken.diff().max() < 2 * stride and len(taken) <= 32
             assert 100 <= taken.min() < 100 + 2 * stride
+
+
+@pytest.mark.parametrize("operator", [capture, portable_capture.capture_rows_], ids=["native", "portable"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_bring_the_mark_of_the_backward_pass_before_them(operator, seed):
+    """Bit by bit what a mark of its own leaves, whether rows are thinned out or not, and of recomputed ones."""
+    random.seed(seed)
+    capacity = random.choice([8, 100, 400])
+    several = [(torch.zeros(capacity, 3), torch.zeros(1, STATE_SIZE, dtype=torch.int64)) for _ in range(2)]
+    marked = 0
+    for _ in range(8):
+        x, marks, in_backward = torch.randn(random.randint(1, 60), 3), random.random() < 0.6, random.random() < 0.2
+        (rows, state), (others, others_state) = several
+        if marks:
+            mark(rows, state, 0, False)
+        operator(rows, state, x, 0, 1, seed, in_backward)
+        operator(others, others_state, x, 0, 1, seed, in_backward, marks)
+        assert torch.equal(rows, others) and torch.equal(state, others_state)
+        marked = max(marked, int(state[0, MARK]))
+        if random.random() < 0.3:  # what the mark decides
+            mark(rows, state, 0, True)
+            mark(others, others_state, 0, True)
+            assert torch.equal(rows, others) and torch.equal(state, others_state)
+    assert marked > 0
 
 
 def test_a_restart_removes_the_rows_before_the_mark():

@@ -223,14 +223,15 @@ class Capture(RowBuffer, Unpickled):
         count = x.numel() // (self.width or 1)
         if count == 0:
             return
-        if self._mark_due:
-            self._mark_now()
+        marks = self._mark_due
+        if marks:
+            self._mark_due, self._marked_offered = False, self.offered
         self.offered += count
         if self.offered > self._room or x.dtype is not self._taken:
             self._grow(self.offered, x.dtype)
         if x.is_cuda and not self.fixed and torch.cuda.is_current_stream_capturing():
             self.fixed, self._room = True, ROOMY
-        capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward)
+        capture_rows(self.rows, self.state, x, self.index, self.unit_dim, self.seed, in_backward, marks)
 
     def _trace(self, x: Tensor) -> None:
         if torch.compiler.is_exporting() or not self._takes(x):
@@ -380,7 +381,7 @@ class Capture(RowBuffer, Unpickled):
         if restart and source.calls and source._restarted == source.calls:
             restart = False  # another layer that shares these rows was first
         if not restart and not source.fixed:
-            source._mark_due = True  # in time for the next call, whose rows are not of this pass
+            source._mark_due = True  # the next call writes it down with its rows, which are not of this pass
             return
         source._restart(restart)
 

@@ -36,7 +36,16 @@ for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):
 
 
 @register_fake("capture_rows_")
-def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int, in_backward: bool = False) -> None:
+def _(
+    rows: Tensor,
+    state: Tensor,
+    x: Tensor,
+    index: int,
+    unit_dim: int,
+    seed: int,
+    in_backward: bool = False,
+    marks: bool = False,
+) -> None:
     return None
 
 

@@ -19,13 +19,22 @@ _FIELDS = 10
 
 
 def capture_rows_(
-    rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int, in_backward: bool = False
+    rows: Tensor,
+    state: Tensor,
+    x: Tensor,
+    index: int,
+    unit_dim: int,
+    seed: int,
+    in_backward: bool = False,
+    marks: bool = False,
 ) -> None:
     x = x.movedim(unit_dim, -1)
     count, capacity = math.prod(x.shape[:-1]), rows.shape[0]
     if count == 0 or rows.shape[1] == 0:
         return
     layer = state[index]
+    if marks:
+        layer[MARK] = layer[USED]
     used, seen, stride, following, mark, thinned, forward, step, paused, skipped = layer[:_FIELDS].unbind()
     takes = paused == 0
     if in_backward:

@@ -281,6 +281,12 @@ def problems() -> Iterator[Problem]:
         (_random(64, 70, seed=14), begun, x, 1, -1, 5, False),
         exact=True,
     )
+    yield Problem(
+        "rows after a backward pass",
+        "capture_rows_",
+        (_random(64, 70, seed=14), begun, x, 1, -1, 5, False, True),
+        exact=True,
+    )
     yield Problem("a restart", "capture_mark_", (_random(64, 70, seed=14), begun, 1, True), exact=True)
 
 

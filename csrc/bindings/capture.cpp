@@ -65,7 +65,7 @@ bool describe_rows(const Tensor& x, int64_t unit_dim, CaptureProblem& p) {
 }
 
 void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t unit_dim, int64_t seed,
-                   bool in_backward) {
+                   bool in_backward, bool marks) {
   CaptureProblem p = describe_buffer(rows, state, index);
   if (unit_dim < 0) unit_dim += x.dim();
   STD_TORCH_CHECK(0 <= unit_dim && unit_dim < x.dim() && x.size(unit_dim) == p.units, "capture_rows_: dimension ",
@@ -73,6 +73,7 @@ void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t u
   p.x_dtype = dtype_of(x, "capture_rows_", "x");
   p.seed = static_cast<uint64_t>(seed);
   p.in_backward = in_backward;
+  p.marks = marks;
   Tensor source = x;
   if (!describe_rows(source, unit_dim, p)) {
     source = consistency_ops::bindings::contiguous_copy(x);

@@ -7,12 +7,14 @@
 
 namespace consistency_ops::bindings {
 
+// To be raised where a struct below changes and keeps its size.
+constexpr int64_t kHostCallsVersion = 1;
 // A number that changes with the structs below: a library and an accelerator with different ones do not fit.
 constexpr int64_t kHostCallsLayout =
     ((static_cast<int64_t>(sizeof(CaptureProblem)) * 4096 + static_cast<int64_t>(sizeof(PreconditionLayer))) * 4096 +
      static_cast<int64_t>(sizeof(PreconditionOptions))) *
         4096 +
-    kCaptureStateSize;
+    kCaptureStateSize + 64 * kHostCallsVersion;
 
 struct HostCalls {
   int64_t layout;

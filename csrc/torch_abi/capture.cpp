@@ -92,6 +92,7 @@ bool describe(PyObject* self, const at::Tensor& x, CaptureProblem& problem) {
   problem.layer = static_cast<uint32_t>(index);
   problem.seed = static_cast<uint64_t>(c.seed.integer(self, 0));
   problem.in_backward = false;
+  problem.marks = c.mark_due.is_true(self);
   return true;
 }
 
@@ -130,10 +131,9 @@ Outcome take_down(PyObject* self, PyObject* states, Input& input, const CaptureP
   if (PyDict_SetItem(input.inputs, input.key.get(), entry.get()) < 0) return Outcome::kError;
   c.plain.set(self, Py_True);
   const int64_t offered = c.offered.integer(self, 0);
-  if (c.mark_due.is_true(self)) {
+  if (problem.marks) {
     c.mark_due.set(self, Py_False);
     if (!c.marked_offered.set_integer(self, offered)) return Outcome::kError;
-    host.calls->capture_mark(problem, false);
   }
   const bool written =
       c.calls.set_integer(self, input.calls) && c.offered.set_integer(self, offered + input.x.numel() / problem.units);

@@ -455,6 +455,7 @@ class CaptureProblem(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("layer", ctypes.c_uint32),
         ("in_backward", ctypes.c_bool),
+        ("marks", ctypes.c_bool),
     )
 
 

@@ -30,7 +30,7 @@ class Buffer:
         self.rows = np.full((capacity, units), 7, STORAGE[dtype])
         self.state = np.zeros(STATE, np.int64)
 
-    def problem(self, x, x_dtype, unit_axis, seed=5, layer=3, in_backward=False):
+    def problem(self, x, x_dtype, unit_axis, seed=5, layer=3, in_backward=False, marks=False):
         """Describe the capture of numpy ``x``, whose axes other than ``unit_axis`` are rows."""
         axes = [axis for axis in range(x.ndim) if axis != unit_axis]
         pad = 4 - len(axes)
@@ -50,6 +50,7 @@ class Buffer:
             seed,
             layer,
             in_backward,
+            marks,
         )
 
     def same_as(self, other):
@@ -121,6 +122,25 @@ def test_pooled_calls_thin_the_rows(library, layout, capacity):
     buffer = both(library, capacity, 70, simt.FLOAT32, steps)
     assert buffer.state[5] > 0  # something was thinned out
     assert buffer.state[1] == 19 * 15
+
+
+@pytest.mark.parametrize("capacity", [8, 100, 200])
+def test_rows_bring_the_mark_of_the_backward_pass_before_them(library, capacity):
+    """Without a launch of its own, and with the same state and rows."""
+    rng = np.random.default_rng(capacity)
+    inputs = [numbers((count, 70), simt.FLOAT32, rng) for count in (15, 45, 60, 1, 90)]
+    steps, shorter = [], []
+    for number, x in enumerate(inputs):
+        marks = number % 3 != 1
+        if marks and number:
+            steps.append(mark_of(library, x, False))
+        steps.append(rows_of(library, x, simt.FLOAT32, 1))
+        shorter.append(
+            lambda buffer, cpu, x=x, marks=marks: library.capture_rows(
+                buffer.problem(x, simt.FLOAT32, 1, marks=marks), cpu
+            )
+        )
+    assert both(library, capacity, 70, simt.FLOAT32, shorter).same_as(both(library, capacity, 70, simt.FLOAT32, steps))
 
 
 @pytest.mark.parametrize("marked", [1, 5, 70, 130])

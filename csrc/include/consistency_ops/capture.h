@@ -53,6 +53,7 @@ struct CaptureProblem {
   uint64_t seed;
   uint32_t layer;
   bool in_backward;  // the call comes from a backward pass
+  bool marks;        // before anything else, as capture_mark without a restart: a mark that needs no launch
 };
 
 // What one call does, in this order: row j of the buffer becomes row source_of(j) for all j below `kept`, `count` rows
@@ -99,6 +100,7 @@ CO_HOST_DEVICE inline int64_t rows_due(const CaptureState& s, const RowDraws& dr
 }
 
 CO_HOST_DEVICE inline CapturePlan plan_capture(const CaptureProblem& p, CaptureState s) {
+  if (p.marks) s.mark = s.used;
   int64_t rows = 1;
   for (int i = 0; i < kMaxCaptureDims; ++i) rows *= p.row_size[i];
   const auto level = static_cast<uint32_t>(s.thinned);
