@@ -228,8 +228,9 @@ class Attachment:
         first = False
         quick = bool(self._hooks_fire) and not (states.new_weights or self.pooling.has_ranks)
         quick = quick and not self._shares.open(own)
-        corrected = quick and host_path.correct(correction, own, self.ownership)
-        if not corrected:
+        quick = quick and host_path.correct(correction, own, self.ownership)
+        corrected = quick
+        if not quick:
             for layer in own:
                 layer.info_slice = None
             pooled = self.pooling.correct()
@@ -248,7 +249,8 @@ class Attachment:
         held = held or any(layer.weight is not None and self.ownership.owns(layer.weight) for layer in own)
         self.vigil.step(held, corrected, bool(left))
         finished = not states.paused
-        waits = self._waiting(own, steps, pooled) if correction.reuses_batches else []
+        # Of the quick ones none waits.
+        waits = self._waiting(own, steps, pooled) if correction.reuses_batches and not quick else []
         host_path.begin_step(own, finished)
         states.reset(correction.step + 1, paused=not correction.refreshes(correction.step + 1), finished=finished)
         for capture, still in waits:

@@ -16,12 +16,13 @@ from ._hooks import hide
 from .attachment import Attachment, held_weights, remove_hooks
 from .engine.capture import Capture
 from .engine.capture_states import RowMask
-from .engine.correction import Correction, CorrectionOptions, check, is_int
+from .engine.correction import Correction
 from .engine.discovery import OWN_FORWARD, UNKNOWN, adopt_layer, find_layers, find_new_layers
 from .engine.dtensors import is_dtensor, is_fully_sharded
 from .engine.failed_forward import FailedForward
 from .engine.notices import Notices, end, outlive, some
 from .engine.optimizers import find_optimizers, refuse_private_model
+from .engine.options import CorrectionOptions, check, is_int
 from .engine.output_side import dealt_rows
 from .engine.state import StateStore, on_host
 from .engine.weight_capture import announce, withdraw

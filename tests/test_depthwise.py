@@ -1,5 +1,6 @@
 """Layers of one unit a group, which the CPU corrects apart (csrc/cpu/one_unit.cpp), against the general definition."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import consistency_ops as co
 from consistency_ops import ops, reference
+from consistency_ops.engine.correction import Correction
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -192,3 +194,83 @@ def test_training_of_a_depthwise_network_matches_the_portable_path():
     finally:
         co.set_backend("auto")
     torch.testing.assert_close(native, portable, rtol=1e-4, atol=1e-5)
+
+
+def network(groups=12, bias=True):
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 12, 3), torch.nn.ReLU(), torch.nn.Conv2d(12, 12, 3, groups=groups, bias=bias)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(12 * 16, 5))
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+KEPT = [{"decay": 0.9}, {"every": 3}, {"decay": 0.9, "every": 3}, {"mode": "whiten", "every": 2}, {"mode": "whiten"}]
+
+
+@pytest.mark.parametrize("groups", [2, 12])
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_stored_matrices_of_groups_are_as_large_as_their_units(options, groups):
+    """Not padded to the chunk: a depthwise layer has hundreds of them, of one or two units each."""
+    model = network(groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    co.Preconditioner(model, optimizer, **options)
+    train(model, optimizer, 3)
+    state = optimizer.state[model[2].weight]
+    units = 12 // groups + 1
+    kept = [name for name in ("consistency_covariance", "consistency_inverse") if name in state]
+    assert kept and all(state[name].shape == (groups, units, units) for name in kept)
+    padded = optimizer.state[model[0].weight]
+    assert all(padded[name].shape == (1, 128, 128) for name in kept)  # one launch with all others
+
+
+@pytest.mark.parametrize("groups", [2, 12])
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_the_result_is_that_of_padded_matrices(options, groups, monkeypatch):
+    chunk_of, results = Correction.chunk_of, []
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(Correction, "chunk_of", lambda self, units, groups=1: chunk_of(self, units))
+        model = network(groups)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        co.Preconditioner(model, optimizer, **options)
+        train(model, optimizer, 7)
+        results.append([p.detach() for p in model.parameters()])
+        state = optimizer.state[model[2].weight]
+        assert any(t.dim() == 3 and (t.shape[1] == 128) == padded for t in state.values())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_a_state_with_padded_matrices_goes_on(options):
+    """As an earlier version saved it."""
+
+    def pad(tensor):
+        return torch.nn.functional.pad(tensor, (0, 128 - tensor.shape[2], 0, 128 - tensor.shape[1]))
+
+    results = []
+    for padded in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        co.Preconditioner(model, optimizer, **options)
+        train(model, optimizer, 4)
+        weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        for entries in saved["state"].values() if padded else ():
+            for name in ("consistency_covariance", "consistency_inverse"):
+                if name in entries:
+                    entries[name] = pad(entries[name])
+        model = network()
+        model.load_state_dict(weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        co.Preconditioner(model, optimizer, **options)
+        optimizer.load_state_dict(saved)
+        train(model, optimizer, 5, seed=1)
+        results.append([p.detach() for p in model.parameters()])
+        state = optimizer.state[model[2].weight]
+        assert all(t.shape == (12, 2, 2) for t in state.values() if t.dim() == 3)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -7,6 +7,7 @@ runs those of capture and preconditioner once more without.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import sys
@@ -165,6 +166,15 @@ def train(make, steps=8, dtype=torch.float32, micro=1, abandon=False, optimizers
     return [p.detach().clone() for p in model.parameters()], reports
 
 
+REUSED = {  # the inverses of a refresh in the two steps after it
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "micro": {"micro": 3},
+    "abandoned": {"abandon": True},
+    "absolute": {"scaling": "absolute", "group": 3, "bias": False, "damping": 30.0},
+    "average": {"decay": 0.5, "steps": 24},
+}
 CASES = {
     "plain": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -176,6 +186,7 @@ CASES = {
     "rounded rows": {"rows_dtype": torch.bfloat16},
     "average": {"decay": 0.9},
     "every": {"decay": 0.5, "every": 3},
+    **{f"reused {name}": {"every": 3, **options} for name, options in REUSED.items()},
 }
 
 
@@ -209,6 +220,83 @@ def test_python_does_the_first_step_only(make, case, python_calls):
     # Both trainings have the same calls in Python: buffers that are made, grow, or are trimmed after the first steps.
     assert after == {name: 2 * count for name, count in before.items()}
     assert before["step"] == 1
+
+
+@needs_accelerator
+@pytest.mark.parametrize("make", IN_CPP)
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("reused")])
+def test_python_does_the_refreshes_only(make, case, python_calls):
+    train(make, **{**CASES[case], "steps": 1})
+    launches = python_calls["step"]  # of a refresh: one, and one more for each size of convolution groups
+    train(make, **CASES[case])
+    # Of 8 steps the first, fourth and seventh; with an average the first 20 of 24 as well, and the 22nd.
+    assert python_calls["step"] == launches * (1 + (21 if "average" in case else 3))
+
+
+@needs_accelerator
+def test_stored_inverses_that_do_not_fit_are_left_to_python(python_calls):
+    """Lost, of another type, of a bias that was frozen since: the result of Python, whatever it is."""
+
+    def lose(state, model):
+        del state[model[2].weight]["consistency_inverse"]
+
+    def cast(state, model):
+        entries = state[model[2].weight]
+        entries["consistency_inverse"] = entries["consistency_inverse"].double()
+
+    def freeze(state, model):
+        model[2].bias.requires_grad_(False)
+        model[2].bias.grad = None
+
+    for change in (lose, cast, freeze):
+        results = []
+        for used in (True, False):
+            torch_abi.use_host_path(used)
+            try:
+                torch.manual_seed(0)
+                model, shape = perceptron()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+                co.Preconditioner(model, optimizer, every=4)
+                for step in range(7):
+                    if step == 2:
+                        before = python_calls["step"]
+                        change(optimizer.state, model)
+                    optimizer.zero_grad()
+                    model(torch.randn(shape)).square().sum().backward()
+                    optimizer.step()
+                    if used and step == 2:
+                        assert python_calls["step"] == before + 1, change
+            finally:
+                torch_abi.use_host_path(True)
+            results.append([p.detach().clone() for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), change
+
+
+@needs_accelerator
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_state_that_was_loaded_between_two_refreshes_has_the_same_bits(steps):
+    results = []
+    for used in (True, False):
+        torch_abi.use_host_path(used)
+        try:
+            torch.manual_seed(0)
+            weights = saved = None
+            for _ in range(2):
+                model, shape = perceptron()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+                co.Preconditioner(model, optimizer, every=3)
+                if saved is not None:
+                    model.load_state_dict(weights)
+                    optimizer.load_state_dict(saved)
+                for _ in range(3 + steps):
+                    optimizer.zero_grad()
+                    model(torch.randn(shape)).square().sum().backward()
+                    optimizer.step()
+                weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        finally:
+            torch_abi.use_host_path(True)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @needs_accelerator

@@ -8,6 +8,9 @@ thread, interleaved:
 * ``hooks that do nothing``: torch's own price of the two hooks that a covered layer has;
 * ``preconditioner``: ours in front of SGD, with the accelerator ``csrc/torch_abi`` where it is built;
 * ``preconditioner, Python``: the same without the accelerator, as from a wheel;
+* ``every=10``, with and without the accelerator: a step between two refreshes, which are one step of ten;
+* ``decay=0.95``, and ``mode="whiten"`` with ``every=10`` (a step between two refreshes) and ``every=1``: modes whose
+  matrices outlive a step, which are padded to ``chunk``;
 * ``AdamW`` and ``fused AdamW`` instead of SGD, for scale;
 * ``kfac-pytorch`` in front of SGD, where that package is installed.
 
@@ -24,6 +27,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,14 +90,23 @@ def kfac_pytorch(candidate: Candidate) -> object:
     return preconditioner
 
 
+def preconditioned(accelerator: bool = True, **options: Any) -> Candidate:
+    return Candidate(
+        keep=lambda c: co.Preconditioner(c.model, c.optimizer, **options), accelerator=accelerator, foreach=True
+    )
+
+
 def candidates() -> dict[str, Candidate]:
     found = {
         "plain": Candidate(foreach=True),
         "hooks that do nothing": Candidate(keep=hooks_that_do_nothing, foreach=True),
-        "preconditioner": Candidate(keep=lambda c: co.Preconditioner(c.model, c.optimizer), foreach=True),
-        "preconditioner, Python": Candidate(
-            keep=lambda c: co.Preconditioner(c.model, c.optimizer), accelerator=False, foreach=True
-        ),
+        "preconditioner": preconditioned(),
+        "preconditioner, Python": preconditioned(accelerator=False),
+        "every=10": preconditioned(every=10),
+        "every=10, Python": preconditioned(accelerator=False, every=10),
+        "decay=0.95": preconditioned(decay=0.95),
+        'mode="whiten", every=10': preconditioned(mode="whiten", every=10),
+        'mode="whiten", every=1': preconditioned(mode="whiten", every=1),
         "AdamW": Candidate(torch.optim.AdamW, foreach=True),
         "fused AdamW": Candidate(torch.optim.AdamW, fused=True),
     }

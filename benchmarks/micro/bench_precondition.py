@@ -1,7 +1,7 @@
 """foreach_precondition_ against the strongest composition of torch operations, in the same run, interleaved.
 
     python -m benchmarks.micro.bench_precondition [--workloads mlp vit-b16] [--chunks 32 128] [--rows 512 2048]
-                                                  [--threads N] [--seconds 4] [--compile few] [--json FILE]
+                                                  [--threads N] [--seconds 4] [--compile few] [--json FILE] [--add]
 
 Baselines (compositions.py): gather + bmm + cholesky + cholesky_solve; gather + bmm + cholesky_inverse + bmm; both
 batched over equal layers; torch.compile of the first two, where a network has at most eight distinct layer shapes.
@@ -16,14 +16,16 @@ gradients, also in the same rounds.  More than 100 % is possible: products of bf
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import warnings
+from pathlib import Path
 
 import torch
 
 import consistency_ops as co
 from benchmarks.micro.compositions import batched, by_inverse, by_solve, compiled, divide, per_layer, sgemm
-from benchmarks.micro.timing import Group, add_clock, interleaved, medians, save
+from benchmarks.micro.timing import RESULTS, Group, add_clock, interleaved, medians, save
 from benchmarks.micro.workloads import LARGE, WORKLOADS, LayerShape, useful_flops
 
 DAMPING = 0.1
@@ -145,6 +147,13 @@ def summary(results: list[dict]) -> dict:
     }
 
 
+def merged(before: list[dict], new: list[dict]) -> list[dict]:
+    """The rows of both, in the order of the workloads; a new one takes the place of the old one."""
+    rows = {(row["workload"], row["chunk"], row["rows"]): row for row in [*before, *new]}
+    order = list(WORKLOADS)
+    return [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), *key[1:]))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -160,18 +169,24 @@ def main() -> None:
         help="for which networks torch.compile competes: few distinct layer shapes, or all (minutes each)",
     )
     parser.add_argument("--json", help="write here instead of benchmarks/results/precondition.json")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows of that file that are not measured here: a run in pieces"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 256
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
     print(HEADER)
-    results = []
+    file = Path(arguments.json) if arguments.json else RESULTS / "precondition.json"
+    before = json.loads(file.read_text())["rows"] if arguments.add and file.exists() else []
+    results: list[dict] = []
     for name in arguments.workloads:
         for chunk in arguments.chunks:
             results += measure(name, chunk, arguments.rows, arguments)
-            save("precondition", {**summary(results), "rows": results}, arguments.json)
-    for key, value in summary(results).items():
+            rows = merged(before, results)
+            save("precondition", {**summary(rows), "rows": rows}, arguments.json)
+    for key, value in summary(rows).items():
         print(f"{key}: {value:.2f}" if value is not None else f"{key}: -")
 
 

@@ -80,7 +80,8 @@ class Pooling:
                 assert weight is not None
                 # Placement decides whether the bias is a unit; the layer itself may still count it.
                 units = layer.units - layer.joins_bias + placement.joins_bias
-                chunk = self._correction.chunk_of(units)
+                module = layer.module()
+                chunk = self._correction.chunk_of(units, 1 if module is None else layer.kind.num_groups(module))
                 key = placement.groups, weight.device, weight.dtype == torch.float64, chunk
                 buckets.setdefault(key, []).append(layer)
         for key, layers in buckets.items():
@@ -189,7 +190,7 @@ class Pooling:
             return False
         shares = self.shares_factorisation
         if shares is None:
-            chunk = self._correction.chunk_of(steps[0].units)
+            chunk = self._correction.chunk_of(steps[0].units, steps[0].convolution_groups)
             units = max(-(-step.units // -(-step.units // chunk)) for step in steps)
             chunks, first = sum(map(len, covariances)), covariances[0]
             shares = cost_model.is_cheaper(first.device.type, len(groups[0]), chunks, units, first.dtype.itemsize)
@@ -209,7 +210,7 @@ class Pooling:
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """As ``foreach_inverse`` of the pooled covariances; each rank of the first group makes a share of it."""
         options, first = self._correction.options, self._placements.process_group(groups[0])
-        lengths, chunk = [len(covariance) for covariance in covariances], self._correction.chunk_of(steps[0].units)
+        lengths, chunk = [len(covariance) for covariance in covariances], covariances[0].shape[1]
         key = tuple(step.units for step in steps), tuple(lengths), rows.device, groups[0]
         if key not in self._dealt_triangles:
             self._dealt_triangles[key] = DealtTriangles(key[0], key[1], chunk, first.size(), first.rank(), rows.device)
@@ -258,7 +259,7 @@ class Pooling:
             return [torch.where(n > 0, covariance, math.nan) for covariance, n in pairs], rows, broken
         key = tuple(step.units for step in steps), tuple(map(len, covariances)), rows.device
         if key not in self._triangles:
-            chunk = self._correction.chunk_of(steps[0].units)
+            chunk = covariances[0].shape[1]
             self._triangles[key] = Triangles(key[0], list(key[1]), chunk, rows.device)
         triangles = self._triangles[key]
         flat = triangles.flatten([covariance * n for covariance, n in zip(covariances, rows, strict=True)])

@@ -9,8 +9,8 @@ and the reports read from it what the last step did.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,66 +18,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..ops.arguments import Scaling
-from ..ops.checks import MAX_WIDTH, shown
 from ..ops.correction import launch_correction
 from ..ops.library import torch_abi
 from .digests import digest
 from .dtensors import is_dtensor
 from .layer import Layer
 from .layer_step import LayerStep, in_order_of_input
+from .options import CorrectionOptions, check_damping
 from .state import StateStore
 
 GATHERING_STEPS = 20  # first steps, in which a running average is too young to be reused
-
-
-@dataclass(frozen=True)
-class CorrectionOptions:
-    """The options of :class:`consistency_ops.Preconditioner` that decide the arithmetic; checked when made.
-
-    Raises:
-        ValueError: an option is out of range or has the wrong type.
-    """
-
-    damping: float | Callable[[int], float]
-    scaling: Scaling
-    chunk: int | None
-    group: int | None
-    max_rows: int
-    decay: float
-    every: int
-    bias: bool
-    seed: int
-    keep_norm: bool = True
-    rows_dtype: torch.dtype | None = None
-    outputs: bool = False
-    max_share: float | None = None
-
-    def __post_init__(self) -> None:
-        if not callable(self.damping):
-            check_damping(self.damping)
-        check(isinstance(self.keep_norm, bool), "keep_norm", "True or False", self.keep_norm)
-        check(isinstance(self.outputs, bool), "outputs", "True or False", self.outputs)
-        check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
-        allowed = self.chunk is None or is_int(self.chunk, 1, MAX_WIDTH)
-        check(allowed, "chunk", f"None or in [1, {MAX_WIDTH}]", self.chunk)
-        largest_group = self.chunk or MAX_WIDTH
-        allowed = self.group is None or is_int(self.group, 1, largest_group)
-        check(allowed, "group", f"None or in [1, {largest_group}]", self.group)
-        check(is_int(self.max_rows, 1), "max_rows", "an integer >= 1", self.max_rows)
-        check(
-            self.rows_dtype is None or self.rows_dtype is torch.bfloat16,
-            "rows_dtype",
-            "None or torch.bfloat16",
-            self.rows_dtype,
-        )
-        check(isinstance(self.decay, int | float) and 0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
-        check(is_int(self.every, 1), "every", "an integer >= 1", self.every)
-        check(isinstance(self.bias, bool), "bias", "True or False", self.bias)
-        check(is_int(self.seed, 0, 2**63 - 1), "seed", "an integer in [0, 2^63)", self.seed)
-        share = self.max_share
-        allowed = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < math.inf
-        check(share is None or allowed, "max_share", "None or a finite number > 0", share)
 
 
 class Correction:
@@ -123,17 +73,20 @@ class Correction:
         """Hooks of its own that the correction needs on a layer."""
         return []
 
-    def chunk_of(self, units: int) -> int:
+    def chunk_of(self, units: int, groups: int = 1) -> int:
         """Largest chunk for a layer of so many units, the bias included. Layers of one launch must have the same.
 
-        The kernels have one size of chunk for all layers. Wider matrices are as large as the layer, not padded.
+        The kernels have one size of chunk for all layers, and stored matrices are padded to it. Wider matrices are as
+        large as the layer, and so are those of convolution ``groups`` that are kept: there are hundreds of them in a
+        depthwise layer, with a unit or two each. The division of the units is the same.
         """
         chunk = self.options.chunk
-        return chunk if chunk is not None and chunk <= ops.MAX_CHUNK else min(chunk or units, units)
+        padded = chunk is not None and chunk <= ops.MAX_CHUNK and not (groups > 1 and self.stores_matrices)
+        return chunk if chunk is not None and padded else min(chunk or units, units)
 
     def _launch(self, steps: list[LayerStep]) -> tuple[int, int | None]:
         """Chunk and group of a launch for these layers."""
-        chunk, group = self.chunk_of(steps[0].units), self.options.group
+        chunk, group = self.chunk_of(steps[0].units, steps[0].convolution_groups), self.options.group
         return chunk, None if group is None else min(group, chunk)
 
     def refreshes(self, step: int) -> bool:
@@ -147,8 +100,8 @@ class Correction:
         return 0 if self.options.decay > 0 else self.step - self.step % self.options.every
 
     def num_chunks(self, step: LayerStep) -> int:
-        units = step.units
-        return step.convolution_groups * -(-units // self.chunk_of(units))
+        units, groups = step.units, step.convolution_groups
+        return groups * -(-units // self.chunk_of(units, groups))
 
     def division_digest(self, layer: Layer) -> int:
         """Everything that decides which units stand where in the stored matrices of a layer, but their number."""
@@ -370,6 +323,10 @@ class Correction:
             return None
         return inverse.to(step.compute_dtype), info.to(torch.int32)  # where a load has cast them, or the model changed
 
+    def state_between_refreshes(self) -> dict[Tensor, dict[str, Any]] | None:
+        """The optimizer's state, if this step only applies the inverses there, and nothing else is to be looked up."""
+        return None if self.refreshes(self.step) else self._store.plain_state()
+
     def has_inverse(self, layer: Layer) -> bool:
         """Whether a chunk of the stored inverse can be used. Waits for the device."""
         info = self._store.get(layer).get("info")
@@ -444,6 +401,8 @@ class Correction:
                     layer.inverse_units = None
                     self._store.drop(layer)
                     dropped.append(layer.name)
+                else:
+                    self._trim(layer, layer.inverse_units, state)
             if self.options.every == 1:  # saved with a larger one
                 self._store.drop(layer, "inverse", "info", "output_inverse", "output_info")
         return dropped
@@ -464,8 +423,22 @@ class Correction:
         assert module is not None
         if not is_dtensor(weight) and abs(units - layer.units) > 1:
             return False
-        chunks = layer.kind.num_groups(module) * -(-units // self.chunk_of(units))
-        return all(matrix.dim() == 3 and len(matrix) == chunks for matrix in matrices)
+        groups = layer.kind.num_groups(module)
+        chunk = self.chunk_of(units, groups)
+        chunks = groups * -(-units // chunk)
+        return all(
+            matrix.dim() == 3 and len(matrix) == chunks and matrix.shape[1] == matrix.shape[2] >= chunk
+            for matrix in matrices
+        )
+
+    def _trim(self, layer: Layer, units: int, state: dict[str, Tensor]) -> None:
+        """Of matrices that were saved with more padding (convolution groups, by an earlier version) keep the rest."""
+        module = layer.module()
+        assert module is not None
+        chunk = self.chunk_of(units, layer.kind.num_groups(module))
+        for key in ("covariance", "inverse"):
+            if key in state and state[key].shape[1] > chunk:
+                self._store.put(layer, key, state[key][:, :chunk, :chunk].clone())
 
 
 def _has_waited(step: LayerStep) -> bool:
@@ -481,17 +454,3 @@ def are_finite(tensors: list[Tensor]) -> Tensor:
     if not ends:
         return torch.ones((), dtype=torch.bool, device=tensors[0].device)
     return torch.stack(ends).isfinite().all()
-
-
-def check(condition: bool, name: str, requirement: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"Preconditioner: {name} must be {requirement}, got {shown(value)}")
-
-
-def check_damping(value: float, where: str = "") -> float:
-    check(isinstance(value, int | float) and 0 <= value < math.inf, "damping" + where, "a finite number >= 0", value)
-    return float(value)
-
-
-def is_int(value: object, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

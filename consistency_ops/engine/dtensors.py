@@ -23,7 +23,8 @@ Group = tuple[int, ...]
 
 def is_dtensor(tensor: object) -> TypeIs[DTensor]:
     """Without an import: ``torch.distributed.tensor`` takes two seconds, and who has a DTensor has imported it."""
-    return type(tensor) is not Tensor and hasattr(tensor, "placements")
+    kind = type(tensor)
+    return kind is not Tensor and kind is not Parameter and hasattr(tensor, "placements")
 
 
 def as_plain(x: object) -> Tensor | None:

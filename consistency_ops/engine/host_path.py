@@ -1,10 +1,10 @@
 """The fast ways of row capture and of a step in C++ (``csrc/torch_abi``), where it was built for the torch that runs.
 
-They do the plain case on the CPU: parameters, dense tensors, one launch for all layers, nothing kept from step to step,
-and nobody who watches the operators (modes, transforms, the profiler). They read and write the attributes of
-:class:`Capture` and :class:`Layer` where they lie and leave everything else to the Python code, which is the definition
-and computes the same bits. The forward hook needs nothing here: a call of a :class:`Capture` goes to C++ first, except
-when Dynamo traces it.
+They do the plain case on the CPU: parameters, dense tensors, one launch for all layers, matrices that are kept from
+step to step only where they are applied, and nobody who watches the operators (modes, transforms, the profiler). They
+read and write the attributes of :class:`Capture` and :class:`Layer` where they lie and leave everything else to the
+Python code, which is the definition and computes the same bits. The forward hook needs nothing here: a call of a
+:class:`Capture` goes to C++ first, except when Dynamo traces it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,20 @@ def correct(correction: Correction, layers: list[Layer], ownership: Ownership) -
     """
     options = correction.options
     chunk = options.chunk
-    if not is_bound or type(correction) is not Correction or correction.stores_matrices:
+    if not is_bound or type(correction) is not Correction or torch_abi is None:
         return False
-    if torch_abi is None or chunk is None or chunk > MAX_CHUNK:
+    if chunk is None or chunk > MAX_CHUNK:
         return False
-    plan = torch_abi.plan_step(layers, ownership.ids, chunk, options.group or 0)
+    state = None
+    if correction.stores_matrices:
+        state = correction.state_between_refreshes()
+        if state is None:
+            return False
+    plan = torch_abi.plan_step(layers, ownership.ids, chunk, options.group or 0, state)
     if plan is None:
         return False
+    if state is not None:
+        return bool(torch_abi.run_stored(plan, chunk, options.seed, correction.division_step))
     damping = correction.damping()
     trace, seed = options.scaling == "trace", options.seed
     return bool(torch_abi.run_step(plan, damping, trace, chunk, options.max_rows, seed, correction.step))

@@ -125,9 +125,12 @@ def _output_side(size: LayerSize, method: Method) -> tuple[float, float]:
 
 
 def _kept(size: LayerSize, method: Method) -> int:
-    """Rows of a matrix that outlives the step: padded to the chunk of all layers of a launch, if kernels make it."""
+    """Rows of a matrix that outlives the step: padded to the chunk of all layers of a launch, if kernels make it.
+
+    Those of convolution groups are not padded (``Correction.chunk_of``).
+    """
     chunk = method.chunk or size.units
-    return chunk if chunk <= MAX_CHUNK else min(chunk, size.units)
+    return chunk if chunk <= MAX_CHUNK and size.groups == 1 else min(chunk, size.units)
 
 
 def _chunks(units: int, chunk: int | None) -> tuple[int, float]:

@@ -139,20 +139,22 @@ def notice_unseen(steps: list[LayerStep], notices: Notices) -> bool:
     return True
 
 
-def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int], int]) -> list[list[LayerStep]]:
+def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int, int], int]) -> list[list[LayerStep]]:
     """The layers that one launch can correct: those on one device, of one precision, with chunks of one size.
 
-    ``chunk_of``: the largest chunk for a layer of so many units.
+    ``chunk_of``: the largest chunk for a layer of so many units in so many convolution groups.
     """
     found: dict[tuple[torch.device, torch.dtype, int], list[LayerStep]] = {}
-    last: tuple[torch.device, torch.dtype, int] | None = None  # the layer before is often of the same kind: quicker
+    last: tuple[torch.device, torch.dtype, int, int] | None = (
+        None  # the layer before is often of the same kind: quicker
+    )
     batch: list[LayerStep] = []
     for step in steps:
         rows = step.rows
-        kind = rows.device, rows.dtype, step.units
+        kind = rows.device, rows.dtype, step.units, step.convolution_groups
         if kind != last:
             last = kind
-            batch = found.setdefault((rows.device, step.compute_dtype, chunk_of(step.units)), [])
+            batch = found.setdefault((rows.device, step.compute_dtype, chunk_of(*kind[2:])), [])
         batch.append(step)
     return list(found.values())
 

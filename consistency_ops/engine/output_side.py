@@ -31,7 +31,7 @@ from .state import StateStore
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from .correction import CorrectionOptions
+    from .options import CorrectionOptions
 
 T = TypeVar("T", Tensor, "Tensor | None")
 Matrix = tuple[Tensor, Tensor | None]  # (outputs, inputs) or (outputs, inputs, *kernel), and the bias, one more column

@@ -70,6 +70,12 @@ class StateStore:
         value: Tensor | None = self._optimizer.known_state_of(layer.weight).get(_prefix(layer) + key)
         return None if value is None else local(value)
 
+    def plain_state(self) -> dict[Tensor, dict[str, Any]] | None:
+        """The optimizer's own dictionary, if every layer's entries are there, as plain tensors."""
+        if self._optimizer is None or self._optimizer.parts or self.shards:
+            return None
+        return self._optimizer.saving.state
+
     def newest(self, layer: Layer, key: str) -> Tensor | None:
         """What this step has left of it, else :meth:`one`."""
         return layer.pending.get(key, self.one(layer, key))

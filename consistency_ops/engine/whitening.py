@@ -16,7 +16,7 @@ optimizer's step as it is. With ``outputs=True`` the same is done from the left 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,11 +26,12 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from .. import ops
 from ..ops.whitening import Layers, foreach_multiply_, foreach_unwhiten_, foreach_whiten_, foreach_whiten_by_
 from ..reference import norm_scales
-from .correction import Correction, CorrectionOptions
+from .correction import Correction
 from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
 from .layer import Layer
 from .layer_step import LayerStep
+from .options import CorrectionOptions
 from .output_side import Matrix, OutputSide, whiten_outputs
 from .state import StateStore
 
@@ -54,7 +55,13 @@ class _Whitened:
     # Before the step, after decoupled weight decay, in the order of `steps`; of a DTensor what this rank holds.
     weights: list[Tensor]
     biases: list[Tensor]
-    sides: list[OutputSide] = field(default_factory=list)
+    sides: list[OutputSide]
+    sharded: bool  # whether a weight is a DTensor
+    # Weights and biases where they lie, and the parameters that they are of with their addresses; empty if some are
+    # copies.  An optimizer that writes in place leaves all that as it is.
+    views: tuple[list[Tensor], list[Tensor]]
+    owners: list[Tensor]
+    places: list[int]
 
     def matrices(self, weights: list[Tensor], biases: list[Tensor]) -> list[Matrix]:
         """Every layer's weight with its joined bias."""
@@ -63,6 +70,8 @@ class _Whitened:
 
     def as_they_are_now(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and joined biases after the optimizer's step."""
+        if self.places and [owner.data_ptr() for owner in self.owners] == self.places:
+            return self.views
         return [_weight_of(step) for step in self.steps], [_bias_of(self.steps[i]) for i in self.launch.biases]
 
     def unwhiten_(
@@ -85,9 +94,8 @@ class _Whitened:
     def write_back(self, weights: list[Tensor]) -> None:
         """Give their weights to the layers whose type made copies of them."""
         for step, weight in zip(self.steps, weights, strict=True):
-            module = _module(step)
-            if step.layer.kind.copies(module):
-                step.layer.kind.write_back(module, weight, step.weight.detach())
+            if _is_copied(step):
+                step.layer.kind.write_back(_module(step), weight, step.weight.detach())
 
 
 class WhiteningCorrection(Correction):
@@ -107,6 +115,7 @@ class WhiteningCorrection(Correction):
         self._keeps_norm = options.keep_norm and not isinstance(optimizer, SGD)
         self._whitened: list[_Whitened] = []
         self._groups: dict[int, dict[str, Any]] = {}  # param group by id of the parameter
+        self._is_coupled = False  # whether the optimizer adds weight decay to a gradient
         # By layer index, factor and info: of this step, if they are not stored; and of the last refresh, if they are.
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -128,7 +137,9 @@ class WhiteningCorrection(Correction):
     def begin_step(self) -> None:
         self._whitened.clear()
         self._fresh.clear()
-        self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        groups = self._optimizer.param_groups
+        self._groups = {id(p): group for group in groups for p in group["params"]}
+        self._is_coupled = any(map(self._coupled_decay, groups))
 
     def run(self, steps: list[LayerStep]) -> None:
         if not self.refreshes(self.step):
@@ -166,7 +177,7 @@ class WhiteningCorrection(Correction):
 
     def _running_average(self, step: LayerStep) -> tuple[Tensor, Tensor]:
         """Running sum of covariances and its weight, which the call changes in place."""
-        layer, chunk = step.layer, self.chunk_of(step.units)
+        layer, chunk = step.layer, self.chunk_of(step.units, step.convolution_groups)
         shape = self.num_chunks(step), chunk, chunk
         layer.inverse_units, fits = step.units, step.units_unchanged
         total, weight = self._store.running_sum(layer, shape, step.compute_dtype, step.rows.device, fits=fits)
@@ -232,9 +243,10 @@ class WhiteningCorrection(Correction):
 
     def _launch_of(self, steps: list[LayerStep]) -> tuple[Layers, list[Tensor], list[Tensor]]:
         """What the calls for these layers have in common, and their gradients."""
-        options, chunk = self.options, self.chunk_of(steps[0].units)
+        options, chunk = self.options, self.chunk_of(steps[0].units, steps[0].convolution_groups)
         if options.group is None:
-            groups = [ops.default_group(step.grad.dtype, chunk) for step in steps]
+            of_type = {dtype: ops.default_group(dtype, chunk) for dtype in {step.grad.dtype for step in steps}}
+            groups = [of_type[step.grad.dtype] for step in steps]
         else:
             groups = [min(options.group, chunk)] * len(steps)
         joined = [(i, step.bias_grad) for i, step in enumerate(steps) if step.bias_grad is not None]
@@ -246,7 +258,8 @@ class WhiteningCorrection(Correction):
         self, steps: list[LayerStep], launch: Layers, factors: list[Tensor], info: Tensor, has_gradient: Tensor
     ) -> None:
         """Keep what is needed after the optimizer's step, and give the optimizer the coupled decay that it must see."""
-        if any(is_dtensor(step.weight) for step in steps):
+        sharded = any(is_dtensor(step.weight) for step in steps)
+        if sharded:
             flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
             has_gradient = torch.stack(flags)
         sides: list[OutputSide] = []
@@ -258,18 +271,32 @@ class WhiteningCorrection(Correction):
         owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]
         before = self._decayed([*weights, *biases], owners)
         count = len(steps)
-        whitened = _Whitened(steps, launch, factors, info, has_gradient, before[:count], before[count:], sides)
+        moves = sharded or any(map(_is_copied, steps))
+        whitened = _Whitened(
+            steps,
+            launch,
+            factors,
+            info,
+            has_gradient,
+            before[:count],
+            before[count:],
+            sides,
+            sharded,
+            (weights, biases),
+            owners,
+            [] if moves else [owner.data_ptr() for owner in owners],
+        )
         self._whitened.append(whitened)
-        coupled = [self._coupled_decay(owner) for owner in owners]
-        if any(coupled):
-            self._add_coupled_decay(whitened, coupled)
+        if self._is_coupled:
+            coupled = [self._coupled_decay(self._groups.get(id(owner), {})) for owner in owners]
+            if any(coupled):
+                self._add_coupled_decay(whitened, coupled)
 
     def _is_decoupled(self, group: dict[str, Any]) -> bool:
         ours = type(self._optimizer).__module__.startswith("torch.optim")
         return bool(group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED) or not ours))
 
-    def _coupled_decay(self, parameter: Tensor) -> float:
-        group = self._groups.get(id(parameter), {})
+    def _coupled_decay(self, group: dict[str, Any]) -> float:
         decay: float = group.get("weight_decay", 0.0)
         if not decay or self._is_decoupled(group):
             return 0.0
@@ -319,6 +346,8 @@ class WhiteningCorrection(Correction):
     def _map_outputs_back(
         self, whitened: _Whitened, weights: list[Tensor], before: list[Tensor], biases: list[Tensor]
     ) -> None:
+        if not whitened.sides:
+            return
         now, old = whitened.matrices(weights, biases), whitened.matrices(before, whitened.biases)
         for side in whitened.sides:
             side.map_back_(now, old, keep_norm=self._keeps_norm)
@@ -328,7 +357,7 @@ class WhiteningCorrection(Correction):
     @torch.no_grad()
     def finish_step(self, layers: list[Layer]) -> None:
         for whitened in self._whitened:
-            if any(is_dtensor(step.weight) for step in whitened.steps):
+            if whitened.sharded:
                 self._map_back_over_ranks(whitened)
             else:
                 self._map_back(whitened)
@@ -376,6 +405,12 @@ def _module(step: LayerStep) -> nn.Module:
     module = step.layer.module()
     assert module is not None
     return module
+
+
+def _is_copied(step: LayerStep) -> bool:
+    """Whether :func:`_weight_of` is a copy, which must be written back."""
+    kind = step.layer.kind
+    return kind.groups is not None and kind.copies(_module(step))  # no other has one
 
 
 def _weight_of(step: LayerStep) -> Tensor:

@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import reference
 from .._hooks import Unpickled, hide
-from ..engine.correction import Correction, CorrectionOptions
+from ..engine.correction import Correction
 from ..engine.layer import Layer
 from ..engine.layer_step import LayerStep
+from ..engine.options import CorrectionOptions
 from ..engine.state import StateStore
 from ..ops.checks import MAX_CHUNK, check_integers, check_module, check_numbers, shown
 from ..preconditioner import Preconditioner
@@ -186,7 +187,7 @@ class _WholeLayerCorrection(Correction):
         hide(module)
         return [handle]
 
-    def chunk_of(self, units: int) -> int:
+    def chunk_of(self, units: int, groups: int = 1) -> int:
         if self._divide is not None and units > self._max_size:
             return self._divide
         return max(units, MAX_CHUNK)

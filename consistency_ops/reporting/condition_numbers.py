@@ -30,7 +30,8 @@ def condition_numbers(correction: Correction, layers: list[Layer], of: list[Laye
     """
     batches: dict[tuple[torch.device, bool, int], list[Layer]] = {}
     for layer in of:
-        capture, chunk = _capture(layer), correction.chunk_of(_units(layer))
+        capture, module = _capture(layer), layer.module()
+        chunk = correction.chunk_of(_units(layer), 1 if module is None else layer.kind.num_groups(module))
         if capture.state is not None and chunk <= ops.MAX_CHUNK and _matrix(layer).numel() > 0:
             rows = capture.buffer
             batches.setdefault((rows.device, rows.dtype == torch.float64, chunk), []).append(layer)

@@ -50,7 +50,7 @@ PyObject* bind_host_path(PyObject* /*module*/, PyObject* args) {
             &c.restarted,   &c.position,       &c.marked_calls, &c.last_source}) &&
       find(states, {&s.stopped, &s.paused, &s.mask, &s.inputs, &s.layers}) &&
       find(layer, {&l.module, &l.kind, &l.index, &l.joins_bias, &l.tied, &l.capture, &l.info_slice, &l.damping_slice,
-                   &l.unfit_gradient, &l.lost_rows, &l.inverse_units, &l.division_id});
+                   &l.unfit_gradient, &l.lost_rows, &l.inverse_units, &l.division_id, &l.pending});
   if (!found) return nullptr;
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
   host.training = name("training");
@@ -61,6 +61,7 @@ PyObject* bind_host_path(PyObject* /*module*/, PyObject* args) {
   host.id = name("id");
   host.position = name("position");
   host.groups = name("groups");
+  host.part = name("part");
   if (PyErr_Occurred()) return nullptr;
   host.plain_keys = at::empty({0}, at::kFloat).unsafeGetTensorImpl()->key_set();
   for (PyObject* type : {capture, states, layer, kind, transposed, third}) Py_INCREF(type);  // for good, as this module

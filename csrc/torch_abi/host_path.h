@@ -36,7 +36,7 @@ struct LayerClass {
   PyTypeObject* type = nullptr;
   Slot module{"module"}, kind{"kind"}, index{"index"}, joins_bias{"joins_bias"}, tied{"tied"}, capture{"capture"},
       info_slice{"info_slice"}, damping_slice{"damping_slice"}, unfit_gradient{"unfit_gradient"},
-      lost_rows{"lost_rows"}, inverse_units{"inverse_units"}, division_id{"division_id"};
+      lost_rows{"lost_rows"}, inverse_units{"inverse_units"}, division_id{"division_id"}, pending{"pending"};
 };
 
 struct HostPath {
@@ -49,7 +49,7 @@ struct HostPath {
   PyTypeObject *kind_type = nullptr, *transposed_type = nullptr, *third_type = nullptr;
   c10::DispatchKeySet plain_keys;  // of a dense tensor of the CPU that is nothing else
   PyObject *training = nullptr, *parameters = nullptr, *bias = nullptr, *matrix = nullptr, *packed = nullptr,
-           *id = nullptr, *position = nullptr, *groups = nullptr;  // names
+           *id = nullptr, *position = nullptr, *groups = nullptr, *part = nullptr;  // names
 };
 extern HostPath host;
 

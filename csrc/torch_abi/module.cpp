@@ -16,6 +16,7 @@ PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
                                   {"use_host_path", use_host_path, METH_O, nullptr},
                                   {"plan_step", plan_step, METH_VARARGS, nullptr},
                                   {"run_step", run_step, METH_VARARGS, nullptr},
+                                  {"run_stored", run_stored, METH_VARARGS, nullptr},
                                   {"begin_step", begin_step, METH_VARARGS, nullptr},
                                   {"reset_states", reset_states, METH_VARARGS, nullptr},
                                   {"update_averages", update_averages, METH_VARARGS, nullptr},

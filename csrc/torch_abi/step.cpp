@@ -1,5 +1,7 @@
 // The host's part of a step: what consistency_ops/engine/layer_step.py and Correction.fused do for all layers, where
 // all of them are the plain case.  consistency_ops/engine/host_path.py calls the three functions at the end.
+#include "torch_abi/step.h"
+
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
@@ -14,37 +16,10 @@
 #include <vector>
 
 #include "bindings/describe.h"
-#include "torch_abi/host_path.h"
 #include "torch_abi/torch_abi.h"
 
 namespace consistency_ops::torch_abi {
 namespace {
-
-constexpr char kPlan[] = "consistency_ops.host_plan";
-
-// One layer of a step; the tensors keep the memory that its problem points to.
-struct Planned {
-  THPObjectPtr layer;
-  at::Tensor grad, bias_grad, rows, count;
-  int64_t convolution_groups, rows_id;
-  bool is_double;
-};
-struct Plan {
-  std::vector<Planned> layers;
-  std::vector<PreconditionLayer> problems;  // one a layer, in their order: of its first group, if it has several
-  std::vector<THPObjectPtr> others;         // layers that have nothing to correct in this step
-};
-
-// What is needed of a LayerType; most layers of a network have that of the layer before.
-struct Kind {
-  enum class Form { kPython, kWhole, kTransposed, kThird };  // how the matrix lies in the parameter
-
-  PyObject* of = nullptr;  // borrowed from a layer
-  Form form = Form::kPython;
-  THPObjectPtr bias;  // its name, or None
-  bool third_of_bias = false;
-  int64_t third = 0;  // which
-};
 
 enum class Look { kPlanned, kNothing, kPython };  // kNothing: this layer has nothing to correct in this step
 
@@ -59,6 +34,8 @@ void learn(PyObject* object, Kind& kind) {
   PyTypeObject* type = Py_TYPE(object);
   kind.of = object;
   kind.form = Kind::Form::kPython;
+  kind.inverse_key = nullptr;
+  kind.info_key = nullptr;
   if (type != host.kind_type && type != host.transposed_type && type != host.third_type) return;
   kind.bias = THPObjectPtr(attribute(object, host.bias));
   THPObjectPtr matrix(attribute(object, host.matrix)), packed(attribute(object, host.packed)),
@@ -163,12 +140,15 @@ void fetch_ahead(PyObject* layers, Py_ssize_t i) {
   }
 }
 
-Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Kind& kind, Planned& found,
+// state: the optimizer's, by parameter, where the matrices of the last refresh are applied; null for the rows of this
+// step.
+Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, PyObject* state, Kind& kind, Planned& found,
           PreconditionLayer& p) {
   const LayerClass& l = host.layer;
   const CaptureClass& c = host.capture;
   PyObject *capture = l.capture.get(layer), *tied = l.tied.get(layer);
   if (capture == nullptr || Py_TYPE(capture) != c.type) return Look::kPython;
+  if (state != nullptr && (c.waits.is_true(capture) || !c.source.is(capture, Py_None))) return Look::kPython;
   if (kind.of != l.kind.get(layer)) learn(l.kind.get(layer), kind);
   if (kind.form == Kind::Form::kPython) return Look::kPython;
   THPObjectPtr module(referent(l.module.get(layer)));
@@ -205,33 +185,39 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, Kind& 
   if (!found.grad.defined()) return Look::kPython;
 
   const at::Tensor &grad = found.grad, *rows = tensor_in(c.rows, source), *count = tensor_in(c.count, source);
-  if (rows == nullptr || count == nullptr || !is_plain(*rows) || !is_plain(*count)) return Look::kPython;
-  if (!find_bias(layer, kind, parameters.get(), owned, found.bias_grad)) return Look::kPython;
-  if (grad.dim() < 2 || grad.dim() > 2 + kMaxTapDims || rows->dim() != 2 || rows->size(0) == 0 || grad.size(1) == 0) {
+  if (state == nullptr && (rows == nullptr || count == nullptr || !is_plain(*rows) || !is_plain(*count))) {
     return Look::kPython;
   }
-  found.convolution_groups = rows->size(1) / grad.size(1);
-  const bool sizes_fit = found.convolution_groups * grad.size(1) == rows->size(1) &&
+  if (!find_bias(layer, kind, parameters.get(), owned, found.bias_grad)) return Look::kPython;
+  if (grad.dim() < 2 || grad.dim() > 2 + kMaxTapDims || grad.size(1) == 0) return Look::kPython;
+  if (state == nullptr && (rows->dim() != 2 || rows->size(0) == 0)) return Look::kPython;
+  const int64_t width = state == nullptr ? rows->size(1) : c.width.integer(capture, 0);
+  found.convolution_groups = width / grad.size(1);
+  const bool sizes_fit = width > 0 && found.convolution_groups * grad.size(1) == width &&
                          (grad.dim() > 2 || found.convolution_groups == 1) &&
                          grad.size(0) % found.convolution_groups == 0 &&
                          (!found.bias_grad.defined() || found.bias_grad.size(0) == grad.size(0));
   if (!sizes_fit) return Look::kPython;
 
   found.layer = THPObjectPtr(Py_NewRef(layer));
+  bindings::set_grad(p, grad, found.convolution_groups, "foreach_precondition_");
+  if (found.bias_grad.defined()) bindings::set_bias(p, found.bias_grad, "foreach_precondition_");
+  p.layer = static_cast<uint32_t>(l.index.integer(layer, 0));
+  for (int64_t& size : p.x_row_size) size = 1;
+  if (state != nullptr) {
+    found.is_double = c.is_double.is_true(capture);
+    return find_stored(layer, state, weight_object, chunk, group, kind, found, p) ? Look::kPlanned : Look::kPython;
+  }
   found.rows = *rows;
   found.count = *count;
   found.rows_id = reinterpret_cast<int64_t>(c.rows.get(source));
   found.is_double = rows->scalar_type() == at::kDouble;
-  for (int64_t& size : p.x_row_size) size = 1;
   p.x = rows->const_data_ptr();
   p.x_row_size[kMaxRowDims - 1] = rows->size(0);
   p.x_row_stride[kMaxRowDims - 1] = rows->size(1);
   p.x_unit_stride = 1;
   p.x_dtype = bindings::dtype_of(*rows, "foreach_precondition_", "inputs");
-  bindings::set_grad(p, grad, found.convolution_groups, "foreach_precondition_");
-  if (found.bias_grad.defined()) bindings::set_bias(p, found.bias_grad, "foreach_precondition_");
   p.row_count = count->const_data_ptr<int64_t>();
-  p.layer = static_cast<uint32_t>(l.index.integer(layer, 0));
   // default_group of ops/arguments.py
   p.group = static_cast<int32_t>(std::min(group > 0 ? group : 32 / element_size(p.g_dtype), chunk));
   return Look::kPlanned;
@@ -279,6 +265,8 @@ bool gradients_overlap(const std::vector<Planned>& plan) {
 
 void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
 
+}  // namespace
+
 bool set_slice(const Slot& slot, PyObject* layer, PyObject* tensor, int64_t begin, int64_t end) {
   THPObjectPtr first(PyLong_FromLongLong(begin)), last(PyLong_FromLongLong(end));
   THPObjectPtr slice(first && last ? PyTuple_Pack(3, tensor, first.get(), last.get()) : nullptr);
@@ -286,16 +274,20 @@ bool set_slice(const Slot& slot, PyObject* layer, PyObject* tensor, int64_t begi
   return static_cast<bool>(slice);
 }
 
-}  // namespace
-
-// plan_step(layers, owned, chunk, group): what this step corrects, to be given to run_step; None if a layer is not the
-// plain case or there is nothing to correct.  owned: a frozenset of the ids of the optimizer's parameters, or None for
-// all; group: 0 for the default.  Changes nothing.
+// plan_step(layers, owned, chunk, group, state): what this step corrects, to be given to run_step, or to run_stored if
+// there is a state; None if a layer is not the plain case or there is nothing to correct.  owned: a frozenset of the
+// ids of the optimizer's parameters, or None for all; group: 0 for the default; state: the optimizer's dictionary, in
+// which the matrices are that are to be applied, or None to correct by the rows of this step.  Changes nothing.
 PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
   HANDLE_TH_ERRORS
-  PyObject *layers = nullptr, *owned = nullptr;
+  PyObject *layers = nullptr, *owned = nullptr, *state = nullptr;
   long long chunk = 0, group = 0;
-  if (!PyArg_ParseTuple(args, "O!OLL", &PyList_Type, &layers, &owned, &chunk, &group)) return nullptr;
+  if (!PyArg_ParseTuple(args, "O!OLLO", &PyList_Type, &layers, &owned, &chunk, &group, &state)) return nullptr;
+  if (state == Py_None) {
+    state = nullptr;
+  } else if (!PyDict_Check(state)) {
+    Py_RETURN_NONE;
+  }
   if (host.calls == nullptr || !host.used || (owned != Py_None && !PyFrozenSet_CheckExact(owned)) || !unwatched()) {
     Py_RETURN_NONE;
   }
@@ -309,7 +301,7 @@ PyObject* plan_step(PyObject* /*module*/, PyObject* args) {
     if (Py_TYPE(layer) != host.layer.type) Py_RETURN_NONE;
     fetch_ahead(layers, i);
     Planned& planned = plan->layers.emplace_back();
-    const Look seen = look(layer, owned, chunk, group, kind, planned, plan->problems.emplace_back());
+    const Look seen = look(layer, owned, chunk, group, state, kind, planned, plan->problems.emplace_back());
     if (seen == Look::kPython || (seen == Look::kPlanned && planned.is_double != plan->layers.front().is_double)) {
       PyErr_Clear();
       Py_RETURN_NONE;

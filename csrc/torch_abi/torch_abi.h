@@ -13,6 +13,7 @@ PyObject* bind_host_path(PyObject* module, PyObject* args);
 PyObject* use_host_path(PyObject* module, PyObject* used);
 PyObject* plan_step(PyObject* module, PyObject* args);
 PyObject* run_step(PyObject* module, PyObject* args);
+PyObject* run_stored(PyObject* module, PyObject* args);
 PyObject* begin_step(PyObject* module, PyObject* args);
 PyObject* reset_states(PyObject* module, PyObject* args);
 PyObject* update_averages(PyObject* module, PyObject* args);
