@@ -70,7 +70,10 @@ SETTINGS = (
             "depth": 11,
             "rising": True,
         }
-        for activation, decays in (("modulus", (2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.012)), ("relu", (4e-3, 8e-3)))
+        for activation, decays in (
+            ("modulus", (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.012)),
+            ("relu", (4e-3, 8e-3)),
+        )
         for decay in decays
     }
     | {

@@ -34,7 +34,7 @@ MNIST = {f"roa, depth 50000, mnist {n}": {**DEEPEST, "data": "mnist", "train": n
 DEFAULT = list(SETTINGS)
 SETTINGS |= MNIST
 SIZE = {"epochs": 5, "batch": 50, "width": 32}
-FIGSIZE = (10, 4)
+FIGSIZE = (13, 4)
 
 
 class Plain(ROAFeedForward):
@@ -111,7 +111,7 @@ def _deepest(model: ROAFeedForward, data: fit.Split, size: dict, seed: int, tick
 
 
 def plot(figure, results):
-    left, right = figure.subplots(1, 2)
+    left, right, curves = figure.subplots(1, 3)
     floor = 1e-45  # smallest float32, where a gradient that is exactly 0 is drawn
     lines_drawn = {
         ("roaFNN", "C0"): {d: f"roa, depth {d}" for d in DEPTHS},
@@ -132,9 +132,15 @@ def plot(figure, results):
         right.plot(depths, errors, "o-", color=colour, label=label)
     left.set(xscale="log", yscale="log", xlabel="layers", ylabel="gradient at the first over the last state")
     right.set(xscale="log", xlabel="layers", ylabel="best test error", ylim=(0, 1))
-    for axis in (left, right):
+    for records in results.values():
+        if "step_loss" in records[0]:
+            data = records[0]["settings"].get("data", "digits")
+            curves.plot(records[0]["step_loss"], ".-", label=f"{records[0]['settings']['depth']} layers, {data}")
+    curves.set(xlabel="step", ylabel="loss of the batch")
+    for axis in (left, right, curves):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if axis.has_data():
+            axis.legend(fontsize="small")
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(
         f"Networks of {size['width']} units on the digits, {size['epochs']} epochs (1 epoch for 5000 layers and more)"
