@@ -163,7 +163,8 @@ def first_order_steps(runs: Runs) -> str:
 
     def cell(task: str, name: str) -> str:
         found = steps_to_first_order(runs[task], name)
-        return _reached(runs[task], name, found, None if found is None else f"{found[0]:.0f} ({found[1]:.1f} s)")
+        text = None if found is None else f"{found[0]:.0f} ({found[1]:.1f} s)"
+        return text if text and name == best_first_order(runs[task])[0] else _reached(runs[task], name, found, text)
 
     return _steps_table(runs, tasks, heads, cell)
 
