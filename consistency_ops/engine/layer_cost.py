@@ -10,10 +10,11 @@ chunks of c takes::
     product          2 m d c               with taps as outputs; two passes over G
 
 Rows that are at most a quarter of a chunk need r^2 d, r^3 a chunk and 4 m d r in place of the last three, with r rows
-in whole panels of 16 (``csrc/cpu/few_rows.h``). Constants turn bytes, slow operations and calls into operations. They
-were fitted to 38 layers (``benchmarks/micro/bench_layer_cost.py``, one thread of an AMD EPYC with AVX-512, where an
-operation is 6.2 ps); on other processors and on GPUs nothing was fitted, and they serve there because every machine
-must decide alike.
+in whole panels of 16 (``csrc/cpu/few_rows.h``). Groups of a convolution whose matrices outlive the step are problems
+of their own, and read lines of their own in a row of inputs. Constants turn bytes, slow operations and calls into
+operations. They were fitted to 38 layers (``benchmarks/micro/bench_layer_cost.py``, one thread of an AMD EPYC with
+AVX-512, where an operation is 6.2 ps); on other processors and on GPUs nothing was fitted, and they serve there because
+every machine must decide alike.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ROW_BYTE = 12.0  # a byte of input rows that is moved
 GRADIENT_BYTE = 19.0  # the same of gradients and weights, whose units are gathered
 CALL = 1.25e6  # what a corrected layer takes on the host: 7.5 us (bench_host)
 STORED_CALL = 3e6  # the same where matrices outlive the step: 18 to 21 us
+GROUP_CALL = 2.6e5  # a group of a convolution where matrices outlive the step: 1.6 us in a refresh, and in every step
+_LINE = 64  # bytes that a row takes where a group's units do not lie beside those of the others
 WHITENED_PASSES = 5.0  # passes over a weight whose displacement is mapped back: its copy, the mapping, the norms
 _PANEL = 16
 
@@ -95,6 +98,9 @@ def correction_cost(size: LayerSize, method: Method, sharers: int = 1) -> float:
     matrices = size.groups * chunks * _kept(size, method) ** 2 * size.itemsize * ROW_BYTE
     refresh = moved + factor + (3.0 * matrices if method.averages else 0.0)
     each = _product(size, chunk) + (matrices if method.every > 1 else 0.0) + (CALL if fused else STORED_CALL)
+    if size.groups > 1 and not fused:
+        refresh += size.groups * (GROUP_CALL + ROW_BYTE * _LINE * used)
+        each += size.groups * GROUP_CALL
     if method.whitens:  # each of the two products is with a triangle
         each += size.held * size.units * size.itemsize * GRADIENT_BYTE * WHITENED_PASSES
     if method.outputs:

@@ -221,7 +221,7 @@ class WhiteningCorrection(Correction):
             return fresh
         if (kept := self._kept.get(layer.index)) is not None:
             current = layer.pending.get("inverse") is kept[0] or self._store.holds(layer, "inverse", kept[0])
-            fits = kept[0].dtype == step.compute_dtype and len(kept[0]) == self.num_chunks(step)
+            fits = kept[0].dtype == step.compute_dtype and kept[0].shape[0] == self.num_chunks(step)
             if current and fits and step.units_unchanged:
                 return kept
         return super().stored_inverse(step)
@@ -232,7 +232,7 @@ class WhiteningCorrection(Correction):
         for step in steps:
             if (stored := self.stored_inverse(step)) is not None:
                 factor, info = stored
-                step.layer.info_slice = info, 0, len(info)
+                step.layer.info_slice = info, 0, info.shape[0]
                 ready.append(step)
                 factors.append(factor)
                 infos.append(info)
