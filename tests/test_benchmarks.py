@@ -416,6 +416,8 @@ def test_host_benchmark_measures_every_phase_of_every_candidate():
     # Not a speed: hooks and a step of ours cannot be free, even in the noise of four rounds.
     ours = next(row for row in rows if row["name"] == "preconditioner, Python")
     assert ours["forward"] + ours["backward"] + ours["step"] > 0
+    keeping = bench_host.measure(seconds=0, rounds=(4, 4), make=bench_host.keeping_candidates)
+    assert {"preconditioner", "every=10", "every=10, Python", "decay=0.95"} < {row["name"] for row in keeping}
     loop = bench_host.measure_one_row(seconds=0, rounds=(2, 2))
     assert [row["name"] for row in loop] == ["Adam", "preconditioner", "preconditioner, Python"]
     assert loop[0]["added"] == 0 and all(row["ms"] > 0 for row in loop)

@@ -8,15 +8,16 @@ thread, interleaved:
 * ``hooks that do nothing``: torch's own price of the two hooks that a covered layer has;
 * ``preconditioner``: ours in front of SGD, with the accelerator ``csrc/torch_abi`` where it is built;
 * ``preconditioner, Python``: the same without the accelerator, as from a wheel;
-* ``every=10``, with and without the accelerator: a step between two refreshes, which are one step of ten;
-* ``decay=0.95``, and ``mode="whiten"`` with ``every=10`` (a step between two refreshes) and ``every=1``: modes whose
-  matrices outlive a step, which are padded to ``chunk``;
 * ``AdamW`` and ``fused AdamW`` instead of SGD, for scale;
 * ``kfac-pytorch`` in front of SGD, where that package is installed.
 
 Figures are medians of processor time, less those of the same network with plain SGD, divided by the number of layers.
 
-A second measurement is a loop as of reinforcement learning: 128 forward passes of one row through a perceptron of three
+A second table has the modes whose matrices outlive a step, beside the default in the same run: ``every=10``, with and
+without the accelerator, of which the median step is one between two refreshes; ``decay=0.95``; ``mode="whiten"`` with
+``every=10`` and ``every=1``.  New matrices of layers this small are mostly the padding to ``chunk``.
+
+A third measurement is a loop as of reinforcement learning: 128 forward passes of one row through a perceptron of three
 layers, one backward pass and one step of Adam.  It tells what part of such a step the preconditioner adds.
 """
 
@@ -102,17 +103,24 @@ def candidates() -> dict[str, Candidate]:
         "hooks that do nothing": Candidate(keep=hooks_that_do_nothing, foreach=True),
         "preconditioner": preconditioned(),
         "preconditioner, Python": preconditioned(accelerator=False),
-        "every=10": preconditioned(every=10),
-        "every=10, Python": preconditioned(accelerator=False, every=10),
-        "decay=0.95": preconditioned(decay=0.95),
-        'mode="whiten", every=10': preconditioned(mode="whiten", every=10),
-        'mode="whiten", every=1': preconditioned(mode="whiten", every=1),
         "AdamW": Candidate(torch.optim.AdamW, foreach=True),
         "fused AdamW": Candidate(torch.optim.AdamW, fused=True),
     }
     if importlib.util.find_spec("kfac") is not None:
         found["kfac-pytorch"] = Candidate(keep=kfac_pytorch, foreach=True)
     return found
+
+
+def keeping_candidates() -> dict[str, Candidate]:
+    return {
+        "plain": Candidate(foreach=True),
+        "preconditioner": preconditioned(),
+        "every=10": preconditioned(every=10),
+        "every=10, Python": preconditioned(accelerator=False, every=10),
+        "decay=0.95": preconditioned(decay=0.95),
+        'mode="whiten", every=10': preconditioned(mode="whiten", every=10),
+        'mode="whiten", every=1': preconditioned(mode="whiten", every=1),
+    }
 
 
 def group() -> Group:
@@ -125,10 +133,14 @@ def group() -> Group:
 GROUPS = {f"{LAYERS} small layers": group}
 
 
-def measure(seconds: float, rounds: tuple[int, int] = (50, 5000)) -> list[dict]:
+def measure(
+    seconds: float,
+    rounds: tuple[int, int] = (50, 5000),
+    make: Callable[[], dict[str, Candidate]] = candidates,
+) -> list[dict]:
     """One row a candidate: what it adds to each phase, in microseconds a layer."""
     x = torch.randn(BATCH, WIDTH)
-    found = candidates()
+    found = make()
     times: dict[str, list[list[float]]] = {name: [] for name in found}
     end = time.perf_counter() + seconds
     for turn in range(rounds[1]):
@@ -187,15 +199,18 @@ def measure_one_row(seconds: float, rounds: tuple[int, int] = (20, 2000)) -> lis
 def main() -> None:
     arguments = one_thread(__doc__, "host", 5.0, "the whole run")
     rows = measure(arguments.seconds)
+    keeping = measure(arguments.seconds, make=keeping_candidates)
     loop = measure_one_row(arguments.seconds)
     accelerator = co.build_info()["torch_abi"]
     print(f"{'us a layer, over plain SGD':<28}" + "".join(f"{phase:>10}" for phase in PHASES))
-    for row in rows:
+    for row in [*rows, *keeping]:
         print(f"{row['name']:<28}" + "".join(f"{row[phase]:10.1f}" for phase in PHASES))
     for row in loop:
         print(f"{CALLS} forward passes of one row, {row['name']:<24} {row['ms']:8.2f} ms a step, {row['added']:+.1%}")
     sizes = {"layers": LAYERS, "width": WIDTH, "batch": BATCH, "calls": CALLS}
-    save("host", {**sizes, "accelerator": accelerator, "rows": rows, "one_row": loop}, arguments.json)
+    save(
+        "host", {**sizes, "accelerator": accelerator, "rows": rows, "keeping": keeping, "one_row": loop}, arguments.json
+    )
 
 
 if __name__ == "__main__":
