@@ -389,27 +389,6 @@ def search(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def search_seeds(runs: list[dict]) -> str:
-    """Return a table of what the search ran with three seeds at a column's rate: train loss at the end."""
-    seeds = 3
-    found = {
-        (change, column): some
-        for column in columns_of(runs)
-        for change in [*REFERENCES, *CHANGES]
-        if len(some := at_rate(runs, *column, change, RATES[column])) >= seeds
-    }
-    columns = [column for column in columns_of(runs) if any(key[1] == column for key in found)]
-    heads = [f"{task}, {base}, {STEPS[task]} steps at {RATES[task, base]:g}" for task, base in columns]
-    lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    for change in dict.fromkeys(key[0] for key in found):
-        cells = [
-            spread(values(found[change, column], "train_loss")) if (change, column) in found else ""
-            for column in columns
-        ]
-        lines.append(f"| {change} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def outputs(runs: list[dict]) -> str:
     """Return a table of the ways to whiten the outputs' side, in front of AdamW on the character GPT, at two rates."""
     base = RATES["char-gpt", "adamw"]

@@ -23,6 +23,7 @@ from torch import nn
 import consistency_ops as co
 from benchmarks import DATA
 from benchmarks.micro.timing import command
+from benchmarks.peers.family import Family
 from benchmarks.peers.full import FOLDER, factor
 from benchmarks.peers.optimizers import BASES
 from benchmarks.peers.runs import Store, versions
@@ -65,11 +66,16 @@ SETTINGS: dict[str, dict | None] = {
             ("every=1", {"every": 1}),
             ("every=32", {"every": 32}),
             ("chunk=32", {"chunk": 32}),
+            ("chunk=64", {"chunk": 64}),
             ("chunk=None", {"chunk": None}),
             ("bias=False", {"bias": False}),
             ("without the last layer", {"skip": ["head", "7"]}),
             ("outputs=True", {"outputs": True}),
             ("outputs=True, keep_norm=False", {"outputs": True, "keep_norm": False}),
+            (
+                "norm clipped",
+                {"norm": "clip", "every": 10},
+            ),  # never longer; in plain torch, the product has no such way
         )
     },
 }
@@ -83,7 +89,11 @@ def train(task: str, base: str, setting: str, lr: float, seed: int, split: Split
     optimizer = BASES[base](model, lr)
     parts = getattr(optimizer, "parts", [optimizer])
     options = SETTINGS[setting]
-    pre = None if options is None else co.Preconditioner(model, parts, mode="whiten", **options)
+    pre = family = None
+    if options is not None and "norm" in options:
+        family = Family(model, parts, **options)
+    elif options is not None:
+        pre = co.Preconditioner(model, parts, mode="whiten", **options)
     groups = [group for part in parts for group in part.param_groups]
     generator = torch.Generator().manual_seed(1000 + seed)
     x, y = split.train
@@ -97,7 +107,7 @@ def train(task: str, base: str, setting: str, lr: float, seed: int, split: Split
         loss.backward()
         if not math.isfinite(loss.item()):
             return {"train_loss": None, "test_loss": None, "failure": f"step {i}: loss {loss.item():.3g}"}
-        for part in parts:
+        for part in parts if family is None else [family]:
             part.step()
     seconds = time.process_time() - start
     del pre
