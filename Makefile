@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-nightly test-all bench build wheel device docs lint format clean
+.PHONY: help train test test-slow test-nightly test-mutants test-all bench build wheel device docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,8 +45,12 @@ test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 test-slow: $(LIBRARY) $(addprefix $(VENV)/,.frameworks .docs .oracle .release .aarch64) ## long trainings, sanitizers, CUDA compilation, wheels, trainers of other people
 	$(PYTEST) -m slow $(ARGS)
 
-test-nightly: $(LIBRARY) ## every barrier and fence of the CUDA kernels deleted in turn: the tests must notice
+test-nightly: $(LIBRARY) ## the mutants of test-mutants; the bindings compiled with older torch
 	$(PYTEST) -m nightly $(ARGS)
+
+test-mutants: $(LIBRARY) ## every barrier of the CUDA kernels deleted, mistakes planted, one at a time: the tests must notice
+	@status=0; $(PYTEST) -m nightly tests/simt/test_simt_mutants.py $(ARGS) || status=$$?; \
+		sed '/^| seconds/,$$d' build/simt/mutants.md; exit $$status
 
 test-all: test test-slow ## the tests and the slow ones
 

@@ -47,18 +47,14 @@ CO_DEVICE bool factor_matrix(const SpdParams& p, int64_t m, bool writes_info, Ch
   const int n = static_cast<int>(p.n);
   const float* a = static_cast<const float*>(p.a) + m * p.a_batch;
   for_elements<kWarps>(chunk.padded(), p.a_column <= p.a_row, [&](int i, int j) {
-    if (j > i) return;
-    const float value = i < n ? a[i * p.a_row + j * p.a_column] : i == j ? 1.0f : 0.0f;
-    symmetric(chunk, i, j) = value;
-    if (i / kTile == j / kTile) {  // diagonal tiles are complete
-      lower_tile(chunk.tiles, i / kTile, i / kTile)[j % kTile * kTilePitch + i % kTile] = value;
-    }
+    if (j > i) return;  // nothing that is made from the other half of a diagonal tile reaches a result
+    symmetric(chunk, i, j) = i < n ? a[i * p.a_row + j * p.a_column] : i == j ? 1.0f : 0.0f;
   });
   if constexpr (kInverts && kWarps == 8) {
     factor_and_invert(chunk, chunk.tiles + chunk.tile_floats());
   } else {
     factor<kWarps>(chunk);
-    __syncthreads();
+    __syncthreads();  // failed_minor, where there are no rows
   }
   const int info = shared.scratch.failed_minor;
   if (threadIdx.x == 0 && writes_info) p.info[m] = info;

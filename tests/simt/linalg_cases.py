@@ -105,6 +105,8 @@ SMALL = {
     "solve with one B": S(33, batch=3, columns=4, one_b=True),
     "solve, spoiled": S(40, batch=3, columns=4, spoil=((1, 20, -1.0),)),
     "solve of no columns": S(20, columns=0),
+    "inverse of no rows": S(0),
+    "solve of no rows": S(0, columns=5),
 }
 LARGE = {"solve of many matrices": S(3, batch=140, columns=40)}  # several blocks of columns a CTA
 PREFIX = "spd, "

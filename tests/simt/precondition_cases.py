@@ -55,6 +55,7 @@ class LayerCase:
     permuted: bool = False
     row_count: int | None = None
     spoil: tuple[str, int, float] | None = None  # ("x", unit, value) or ("g", output, value)
+    spoiled_unit: int = 0  # of G
     scale: float = 1.0
     layer: int = 0
     same_input: bool = False  # the rows and the division are those of the layer before
@@ -100,7 +101,7 @@ class Problem:
             if what == "x":
                 values[case.rows // 2, index] = value
             else:
-                grads[index, 0, 0] = value
+                grads[index, 0, case.spoiled_unit] = value
         self.x_shape = {"rows": (case.rows, case.units), "columns": (case.units, case.rows)}.get(case.layout)
         stored = simt.encode(values, case.x_dtype)
         if case.layout == "columns":
@@ -378,9 +379,15 @@ SMALL = {
     "infinity in X, trace": Case([L(40, 4, spoil=("x", 3, math.inf)), L(40, 3, layer=1)], trace=True),
     "NaN in G": Case([L(40, 4, spoil=("g", 2, math.nan))]),
     "NaN in G, bias": Case([L(20, 4, bias=True, taps=(3,), spoil=("g", 2, math.nan))]),
+    # read for a position that has no unit, it would spoil the next row
+    "NaN at the end of a row of G": Case([L(31, 4, spoil=("g", 1, math.nan), spoiled_unit=29)]),
     # G by a matrix near the identity, so that nothing but the product's own rounding is left
     "well conditioned": Case([L(40, 9)], damping=300.0, roundings=4),
     "overflow of float16": Case([L(24, 4, g_dtype=H, spoil=("g", 1, 60000.0))], damping=1e-3),
+    # by a matrix near 2: in one unit alone, of those that one lane holds
+    "overflow of one unit": Case(
+        [L(24, 4, g_dtype=H, scale=0.03, spoil=("g", 1, 60000.0), spoiled_unit=6)], damping=0.5
+    ),
 }
 
 # The tile counts, stages and partial sums of larger chunks, and of the devices with less shared memory.

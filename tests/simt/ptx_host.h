@@ -172,10 +172,13 @@ inline uint32_t pack_bfloat16(float low, float high) {
 template <bool kTransposed>
 inline void load_four_matrices(uint32_t (&m)[4], const uint16_t* row, simt::Site site) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix of a row that is not on 16 bytes");
+  struct alignas(16) Row {
+    uint16_t element[8];
+  };
   struct Operands {
     uint32_t* m;
-    const uint16_t* row;
-  } mine{m, row};
+    Row row;  // read by the lane that names it: who writes it must have met this lane before
+  } mine{m, *reinterpret_cast<const Row*>(row)};
   simt::warp_operation(
       0xffffffffu, &mine,
       [](void* const lanes[32], uint32_t) {
@@ -184,7 +187,7 @@ inline void load_four_matrices(uint32_t (&m)[4], const uint16_t* row, simt::Site
             const int g = lane / 4, t = lane % 4;
             const auto at = [&](int along) -> uint32_t {
               const int r = kTransposed ? along : g, c = kTransposed ? g : along;
-              return static_cast<const Operands*>(lanes[8 * i + r])->row[c];
+              return static_cast<const Operands*>(lanes[8 * i + r])->row.element[c];
             };
             static_cast<Operands*>(lanes[lane])->m[i] = at(2 * t) | at(2 * t + 1) << 16;
           }
@@ -253,7 +256,15 @@ inline void wgmma_m64n32k16(float (&d)[16], const uint32_t (&a)[4], const uint16
     const uint32_t* a;
     uintptr_t b;
     bool adds;
-  } mine{d, a, start, adds};
+    uint16_t half_row[16];  // of B, a part that each lane reads
+  } mine{d, a, start, adds, {}};
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int i = 0; i < 16; ++i) {
+    const int k = lane / 2, n = lane % 2 * 16 + i, row = kTransposed ? k : n, column = kTransposed ? n : k;
+    uintptr_t at = start + static_cast<uintptr_t>(row * 64 + column * 2);
+    at ^= at >> 3 & 0x30;  // 64-byte swizzle, of the address
+    mine.half_row[i] = *reinterpret_cast<const uint16_t*>(at);
+  }
   simt::warp_operation(0xffffffffu, &mine,
                        [](void* const lanes[32], uint32_t) {
                          const auto value = [](uint32_t bits) { return __uint_as_float(bits << 16); };
@@ -268,10 +279,8 @@ inline void wgmma_m64n32k16(float (&d)[16], const uint32_t (&a)[4], const uint16
                          const auto* first = static_cast<const Operands*>(lanes[0]);
                          for (int k = 0; k < 16; ++k) {
                            for (int n = 0; n < 32; ++n) {
-                             const int row = kTransposed ? k : n, column = kTransposed ? n : k;
-                             uintptr_t at = first->b + static_cast<uintptr_t>(row * 64 + column * 2);
-                             at ^= at >> 3 & 0x30;  // 64-byte swizzle, of the address
-                             right[k][n] = value(*reinterpret_cast<const uint16_t*>(at));
+                             const auto* o = static_cast<const Operands*>(lanes[2 * k + n / 16]);
+                             right[k][n] = value(o->half_row[n % 16]);
                            }
                          }
                          for (int lane = 0; lane < 32; ++lane) {

@@ -38,6 +38,10 @@ void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #define TSAN(x) x
 #else
@@ -526,6 +530,9 @@ void named_barrier(int number, int threads, bool waits, Site site) {
   }
 }
 
+// To ThreadSanitizer only __syncwarp, which has nothing to resolve, orders memory: shuffles, votes and matrix
+// instructions exchange registers.  Those lie on the lanes' stacks here, so what resolve() does to them is not looked
+// at.
 void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {
   Fiber* fiber = S.current;
   const unsigned lane = fiber->rank & 31;
@@ -554,11 +561,13 @@ void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {
   group->fiber[lane] = fiber;
   group->arrived |= 1u << lane;
   [[maybe_unused]] char* tag = &group->tag[group->generation & 1];
-  TSAN(__tsan_release(tag);)
+  TSAN(if (resolve == nullptr) __tsan_release(tag);)
   if (group->arrived == mask) {
-    TSAN(__tsan_acquire(tag);)
-    if (resolve != nullptr) resolve(group->operand, mask);
-    TSAN(__tsan_release(tag);)
+    if (resolve != nullptr) {
+      TSAN(AnnotateIgnoreReadsBegin(site.file, site.line); AnnotateIgnoreWritesBegin(site.file, site.line);)
+      resolve(group->operand, mask);
+      TSAN(AnnotateIgnoreWritesEnd(site.file, site.line); AnnotateIgnoreReadsEnd(site.file, site.line);)
+    }
     for (int i = 0; i < 32; ++i) {
       if (mask >> i & 1) S.runnable.push_back(group->fiber[i]);
     }
@@ -567,7 +576,7 @@ void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site) {
     ++S.stats.warp_operations;
   }
   wait("warp operation", site);
-  TSAN(__tsan_acquire(tag);)
+  TSAN(if (resolve == nullptr) __tsan_acquire(tag);)
 }
 
 Space space_of(const void* pointer) {

@@ -79,6 +79,7 @@ void cluster_barrier(Site site);
 void named_barrier(int number, int threads, bool waits, Site site);
 
 // All lanes of `mask` meet; the last one calls resolve(lanes, mask) with every lane's `operand`, then all go on.
+// Without `resolve` (__syncwarp) it orders memory; what a resolve needs from memory its lane reads before it.
 using Resolve = void (*)(void* const lanes[32], uint32_t mask);
 void warp_operation(uint32_t mask, void* operand, Resolve resolve, Site site);
 

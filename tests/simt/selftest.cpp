@@ -54,11 +54,12 @@ void wrong_mask(float* y) {
 
 void lane_outside_mask() { (void)__ballot_sync(0xffu, 1); }
 
-// The lanes of a warp do not run in lock step.
-void exchange(float* y, bool with_syncwarp) {
+// The lanes of a warp do not run in lock step, and a shuffle, in which they meet, does not order what they have stored.
+void exchange(float* y, bool with_syncwarp, bool with_shuffle) {
   CO_SHARED(float, tile, [32]);
   tile[threadIdx.x] = y[threadIdx.x];
   if (with_syncwarp) __syncwarp();
+  if (with_shuffle) (void)__shfl_sync(0xffffffffu, 1.0f, 0);
   y[threadIdx.x] = tile[threadIdx.x ^ 1];
 }
 
@@ -96,14 +97,14 @@ void multiply(const float* a, const float* b, float* d) {
 
 // D[16][8] += A[16][16] B[16][8] of 16-bit numbers, both stored with their columns k in the rows of shared memory.
 template <bool kBFloat16>
-void multiply_16(const float* a, const float* b, float* d) {
+void multiply_16(const float* a, const float* b, float* d, bool with_syncwarp) {
   CO_SHARED(uint16_t, left, [16][24]);   // [k][row]
   CO_SHARED(uint16_t, right, [16][24]);  // [k][column]
   const auto narrow = [](float x) { return kBFloat16 ? float_to_bfloat16(x) : float_to_float16(x); };
   const unsigned lane = threadIdx.x, g = lane / 4, t = lane % 4;
   for (unsigned i = lane; i < 256; i += 32) left[i % 16][i / 16] = narrow(a[i]);
   for (unsigned i = lane; i < 256; i += 32) right[i / 16][i % 16] = i % 16 < 8 ? narrow(b[i / 16 * 8 + i % 16]) : 0;
-  __syncwarp();
+  if (with_syncwarp) __syncwarp();
   uint32_t x[4], y[4];
   load_matrices_transposed(x, &left[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
   load_matrices_transposed(y, &right[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
@@ -152,12 +153,12 @@ API const char* selftest(const char* name, int variant, const float* x, float* y
   if (is("early exit")) return run(1, 64, 1, early_exit);
   if (is("wrong mask")) return run(1, 32, 1, [&] { wrong_mask(y); });
   if (is("lane outside mask")) return run(1, 32, 1, lane_outside_mask);
-  if (is("exchange")) return run(1, 32, 1, [&] { exchange(y, variant); });
+  if (is("exchange")) return run(1, 32, 1, [&] { exchange(y, variant & 1, variant & 2); });
   if (is("too much shared")) return run(1, 32, 1, too_much_shared);
   if (is("cluster sum")) return run(8, 64, 4, [&] { cluster_sum(y, variant & 1, variant & 2); });
   if (is("multiply")) return run(1, 32, 1, [&] { multiply(x, y, z); });
-  if (is("multiply bfloat16")) return run(1, 32, 1, [&] { multiply_16<true>(x, y, z); });
-  if (is("multiply float16")) return run(1, 32, 1, [&] { multiply_16<false>(x, y, z); });
+  if (is("multiply bfloat16")) return run(1, 32, 1, [&] { multiply_16<true>(x, y, z, variant); });
+  if (is("multiply float16")) return run(1, 32, 1, [&] { multiply_16<false>(x, y, z, variant); });
   if (is("last block")) return run(6, 32, 1, [&] { last_block(x, z, counter, y, variant); });
   return "no such kernel";
 }

@@ -28,6 +28,7 @@ def test_sanitizers(kind):
     names = [*cases.SMALL, *cases.LARGE]
     if kind == "races":  # two minutes of many matrices
         names = ["inverse of 20", "inverse of 100", "inverse, spoiled", "solve of 40", "solve of 70, by columns"]
+        names.append("solve of no rows")
     library = simt.build(kind)
     for name in names:
         done = simt.run_cases(kind, library, [cases.PREFIX + name])

@@ -2,10 +2,13 @@
 
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import simt_library as simt
+
+from support import processes
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -51,6 +54,39 @@ def test_lanes_do_not_run_in_lock_step(library):
     want = np.arange(32) ^ 1
     assert all(np.array_equal(y, want) for y in results(library, "exchange", 1, 20, make))
     assert not any(np.array_equal(y, want) for y in results(library, "exchange", 0, 20, make))
+
+
+# A kernel of selftest.cpp without its __syncwarp() (0), with it (1), with a shuffle in its place (2).
+WARP = """
+import sys
+from pathlib import Path
+import numpy as np
+import simt_library as simt
+name, variant = sys.argv[2:]
+arrays = {key: np.zeros((16, 16), np.float32) for key in "xyz"}
+simt.Library(Path(sys.argv[1])).selftest(name, int(variant), **arrays)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "variant", "races"),
+    [
+        ("exchange", 0, True),
+        ("exchange", 1, False),
+        ("exchange", 2, True),
+        ("multiply bfloat16", 0, True),
+        ("multiply bfloat16", 1, False),
+    ],
+)
+def test_only_syncwarp_orders_the_memory_of_a_warp(name, variant, races):
+    """Lanes that meet in a shuffle or a matrix instruction are still in a data race, as CUDA has it."""
+    command = [sys.executable, "-c", WARP, simt.build("races"), name, str(variant)]
+    environment = simt.sanitizer_environment("races")
+    folder = simt.ROOT / "tests" / "simt"
+    done = processes.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert ("ThreadSanitizer: data race" in done.stderr) == races, done.stderr[-3000:]
+    assert (done.returncode == 0) == (not races), done.stdout + done.stderr
 
 
 def test_cluster_barriers(library):
