@@ -64,8 +64,8 @@ bool describe_rows(const Tensor& x, int64_t unit_dim, CaptureProblem& p) {
   return true;
 }
 
-void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t unit_dim, int64_t seed,
-                   bool in_backward, bool marks) {
+void capture_rows_(Tensor rows, Tensor state, Tensor x, int64_t index, int64_t unit_dim, int64_t seed, bool in_backward,
+                   bool marks) {
   CaptureProblem p = describe_buffer(rows, state, index);
   if (unit_dim < 0) unit_dim += x.dim();
   STD_TORCH_CHECK(0 <= unit_dim && unit_dim < x.dim() && x.size(unit_dim) == p.units, "capture_rows_: dimension ",
