@@ -97,6 +97,28 @@ def precondition() -> str:
     return "\n".join(lines)
 
 
+def precondition_one_thread() -> str:
+    """The share of torch's rate at every chunk that was measured on one thread, with 512 and with 2048 rows."""
+    found = read("precondition-one-thread")["rows"]
+    chunks = sorted({row["chunk"] for row in found})
+    lines = [
+        "| layers | " + " | ".join(f"chunk {chunk}" for chunk in chunks) + " | times faster (least) |",
+        "| --- |" + " --- |" * (len(chunks) + 1),
+    ]
+    for workload, (text, _) in LAYERS.items():
+        rows = [row for row in found if row["workload"] == workload]
+        if not rows:
+            continue
+        cells = []
+        for chunk in chunks:
+            shares = [f"{row['share_of_sgemm']:.0%}" for row in rows if row["chunk"] == chunk]
+            cells.append(", ".join(shares) or "-")
+        mean = statistics.geometric_mean(row["ratio"] for row in rows)
+        cells.append(f"{mean:.2f} ({min(row['ratio'] for row in rows):.2f})")
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cuda() -> str:
     """The one launch on a GPU: every target beside what was measured, if anything was."""
     if not (RESULTS / "cuda.json").exists():
@@ -316,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "whiten": whiten,
     "precondition": precondition,
+    "precondition-one-thread": precondition_one_thread,
     "cuda": cuda,
     "frameworks": frameworks,
     "monitors": monitors,
