@@ -1101,6 +1101,8 @@ class Code:
         def registers(w, operand, count):
             return [w.R[255] if operand.register == 255 else w.R[operand.register + n] for n in range(count)]
 
+        assert not (a.negative or b.negative or c.negative), "a matrix instruction that turns a sign"
+
         def run(w, mask):
             assert mask is None, "a matrix instruction of a part of a warp"
             if shape == "1688":

@@ -25,10 +25,11 @@ SHARED = [
     ("gram.cuh", "const float value = right[", 1.0),
     ("gram.cuh", "reinterpret_cast<Raw*>(chunk.arena()) + row * pitch + mine.run * 4) = four", 4.0),  # 512 bytes
     ("gram.cuh", "*element = first ?", 4.0),  # once in 512 rows
-    ("sweep.cuh", "block[j][k] = cross[panel_place(first + j, k)]", 1.0),
-    ("sweep.cuh", "*reinterpret_cast<Float4*>(matrix + panel_place(i, k)) =", 4.0),  # 512 bytes
+    ("sweep.cuh", "const Float4 of_block = *reinterpret_cast", 1.0),
+    ("sweep.cuh", "factor_at(factors, i, t) = {{first.high", 4.0),  # 512 bytes
     ("sweep.cuh", "const float a = first, b = second", 2.5),  # the first rows take 2 passes, the second ones 3
-    ("sweep.cuh", "next = pair_at(factors, (c + 1) * kPanel + g, 2 * t)", 2.0),  # 256 bytes
+    ("sweep.cuh", "const RightFactor right = mine[c * 32]", 4.0),
+    ("sweep.cuh", "own[m][r] = mine[(2 * m + r) * 32]", 4.0),
     ("sweep.cuh", "first = upper_first ? sum[c][e] : sum[c][2 + e]", 2.0),
     ("sweep.cuh", "second = upper_first ? sum[c][2 + e] : sum[c][e]", 3.0),
     ("plane_product.cuh", "value[i][r][0] = from[0]", 1.0),

@@ -37,8 +37,7 @@ CO_HOST_DEVICE constexpr int x_pitch(int padded) { return padded + 8; }
 constexpr int kPlanes = 3;
 constexpr int kPlaneTile = kPlanes * kTile * kTile;  // 16-bit numbers
 constexpr int kMaxPlaneTiles = 10;
-constexpr int kSweepFloats =
-    4 * 128 * 8;  // behind the tiles, for the factor and inverse of up to 128 units (sweep.cuh)
+constexpr int kSweepFloats = 6 * 128 * 8;  // behind the tiles, for factor and inverse of up to 128 units (sweep.cuh)
 
 struct CtaShape {
   int32_t threads;       // 256, or 512 for chunks above 128 units; 0: the chunk does not fit the device

@@ -17,11 +17,12 @@
 //                  waits for the one before it only: a root and two products.  Then Z.  The cross of the next panel
 //                  gets the products of this one here.  They also hold the diagonal of M in blocks of 16.
 //   update warps   hold the rest of M in registers, 14 blocks of 16 x 8 each, and add Z Z^T.  They give the cross of
-//                  the panel after the next one away, so they may be a whole panel behind.
+//                  the panel after the next one away, so they may be a whole panel behind.  What they gave away they
+//                  change once more, and clear it then.
 //
-// Products of Z are three TF32 products, which is float32 accuracy, and four where they become the next panel, because
-// its pivots pass their error on to all that follows.  The factor of a panel's block is float32 FMA.  What the whole
-// costs by the model: docs/developer/kernel-model.md.
+// Z is split in TF32 numbers once, by whom it comes from.  Products of Z are three TF32 products, which is float32
+// accuracy, and four where they become the next panel, because its pivots pass their error on to all that follows.  The
+// factor of a panel's block is float32 FMA.  What the whole costs by the model: docs/developer/kernel-model.md.
 #pragma once
 
 #include <type_traits>
@@ -40,45 +41,44 @@ enum SweepBarrier { kFactorsReady = 1, kCrossReady = 3, kPivotWarps = 5 };
 struct alignas(8) FloatPair {
   float v[2];
 };
-// A matrix of 8 columns in shared memory has rows of 32 bytes, whose halves are exchanged in every other four: so a
-// thread a row writes them, and the lanes of an mma read them, without bank conflicts.  Where element k of row i lies:
+// The cross: a matrix of 8 columns in shared memory has rows of 32 bytes, whose halves are exchanged in every other
+// four, so that a thread a row reads them, and the lanes of an mma read and write them, without bank conflicts.  Where
+// element k of row i lies:
 CO_DEVICE int panel_place(int i, int k) { return i * kPanel + (k ^ (i & 4)); }
 
 CO_DEVICE FloatPair& pair_at(float* matrix, int i, int k) {
   return *reinterpret_cast<FloatPair*>(matrix + panel_place(i, k));
 }
-CO_DEVICE void store_row(float* matrix, int i, const float (&z)[kPanel]) {
+
+// Two neighbouring numbers of a row of Z in two TF32 numbers each: a lane's part of the right operand of an mma, k = 2
+// t and 2 t + 1 of column g.
+struct alignas(16) RightFactor {
+  float high[2], low[2];
+};
+// Z lies so in shared memory: 64 bytes a row, whose quarters are exchanged from one pair of rows to the next, again
+// against bank conflicts.  Where columns 2 t and 2 t + 1 of row i lie; that of row i + 8 lies 32 further.
+CO_DEVICE RightFactor& factor_at(RightFactor* factors, int i, int t) { return factors[i * 4 + (t ^ (i / 2 & 3))]; }
+
+CO_DEVICE void store_factors(RightFactor* factors, int i, const float (&z)[kPanel]) {
   CO_UNROLL
-  for (int k = 0; k < kPanel; k += 4) {
-    *reinterpret_cast<Float4*>(matrix + panel_place(i, k)) = {z[k], z[k + 1], z[k + 2], z[k + 3]};
+  for (int t = 0; t < 4; ++t) {
+    const SplitFloat first(z[2 * t]), second(z[2 * t + 1]);
+    factor_at(factors, i, t) = {{first.high, second.high}, {first.low, second.low}};
   }
 }
 
-// A lane's part of the right operand of an mma, k = 2 t and 2 t + 1 of column g, in two TF32 numbers each.
-struct RightFactor {
-  float high[2], low[2];
-  CO_DEVICE RightFactor() {}
-  CO_DEVICE explicit RightFactor(const FloatPair& z) {
-    CO_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const SplitFloat parts(z.v[i]);
-      high[i] = parts.high;
-      low[i] = parts.low;
-    }
-  }
-};
-
-// Of the left operand: k = 2 t and 2 t + 1 of rows g and g + 8.
+// Of the left operand: k = 2 t and 2 t + 1 of rows g and g + 8, each times a sign.  That is also what brings the
+// numbers to the registers where an mma wants them; copies would cost the same.
 struct LeftFactor {
   float high[4], low[4];
   CO_DEVICE LeftFactor() {}
-  CO_DEVICE LeftFactor(const RightFactor& upper, const RightFactor& lower) {
+  CO_DEVICE LeftFactor(const RightFactor& upper, float upper_sign, const RightFactor& lower, float lower_sign) {
     CO_UNROLL
     for (int i = 0; i < 2; ++i) {
-      high[2 * i] = upper.high[i];
-      high[2 * i + 1] = lower.high[i];
-      low[2 * i] = upper.low[i];
-      low[2 * i + 1] = lower.low[i];
+      high[2 * i] = upper_sign * upper.high[i];
+      high[2 * i + 1] = lower_sign * lower.high[i];
+      low[2 * i] = upper_sign * upper.low[i];
+      low[2 * i + 1] = lower_sign * lower.low[i];
     }
   }
 };
@@ -93,10 +93,9 @@ CO_DEVICE void multiply(float (&sum)[4], const LeftFactor& left, const RightFact
 // Where the sweep's groups meet, in shared memory: two of a kind, for panels in turn.
 struct SweepExchange {
   float cross[2][kMaxSweep * kPanel];
-  float factors[2][kMaxSweep * kPanel];
+  RightFactor factors[2][kMaxSweep * 4];
 };
 static_assert(sizeof(SweepExchange) == kSweepFloats * sizeof(float), "planned for");
-static_assert(sizeof(Scratch::row_offset) >= kPanel * kPanel * sizeof(float), "the next panel's rows of Z lie there");
 
 // z <- this thread's row of Z, from its row of the cross.  Every thread factors the panel's block for itself.
 //
@@ -111,7 +110,11 @@ CO_DEVICE bool panel_row(const float* cross, int first, int index, float (&z)[kP
   CO_UNROLL
   for (int j = 0; j < kPanel; ++j) {
     CO_UNROLL
-    for (int k = 0; k <= j; ++k) block[j][k] = cross[panel_place(first + j, k)];
+    for (int k = 0; k <= j; k += 4) {
+      const Float4 of_block = *reinterpret_cast<const Float4*>(cross + panel_place(first + j, k));
+      CO_UNROLL
+      for (int i = 0; i < 4 && k + i <= j; ++i) block[j][k + i] = of_block.v[i];
+    }
   }
   const bool is_inside = index - index % kPanel == first;
   CO_UNROLL
@@ -176,15 +179,15 @@ struct DiagonalBlock {
       tile[(8 + g) * kTilePitch + 8 + c] = tile[(8 + c) * kTilePitch + 8 + g] = last[e];
     }
   }
-  // M -= or += Z Z^T of panel p, where `terms` are the products of these rows of Z with the first and last eight of
-  // them, which are the eight-th and next eight of all.  The next panel's are used up already.
+  // M -= or += Z Z^T of panel p, where `terms` are, with their sign, the products of these rows of Z with the first and
+  // last eight of them, which are the eight-th and next eight of all.  The next panel's are used up already.
   CO_DEVICE void update(const float (&terms)[2][4], int eight, int p) {
     CO_UNROLL
     for (int e = 0; e < 2; ++e) {
       const float upper = terms[0][e], lower = terms[0][2 + e], corner = terms[1][2 + e];
-      if (eight != p + 1) first[e] += eight > p ? -upper : upper;
-      if (eight != p + 1 && eight != p) below[e] += eight >= p ? -lower : lower;
-      if (eight != p) last[e] += eight >= p ? -corner : corner;
+      if (eight != p + 1) first[e] += upper;
+      if (eight != p + 1 && eight != p) below[e] += lower;
+      if (eight != p) last[e] += corner;
     }
   }
   // To the cross of panel `next`, which is the first or the last eight of these rows.
@@ -202,7 +205,6 @@ struct DiagonalBlock {
 
 // The pivot warps.
 CO_DEVICE void sweep_pivots(const Chunk& chunk, SweepExchange& exchange) {
-  float* const next_rows = reinterpret_cast<float*>(chunk.scratch.row_offset);
   const int padded = chunk.padded(), index = fresh_thread(), lane = index % 32, g = lane / 4, t = lane % 4;
   const bool has_row = index < padded;
   if (has_row) {  // the first two panels' cross, as the matrix has it
@@ -219,17 +221,33 @@ CO_DEVICE void sweep_pivots(const Chunk& chunk, SweepExchange& exchange) {
     }
   }
   DiagonalBlock diagonal[2];
-  float* const tile = lower_tile(chunk.tiles, index / kTile, index / kTile);
+  const auto of_tile = [&](int m) {  // found twice: no register is left to keep it in
+    const int i = fresh_thread() / kTile;
+    return lower_tile(chunk.tiles, i, i) + m * 16 * (kTilePitch + 1);
+  };
   CO_UNROLL
   for (int m = 0; m < 2; ++m) {  // of the first 16 rows all is in the cross of the first two panels
-    if (has_row && index - lane + m > 0) diagonal[m].load(tile + m * 16 * (kTilePitch + 1), g, t);
+    if (has_row && index - lane + m > 0) diagonal[m].load(of_tile(m), g, t);
   }
-  barrier_sync(kPivotWarps, kGroup);
   int failed_minor = 0;
+  float term[2][2][4] = {};  // what `diagonal` still gets of the last panel
+  const auto multiply_own = [&](int m, const LeftFactor& left, const RightFactor(&own)[2]) {
+    CO_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) term[m][n][i] = 0.0f;
+      multiply(term[m][n], left, own[n]);
+    }
+  };
+  const int panels = padded / kPanel, eight = index / kTile * 4;
   CO_NO_UNROLL
-  for (int p = 0; p * kPanel < padded; ++p) {
+  for (int p = 0; p < panels; ++p) {
     const int first = p * kPanel;
-    float* const factors = exchange.factors[p % 2];
+    RightFactor* const factors = exchange.factors[p % 2];
+    float* const cross = exchange.cross[(p + 1) % 2];  // of the next panel
+    barrier_sync(kPivotWarps, kGroup);
+    CO_UNROLL
+    for (int m = 0; m < 2; ++m) diagonal[m].update(term[m], eight + 2 * m, p - 1);
     if (has_row) {
       float z[kPanel];
       int minor = 0;
@@ -237,71 +255,72 @@ CO_DEVICE void sweep_pivots(const Chunk& chunk, SweepExchange& exchange) {
         panel_row<true>(exchange.cross[p % 2], first, index, z, minor);
         if (failed_minor == 0 && minor != 0) failed_minor = first + minor;
       }
-      if (index / kPanel == p + 1) {  // the update must not touch its cross, which has been given away
-        store_row(next_rows, index % kPanel, z);
-        CO_UNROLL
-        for (int k = 0; k < kPanel; ++k) z[k] = 0.0f;
-      }
-      store_row(factors, index, z);
+      store_factors(factors, index, z);
     }
     barrier_arrive(kFactorsReady + p % 2, 2 * kGroup);
-    float* const cross = exchange.cross[(p + 1) % 2];  // of the next panel
+    if (p + 1 == panels) break;
+    if (p == 0) {  // the cross of the second panel is there
+      barrier_sync(kPivotWarps, kGroup);
+    } else {
+      CO_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        const int of_block = eight + 2 * m;
+        if (has_row && (of_block == p + 1 || of_block == p)) diagonal[m].give(cross, of_block, p + 1, g, t);
+      }
+      barrier_sync(kCrossReady + (p + 1) % 2, 2 * kGroup);
+    }
+    if (!has_row) continue;
+    const RightFactor right = (&factor_at(factors, g, t))[(p + 1) * 32];
+    const RightFactor* const mine = &factor_at(factors, index - lane + g, t);
+    FloatPair* const my_cross = &pair_at(cross, index - lane + g, 2 * t);
+    RightFactor own[2][2];
     FloatPair rest[2][2];
-    float term[2][2][4] = {};
-    if (p > 0 && first + kPanel < padded) barrier_sync(kCrossReady + (p + 1) % 2, 2 * kGroup);
-    CO_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      rest[r / 2][r % 2] = pair_at(cross, index - lane + 8 * r + g, 2 * t);
-    }
-    barrier_sync(kPivotWarps, kGroup);
-    if (has_row) {
-      const RightFactor right(pair_at(next_rows, g, 2 * t));
-      LeftFactor left[2];
-      RightFactor half[2][2];
-      CO_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        CO_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const int row = index - lane + m * 16 + r * 8 + g;
-          half[m][r] = RightFactor(row / kPanel == p + 1 ? pair_at(next_rows, g, 2 * t) : pair_at(factors, row, 2 * t));
-        }
-        left[m] = LeftFactor(half[m][0], half[m][1]);
-      }
-      float high[2][4] = {}, low[2][4] = {}, other[2][4] = {};
-      CO_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        mma_m16n8k8_tf32(low[m], left[m].low, right.high);
-        mma_m16n8k8_tf32(other[m], left[m].low, right.low);
-        mma_m16n8k8_tf32(other[m], left[m].high, right.low);
-        mma_m16n8k8_tf32(high[m], left[m].high, right.high);
-      }
-      CO_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        CO_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          FloatPair& pair = rest[m][r];
-          CO_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int i = 2 * r + e;
-            pair.v[e] = pair.v[e] - high[m][i] - (low[m][i] + other[m][i]);  // exact where a pivot almost vanishes
-          }
-          pair_at(cross, index - lane + m * 16 + r * 8 + g, 2 * t) = pair;
-        }
-        multiply(term[m][0], left[m], half[m][0]);
-        multiply(term[m][1], left[m], half[m][1]);
-      }
-    }
-    barrier_sync(kPivotWarps, kGroup);
+    float sign[2][2];  // of the sum's terms; the cross is what rows behind p lose
+    LeftFactor left[2];
     CO_UNROLL
     for (int m = 0; m < 2; ++m) {
-      const int eight = index / kTile * 4 + m * 2;
-      diagonal[m].update(term[m], eight, p);
-      if (has_row && (eight == p + 2 || eight == p + 1)) diagonal[m].give(exchange.cross[p % 2], eight, p + 2, g, t);
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        own[m][r] = mine[(2 * m + r) * 32];
+        rest[m][r] = my_cross[(2 * m + r) * 32];
+        sign[m][r] = eight + 2 * m + r > p ? -1.0f : 1.0f;
+      }
+      left[m] = LeftFactor(own[m][0], sign[m][0], own[m][1], sign[m][1]);
+    }
+    float high[2][4] = {}, low[2][4] = {}, other[2][4] = {};
+    CO_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      mma_m16n8k8_tf32(low[m], left[m].low, right.high);
+      mma_m16n8k8_tf32(other[m], left[m].low, right.low);
+      mma_m16n8k8_tf32(other[m], left[m].high, right.low);
+      mma_m16n8k8_tf32(high[m], left[m].high, right.high);
+    }
+    CO_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      CO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        FloatPair& pair = rest[m][r];
+        CO_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int i = 2 * r + e;
+          const float nearly = fma(-sign[m][r], high[m][i], pair.v[e]);  // exact where a pivot almost vanishes
+          pair.v[e] = fma(-sign[m][r], low[m][i] + other[m][i], nearly);
+        }
+        my_cross[(2 * m + r) * 32] = pair;
+      }
+      multiply_own(m, left[m], own[m]);
     }
   }
-  CO_UNROLL
-  for (int m = 0; m < 2; ++m) {
-    if (has_row) diagonal[m].store(tile + m * 16 * (kTilePitch + 1), g, t);
+  if (has_row) {  // the last panel
+    __syncwarp();
+    const RightFactor* const mine = &factor_at(exchange.factors[(panels - 1) % 2], index - lane + g, t);
+    CO_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      const RightFactor own[2] = {mine[2 * m * 32], mine[(2 * m + 1) * 32]};
+      multiply_own(m, LeftFactor(own[0], 1.0f, own[1], 1.0f), own);
+      diagonal[m].update(term[m], eight + 2 * m, panels - 1);
+      diagonal[m].store(of_tile(m), g, t);
+    }
   }
   if (index == 0) chunk.scratch.failed_minor = failed_minor;
 }
@@ -355,30 +374,34 @@ struct SweepRows {
     }
   }
 
-  // M += Z Z^T of panel p in the rows before its end, M -= Z Z^T behind it.
+  // M += Z Z^T of panel p in the rows before its end, M -= Z Z^T behind it.  `mine` is this lane's part of the first
+  // eight rows of Z.  Two columns at a time do not wait for one another.
   // `padded` units of the chunk, which reach behind every column here: asking parts the loop in pieces, over which the
   // compiler does not spread the operands of later products, whose registers it does not have.
-  CO_DEVICE void update(float* factors, int p, int padded) {
+  CO_DEVICE void update(const RightFactor* mine, int p, int padded) {
     if (kColumns == 0) return;
-    const int lane = fresh_thread() % 32, g = lane / 4, t = lane % 4;
-    RightFactor half[2];
-    CO_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      FloatPair z = pair_at(factors, (2 * kRow + r) * kPanel + g, 2 * t);
-      CO_UNROLL
-      for (int e = 0; e < 2; ++e) z.v[e] = 2 * kRow + r > p ? -z.v[e] : z.v[e];
-      half[r] = RightFactor(z);
-    }
-    const LeftFactor left(half[0], half[1]);
-    FloatPair next = pair_at(factors, g, 2 * t);
+    const LeftFactor left(mine[2 * kRow * 32], 2 * kRow > p ? -1.0f : 1.0f, mine[(2 * kRow + 1) * 32],
+                          2 * kRow + 1 > p ? -1.0f : 1.0f);
     CO_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      if (c % 3 == 2 && c * kPanel >= padded) break;
-      const RightFactor right(next);
-      if (c + 1 < kColumns) next = pair_at(factors, (c + 1) * kPanel + g, 2 * t);
+      if (c % 2 == 0 && c * kPanel >= padded) break;
+      const RightFactor right = mine[c * 32];
       float term[4] = {};
       multiply(term, left, right);
       add(sum[c], term);
+    }
+  }
+
+  // What belonged to the cross of panel kNext has been used up; the panel before has changed it, which counts for
+  // nothing.
+  template <int kNext>
+  CO_DEVICE void clear() {
+    CO_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      CO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (c == kNext || 2 * kRow + i / 2 == kNext) sum[c][i] = 0.0f;
+      }
     }
   }
 
@@ -390,7 +413,6 @@ struct SweepRows {
       CO_UNROLL
       for (int r = 0; r < 2; ++r) {
         pair_at(cross, (2 * kRow + r) * kPanel + g, 2 * t) = {sum[kNext][2 * r], sum[kNext][2 * r + 1]};
-        sum[kNext][2 * r] = sum[kNext][2 * r + 1] = 0.0f;
       }
     }
     if constexpr (kNext / 2 == kRow) {
@@ -398,9 +420,7 @@ struct SweepRows {
       for (int c = 0; c < kColumns; ++c) {
         CO_UNROLL
         for (int e = 0; e < 2; ++e) {
-          float& value = sum[c][kNext % 2 * 2 + e];
-          cross[panel_place(c * kPanel + 2 * t + e, g)] = c + 1 == kNext ? 0.0f : value;
-          value = 0.0f;
+          cross[panel_place(c * kPanel + 2 * t + e, g)] = c + 1 == kNext ? 0.0f : sum[c][kNext % 2 * 2 + e];
         }
       }
     }
@@ -425,7 +445,7 @@ CO_DEVICE void for_constant(int n, F&& f) {
 // Update warp kWarp, with the kWarp-th rows of M from above and from below of 128 units.
 template <int kWarp>
 CO_DEVICE void sweep_updates(const Chunk& chunk, SweepExchange& exchange) {
-  const int panels = chunk.padded() / kPanel;
+  const int panels = chunk.padded() / kPanel, lane = fresh_thread() % 32;
   const int padded = padded_units(*const_cast<const volatile int32_t*>(&chunk.task.size));  // nothing is known of it
   SweepRows<kWarp> upper;
   SweepRows<7 - kWarp> lower;
@@ -435,14 +455,22 @@ CO_DEVICE void sweep_updates(const Chunk& chunk, SweepExchange& exchange) {
   CO_NO_UNROLL
   for (int p = 0; p < panels; ++p) {
     barrier_sync(kFactorsReady + p % 2, 2 * kGroup);
-    if (has_lower) lower.update(exchange.factors[p % 2], p, padded);
-    if (has_upper) upper.update(exchange.factors[p % 2], p, padded);
-    if (p + 2 >= panels) continue;
-    for_constant<2, kMaxSweep / kPanel - 1>(p + 2, [&](auto next) {
-      if (has_lower) lower.template give<decltype(next)::value>(exchange.cross[p % 2]);
-      if (has_upper) upper.template give<decltype(next)::value>(exchange.cross[p % 2]);
+    const RightFactor* const mine = &factor_at(exchange.factors[p % 2], lane / 4, lane % 4);
+    if (has_lower) lower.update(mine, p, padded);
+    if (has_upper) upper.update(mine, p, padded);
+    if (p + 1 == panels) break;
+    for_constant<2, kMaxSweep / kPanel>(p + 2, [&](auto next) {
+      constexpr int kNext = decltype(next)::value;
+      if (has_lower) {
+        lower.template give<kNext>(exchange.cross[p % 2]);
+        lower.template clear<kNext - 1>();
+      }
+      if (has_upper) {
+        upper.template give<kNext>(exchange.cross[p % 2]);
+        upper.template clear<kNext - 1>();
+      }
     });
-    barrier_arrive(kCrossReady + p % 2, 2 * kGroup);
+    if (p + 2 < panels) barrier_arrive(kCrossReady + p % 2, 2 * kGroup);
   }
   if (has_upper) upper.store(chunk);
   if (has_lower) lower.store(chunk);
