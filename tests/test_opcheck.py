@@ -125,6 +125,8 @@ def capture():
             optimizer.zero_grad()
             for _ in range(2):  # the second forward pass lets the state know of the first backward pass
                 model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+            optimizer.zero_grad()  # a gradient that is thrown away: its rows are, too
+            model(torch.randn(2, 3, 5, 5)).square().mean().backward()
             optimizer.step()
         if options["mode"] == "whiten":
             pre.remove()
