@@ -28,6 +28,7 @@ def digest_of_sources():
     """Of everything that decides whether a mutant is noticed."""
     folders = simt.ROOT / "csrc" / "cuda", simt.ROOT / "csrc" / "include", simt.ROOT / "tests" / "simt"
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    files.remove(simt.ROOT / "tests" / "simt" / "mutant_table.py")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -43,16 +44,17 @@ def judged(name, listed):
     something has.  ``listed``: (kind of mutant, name) of all mutants."""
     found, before = [], processor_seconds()
     entry = {"name": name, "sources": digest_of_sources(), "build": "error", "case": "", "how": ""}
+
+    def record(**more):
+        add({**entry, **more, "seconds": round(processor_seconds() - before, 1)}, listed)
+
     try:
         yield found
-        (by,) = found
-        entry |= {"build": "none"} if by is None else {"build": by.build, "case": by.case, "how": by.how}
-    except BaseException as error:
-        entry["how"] = f"{type(error).__name__}: {error}"[:300]
+    except Exception as error:
+        record(how=f"{type(error).__name__}: {error}"[:300])
         raise
-    finally:
-        entry["seconds"] = round(processor_seconds() - before, 1)
-        add(entry, listed)
+    (by,) = found
+    record(**({"build": "none"} if by is None else {"build": by.build, "case": by.case, "how": by.how}))
     assert found[0] is not None, f"nothing notices {name}"
 
 
