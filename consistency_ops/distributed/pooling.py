@@ -80,8 +80,7 @@ class Pooling:
                 assert weight is not None
                 # Placement decides whether the bias is a unit; the layer itself may still count it.
                 units = layer.units - layer.joins_bias + placement.joins_bias
-                module = layer.module()
-                chunk = self._correction.chunk_of(units, 1 if module is None else layer.kind.num_groups(module))
+                chunk = self._correction.chunk_of(units, layer.num_groups)
                 key = placement.groups, weight.device, weight.dtype == torch.float64, chunk
                 buckets.setdefault(key, []).append(layer)
         for key, layers in buckets.items():

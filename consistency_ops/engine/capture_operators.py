@@ -30,30 +30,12 @@ def _capture_traced(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim
 _library.impl("capture_traced_rows_", _capture_traced, "CompositeExplicitAutograd")
 capture_traced_rows: Any = ops.capture_traced_rows_.default
 
-# The operators write their buffers and return nothing, so there is nothing to differentiate: autograd is skipped.
+
+def _without_result(*_: object) -> None:
+    """What the operators give to who traces them: they write their buffers."""
+
+
+# They return nothing, so there is nothing to differentiate: autograd is skipped.
 for _name in ("capture_rows_", "capture_mark_", "capture_traced_rows_"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
-
-@register_fake("capture_rows_")
-def _(
-    rows: Tensor,
-    state: Tensor,
-    x: Tensor,
-    index: int,
-    unit_dim: int,
-    seed: int,
-    in_backward: bool = False,
-    marks: bool = False,
-) -> None:
-    return None
-
-
-@register_fake("capture_traced_rows_")
-def _(rows: Tensor, state: Tensor, x: Tensor, index: int, unit_dim: int, seed: int) -> None:
-    return None
-
-
-@register_fake("capture_mark_")
-def _(rows: Tensor, state: Tensor, index: int, restart: bool) -> None:
-    return None
+    register_fake(_name)(_without_result)

@@ -419,13 +419,10 @@ class Correction:
 
     def _fits(self, layer: Layer, units: int, matrices: list[Tensor]) -> bool:
         """Whether stored matrices can be those of this layer, with its bias or without."""
-        module, weight = layer.module(), layer.weight
-        assert module is not None
-        if not is_dtensor(weight) and abs(units - layer.units) > 1:
+        if not is_dtensor(layer.weight) and abs(units - layer.units) > 1:
             return False
-        groups = layer.kind.num_groups(module)
-        chunk = self.chunk_of(units, groups)
-        chunks = groups * -(-units // chunk)
+        chunk = self.chunk_of(units, layer.num_groups)
+        chunks = layer.num_groups * -(-units // chunk)
         return all(
             matrix.dim() == 3 and len(matrix) == chunks and matrix.shape[1] == matrix.shape[2] >= chunk
             for matrix in matrices
@@ -433,9 +430,7 @@ class Correction:
 
     def _trim(self, layer: Layer, units: int, state: dict[str, Tensor]) -> None:
         """Of matrices that were saved with more padding (convolution groups, by an earlier version) keep the rest."""
-        module = layer.module()
-        assert module is not None
-        chunk = self.chunk_of(units, layer.kind.num_groups(module))
+        chunk = self.chunk_of(units, layer.num_groups)
         for key in ("covariance", "inverse"):
             if key in state and state[key].shape[1] > chunk:
                 self._store.put(layer, key, state[key][:, :chunk, :chunk].clone())

@@ -63,6 +63,12 @@ class Layer:
         return units // self.kind.num_groups(module) + self.joins_bias
 
     @property
+    def num_groups(self) -> int:
+        """Groups of a convolution; 1 for every other layer, and for one that is gone."""
+        module = self.module()
+        return 1 if module is None else self.kind.num_groups(module)
+
+    @property
     def info(self) -> Tensor | None:
         """``info`` of the last step, one entry per chunk; None if nothing was launched for this layer."""
         return _entries(self.info_slice)

@@ -145,9 +145,8 @@ def by_launch(steps: Iterable[LayerStep], chunk_of: Callable[[int, int], int]) -
     ``chunk_of``: the largest chunk for a layer of so many units in so many convolution groups.
     """
     found: dict[tuple[torch.device, torch.dtype, int], list[LayerStep]] = {}
-    last: tuple[torch.device, torch.dtype, int, int] | None = (
-        None  # the layer before is often of the same kind: quicker
-    )
+    # The layer before is often of the same kind: quicker.
+    last: tuple[torch.device, torch.dtype, int, int] | None = None
     batch: list[LayerStep] = []
     for step in steps:
         rows = step.rows

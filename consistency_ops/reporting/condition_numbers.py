@@ -30,8 +30,7 @@ def condition_numbers(correction: Correction, layers: list[Layer], of: list[Laye
     """
     batches: dict[tuple[torch.device, bool, int], list[Layer]] = {}
     for layer in of:
-        capture, module = _capture(layer), layer.module()
-        chunk = correction.chunk_of(_units(layer), 1 if module is None else layer.kind.num_groups(module))
+        capture, chunk = _capture(layer), correction.chunk_of(_units(layer), layer.num_groups)
         if capture.state is not None and chunk <= ops.MAX_CHUNK and _matrix(layer).numel() > 0:
             rows = capture.buffer
             batches.setdefault((rows.device, rows.dtype == torch.float64, chunk), []).append(layer)
@@ -58,9 +57,8 @@ def _largest(correction: Correction, layers: list[Layer], of: list[Layer], chunk
         of, sizes, units, covariances, inverses, torch.split(info, sizes), torch.split(used, sizes), strict=True
     ):
         if options.scaling == "trace":
-            groups = layer.kind.num_groups(layer.module())
-            tau = trace_scale_of(matrix.diagonal(dim1=1, dim2=2).reshape(groups, -1), n)
-            matrix = matrix / tau.repeat_interleave(size // groups)[:, None, None]
+            tau = trace_scale_of(matrix.diagonal(dim1=1, dim2=2).reshape(layer.num_groups, -1), n)
+            matrix = matrix / tau.repeat_interleave(size // layer.num_groups)[:, None, None]
         damped = matrix + damping[:, None, None] * eye
         number = damped.abs().sum(1).amax(1) * inverse.abs().sum(1).amax(1)
         found[layer.name] = torch.where(failed == 0, number, math.inf).max()

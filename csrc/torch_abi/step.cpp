@@ -218,8 +218,7 @@ Look look(PyObject* layer, PyObject* owned, int64_t chunk, int64_t group, PyObje
   p.x_unit_stride = 1;
   p.x_dtype = bindings::dtype_of(*rows, "foreach_precondition_", "inputs");
   p.row_count = count->const_data_ptr<int64_t>();
-  // default_group of ops/arguments.py
-  p.group = static_cast<int32_t>(std::min(group > 0 ? group : 32 / element_size(p.g_dtype), chunk));
+  p.group = group_of(p, group, chunk);
   return Look::kPlanned;
 }
 

@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -44,6 +45,11 @@ struct Kind {
 // it.  As Correction.stored_inverse.
 bool find_stored(PyObject* layer, PyObject* entries, PyObject* weight, int64_t chunk, int64_t group, Kind& kind,
                  Planned& found, PreconditionLayer& problem);
+
+// PreconditionLayer::group; `group`: 0 for the default, as default_group of ops/arguments.py.
+inline int32_t group_of(const PreconditionLayer& problem, int64_t group, int64_t chunk) {
+  return static_cast<int32_t>(std::min(group > 0 ? group : 32 / element_size(problem.g_dtype), chunk));
+}
 
 // Layer.info_slice or damping_slice; false with a Python error.
 bool set_slice(const Slot& slot, PyObject* layer, PyObject* tensor, int64_t begin, int64_t end);

@@ -63,7 +63,7 @@ bool find_stored(PyObject* layer, PyObject* entries, PyObject* weight, int64_t c
   found.info = *info;
   p.inverse = const_cast<void*>(inverse->const_data_ptr());
   p.info = const_cast<int32_t*>(info->const_data_ptr<int32_t>());
-  p.group = static_cast<int32_t>(std::min(group > 0 ? group : 32 / element_size(p.g_dtype), width));
+  p.group = group_of(p, group, width);
   return true;
 }
 

@@ -73,8 +73,8 @@ def both(library, capacity, units, dtype, steps, seed=5):
     return got
 
 
-def rows_of(library, x, dtype, unit_axis, seed=5):
-    return lambda buffer, cpu: library.capture_rows(buffer.problem(x, dtype, unit_axis, seed), cpu)
+def rows_of(library, x, dtype, unit_axis, seed=5, marks=False):
+    return lambda buffer, cpu: library.capture_rows(buffer.problem(x, dtype, unit_axis, seed, marks=marks), cpu)
 
 
 def mark_of(library, x, restart):
@@ -135,11 +135,7 @@ def test_rows_bring_the_mark_of_the_backward_pass_before_them(library, capacity)
         if marks and number:
             steps.append(mark_of(library, x, False))
         steps.append(rows_of(library, x, simt.FLOAT32, 1))
-        shorter.append(
-            lambda buffer, cpu, x=x, marks=marks: library.capture_rows(
-                buffer.problem(x, simt.FLOAT32, 1, marks=marks), cpu
-            )
-        )
+        shorter.append(rows_of(library, x, simt.FLOAT32, 1, marks=marks))
     assert both(library, capacity, 70, simt.FLOAT32, shorter).same_as(both(library, capacity, 70, simt.FLOAT32, steps))
 
 
