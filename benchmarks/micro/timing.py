@@ -94,10 +94,10 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def command() -> str:
-    """Return the command line of this run without the place of its results, which does not change the figures."""
+    """Return the command line of this run without the places of its data and results, which change no figure."""
     spec = sys.modules["__main__"].__spec__
     arguments = sys.argv[1:]
-    for option in ("--json", "--out"):
+    for option in ("--json", "--out", "--data-dir"):
         if option in arguments:
             at = arguments.index(option)
             del arguments[at : at + 2]

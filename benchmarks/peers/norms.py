@@ -72,10 +72,8 @@ SETTINGS: dict[str, dict | None] = {
             ("without the last layer", {"skip": ["head", "7"]}),
             ("outputs=True", {"outputs": True}),
             ("outputs=True, keep_norm=False", {"outputs": True, "keep_norm": False}),
-            (
-                "norm clipped",
-                {"norm": "clip", "every": 10},
-            ),  # never longer; in plain torch, the product has no such way
+            # Never longer; in plain torch, because the product has no such way.
+            ("norm clipped", {"norm": "clip", "every": 10}),
         )
     },
 }

@@ -24,8 +24,6 @@ import math
 import os
 import platform
 import re
-import shlex
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import consistency_ops as co
+from benchmarks.micro.timing import command
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "training"
 
@@ -144,7 +143,7 @@ def circumstances() -> dict[str, Any]:
     """Return what a figure depends on: command, processor, versions, date."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
+        "command": command(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "versions": {key: value for key, value in co.build_info().items() if key != "library"},
