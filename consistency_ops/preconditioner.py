@@ -102,6 +102,9 @@ class Preconditioner:
             it is given ``K^-1 G L^-T``, and its step is mapped back by ``K^-T`` and ``L^-1``, with ``K K^T`` the damped
             running second moment of the columns of ``G L^-T``, by chunks of outputs. Ranks to which ``fully_shard`` has
             dealt its rows gather them, one layer at a time; row-parallel weights have the inputs' side only.
+        dct: in mode ``"whiten"``, whether the optimizer is given the kernels of convolutions as coefficients of the
+            discrete cosine transform over their taps, and its step is transformed back. Adam and its kind, which scale
+            single numbers, then scale spatial frequencies; SGD and Muon make the same step as without. No state.
         max_share: leave a layer alone where correcting it costs more than this share of its own forward and backward
             pass. A count of operations and bytes decides in the layer's first step, with its rows of that step, and no
             clock: on all ranks, and after a resume, alike. Such a layer has no hooks from then on; the log and
@@ -134,6 +137,7 @@ class Preconditioner:
         seed: int = 0,
         keep_norm: bool = True,
         outputs: bool = False,
+        dct: bool = False,
         max_share: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -142,7 +146,8 @@ class Preconditioner:
         attached = [None] if optimizer is None else find_optimizers(optimizer)
         check(mode in (None, "correct", "whiten"), "mode", "None, 'correct' or 'whiten'", mode)
         check(mode != "whiten" or optimizer is not None, "optimizer", "given with mode='whiten'", optimizer)
-        check(mode == "whiten" or not outputs, "outputs", "False without mode='whiten'", outputs)
+        for name, value in (("outputs", outputs), ("dct", dct)):
+            check(mode == "whiten" or not value, name, "False without mode='whiten'", value)
         self.mode: Literal["correct", "whiten"] = mode or "correct"
         if decay is None:
             decay = 0.95 if self.mode == "whiten" else 0.0
@@ -161,6 +166,7 @@ class Preconditioner:
             keep_norm,
             rows_dtype,
             outputs,
+            dct,
             max_share,
         )
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
@@ -477,7 +483,7 @@ class Preconditioner:
         options += f"chunk={o.chunk}, max_rows={o.max_rows}" + f", rows_dtype={o.rows_dtype}" * (
             o.rows_dtype is not None
         )
-        options += ", keep_norm=False" * (not o.keep_norm) + ", outputs=True" * o.outputs
+        options += ", keep_norm=False" * (not o.keep_norm) + ", outputs=True" * o.outputs + ", dct=True" * o.dct
         options += "" if o.max_share is None else f", max_share={o.max_share:g}"
         options += f", decay={o.decay:g}" * (o.decay > 0) + f", every={o.every}" * (o.every > 1)
         return f"Preconditioner({covered} of {len(self._layers)} layers, {options})"

@@ -450,8 +450,9 @@ def test_both_sides_on_ranks_equal_one_process(results, name):
 
 def test_both_sides_of_convolutions_whose_outputs_are_dealt_to_ranks(results):
     """With coupled weight decay; and where no layer has a gradient the step is the optimizer's own, bit for bit."""
-    want, other = map(scenarios.single_both_sides, (scenarios.BOTH_SIDES, scenarios.WHITEN))
-    assert difference(want, other) > 1e-3
+    options = scenarios.BOTH_SIDES_AND_COSINES, scenarios.BOTH_SIDES, scenarios.WHITEN
+    want, *others = map(scenarios.single_both_sides, options)
+    assert min(difference(want, other) for other in others) > 1e-3
     for found in of(results, "fsdp_both_sides"):
         assert difference(found["parameters"], want) < TOLERANCE
         assert found["same"]

@@ -151,7 +151,7 @@ def mixed(dtype=torch.float32):
     return model, (cheap * dear) ** 0.5
 
 
-METHODS = [{}, {"every": 3}, {"decay": 0.5}, {"mode": "whiten"}, {"mode": "whiten", "outputs": True}]
+METHODS = [{}, {"every": 3}, {"decay": 0.5}, {"mode": "whiten"}, {"mode": "whiten", "outputs": True, "dct": True}]
 
 
 @pytest.mark.parametrize("options", METHODS, ids=str)

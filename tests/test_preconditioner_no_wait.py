@@ -36,6 +36,7 @@ OPTIONS = {
     "whiten": dict(mode="whiten"),
     "whiten-every": dict(mode="whiten", every=2, decay=0.0),
     "whiten-outputs": dict(mode="whiten", outputs=True),
+    "whiten-dct": dict(mode="whiten", dct=True),
     "whiten-outputs-every": dict(mode="whiten", outputs=True, every=2, decay=0.0),
     "schedule": dict(damping=lambda step: 1 / (1 + step)),
 }

@@ -177,17 +177,22 @@ def test_the_family_has_the_product_in_it(base, keep_norm):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_family_has_both_sides_of_the_product_in_it():
+@pytest.mark.parametrize("kernels", ["", "dct"])
+def test_the_family_has_both_sides_of_the_product_in_it(kernels):
+    """And cosines of kernels; not the bias of a convolution, of which the family has one copy a tap."""
+    options = dict(bias=False) if kernels else {}
+
     def product(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        pre = co.Preconditioner(model, optimizer, mode="whiten", outputs=True)
+        pre = co.Preconditioner(model, optimizer, mode="whiten", outputs=True, dct=bool(kernels), **options)
         return lambda: (optimizer.step(), pre)
 
     def ours(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return Family(model, [optimizer], output=0.5, output_root="cholesky", output_of="gradients").step
+        both = dict(output=0.5, output_root="cholesky", output_of="gradients", kernels=kernels)
+        return Family(model, [optimizer], **both, **options).step
 
-    for a, b in zip(trained(product), trained(ours), strict=True):
+    for a, b in zip(*(trained(make, conv=bool(kernels)) for make in (product, ours)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -204,6 +209,17 @@ def test_both_halves_around_sgd_are_the_whole_inverse(root, conv):
     whole = trained(family(root="symmetric", inner=0.0, outer=1.0), conv=conv)
     for a, b in zip(trained(family(root=root), conv=conv), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["dct", "eigen"])
+def test_another_basis_of_the_taps_is_nothing_to_sgd(kernels):
+    def family(**options):
+        return lambda model: Family(model, [torch.optim.SGD(model.parameters(), lr=0.01)], bias=False, **options).step
+
+    for a, b in zip(trained(family(), conv=True), trained(family(kernels=kernels), conv=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    whitened = trained(family(kernels="cholesky"), conv=True)
+    assert float((whitened[0] - trained(family(), conv=True)[0]).abs().max()) > 1e-4
 
 
 def test_the_basis_of_eigenvectors_follows_its_matrix():

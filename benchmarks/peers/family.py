@@ -8,7 +8,8 @@ For a layer with input rows X and weight gradient G (bias joined), by chunks of 
 
 With ``root="cholesky"`` and both powers 1/2, M^-1/2 is L^-T on the way in and L^-1 on the way out.  ``output`` does the
 same from the left with the second moment of the gradients of the layer's outputs.  An optimizer that acts on single
-numbers, as Adam, depends on the basis, too: ``root="eigen"`` gives it the eigenvectors of M.
+numbers, as Adam, depends on the basis, too: ``root="eigen"`` gives it the eigenvectors of M.  ``kernels`` changes the
+basis of the taps of convolutions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.optimizers import BASES, Step, stepper
+from consistency_ops.engine.kernel_cosines import cosines
 
 WARM_UP = 20  # steps at the start in which the factors are renewed each time
 MAX_ROWS = 4096
@@ -42,6 +44,9 @@ class CoveredLayer:
         self.count = 0
         self.factors: tuple[Tensor | None, Tensor | None] | None = None
         self.left_factors: tuple[Tensor | None, Tensor | None] = None, None
+        self.tap_moment: Tensor | None = None
+        self.tap_basis: Tensor | None = None
+        self.tap_factors: tuple[Tensor, Tensor] | None = None
         self.basis: Tensor | None = None
         self.left_basis: Tensor | None = None
         self.scale = 1.0
@@ -107,6 +112,9 @@ class Family:
         output_of: the moments on the output side are of the ``"signals"``, the gradients of the layer's outputs, or of
             the ``"gradients"`` of the weights in the whitened coordinates of the inputs, their columns as rows: this
             needs no hook in the backward pass.
+        kernels: of convolutions: ``""`` leaves their taps alone; ``"dct"`` takes their cosine coefficients,
+            ``"eigen"`` coordinates in the eigenvectors of the second moment of the taps of the whitened gradients, and
+            ``"cholesky"`` whitens by that moment, damped, on the way in and back.
     """
 
     def __init__(
@@ -129,11 +137,12 @@ class Family:
         output_inner: bool = True,
         output_root: str = "symmetric",
         output_of: str = "signals",
+        kernels: str = "",
     ) -> None:
         self.optimizers, self.inner, self.outer, self.root = optimizers, inner, outer, root
         self.damping, self.relative, self.decay, self.every, self.norm = damping, relative, decay, every, norm
         self.output, self.output_inner = output, output_inner
-        self.output_root, self.output_of = output_root, output_of
+        self.output_root, self.output_of, self.kernels = output_root, output_of, kernels
         self.steps = 0
         self.layers: list[CoveredLayer] = []
         generator = torch.Generator().manual_seed(0)
@@ -179,6 +188,13 @@ class Family:
         self.steps += 1
 
     def _mapped(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
+        matrix = self._of_channels(layer, matrix, side)
+        if layer.tap_factors is not None:
+            factor = layer.tap_factors[side]
+            matrix = (factor.T @ matrix.view(len(factor), -1)).view_as(matrix)
+        return matrix
+
+    def _of_channels(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
         factor = layer.factors[side]
         if factor is not None:
             matrix = layer.division.join(layer.division.cut(matrix) @ factor)
@@ -207,6 +223,27 @@ class Family:
             layer.left_moment = averaged(layer.left_moment, moments(layer.left.cut(signals)), weight)
             if renewed:
                 self._renew_outputs(layer)
+        if self.kernels and layer.conv and layer.module.weight[0, 0].numel() > 1:
+            self._renew_kernels(layer, gradient, weight, renewed)
+
+    def _renew_kernels(self, layer: CoveredLayer, gradient: Tensor, weight: float, renewed: bool) -> None:
+        shape = layer.module.weight.shape[2:]
+        if self.kernels == "dct":
+            if layer.tap_factors is None:
+                basis = cosines(shape, gradient.dtype, gradient.device)
+                layer.tap_factors = basis.T, basis
+            return
+        taps = self._of_channels(layer, gradient, 0).view(shape.numel(), -1)
+        layer.tap_moment = averaged(layer.tap_moment, moments(taps.T[None]), weight)
+        if not renewed:
+            return
+        damped = self._damped(layer.tap_moment, shape.numel())
+        if self.kernels == "eigen":
+            layer.tap_basis = followed(damped, layer.tap_basis)
+            into, back = in_basis(damped, layer.tap_basis, 0.0, 0.0)
+        else:
+            into, back = cholesky_factors(damped)
+        layer.tap_factors = into[0], back[0]
 
     def _columns(self, layer: CoveredLayer, gradient: Tensor) -> Tensor:
         """Return the columns of the whitened gradient, of all taps of a convolution, as rows (n, outputs)."""

@@ -137,6 +137,13 @@ METHODS: dict[str, Method] = {
         f"{base}+both": method(f"{base}+pre", start, f"{text}, whitened, outputs too", whitened(base), outputs=True)
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },
+    # Cosine coefficients of kernels: without convolutions they are the methods without.
+    "adamw+white+dct": method(
+        "adamw+pre", 0.003, f"AdamW, whitened, damping {WHITEN}, dct", whitened("adamw"), damping=WHITEN, dct=True
+    ),
+    "adamw+both+dct": method(
+        "adamw+pre", 0.003, "AdamW, whitened, outputs too, dct", whitened("adamw"), outputs=True, dct=True
+    ),
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),
     "muon+pre": method("muon+pre", 0.01, "Muon, corrected"),
     "sgd+white": method("sgd+pre", 0.03, f"SGD, whitened, damping {WHITEN}", whitened("sgd"), damping=WHITEN),

@@ -25,7 +25,7 @@ from benchmarks.peers.full import FOLDER, FULL, train
 from benchmarks.peers.optimizers import Step, corrected, plain, whitened
 from benchmarks.peers.runs import Store, versions
 
-STEPS = {"deep-mlp": 200, "autoencoder": 300, "char-gpt": 240, "fashion-convnet": 240}
+STEPS = {"deep-mlp": 200, "autoencoder": 300, "char-gpt": 240, "fashion-convnet": 240, "cifar-convnet": 500}
 RATES = {  # the middle of the rates at which base and whitened base do best
     ("deep-mlp", "adamw"): 0.017,
     ("deep-mlp", "muon"): 0.018,
@@ -35,9 +35,18 @@ RATES = {  # the middle of the rates at which base and whitened base do best
     ("char-gpt", "muon"): 0.03,
     ("fashion-convnet", "adamw"): 0.01,
     ("fashion-convnet", "muon"): 0.01,
+    ("cifar-convnet", "adamw"): 0.03,
+    ("cifar-convnet", "muon"): 0.018,
 }
 OUTER: dict[str, object] = {"inner": 0.0, "root": "symmetric"}
 BOTH: dict[str, object] = {"output": 0.5, "root": "symmetric"}
+CHOLESKY_ON_BOTH: dict[str, object] = {
+    "root": "cholesky",
+    "output": 0.5,
+    "output_root": "cholesky",
+    "output_of": "gradients",
+    "every": 10,
+}
 CHANGES: dict[str, dict[str, object]] = {
     "whitened": {},
     "outer half alone": OUTER,
@@ -85,6 +94,14 @@ CHANGES: dict[str, dict[str, object]] = {
             ("output side of the gradients, Cholesky on both", "cholesky", "cholesky"),
         )
     },
+    **{
+        f"output side of the gradients, Cholesky on both, every 10, {text}": CHOLESKY_ON_BOTH | {"kernels": kernels}
+        for text, kernels in (("dct", "dct"), ("eigenvectors of the taps", "eigen"), ("taps whitened", "cholesky"))
+    },
+    "damping 0.3, every 10": {"damping": 0.3, "every": 10},
+    "damping 0.3, every 10, dct": {"damping": 0.3, "every": 10, "kernels": "dct"},
+    "damping 0.3, every 10, taps whitened": {"damping": 0.3, "every": 10, "kernels": "cholesky"},
+    "dct alone": {"inner": 0.0, "outer": 0.0, "root": "symmetric", "kernels": "dct"},
     "outer halves of both sides, every 10": OUTER | {"output": 0.5, "output_inner": False, "every": 10},
     "outer halves of both sides": OUTER | {"output": 0.5, "output_inner": False},
     "outer halves of both sides, output 1/4": OUTER | {"output": 0.25, "output_inner": False},
@@ -112,6 +129,7 @@ REFERENCES: dict[str, Callable[[str], Callable[..., Step]]] = {
     "corrected": corrected,
     "the package, outputs=True": of_the_package(outputs=True),
     "the package, outputs=True, every=10": of_the_package(outputs=True, every=10),
+    "the package, outputs=True, dct=True, every=10": of_the_package(outputs=True, dct=True, every=10),
     "the package, outputs=True, every=10, decay=0.7": of_the_package(outputs=True, every=10, decay=0.7),
 }
 

@@ -270,7 +270,8 @@ class Pooling:
     def _compared(self, steps: list[LayerStep]) -> dict[str, int]:
         """What all ranks must agree on."""
         o = self._correction.options
-        options = (o.scaling, o.chunk, o.group, o.decay, o.every, o.bias, o.keep_norm, o.max_share)
+        arithmetic = o.scaling, o.chunk, o.group, o.decay, o.every, o.bias, o.keep_norm, o.outputs, o.dct
+        options = (*arithmetic, o.max_share)
         layers = [
             (s.layer.name, s.layer.index, s.units, str(s.grad.dtype), self._correction.num_chunks(s)) for s in steps
         ]

@@ -38,6 +38,7 @@ STORED_CALL = 3e6  # the same where matrices outlive the step: 18 to 21 us
 GROUP_CALL = 2.6e5  # a group of a convolution where matrices outlive the step: 1.6 us in a refresh, and in every step
 _LINE = 64  # bytes that a row takes where a group's units do not lie beside those of the others
 WHITENED_PASSES = 5.0  # passes over a weight whose displacement is mapped back: its copy, the mapping, the norms
+_COSINE_PASSES = 5.0  # the same of gradients and weights whose kernels become coefficients and come back
 _PANEL = 16
 
 
@@ -67,6 +68,7 @@ class Method:
     averages: bool = False
     whitens: bool = False
     outputs: bool = False
+    dct: bool = False
 
 
 def own_cost(size: LayerSize) -> float:
@@ -106,6 +108,9 @@ def correction_cost(size: LayerSize, method: Method, sharers: int = 1) -> float:
     if method.outputs:
         more, more_each = _output_side(size, method)
         refresh, each = refresh + more, each + more_each
+    if method.dct and size.every_tap and size.taps > 1:
+        numbers = float(size.held * size.units)
+        each += PRODUCT * 4.0 * numbers * size.taps + GRADIENT_BYTE * size.itemsize * _COSINE_PASSES * numbers
     return refresh / sharers / method.every + each
 
 

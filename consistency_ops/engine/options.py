@@ -32,6 +32,7 @@ class CorrectionOptions:
     keep_norm: bool = True
     rows_dtype: torch.dtype | None = None
     outputs: bool = False
+    dct: bool = False
     max_share: float | None = None
 
     def __post_init__(self) -> None:
@@ -39,6 +40,7 @@ class CorrectionOptions:
             check_damping(self.damping)
         check(isinstance(self.keep_norm, bool), "keep_norm", "True or False", self.keep_norm)
         check(isinstance(self.outputs, bool), "outputs", "True or False", self.outputs)
+        check(isinstance(self.dct, bool), "dct", "True or False", self.dct)
         check(self.scaling in ("trace", "absolute"), "scaling", "'trace' or 'absolute'", self.scaling)
         allowed = self.chunk is None or is_int(self.chunk, 1, MAX_WIDTH)
         check(allowed, "chunk", f"None or in [1, {MAX_WIDTH}]", self.chunk)

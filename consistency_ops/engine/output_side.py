@@ -117,10 +117,10 @@ class OutputSide:
             after, [], before, [], self.factors, self.info, self.has_gradient, self.launch, keep_norm=keep_norm
         )
 
-    def multiply_(self, matrices: list[Matrix], lower: list[Tensor]) -> None:
-        """Replace every matrix ``W`` by ``K^T W``, given ``K``."""
+    def multiply_(self, matrices: list[Matrix]) -> None:
+        """Replace every matrix ``W`` by ``K^T W``."""
         columns = self._columns(matrices)
-        foreach_multiply_(columns, [], lower, self.info, self.launch)
+        foreach_multiply_(columns, [], [inverse_of_lower(factor) for factor in self.factors], self.info, self.launch)
         self._write(columns, matrices)
 
     def _columns(self, matrices: list[Matrix]) -> list[Tensor]:
@@ -263,3 +263,11 @@ def _stored_factors(
     info = torch.cat([cast("Tensor", store.newest(step.layer, "output_info")).to(torch.int32) for step in steps])
     foreach_whiten_by_(columns, [], factors, info, launch)
     return factors, info
+
+
+def inverse_of_lower(factor: Tensor) -> Tensor:
+    """Of padding and chunks that were given up, which are zero, the identity."""
+    eye = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+    diagonal = (factor.diagonal(dim1=1, dim2=2) == 0).to(factor.dtype)
+    result: Tensor = torch.linalg.solve_triangular(factor + torch.diag_embed(diagonal), eye, upper=False)
+    return result.contiguous()

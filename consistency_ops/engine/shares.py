@@ -45,6 +45,7 @@ class Shares:
             options.decay > 0,
             correction.whitens,
             options.outputs and correction.whitens,
+            options.dct and correction.whitens,
         )
         self._entries: dict[int, Tensor] = {}  # by layer index, what is to be stored after the optimizer's step
 

@@ -10,7 +10,9 @@ times as long.
 Weight decay acts on the weight as it does without the preconditioner. Decoupled decay is left out of ``D``. Coupled
 decay is a part of the gradient: ``decay (W L - W)`` is added to ``G L^-T``, so that with the optimizer's own
 ``decay W`` it becomes ``decay W L``, which maps back to ``decay W``. A layer whose gradient is zero takes the
-optimizer's step as it is. With ``outputs=True`` the same is done from the left (``output_side.py``).
+optimizer's step as it is. With ``outputs=True`` the same is done from the left (``output_side.py``); with ``dct=True``
+the optimizer has the cosine coefficients of kernels (``kernel_cosines.py``). The three maps act on different dimensions
+of a weight, so their order does not matter.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from ..reference import norm_scales
 from .correction import Correction
 from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
+from .kernel_cosines import KernelCosines, to_cosines
 from .layer import Layer
 from .layer_step import LayerStep
 from .options import CorrectionOptions
-from .output_side import Matrix, OutputSide, whiten_outputs
+from .output_side import Matrix, OutputSide, inverse_of_lower, whiten_outputs
 from .state import StateStore
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class _Whitened:
     # Before the step, after decoupled weight decay, in the order of `steps`; of a DTensor what this rank holds.
     weights: list[Tensor]
     biases: list[Tensor]
-    sides: list[OutputSide]
+    sides: list[OutputSide | KernelCosines]
     sharded: bool  # whether a weight is a DTensor
     # Weights and biases where they lie, and the parameters that they are of with their addresses; empty if some are
     # copies.  An optimizer that writes in place leaves all that as it is.
@@ -262,10 +265,12 @@ class WhiteningCorrection(Correction):
         if sharded:
             flags = sum_over_shards([step.weight for step in steps], list(has_gradient.unbind()))
             has_gradient = torch.stack(flags)
-        sides: list[OutputSide] = []
+        sides: list[OutputSide | KernelCosines] = []
         if self.options.outputs:
             damping = self.last_damping if self.refreshes(self.step) else None
-            sides = whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
+            sides += whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
+        if self.options.dct:
+            sides += to_cosines(steps, has_gradient)
         biased = [steps[i] for i in launch.biases]
         weights, biases = [_weight_of(step) for step in steps], [_bias_of(step) for step in biased]
         owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]
@@ -328,7 +333,7 @@ class WhiteningCorrection(Correction):
         foreach_multiply_(mapped[:count], mapped[count:], lower, whitened.info, launch)
         matrices = whitened.matrices(mapped[:count], mapped[count:])
         for side in whitened.sides:
-            side.multiply_(matrices, [_inverse_of_lower(factor) for factor in side.factors])
+            side.multiply_(matrices)
         grads = [*(step.grad for step in steps), *(steps[i].bias_grad for i in launch.biases)]
         flags = (whitened.has_gradient > 0).unbind()
         flags = (*flags, *(flags[i] for i in launch.biases))
@@ -340,10 +345,10 @@ class WhiteningCorrection(Correction):
         """``L`` from ``L^-1``, made once a refresh; of chunks that were given up anything."""
         known = self._lower.get(index)
         if known is None or known[0] is not factor:
-            known = self._lower[index] = factor, _inverse_of_lower(factor)
+            known = self._lower[index] = factor, inverse_of_lower(factor)
         return known[1]
 
-    def _map_outputs_back(
+    def _map_sides_back(
         self, whitened: _Whitened, weights: list[Tensor], before: list[Tensor], biases: list[Tensor]
     ) -> None:
         if not whitened.sides:
@@ -368,7 +373,7 @@ class WhiteningCorrection(Correction):
     def _map_back(self, whitened: _Whitened) -> None:
         """Replace every displacement ``D`` by ``D L^-1``, with the norm of ``D`` where it is kept."""
         weights, biases = whitened.as_they_are_now()
-        self._map_outputs_back(whitened, weights, whitened.weights, biases)
+        self._map_sides_back(whitened, weights, whitened.weights, biases)
         whitened.unwhiten_(weights, whitened.weights, biases, keep_norm=self._keeps_norm)
         whitened.write_back(weights)
 
@@ -382,7 +387,7 @@ class WhiteningCorrection(Correction):
         for i in exchanged:
             rows[i] = _rows_of(steps[i], weights[i] - whitened.weights[i])
             rows_before[i] = torch.zeros_like(rows[i])
-        self._map_outputs_back(whitened, rows, rows_before, biases)
+        self._map_sides_back(whitened, rows, rows_before, biases)
         squares = whitened.unwhiten_(rows, rows_before, biases, keep_norm=self._keeps_norm, finish=False)
         if self._keeps_norm:
             scales = norm_scales(torch.stack(sum_over_shards([s.weight for s in steps], list(squares.unbind()))))
@@ -445,11 +450,3 @@ def _units_of(step: LayerStep, rows: Tensor) -> Tensor:
     """The opposite of :func:`_rows_of`."""
     view = cast("DTensor", step.layer.kind.view(_module(step), step.weight.detach()))
     return redistributed(rows, view, row_placements(view), view.placements)
-
-
-def _inverse_of_lower(factor: Tensor) -> Tensor:
-    """Of padding and chunks that were given up, which are zero, the identity."""
-    eye = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
-    diagonal = (factor.diagonal(dim1=1, dim2=2) == 0).to(factor.dtype)
-    result: Tensor = torch.linalg.solve_triangular(factor + torch.diag_embed(diagonal), eye, upper=False)
-    return result.contiguous()

@@ -121,6 +121,7 @@ def ddp_whiten():
 
 
 BOTH_SIDES = {"mode": "whiten", "every": 2, "outputs": True}
+BOTH_SIDES_AND_COSINES = BOTH_SIDES | {"dct": True}
 
 
 def ddp_whiten_outputs():
@@ -476,13 +477,13 @@ def _adam(model, options: dict, skip=(), decay=0.3):
 
 
 def fsdp_both_sides():
-    """Convolutions, the grouped one left alone, and a step without any gradient, as well as a plain optimizer's."""
+    """Convolutions and their cosines, the grouped one left alone; a step without gradients, and a plain optimizer's."""
     mesh = init_device_mesh("cpu", (4,))
     model = fully_shard(_conv_net(), mesh=mesh)
-    optimizer, pre = _adam(model, BOTH_SIDES)
+    optimizer, pre = _adam(model, BOTH_SIDES_AND_COSINES)
     _conv_step(model, optimizer, ranks=(dist.get_rank(),))
     idle = []
-    for options in (BOTH_SIDES, None):
+    for options in (BOTH_SIDES_AND_COSINES, None):
         still = fully_shard(_conv_net(), mesh=mesh)
         adam, _ = (
             (torch.optim.Adam(still.parameters(), 0.01), None) if options is None else _adam(still, options, (), 0)

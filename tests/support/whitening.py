@@ -59,11 +59,11 @@ def same(model, other, rtol=0.0, atol=0.0):
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
-def resumes_bitwise(at, **options):
+def resumes_bitwise(at, make=mlp, **options):
     """A training that goes on from its saved state after ``at`` steps makes the same steps."""
 
     def start():
-        model = mlp()
+        model = make()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         return model, optimizer, Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
 
@@ -85,9 +85,9 @@ def resumes_bitwise(at, **options):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def with_kernels_and_with_torch(optimizer_on, steps, **options):
+def with_kernels_and_with_torch(optimizer_on, steps, make=mlp, **options):
     """Two float64 models after the same steps: by the kernels, and by torch's own operations."""
-    models = [mlp().double(), mlp().double()]
+    models = [make().double(), make().double()]
     for model, backend in zip(models, ("auto", "torch"), strict=True):
         co.set_backend(backend)
         try:
