@@ -92,7 +92,9 @@ class Preconditioner:
             too: the inverse of one batch multiplies what only other batches have by ``1 / damping``, and training may
             diverge. With ``decay > 0`` all of the first 20 steps capture and invert, because an average has to be
             gathered before it is reused.
-        bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are.
+        bias: join the bias to the units of its layer; ``False`` leaves bias gradients as they are. In mode ``"whiten"``
+            those of convolutions with several taps are left in any case: one step of such a bias would be mapped to
+            every tap, beside the kernel's own.
         skip: layers to leave alone: module names, ``fnmatch`` patterns of names, or module types.
         seed: of the random division and the row sample.
         keep_norm: in mode ``"whiten"``, whether a layer's mapped step is scaled to the norm that the optimizer gave it
@@ -172,7 +174,8 @@ class Preconditioner:
         self.skip: tuple[str | type[Any], ...] = check_names("Preconditioner", "skip", skip)
         self._model = weakref.ref(model)
         self._notices = Notices()
-        self._layers = find_layers(model, self.skip, bias)
+        self._joins = {"bias": bias, "bias_of_kernels": self.mode != "whiten"}
+        self._layers = find_layers(model, self.skip, **self._joins)
         self._attachments: list[Attachment] = []
         handles: list[RemovableHandle] = []
         try:
@@ -266,7 +269,7 @@ class Preconditioner:
         model = self._model()
         if model is None:
             return
-        for layer in find_new_layers(model, self._layers, self.skip, self._correction.options.bias):
+        for layer in find_new_layers(model, self._layers, self.skip, **self._joins):
             if layer.reason is None:
                 layer.reason = self._correction.declines(layer)
 

@@ -176,6 +176,8 @@ def test_inf_on_one_rank_keeps_the_step_out_of_the_average_on_all(results):
         ("seed", r"seed must be the same on all ranks, but rank \d has \d, rank \d has \d"),
         ("model", r"layers must be the same on all ranks, but those of rank \d and rank \d differ"),
         ("options", r"options must be the same on all ranks, but those of rank \d and rank \d differ"),
+        ("outputs", r"options must be the same on all ranks, but those of rank \d and rank \d differ"),
+        ("dct", r"options must be the same on all ranks, but those of rank \d and rank \d differ"),
         ("step", r"step must be the same on all ranks, but rank \d has \d, rank \d has \d"),
     ],
 )

@@ -179,18 +179,17 @@ def test_the_family_has_the_product_in_it(base, keep_norm):
 
 @pytest.mark.parametrize("kernels", ["", "dct"])
 def test_the_family_has_both_sides_of_the_product_in_it(kernels):
-    """And cosines of kernels; not the bias of a convolution, of which the family has one copy a tap."""
-    options = dict(bias=False) if kernels else {}
+    """And cosines of kernels."""
 
     def product(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        pre = co.Preconditioner(model, optimizer, mode="whiten", outputs=True, dct=bool(kernels), **options)
+        pre = co.Preconditioner(model, optimizer, mode="whiten", outputs=True, dct=bool(kernels))
         return lambda: (optimizer.step(), pre)
 
     def ours(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         both = dict(output=0.5, output_root="cholesky", output_of="gradients", kernels=kernels)
-        return Family(model, [optimizer], **both, **options).step
+        return Family(model, [optimizer], **both).step
 
     for a, b in zip(*(trained(make, conv=bool(kernels)) for make in (product, ours)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -214,7 +213,7 @@ def test_both_halves_around_sgd_are_the_whole_inverse(root, conv):
 @pytest.mark.parametrize("kernels", ["dct", "eigen"])
 def test_another_basis_of_the_taps_is_nothing_to_sgd(kernels):
     def family(**options):
-        return lambda model: Family(model, [torch.optim.SGD(model.parameters(), lr=0.01)], bias=False, **options).step
+        return lambda model: Family(model, [torch.optim.SGD(model.parameters(), lr=0.01)], **options).step
 
     for a, b in zip(trained(family(), conv=True), trained(family(kernels=kernels), conv=True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

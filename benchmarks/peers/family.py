@@ -33,7 +33,8 @@ class CoveredLayer:
     def __init__(self, module: nn.Module, bias: bool, chunk: int | None, generator: torch.Generator) -> None:
         self.module = module
         self.conv = isinstance(module, nn.Conv2d)
-        self.parameters = [module.weight, *([module.bias] if bias and module.bias is not None else [])]
+        bias = bias and module.bias is not None and not (self.conv and module.weight[0, 0].numel() > 1)
+        self.parameters = [module.weight, *([module.bias] if bias else [])]
         self.units = module.weight.shape[1] + len(self.parameters) - 1
         self.division = Division(self.units, chunk, generator)
         self.left = Division(module.weight.shape[0], chunk, generator)
@@ -104,7 +105,7 @@ class Family:
             times a number that only the factor says: ``"white"`` keeps the norm that a displacement of white noise has
             on average, ``"outputs"`` what such a displacement does to the outputs.
         chunk: largest number of units together; None: whole layers.
-        bias: whether the bias is a unit.
+        bias: whether the bias is a unit; that of a kernel with several taps never is.
         skip: patterns of names.
         output: power on the output side, in front and behind (symmetric or eigen root, same damping, average, chunk).
         output_inner: whether the output side acts in front, too.

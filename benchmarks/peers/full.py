@@ -84,6 +84,7 @@ FULL["byte-gpt"] = Task(
     nats,
     *(8, 440, (), POINTS),
 )
+KERNELS = ("fashion-convnet", "cifar-convnet", "cifar-resnet")  # tasks with kernels of several taps
 FITTED = {"char-gpt": 500, "char-gpt-large": 500, "byte-gpt": 200}  # training examples for the loss at the end
 FITTED_IMAGES = 2500
 
@@ -137,7 +138,7 @@ METHODS: dict[str, Method] = {
         f"{base}+both": method(f"{base}+pre", start, f"{text}, whitened, outputs too", whitened(base), outputs=True)
         for base, start, text in (("adamw", 0.003, "AdamW"), ("muon", 0.01, "Muon"))
     },
-    # Cosine coefficients of kernels: without convolutions they are the methods without.
+    # Cosine coefficients of kernels. On a task that is not of `KERNELS` these are the methods without.
     "adamw+white+dct": method(
         "adamw+pre", 0.003, f"AdamW, whitened, damping {WHITEN}, dct", whitened("adamw"), damping=WHITEN, dct=True
     ),

@@ -22,10 +22,18 @@ UNCALLED = "takes its weight and never calls it"
 FLATTENED = "weight is flattened (FullyShardedDataParallel and DeepSpeed ZeRO 3 do that; fully_shard is supported)"
 
 
-def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
+def find_layers(
+    model: nn.Module, skip: tuple[str | type, ...], *, bias: bool, bias_of_kernels: bool = True
+) -> list[Layer]:
     """All modules of ``model`` that own a parameter of two or more dimensions, in the order of ``named_modules``.
 
     A module with several weights is several layers.
+
+    Args:
+        model: is searched.
+        skip: names, patterns and types of the modules that are left alone.
+        bias: whether biases are joined to the units of their layers.
+        bias_of_kernels: whether those of convolutions with several taps are, too.
     """
     modules = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
     owners = _owners(modules)
@@ -55,7 +63,8 @@ def find_layers(model: nn.Module, skip: tuple[str | type, ...], bias: bool) -> l
             ):
                 own_bias = module._parameters.get(kind.bias)
                 fits = own_bias is not None and (is_lazy(own_bias) or own_bias.dim() == 1)
-                layer.joins_bias = bias and fits and len(owners[id(own_bias)]) == 1
+                wanted = bias and (bias_of_kernels or kind.num_taps(module) == 1)
+                layer.joins_bias = wanted and fits and len(owners[id(own_bias)]) == 1
             layers.append(layer)
     return layers + _other_matrices(modules, types, len(layers))
 
@@ -103,9 +112,11 @@ def adopt_layer(layers: list[Layer], weight: Tensor) -> Layer | None:
     return layer
 
 
-def find_new_layers(model: nn.Module, layers: list[Layer], skip: tuple[str | type, ...], bias: bool) -> list[Layer]:
+def find_new_layers(
+    model: nn.Module, layers: list[Layer], skip: tuple[str | type, ...], **options: bool
+) -> list[Layer]:
     """Add to ``layers`` what :func:`find_layers` finds and they have not; one that has the name of an old one takes its
-    place.
+    place. ``options`` are those of :func:`find_layers`.
 
     Returns:
         The new layers.
@@ -114,7 +125,7 @@ def find_new_layers(model: nn.Module, layers: list[Layer], skip: tuple[str | typ
     places = {layer.name: layer.index for layer in layers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of skip patterns: said before
-        found = find_layers(model, skip, bias)
+        found = find_layers(model, skip, **options)
     new = []
     for layer in found:
         if (id(layer.module()), layer.kind.weight, layer.kind.part) in known:

@@ -11,7 +11,6 @@ without. There is no state, and ranks that hold different rows or units need not
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -44,32 +43,40 @@ class KernelCosines:
             weight.copy_(_of_taps(weight.to(basis.dtype), basis.T))
 
 
-def to_cosines(steps: list[LayerStep], has_gradient: Tensor) -> list[KernelCosines]:
+Bases = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
+
+
+def to_cosines(steps: list[LayerStep], has_gradient: Tensor, known: Bases) -> list[KernelCosines]:
     """Replace the gradients of convolutions of more than one tap by coefficients, in place.
 
     Args:
         has_gradient: int32, one entry a layer.
+        known: bases of earlier steps; new ones are added.
     """
     places = [i for i, step in enumerate(steps) if _num_taps(step) > 1]
     if not places:
         return []
     flags = (has_gradient > 0).unbind()
-    bases = [cosines(steps[i].grad.shape[2:], steps[i].compute_dtype, steps[i].grad.device) for i in places]
+    bases = []
+    for step in (steps[i] for i in places):
+        key = step.grad.shape[2:], step.compute_dtype, step.grad.device
+        if key not in known:
+            known[key] = cosines(*key)
+        bases.append(known[key])
     side = KernelCosines(places, bases, [flags[i] for i in places])
     side.multiply_([(step.grad, None) for step in steps])
     return [side]
 
 
-@functools.lru_cache(maxsize=256)
 def cosines(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal DCT-II of a kernel of this shape: rows are basis vectors, over the flattened kernel."""
-    basis = torch.ones(1, 1, dtype=torch.float64)
+    basis = torch.ones(1, 1, dtype=torch.float64, device=device)
     for size in shape:
-        frequency, tap = torch.arange(size, dtype=torch.float64).view(-1, 1), torch.arange(size, dtype=torch.float64)
-        one = torch.cos(math.pi / size * (tap + 0.5) * frequency) * math.sqrt(2 / size)
+        count = torch.arange(size, dtype=torch.float64, device=device)
+        one = torch.cos(math.pi / size * (count + 0.5) * count.view(-1, 1)) * math.sqrt(2 / size)
         one[0] = math.sqrt(1 / size)
         basis = torch.kron(basis, one)
-    return basis.to(device=device, dtype=dtype)
+    return basis.to(dtype)
 
 
 def _num_taps(step: LayerStep) -> int:

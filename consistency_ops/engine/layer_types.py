@@ -8,6 +8,7 @@ units are the input channels and every pixel of every image is a row; padding, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,15 @@ class LayerType:
             return 1
         groups: int = getattr(module, self.groups)
         return groups
+
+    def num_taps(self, module: nn.Module) -> int:
+        """Taps of a convolution's kernel; 1 for every other layer."""
+        if self.unit_dim == -1:
+            return 1
+        size = getattr(module, "kernel_size", None)  # lazy layers know it before their weight
+        if size is not None:
+            return math.prod(size) if isinstance(size, tuple) else int(size)
+        return self.view(module, self.parameter(module).detach()).shape[2:].numel()
 
     def parameter(self, module: nn.Module) -> Parameter:
         """The weight itself, which the module must have."""

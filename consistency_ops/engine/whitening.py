@@ -31,7 +31,7 @@ from ..reference import norm_scales
 from .correction import Correction
 from .digests import digest
 from .dtensors import is_dtensor, redistributed, row_placements, sum_over_shards
-from .kernel_cosines import KernelCosines, to_cosines
+from .kernel_cosines import Bases, KernelCosines, to_cosines
 from .layer import Layer
 from .layer_step import LayerStep
 from .options import CorrectionOptions
@@ -123,6 +123,7 @@ class WhiteningCorrection(Correction):
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._lower: dict[int, tuple[Tensor, Tensor]] = {}  # by layer index, a factor L^-1 and its L
+        self._cosines: Bases = {}
 
     @property
     def stores_matrices(self) -> bool:
@@ -270,7 +271,7 @@ class WhiteningCorrection(Correction):
             damping = self.last_damping if self.refreshes(self.step) else None
             sides += whiten_outputs(steps, has_gradient, self._store, self.options, self.chunk_of, damping)
         if self.options.dct:
-            sides += to_cosines(steps, has_gradient)
+            sides += to_cosines(steps, has_gradient, self._cosines)
         biased = [steps[i] for i in launch.biases]
         weights, biases = [_weight_of(step) for step in steps], [_bias_of(step) for step in biased]
         owners = [*(step.weight for step in steps), *(_bias_parameter(step) for step in biased)]

@@ -283,6 +283,8 @@ def disagreements():
         "seed": _step(seed=7 * (rank == 2)),
         "model": _step(widths=(12, 21 if rank == 3 else 20, 5)),
         "options": _step(decay=0.5 * (rank == 1)),
+        "outputs": _step(mode="whiten", outputs=rank == 2),
+        "dct": _step(mode="whiten", dct=rank == 1),
         "step": _step(steps=5 * (rank == 0)),
     }
 
