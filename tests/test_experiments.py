@@ -229,6 +229,7 @@ class Interrupted(Exception):
         ("shapeset", "tanh, glorot"),
         ("modern", "gpt, modulus"),
         ("convnet", "adam, whiten"),
+        ("convnet", "adam, whiten both, dct"),
         ("conditioning", "last BN, whitened"),
         ("convnet", "muon"),
         ("contractive", "modulus, decay 0.004, rising"),

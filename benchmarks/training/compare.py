@@ -13,7 +13,7 @@ from consistency_ops.optim.learning_rate import CANDIDATES
 def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split, tick) -> dict[str, Any]:
     """Train with the optimizer of ``settings``, at its "rate" or one of eight selected as in the paper."""
     method = settings["optimizer"]
-    adaptive = method in ("adam", "adam, whiten", "muon")
+    adaptive = method == "muon" or method in fit.ADAM
     options = {} if adaptive else {"weight_decay": settings.get("weight_decay", 1e-4)}
     optimizer = fit.optimizer_of(method, model, lr=settings.get("rate", 1.0), seed=seed, **options)
     search = None if "rate" in settings else fit.ADAPTIVE if adaptive else CANDIDATES

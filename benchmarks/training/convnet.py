@@ -4,8 +4,9 @@ Raw pixels less their mean, weights normal of deviation 0.01, decay 5e-4, no nor
 selected as in the paper.  SGD has not left its plateau after the 30 steps of that search, and diverges later at the
 rate that chance lets win there (0.5); its rate is the best of 0.1, 0.02 and 0.005 after four epochs of 3 000 images
 instead.  "sgd2, rms" has a batch RMS norm before every layer but the first.  "adam, whiten" is Adam in whitened
-coordinates, "muon" Muon with Adam on the biases.  The published errors are lost, and the images here are JPEG of
-quality 75 unless --data-dir holds the published files.
+coordinates, with "both, dct" of the outputs, too, and with cosine coefficients of kernels; "muon" is Muon with Adam on
+the biases.  The published errors are lost, and the images here are JPEG of quality 75 unless --data-dir holds the
+published files.
 
 All training images, as in the paper, resumable after every epoch:
     python -m benchmarks.training convnet --train 50000 --test 10000 --epochs 20 --seeds 0 1
@@ -23,6 +24,7 @@ SETTINGS = {
     "adam": {"optimizer": "adam", "normalization": "none"},
     "sgd2, rms": {"optimizer": "sgd2", "normalization": "rms", "weight_decay": 5e-4},
     "adam, whiten": {"optimizer": "adam, whiten", "normalization": "none"},
+    "adam, whiten both, dct": {"optimizer": "adam, whiten both, dct", "normalization": "none"},
     "muon": {"optimizer": "muon", "normalization": "none"},
 }
 SIZE = {"epochs": 8, "train": 10_000, "test": 2_000, "batch": 100}

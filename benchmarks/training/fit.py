@@ -51,14 +51,22 @@ def load(name: str | None, size: dict, directory: Path) -> Split | None:
     return Split(train_x, parts[1], test_x, parts[3], float(train_x.std()))
 
 
+# Adam alone, and the options of its whitened coordinates.
+ADAM: dict[str, dict | None] = {
+    "adam": None,
+    "adam, whiten": {},
+    "adam, whiten both, dct": {"outputs": True, "dct": True},
+}
+
+
 def optimizer_of(name: str, model: nn.Module, *, lr: float = 1.0, seed: int = 0, **options) -> torch.optim.Optimizer:
-    """Build "sgd2", "sgd" (sgd2 without its correction), or "adam", "adam, whiten" or "muon" (all without decay)."""
+    """Build "sgd2", "sgd" (sgd2 without its correction), or "muon" or one of ``ADAM`` (all without decay)."""
     if name == "muon":
         return Muon(model, lr)
-    if name in ("adam", "adam, whiten"):
+    if name in ADAM:
         adam = torch.optim.Adam(model.parameters(), lr=lr)
-        if name != "adam":
-            co.Preconditioner(model, adam, mode="whiten", seed=seed)
+        if (whiten := ADAM[name]) is not None:
+            co.Preconditioner(model, adam, mode="whiten", seed=seed, **whiten)
         return adam
     optimizer = co.optim.SGD2(model, lr=lr, seed=seed, **options)
     if name == "sgd":
