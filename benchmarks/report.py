@@ -363,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
     "search": lambda: full_tables.search(stored("full/search")),
     "search-outputs": lambda: full_tables.outputs(stored("full/search")),
+    "search-kernels": lambda: full_tables.kernels(stored("full/search")),
     "small-norms": lambda: full_tables.small_norms(stored("full/norms")),
     "small-members": lambda: full_tables.members(stored("full/norms")),
     "search-norms": lambda: full_tables.norms(stored("full/search")),

@@ -344,6 +344,11 @@ def test_tables_of_the_search():
         "| base | 6.00 / 2.00 / 2.00 |",
         "| whitened | 4.50 / 1.50 / 1.50 |",  # the rate of all
     ]
+    other = fake("cifar-convnet", "adamw", "dct alone", 0.03, 1.0, steps=search.STEPS["cifar-convnet"])
+    assert full_tables.search([*runs, other]) == full_tables.search(runs)
+    assert full_tables.kernels([*runs, other]).splitlines()[2:] == [
+        f"| adamw | dct alone | 0.03 | 1.00 ± 0.000 | 0.250 ± 0.000 | {other['seconds']:.1f} |"
+    ]
     runs += [run("damping 0.3", 0.03, 1.4), run("norm free, damping 0.3", 0.03, 1.3)]
     runs += [run("damping 0.3", 0.01, 1.4, seed) for seed in (0, 1)]
     runs += [run("norm free, damping 0.3", 0.01, 1.3 + 0.2 * seed, seed) for seed in (0, 1)]

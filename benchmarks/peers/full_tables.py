@@ -381,7 +381,7 @@ def _within(runs: list[dict], name: str, base: str) -> bool:
 
 def search(runs: list[dict]) -> str:
     """Return a table of the search, seed 0, one rate: train loss after a tenth and at the end, and the metric."""
-    columns = columns_of(runs)
+    columns = [column for column in columns_of(runs) if column[0] != OF_KERNELS]
     heads = [
         f"{task}, {base}, {STEPS[task]} steps at {RATES[task, base]:g}: {FULL[task].metric}" for task, base in columns
     ]
@@ -407,6 +407,24 @@ def outputs(runs: list[dict]) -> str:
         if any(found):
             cells = [number(values(some[:1], "train_loss")[0]) if some else "" for some in found]
             lines.append(f"| {change} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+OF_KERNELS = "cifar-convnet"  # has a table of its own
+
+
+def kernels(runs: list[dict]) -> str:
+    """Return a table of what is done to the kernels of the CIFAR-10 convnet, at one rate: mean and half range of the
+    seeds."""
+    lines = ["| optimizer | change | rate | train loss | test error | CPU seconds |", "| --- |" + " --- |" * 5]
+    for base in ("adamw", "muon"):
+        lr = RATES[OF_KERNELS, base]
+        for change in [*REFERENCES, *CHANGES]:
+            found = at_rate(runs, OF_KERNELS, base, change, lr)
+            if found:
+                cells = [spread(values(found, key)) for key in ("train_loss", "metric")]
+                mean = statistics.mean(run["seconds"] for run in found)
+                lines.append(f"| {base} | {change} | {lr:g} | " + " | ".join([*cells, f"{mean:.1f}"]) + " |")
     return "\n".join(lines)
 
 
