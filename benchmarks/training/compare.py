@@ -34,7 +34,7 @@ def curves(
                 values = record[key]
                 axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.8)
             values = runner.mean(records, key)
-            label = name.replace("sgd2", "SGD2").replace("sgd", "SGD").replace("adam", "Adam")
+            label = name.replace("sgd2", "SGD2").replace("sgd", "SGD").replace("adam", "Adam").replace("muon", "Muon")
             axis.plot(range(1, len(values) + 1), values, color=f"C{i}", label=label)
         if published and name in published:
             points = published[name]
