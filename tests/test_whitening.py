@@ -9,7 +9,14 @@ from torch import nn
 
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import CPU_OPTIMIZERS, optimizer_of, same, whitening, with_kernels_and_with_torch
+from support.whitening import (
+    CPU_OPTIMIZERS,
+    makes_the_optimizers_own_steps,
+    optimizer_of,
+    same,
+    whitening,
+    with_kernels_and_with_torch,
+)
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
@@ -146,13 +153,7 @@ def test_without_a_gradient_the_optimizer_makes_its_own_step_bit_for_bit(name, o
     except (TypeError, RuntimeError) as error:
         pytest.skip(f"{name} does not take {options}: {error}")
     Preconditioner(layer, optimizer, mode="whiten", chunk=8)
-    for _ in range(3):
-        layer(x)
-        for model in (layer, plain):
-            model.weight.grad = torch.zeros_like(model.weight)
-        optimizer.step()
-        twin.step()
-        assert torch.equal(layer.weight, plain.weight)
+    makes_the_optimizers_own_steps(layer, plain, optimizer, twin, x)
 
 
 @pytest.mark.parametrize("damping", [0.1, 1.0])

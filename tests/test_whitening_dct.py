@@ -13,11 +13,13 @@ from support.training import backward, data, mlp
 from support.whitening import (
     CPU_OPTIMIZERS,
     adamw,
+    makes_the_optimizers_own_steps,
     optimizer_of,
     resumes_bitwise,
     same,
     steps_of,
     train_all_kinds_of_layers,
+    trains_in_bfloat16,
     whitening,
     with_kernels_and_with_torch,
 )
@@ -117,13 +119,7 @@ def test_without_a_gradient_the_optimizer_makes_its_own_step_bit_for_bit(name):
     plain = copy.deepcopy(layer)
     optimizer, twin = (optimizer_of(name, m.parameters(), **decay) for m in (layer, plain))
     Preconditioner(layer, optimizer, mode="whiten", outputs=True, dct=True, chunk=4)
-    for _ in range(3):
-        layer(x)
-        for model in (layer, plain):
-            model.weight.grad = torch.zeros_like(model.weight)
-        optimizer.step()
-        twin.step()
-        assert torch.equal(layer.weight, plain.weight)
+    makes_the_optimizers_own_steps(layer, plain, optimizer, twin, x)
 
 
 @pytest.mark.parametrize("options", [{}, dict(outputs=True), dict(decay=0.0, every=2)], ids=str)
@@ -167,15 +163,7 @@ def test_kernels_of_other_dimensions_and_layouts_train(kind):
 
 
 def test_weights_in_bfloat16_train():
-    model = convnet().bfloat16()
-    optimizer = adamw(model)
-    Preconditioner(model, optimizer, mode="whiten", outputs=True, dct=True, chunk=8)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        losses.append(backward(model, data()[0].bfloat16(), data()[1]).item())
-        optimizer.step()
-    assert losses[-1] < 0.9 * losses[0] and all(p.isfinite().all() for p in model.parameters())
+    trains_in_bfloat16(convnet(), 30, outputs=True, dct=True)
 
 
 def test_it_is_named_and_refused_where_it_means_nothing():

@@ -12,6 +12,7 @@ from support.training import backward, data, mlp
 from support.whitening import (
     CPU_OPTIMIZERS,
     adamw,
+    makes_the_optimizers_own_steps,
     optimizer_of,
     resumes_bitwise,
     same,
@@ -113,13 +114,7 @@ def test_without_a_gradient_the_optimizer_makes_its_own_step_bit_for_bit(name):
     plain = copy.deepcopy(layer)
     optimizer, twin = (optimizer_of(name, m.parameters(), **decay) for m in (layer, plain))
     Preconditioner(layer, optimizer, mode="whiten", outputs=True, chunk=4)
-    for _ in range(3):
-        layer(x)
-        for model in (layer, plain):
-            model.weight.grad = torch.zeros_like(model.weight)
-        optimizer.step()
-        twin.step()
-        assert torch.equal(layer.weight, plain.weight)
+    makes_the_optimizers_own_steps(layer, plain, optimizer, twin, x)
 
 
 def test_other_coordinates_of_the_outputs_change_nothing():

@@ -8,7 +8,7 @@ from torch import nn
 
 from consistency_ops.preconditioner import Preconditioner
 from support.training import backward, data, mlp
-from support.whitening import adamw, same, steps_of, train_all_kinds_of_layers
+from support.whitening import adamw, same, steps_of, train_all_kinds_of_layers, trains_in_bfloat16
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD"])
@@ -125,15 +125,7 @@ def test_autocast_in_bfloat16_trains():
 
 
 def test_weights_in_bfloat16_train():
-    model = mlp().bfloat16()
-    optimizer = adamw(model)
-    Preconditioner(model, optimizer, mode="whiten", chunk=8)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        losses.append(backward(model, data()[0].bfloat16(), data()[1]).item())
-        optimizer.step()
-    assert losses[-1] < 0.9 * losses[0] and all(p.isfinite().all() for p in model.parameters())
+    trains_in_bfloat16(mlp(), 20)
 
 
 def test_two_optimizers_over_one_model():

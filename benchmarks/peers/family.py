@@ -33,7 +33,8 @@ class CoveredLayer:
     def __init__(self, module: nn.Module, bias: bool, chunk: int | None, generator: torch.Generator) -> None:
         self.module = module
         self.conv = isinstance(module, nn.Conv2d)
-        bias = bias and module.bias is not None and not (self.conv and module.weight[0, 0].numel() > 1)
+        self.has_taps = self.conv and module.weight[0, 0].numel() > 1
+        bias = bias and module.bias is not None and not self.has_taps
         self.parameters = [module.weight, *([module.bias] if bias else [])]
         self.units = module.weight.shape[1] + len(self.parameters) - 1
         self.division = Division(self.units, chunk, generator)
@@ -224,7 +225,7 @@ class Family:
             layer.left_moment = averaged(layer.left_moment, moments(layer.left.cut(signals)), weight)
             if renewed:
                 self._renew_outputs(layer)
-        if self.kernels and layer.conv and layer.module.weight[0, 0].numel() > 1:
+        if self.kernels and layer.has_taps:
             self._renew_kernels(layer, gradient, weight, renewed)
 
     def _renew_kernels(self, layer: CoveredLayer, gradient: Tensor, weight: float, renewed: bool) -> None:

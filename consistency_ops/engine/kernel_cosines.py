@@ -53,7 +53,7 @@ def to_cosines(steps: list[LayerStep], has_gradient: Tensor, known: Bases) -> li
         has_gradient: int32, one entry a layer.
         known: bases of earlier steps; new ones are added.
     """
-    places = [i for i, step in enumerate(steps) if _num_taps(step) > 1]
+    places = [i for i, step in enumerate(steps) if step.grad.numel() and _has_taps(step)]
     if not places:
         return []
     flags = (has_gradient > 0).unbind()
@@ -79,10 +79,9 @@ def cosines(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     return basis.to(dtype)
 
 
-def _num_taps(step: LayerStep) -> int:
-    """Taps of a convolution's kernel; 1 for every other layer, also for experts in one parameter."""
-    is_convolution = step.layer.kind.unit_dim < -1
-    return math.prod(step.grad.shape[2:]) if is_convolution and step.grad.numel() else 1
+def _has_taps(step: LayerStep) -> bool:
+    module = step.layer.module()
+    return module is not None and step.layer.kind.num_taps(module) > 1
 
 
 def _of_taps(kernels: Tensor, basis: Tensor) -> Tensor:

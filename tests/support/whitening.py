@@ -50,6 +50,29 @@ def steps_of(model, optimizer, count, first=0, **options):
     return pre
 
 
+def makes_the_optimizers_own_steps(layer, plain, optimizer, twin, x):
+    """Without a gradient ``layer``, which is whitened, steps as ``plain``, bit for bit."""
+    for _ in range(3):
+        layer(x)
+        for model in (layer, plain):
+            model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        twin.step()
+        assert torch.equal(layer.weight, plain.weight)
+
+
+def trains_in_bfloat16(model, steps, **options):
+    model = model.bfloat16()
+    optimizer = adamw(model)
+    Preconditioner(model, optimizer, mode="whiten", chunk=8, **options)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(backward(model, data()[0].bfloat16(), data()[1]).item())
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0] and all(p.isfinite().all() for p in model.parameters())
+
+
 def adamw(model, **options):
     return torch.optim.AdamW(model.parameters(), **{"lr": 0.01, **options})
 
