@@ -288,8 +288,8 @@ def measured_tasks() -> list[str]:
     return [task for task in TASKS if (RESULTS / "peers" / f"{task}.jsonl").exists()]
 
 
-def whole_trainings() -> dict[str, list[dict]]:
-    return {task: Store(FOLDER / f"{task}.jsonl").runs for task in FULL}
+def whole_trainings(folder: Path = FOLDER) -> dict[str, list[dict]]:
+    return {task: Store(folder / f"{task}.jsonl").runs for task in FULL}
 
 
 def kernel_model() -> str:
@@ -360,9 +360,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-summary": lambda: full_tables.summary(whole_trainings()),
     "full-goals": lambda: full_tables.goals(whole_trainings()),
     "full-converged": lambda: full_tables.converged(whole_trainings()),
+    "full-longer": lambda: full_tables.longer(whole_trainings(FOLDER / "longer")),
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
     "search": lambda: full_tables.search(stored("full/search")),
     "search-outputs": lambda: full_tables.outputs(stored("full/search")),
+    "search-around": lambda: full_tables.around(stored("full/search")),
     "search-kernels": lambda: full_tables.kernels(stored("full/search")),
     "small-norms": lambda: full_tables.small_norms(stored("full/norms")),
     "small-members": lambda: full_tables.members(stored("full/norms")),

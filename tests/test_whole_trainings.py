@@ -210,6 +210,52 @@ def test_both_halves_around_sgd_are_the_whole_inverse(root, conv):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mean_apart_is_in_the_moment_across_chunks():
+    """SGD's step is G M^-1 with the covariance by chunks and the outer product of the mean whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    family = Family(model, [torch.optim.SGD(model.parameters(), lr=1.0)], norm="free", chunk=4, mean_apart=True)
+    before = torch.cat([model[0].weight.detach(), model[0].bias.detach()[:, None]], 1)
+    x = torch.randn(40, 6) + 2
+    model(x).square().sum(1).mean().backward()
+    gradient = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+    family.step()
+    x = nn.functional.pad(x, (0, 1), value=1.0)
+    order = family.layers[0].division.order
+    chunk_of = torch.empty(7, dtype=torch.long).scatter_(0, order, torch.arange(7) // 4)
+    together = chunk_of[:, None] == chunk_of
+    mean = x.mean(0)
+    whole = x.T @ x / 40
+    tau = whole.trace() / 7
+    moment = ((whole - torch.outer(mean, mean)) * together + torch.outer(mean, mean)) / tau + 0.1 * torch.eye(7)
+    after = torch.cat([model[0].weight.detach(), model[0].bias.detach()[:, None]], 1)
+    torch.testing.assert_close(before - after, gradient @ torch.linalg.inv(moment), rtol=1e-3, atol=1e-5)
+
+
+def test_momentum_before_whitening_is_an_average_of_the_gradients():
+    """Without factors: corrected for its start at 0."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    options = dict(inner=0.0, outer=0.0, root="symmetric", norm="free", momentum=0.9)
+    family = Family(model, [torch.optim.SGD(model.parameters(), lr=1.0)], **options)
+    given = []
+    for _ in range(3):
+        x = torch.randn(40, 6)
+        model.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        given.append(model[0].weight.grad.clone())
+        before = model[0].weight.detach().clone()
+        family.step()
+        shares = [0.9 ** (len(given) - 1 - i) for i in range(len(given))]
+        mean = sum(share * one for share, one in zip(shares, given, strict=True)) / sum(shares)
+        torch.testing.assert_close(before - model[0].weight.detach(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_dampings_of_layers_go_from_the_first_to_the_last():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    family = Family(model, [torch.optim.SGD(model.parameters(), lr=0.01)], damping=1.0, last_damping=0.01)
+    assert [layer.damping for layer in family.layers] == pytest.approx([1.0, 0.1, 0.01])
+
+
 @pytest.mark.parametrize("kernels", ["dct", "eigen"])
 def test_another_basis_of_the_taps_is_nothing_to_sgd(kernels):
     def family(**options):
@@ -261,12 +307,14 @@ def test_the_norm_of_a_layer_is_that_of_the_optimizer():
     assert abs(moves["free"] / moved - 1) > 0.01
 
 
-@pytest.mark.parametrize("name", search.CHANGES)
+@pytest.mark.filterwarnings("ignore:Preconditioner. skip pattern")  # one change has names of several networks
+@pytest.mark.parametrize("name", [*search.CHANGES, *search.AROUND])
 @pytest.mark.parametrize("task", ["autoencoder", "fashion-convnet", "char-gpt"])
 def test_every_change_of_the_search_trains(name, task):
     made = dataclasses.replace(full.FULL[task], batch=8)
     model = made.model(0)
-    step = search.build_family("muon")(model, made.loss_type, lr=0.01, **search.CHANGES[name])
+    build, change = search.builder(name, "muon")
+    step = build(model, made.loss_type, lr=0.01, **change)
     if task == "char-gpt":
         x = torch.randint(90, (8, 16))
         y = x
@@ -314,6 +362,25 @@ def test_table_of_ends_has_mean_and_half_range_and_the_best_in_italics():
     assert full_tables.behind_first_order(runs, "muon+white") == {"char-gpt": pytest.approx(1.2 / 2.1)}
 
 
+def test_table_of_longer_trainings():
+    """Of any number of steps; the best train loss is in italics, and the last tenth is that of AdamW alone."""
+    runs = [fake("char-gpt", name, "final", 0.01, loss, seed, 900) for name, loss, seed in (
+        ("adamw", 2.0, 1), ("adamw", 2.2, 2), ("adamw+both", 1.0, 1))]  # fmt: skip
+    runs.append(fake("char-gpt", "adamw+both", "trial", 0.01, 0.5, 0, 300))
+    for run in runs:
+        run["curve"].insert(2, [810, 9.0, 2.0, 0.3])
+    lines = full_tables.longer({"char-gpt": runs}).splitlines()
+    assert lines[0].split(" | ")[1:] == [
+        "torch AdamW",
+        "**AdamW, whitened, outputs too, dct**",
+        "torch AdamW, 90 % over the end |",
+    ]
+    assert lines[2:] == [
+        "| char-gpt, 900 steps: train loss / test loss (nats) | 2.10 ± 0.100 / 0.250 ± 0.000 "
+        "| *1.00 ± 0.000* / 0.250 ± 0.000 | 1.200 |"
+    ]
+
+
 def test_steps_to_muons_loss_are_between_trainings_with_their_own_decay():
     steps = full.FULL["char-gpt"].steps
     runs = [fake("char-gpt", "muon+white", "horizon", 0.01, 2.0, steps=steps // 2)]
@@ -349,6 +416,14 @@ def test_tables_of_the_search():
     assert full_tables.kernels([*runs, other]).splitlines()[2:] == [
         f"| adamw | dct alone | 0.03 | 1.00 ± 0.000 | 0.250 ± 0.000 | {other['seconds']:.1f} |"
     ]
+    ends = [("both sides", 1.0, 0), ("both sides, every=4", 1.2, 0), ("both sides, every=4", 1.4, 1)]
+    steps = search.STEPS["char-gpt"]
+    both = [fake("char-gpt", "adamw", name, 0.03, loss, seed, steps) for name, loss, seed in ends]
+    assert full_tables.around([*runs, *both]).splitlines()[2:] == [
+        "| both sides | 1.00 / 1.00 |  |  |  |",
+        "| every=4 | 1.30 ± 0.100 / 0.725 ± 0.475 |  |  |  |",
+    ]
+    assert full_tables.search([*runs, *both]) == full_tables.search(runs)
     runs += [run("damping 0.3", 0.03, 1.4), run("norm free, damping 0.3", 0.03, 1.3)]
     runs += [run("damping 0.3", 0.01, 1.4, seed) for seed in (0, 1)]
     runs += [run("norm free, damping 0.3", 0.01, 1.3 + 0.2 * seed, seed) for seed in (0, 1)]
@@ -426,5 +501,6 @@ def test_table_of_the_last_tenth_says_how_far_an_optimizer_still_fell():
     assert full_tables.converged({"char-gpt": [run(1.2, 1.0), run(2.3, 2.0)]}).splitlines()[2:] == [
         "| torch SGD, momentum 0.9 | not run |",
         "| torch AdamW | 1.167 |",
+        "| torch AdamW, betas 0.9, 0.95 | not run |",
         "| torch Muon, AdamW for the rest | not run |",
     ]

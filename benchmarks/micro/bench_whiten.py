@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict | None] = {  # arguments of Preconditioner, None withou
     "whiten, every=1": {"mode": "whiten", "every": 1},
     "whiten, outputs": {"mode": "whiten", "outputs": True},
     "whiten, outputs, every=10": {"mode": "whiten", "outputs": True, "every": 10},
+    "whiten, outputs, dct": {"mode": "whiten", "outputs": True, "dct": True},
 }
 
 

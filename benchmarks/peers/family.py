@@ -52,6 +52,10 @@ class CoveredLayer:
         self.basis: Tensor | None = None
         self.left_basis: Tensor | None = None
         self.scale = 1.0
+        self.damping = 0.0
+        self.momentum: Tensor | None = None
+        self.mean: Tensor | None = None
+        self.mean_factor: tuple[Tensor, float] | None = None
 
     def matrix(self, tensors: list[Tensor]) -> Tensor:
         """Return weight (and bias) as rows; of a convolution every output channel and tap is a row, with its bias."""
@@ -117,6 +121,10 @@ class Family:
         kernels: of convolutions: ``""`` leaves their taps alone; ``"dct"`` takes their cosine coefficients,
             ``"eigen"`` coordinates in the eigenvectors of the second moment of the taps of the whitened gradients, and
             ``"cholesky"`` whitens by that moment, damped, on the way in and back.
+        momentum: decay of an average of the gradients that is taken before they are whitened, for an optimizer without
+            momentum of its own.
+        mean_apart: whether the inputs' mean is taken from A and M has it whole, across chunks, as its rank-one part.
+        last_damping: damping of the last layer; those in between have equal ratios of one to the next.
     """
 
     def __init__(
@@ -140,11 +148,15 @@ class Family:
         output_root: str = "symmetric",
         output_of: str = "signals",
         kernels: str = "",
+        momentum: float = 0.0,
+        mean_apart: bool = False,
+        last_damping: float | None = None,
     ) -> None:
         self.optimizers, self.inner, self.outer, self.root = optimizers, inner, outer, root
-        self.damping, self.relative, self.decay, self.every, self.norm = damping, relative, decay, every, norm
+        self.relative, self.decay, self.every, self.norm = relative, decay, every, norm
         self.output, self.output_inner = output, output_inner
         self.output_root, self.output_of, self.kernels = output_root, output_of, kernels
+        self.momentum, self.mean_apart = momentum, mean_apart
         self.steps = 0
         self.layers: list[CoveredLayer] = []
         generator = torch.Generator().manual_seed(0)
@@ -156,6 +168,10 @@ class Family:
                 module.register_forward_pre_hook(lambda module, args, layer=layer: self._keep(layer, args[0]))
                 if output and output_of == "signals":
                     module.register_full_backward_hook(lambda m, i, o, layer=layer: self._keep_signals(layer, o[0]))
+
+        ratio = (last_damping or damping) / damping
+        for i, layer in enumerate(self.layers):
+            layer.damping = damping * ratio ** (i / max(len(self.layers) - 1, 1))
 
     def _keep(self, layer: CoveredLayer, x: Tensor) -> None:
         if layer.module.training:
@@ -171,6 +187,9 @@ class Family:
         for layer in self.layers:
             gradient = layer.matrix([p.grad for p in layer.parameters])
             self._renew(layer, gradient)
+            if self.momentum:
+                weight = (1 - self.momentum) / (1 - self.momentum**layer.count)
+                gradient = layer.momentum = averaged(layer.momentum, gradient, weight)
             for p, new in zip(layer.parameters, layer.tensors(self._mapped(layer, gradient, 0)), strict=True):
                 p.grad.copy_(new)
             decays = [1 - (group := groups[id(p)])["lr"] * group.get("weight_decay", 0.0) for p in layer.parameters]
@@ -197,10 +216,15 @@ class Family:
         return matrix
 
     def _of_channels(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
+        return self._left(layer, self._right(layer, matrix, side), side)
+
+    def _right(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
         factor = layer.factors[side]
+        if side == 1:
+            matrix = without_mean(layer, matrix)
         if factor is not None:
             matrix = layer.division.join(layer.division.cut(matrix) @ factor)
-        return self._left(layer, matrix, side)
+        return without_mean(layer, matrix) if side == 0 else matrix
 
     def _left(self, layer: CoveredLayer, matrix: Tensor, side: int) -> Tensor:
         left = layer.left_factors[side]
@@ -216,6 +240,9 @@ class Family:
             x = nn.functional.pad(x, (0, 1), value=1.0)
         layer.count += 1
         weight = (1 - self.decay) / (1 - self.decay**layer.count)
+        if self.mean_apart:
+            layer.mean = averaged(layer.mean, x.mean(0), weight)
+            x = x - layer.mean
         layer.moment = averaged(layer.moment, moments(layer.division.cut(x)), weight)
         renewed = layer.factors is None or self.steps < WARM_UP or self.steps % self.every == 0
         if renewed:
@@ -239,7 +266,7 @@ class Family:
         layer.tap_moment = averaged(layer.tap_moment, moments(taps.T[None]), weight)
         if not renewed:
             return
-        damped = self._damped(layer.tap_moment, shape.numel())
+        damped = self._damped(layer, layer.tap_moment, shape.numel())
         if self.kernels == "eigen":
             layer.tap_basis = followed(damped, layer.tap_basis)
             into, back = in_basis(damped, layer.tap_basis, 0.0, 0.0)
@@ -249,14 +276,16 @@ class Family:
 
     def _columns(self, layer: CoveredLayer, gradient: Tensor) -> Tensor:
         """Return the columns of the whitened gradient, of all taps of a convolution, as rows (n, outputs)."""
-        into = layer.factors[0]
-        whitened = gradient if into is None else layer.division.join(layer.division.cut(gradient) @ into)
+        whitened = self._right(layer, gradient, 0)
         return whitened.view(-1, layer.left.units, whitened.shape[1]).mT.flatten(0, 1)
 
     def _renew_inputs(self, layer: CoveredLayer) -> None:
-        damped = self._damped(layer.moment, layer.units)
+        if self.mean_apart:
+            self._renew_with_mean(layer)
+            return
+        damped = self._damped(layer, layer.moment, layer.units)
         if self.norm in ("white", "outputs"):
-            layer.scale = self._scale_of(damped, layer.units)
+            layer.scale = self._scale_of(layer, damped)
         if self.root == "cholesky":
             layer.factors = cholesky_factors(damped)
         elif self.root == "eigen":
@@ -266,8 +295,16 @@ class Family:
             values, vectors = torch.linalg.eigh(damped)
             layer.factors = tuple(power(values, vectors, -p) for p in (self.inner, self.outer))
 
+    def _renew_with_mean(self, layer: CoveredLayer) -> None:
+        """M = L (I + u u^T) L^T with L block diagonal and u = L^-1 of the mean, so L^-1 takes a rank-one part more."""
+        tau = mean_eigenvalue(layer.moment, layer.units) + layer.mean.square().mean()
+        scaled = layer.moment / tau + layer.damping * torch.eye(layer.division.size)
+        layer.factors = cholesky_factors(scaled)
+        u = layer.division.join(layer.division.cut(layer.mean[None]) @ layer.factors[0])[0] / tau.sqrt()
+        layer.mean_factor = u / u.norm().clamp(min=1e-30), 1 - float(1 + u.square().sum()) ** -0.5
+
     def _renew_outputs(self, layer: CoveredLayer) -> None:
-        damped = self._damped(layer.left_moment, layer.left.units)
+        damped = self._damped(layer, layer.left_moment, layer.left.units)
         if self.root == "eigen":
             layer.left_basis = followed(damped, layer.left_basis)
             layer.left_factors = in_basis(damped, layer.left_basis, self.output, self.output)
@@ -276,22 +313,28 @@ class Family:
         else:
             layer.left_factors = (power(*torch.linalg.eigh(damped), -self.output),) * 2
 
-    def _scale_of(self, damped: Tensor, units: int) -> float:
+    def _scale_of(self, layer: CoveredLayer, damped: Tensor) -> float:
         """The fixed scale: E |D L^-1|^2 is |D|^2 tr(M^-1) / d for white D, and of the outputs' change 1 - damping times
         that."""
-        padding = damped.shape[0] * damped.shape[1] - units
-        inverse = torch.linalg.inv(damped).diagonal(dim1=1, dim2=2).sum() - padding / self.damping
-        share = float(inverse) / units
-        return share**-0.5 if self.norm == "white" else max(1 - self.damping * share, 1e-3) ** -0.5
+        padding = damped.shape[0] * damped.shape[1] - layer.units
+        inverse = torch.linalg.inv(damped).diagonal(dim1=1, dim2=2).sum() - padding / layer.damping
+        share = float(inverse) / layer.units
+        return share**-0.5 if self.norm == "white" else max(1 - layer.damping * share, 1e-3) ** -0.5
 
-    def _damped(self, moment: Tensor, units: int) -> Tensor:
+    def _damped(self, layer: CoveredLayer, moment: Tensor, units: int) -> Tensor:
         """M; padding has the eigenvalue of the damping."""
-        mean = moment.diagonal(dim1=1, dim2=2).sum() / units
-        scaled = moment / mean.clamp(min=1e-30)
-        damping = self.damping
+        scaled = moment / mean_eigenvalue(moment, units)
+        damping = layer.damping
         if self.relative == "largest":
             damping = damping * float(torch.linalg.eigvalsh(scaled).max())
         return scaled + damping * torch.eye(scaled.shape[1])
+
+
+def without_mean(layer: CoveredLayer, matrix: Tensor) -> Tensor:
+    if layer.mean_factor is None:
+        return matrix
+    unit, share = layer.mean_factor
+    return matrix - share * torch.outer(matrix @ unit, unit)
 
 
 def sampled(x: Tensor, conv: bool) -> Tensor:
@@ -302,6 +345,10 @@ def sampled(x: Tensor, conv: bool) -> Tensor:
 
 def moments(x: Tensor) -> Tensor:
     return x.mT @ x / x.shape[1]
+
+
+def mean_eigenvalue(moment: Tensor, units: int) -> Tensor:
+    return (moment.diagonal(dim1=1, dim2=2).sum() / units).clamp(min=1e-30)
 
 
 def averaged(old: Tensor | None, new: Tensor, weight: float) -> Tensor:

@@ -110,6 +110,7 @@ class Method:
 
 
 WHITEN = 0.3  # the damping that the search found
+BETAS_95 = [0.9, 0.95]
 
 # The starts are what the first hundred steps found in the middle of their tasks; one with our line starts where its
 # base does. K-FAC, FOOF and ISAAC have our default damping, 0.1.
@@ -145,6 +146,20 @@ METHODS: dict[str, Method] = {
     "adamw+both+dct": method(
         "adamw+pre", 0.003, "AdamW, whitened, outputs too, dct", whitened("adamw"), outputs=True, dct=True
     ),
+    # SOAP and KL-Shampoo have these betas by their packages' defaults.
+    "adamw95": method("adamw", 0.003, "torch AdamW, betas 0.9, 0.95", betas=BETAS_95),
+    **{
+        f"adamw95+both{dct}": method(
+            "adamw+pre",
+            0.003,
+            f"AdamW, betas 0.9, 0.95, whitened, outputs too{text}",
+            whitened("adamw"),
+            betas=BETAS_95,
+            outputs=True,
+            **options,
+        )
+        for dct, text, options in (("", "", {}), ("+dct", ", dct", {"dct": True}))
+    },
     "adamw+pre": method("adamw+pre", 0.003, "AdamW, corrected"),
     "muon+pre": method("muon+pre", 0.01, "Muon, corrected"),
     "sgd+white": method("sgd+pre", 0.03, f"SGD, whitened, damping {WHITEN}", whitened("sgd"), damping=WHITEN),
@@ -167,7 +182,7 @@ METHODS: dict[str, Method] = {
     "foof": method("foof", 0.03, damping=0.1),
     "isaac": method("isaac", 0.03, damping=0.1),
 }
-FIRST_ORDER = ("sgd", "adamw", "muon")
+FIRST_ORDER = ("sgd", "adamw", "adamw95", "muon")
 # The optimizer in which each of ours is switched on.
 BASE = {name: name.split("+")[0] for name in METHODS if "+" in name}
 OURS = tuple(BASE)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, KERNELS, METHODS, OURS, last
 from benchmarks.peers.norms import RATES as RATES_ALONE
 from benchmarks.peers.norms import SETTINGS, SMALL
-from benchmarks.peers.search import CHANGES, RATES, REFERENCES, STEPS
+from benchmarks.peers.search import AROUND, AROUND_RATES, CHANGES, RATES, REFERENCES, STEPS
 from benchmarks.peers.tables import number
 
 Runs = dict[str, list[dict]]  # by task
@@ -92,13 +92,38 @@ def converged(runs: Runs) -> str:
     tasks = tasks_of(runs)
     lines = ["| optimizer | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     for name in FIRST_ORDER:
-        cells = []
-        for task in tasks:
-            found = [run for run in of_phase(runs[task], name, "final") if not run["failure"]]
-            late = [_metric_at(run, round(LATE * run["steps"])) for run in found]
-            cells.append(f"{statistics.mean(late) / statistics.mean(map(last, found)):.3f}" if found else "not run")
+        cells = [_late(of_phase(runs[task], name, "final")) for task in tasks]
         lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def longer(runs: Runs) -> str:
+    """Return a table of trainings that are longer than the tasks say: train loss and metric at the end, of each
+    optimizer, and what AdamW alone still gained in the last tenth."""
+    finals = {task: [run for run in runs[task] if run["phase"] == "final"] for task in FULL if runs.get(task)}
+    names = [name for name in METHODS if any(own(found, name) for found in finals.values())]
+    shown = [name for name in names if name + DCT not in names]
+    heads = [*map(_name, shown), f"{METHODS['adamw'].text}, 90 % over the end"]
+    lines = ["| task | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for task, found in finals.items():
+        best = min(statistics.mean(values(some, "train_loss")) for name in names if (some := own(found, name)))
+        cells = []
+        for name in shown:
+            some = own(found, name)
+            ends_ = [spread(values(some, key)) for key in ("train_loss", "metric")] if some else ["not run"]
+            if some and statistics.mean(values(some, "train_loss")) == best:
+                ends_[0] = f"*{ends_[0]}*"
+            cells.append(" / ".join(ends_))
+        steps = found[0]["steps"]
+        line = [f"{task}, {steps} steps: train loss / {FULL[task].metric}", *cells, _late(own(found, "adamw"))]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def _late(finals: list[dict]) -> str:
+    found = [run for run in finals if not run["failure"]]
+    late = [_metric_at(run, round(LATE * run["steps"])) for run in found]
+    return f"{statistics.mean(late) / statistics.mean(map(last, found)):.3f}" if found else "not run"
 
 
 def _metric_at(run: dict, step: int) -> float:
@@ -267,7 +292,7 @@ def summary(runs: Runs, key: str = "metric") -> str:
     return "\n".join(lines)
 
 
-AIMED = ("adamw+white", "adamw+both+dct", "muon+white", "muon+both")
+AIMED = ("adamw+white", "adamw+both+dct", "adamw95+both+dct", "muon+white", "muon+both")
 TRANSFORMERS = ("char-gpt", "char-gpt-large", "byte-gpt")
 
 
@@ -309,7 +334,7 @@ def goals(runs: Runs) -> str:
         if found:
             text = f"{METHODS[name].text}: loss of a trial at the rate of {BASE[name]} alone over that of its own best"
             rows.append((text, "at most 1.1 on 7", at_most(1.1, found)))
-    for name in AIMED[:2]:
+    for name in AIMED[:3]:
         found = {task: ratio(task, name, "muon") for task in gpts if _complete(runs[task], name)}
         if found:
             text = f"{METHODS[name].text}: train loss over that of Muon alone, transformers"
@@ -381,6 +406,7 @@ def _within(runs: list[dict], name: str, base: str) -> bool:
 
 def search(runs: list[dict]) -> str:
     """Return a table of the search, seed 0, one rate: train loss after a tenth and at the end, and the metric."""
+    runs = [run for run in runs if run["phase"] not in AROUND]
     columns = [column for column in columns_of(runs) if column[0] != OF_KERNELS]
     heads = [
         f"{task}, {base}, {STEPS[task]} steps at {RATES[task, base]:g}: {FULL[task].metric}" for task, base in columns
@@ -425,6 +451,22 @@ def kernels(runs: list[dict]) -> str:
                 cells = [spread(values(found, key)) for key in ("train_loss", "metric")]
                 mean = statistics.mean(run["seconds"] for run in found)
                 lines.append(f"| {base} | {change} | {lr:g} | " + " | ".join([*cells, f"{mean:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def around(runs: list[dict]) -> str:
+    """Return a table of changes of AdamW on both sides, at the rate of its whole trainings: train loss at the end and
+    metric; of those with several seeds mean and half range, of the others the one seed."""
+    heads = [f"{task}, {STEPS[task]} steps at {lr:g}: {FULL[task].metric}" for task, lr in AROUND_RATES.items()]
+    lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for change in AROUND:
+        cells = []
+        for task, lr in AROUND_RATES.items():
+            found = at_rate(runs, task, "adamw", change, lr)
+            write = spread if len(found) > 1 else lambda some: number(some[0]) if math.isfinite(some[0]) else "failed"
+            cells.append(" / ".join(write(values(found, key)) for key in ("train_loss", "metric")) if found else "")
+        if any(cells):
+            lines.append(f"| {change.removeprefix('both sides, ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ forward, backward and update.  Peers are imported when they are used; those that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -68,8 +68,8 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=lr)
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr)
+def adamw(model: nn.Module, lr: float, betas: Sequence[float] = (0.9, 0.999)) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas))
 
 
 class MatrixMuon(torch.optim.Optimizer):
@@ -123,8 +123,8 @@ BASES = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": FlatMuon}
 
 
 def plain(base: str) -> Callable[..., Step]:
-    def build(model: nn.Module, loss_type: str, lr: float) -> Step:
-        optimizer = BASES[base](model, lr)
+    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
+        optimizer = BASES[base](model, lr, **options)
         step = stepper(model, optimizer.step)
         step.keep = [optimizer]
         return step
@@ -149,13 +149,15 @@ def corrected(base: str) -> Callable[..., Step]:
 
 
 def whitened(base: str) -> Callable[..., Step]:
-    """Return a builder of ``base`` in whitened coordinates.
+    """Return a builder of ``base``, AdamW with other ``betas``, in whitened coordinates.
 
     New factors in every step unless ``options`` say: so the first stored runs were made.
     """
 
-    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
-        optimizer = BASES[base](model, lr)
+    def build(
+        model: nn.Module, loss_type: str, lr: float, betas: Sequence[float] | None = None, **options: object
+    ) -> Step:
+        optimizer = BASES[base](model, lr, **({} if betas is None else {"betas": betas}))
         parts = getattr(optimizer, "parts", [optimizer])
         pre = co.Preconditioner(model, parts, mode="whiten", **{"every": 1, **options})
         step = stepper(model, *(part.step for part in parts))

@@ -132,14 +132,64 @@ REFERENCES: dict[str, Callable[[str], Callable[..., Step]]] = {
     "the package, outputs=True, dct=True, every=10": of_the_package(outputs=True, dct=True, every=10),
     "the package, outputs=True, every=10, decay=0.7": of_the_package(outputs=True, every=10, decay=0.7),
 }
+ON_BOTH_SIDES = {"outputs": True, "dct": True}  # with new factors in every step, as whole trainings have it
+AROUND_PACKAGE: dict[str, dict[str, object]] = {  # what the package can: one argument changed
+    "both sides": {},
+    **{f"both sides, damping={value:g}": {"damping": value} for value in (0.003, 0.01, 0.03, 0.3, 1.0)},
+    **{f"both sides, decay={value:g}": {"decay": value} for value in (0.8, 0.9, 0.98, 0.99)},
+    **{f"both sides, every={value}": {"every": value} for value in (4, 10)},
+    **{f"both sides, chunk={value}": {"chunk": value} for value in (32, 64, None)},
+    "both sides, keep_norm=False": {"keep_norm": False},
+    "both sides, bias=False": {"bias": False},
+    "both sides, first layer skipped": {"skip": ["0", "1", "blocks.0.qkv"]},
+    "both sides, head skipped": {"skip": ["head", "11", "15", "34"]},
+    "both sides, contractions skipped": {"skip": ["*.down"]},
+}
+CHOLESKY_DCT = CHOLESKY_ON_BOTH | {"every": 1, "kernels": "dct"}  # the same in plain torch
+AROUND_FAMILY: dict[str, dict[str, object]] = {
+    "both sides, norm clipped": {"norm": "clip"},
+    "both sides, mean apart": {"mean_apart": True},
+    "both sides, momentum before": {"momentum": 0.9, "betas": (0.0, 0.999)},
+    "both sides, momentum before, betas 0, 0.99": {"momentum": 0.9, "betas": (0.0, 0.99)},
+    **{f"both sides, betas 0.9, {value:g}": {"betas": (0.9, value)} for value in (0.99, 0.95)},
+    "both sides, betas 0.95, 0.99": {"betas": (0.95, 0.99)},
+    "both sides, damping 1 to 0.01 from the first layer to the last": {"damping": 1.0, "last_damping": 0.01},
+    "both sides, damping 0.01 to 1 from the first layer to the last": {"damping": 0.01, "last_damping": 1.0},
+    "both sides, damping 0.003 of the largest": {"damping": 0.003, "relative": "largest"},
+    "both sides, outer halves alone": OUTER | {"output_root": "symmetric", "output_inner": False},
+    "both sides, symmetric roots": {"root": "symmetric", "output_root": "symmetric"},
+    "both sides, powers 1/4": {
+        "root": "symmetric",
+        "inner": 0.25,
+        "outer": 0.25,
+        "output_root": "symmetric",
+        "output": 0.25,
+    },
+    "both sides, powers 1/4 in front, 1/2 behind": {"root": "symmetric", "inner": 0.25, "output_root": "symmetric"},
+    "both sides, eigenvectors": {"root": "eigen"},
+    "both sides, eigenvectors, powers 1/4": {"root": "eigen", "inner": 0.25, "outer": 0.25, "output": 0.25},
+}
+AROUND = [*AROUND_PACKAGE, *AROUND_FAMILY]
+AROUND_RATES = {"char-gpt": 0.03, "autoencoder": 0.03, "cifar-convnet": 0.03, "deep-mlp": 0.0095}  # of whole trainings
+
+
+def builder(name: str, base: str) -> tuple[Callable[..., Step], dict[str, object]]:
+    """Return what builds the steps of a change, and the settings that it has beside the rate."""
+    if name in AROUND_PACKAGE:
+        return whitened(base), ON_BOTH_SIDES | AROUND_PACKAGE[name]
+    if name in REFERENCES:
+        return REFERENCES[name](base), {}
+    if name in AROUND_FAMILY:
+        return build_family(base), CHOLESKY_DCT | AROUND_FAMILY[name]
+    return build_family(base), CHANGES[name]
 
 
 def main() -> None:
-    names = [*REFERENCES, *CHANGES]
+    names = [*REFERENCES, *CHANGES, *AROUND]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STEPS), metavar="TASK", help=", ".join(STEPS))
     parser.add_argument("--bases", nargs="+", choices=("adamw", "muon"), default=["muon", "adamw"])
-    parser.add_argument("--changes", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--changes", nargs="+", choices=names, default=names[: -len(AROUND)], metavar="NAME")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.0], help="factors of the rate")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1)
@@ -163,13 +213,12 @@ def main() -> None:
 
 def run(store: Store, task: str, base: str, name: str, lr: float, seed: int, split) -> dict:
     """Return the stored run, or make and store a new one."""
-    change = CHANGES.get(name, {})
+    build, change = builder(name, base)
     setting = {"lr": lr, **change}
     steps = STEPS[task]
     key = dict(task=task, optimizer=base, phase=name, setting=setting, seed=seed, steps=steps)
     if found := store.find(**(key | {"setting": _plain(setting)})):
         return found
-    build = REFERENCES[name](base) if name in REFERENCES else build_family(base)
     record = train(task, FULL[task], build, setting, split, seed, steps, trial=False)
     made = (key | {"setting": _plain(setting)}) | record | {"batch": FULL[task].batch}
     made["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
