@@ -9,7 +9,7 @@ from torch import nn
 
 import consistency_ops as co
 from benchmarks.peers import family as family_of
-from benchmarks.peers import full, full_tables, norms, search
+from benchmarks.peers import full, full_tables, norms, search, tasks
 from benchmarks.peers.family import Family
 from benchmarks.peers.optimizers import MatrixMuon
 from benchmarks.peers.tasks import Split
@@ -143,6 +143,13 @@ def test_muon_steps_convolutions_as_matrices():
         ours.step()
         theirs.step()
     assert torch.equal(conv.detach().flatten(1), matrix.detach())
+
+
+@pytest.mark.parametrize("name", [name for name in full.FULL if "gpt" in name])
+def test_losses_of_texts_take_the_rows_of_kfac(name):
+    """K-FAC's package has the positions of a text flat, (rows, symbols)."""
+    output, y = torch.randn(2, 3, 256 if name == "byte-gpt" else tasks.CHARACTERS), torch.randint(0, 90, (2, 3))
+    assert torch.equal(full.FULL[name].loss(output, y), full.FULL[name].loss(output.flatten(0, 1), y))
 
 
 # The family

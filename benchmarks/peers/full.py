@@ -80,7 +80,7 @@ FULL["byte-gpt"] = Task(
     "test loss (nats)",
     source_bytes,
     seeded(lambda: Gpt(width=96, blocks=2, context=BYTES_CONTEXT, symbols=256)),
-    lambda output, y: nn.functional.cross_entropy(output.flatten(0, 1), y.flatten()),
+    lambda output, y: nn.functional.cross_entropy(output.flatten(0, -2), y.flatten()),
     nats,
     *(8, 440, (), POINTS),
 )
