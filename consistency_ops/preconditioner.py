@@ -41,6 +41,7 @@ _RATE_NOTE = (
     "In whitened coordinates the best learning rate was {} that of the optimizer alone: try some "
     "(optim.select_learning_rate with decay=True)."
 )
+_BETAS_NOTE = " With outputs=True AdamW did better with betas=(0.9, 0.95)."
 
 
 class Preconditioner:
@@ -475,8 +476,10 @@ class Preconditioner:
             return table
         options = self._correction.options
         found = "a third to six times" if options.keep_norm else "a half to twice"
-        found = "a sixth to six times" if options.outputs else found
-        return f"{table}\n{_RATE_NOTE.format(found)}"
+        found = "a sixth to eighteen times" if options.outputs else found
+        groups = [group for part in parts if part.optimizer for group in part.optimizer.stepping.param_groups]
+        is_long = any(len(betas) > 1 and betas[1] > 0.95 for group in groups if (betas := group.get("betas")))
+        return f"{table}\n{_RATE_NOTE.format(found)}" + _BETAS_NOTE * (options.outputs and is_long)
 
     def __repr__(self) -> str:
         covered = sum(layer.capture is not None for layer in self._layers)

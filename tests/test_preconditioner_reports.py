@@ -92,6 +92,13 @@ def test_the_summary_says_that_whitened_coordinates_want_another_rate():
     free = Preconditioner(model, optimizer, mode="whiten", skip="4", keep_norm=False)
     assert "keep_norm=False" in repr(free)
     assert "best learning rate was a half to twice" in free.summary().splitlines()[-1]
+    free.remove()
+    both = Preconditioner(model, optimizer, mode="whiten", skip="4", outputs=True)
+    assert "a sixth to eighteen times" in both.summary() and both.summary().endswith("betas=(0.9, 0.95).")
+    both.remove()
+    for other in (torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)), torch.optim.SGD(model.parameters(), 0.1)):
+        assert "betas" not in Preconditioner(model, other, mode="whiten", skip="4", outputs=True).summary()
+        Preconditioner.of(other)[0].remove()
     corrected = Preconditioner(model, optimizer, skip=["0", "2"])
     assert "mode" not in repr(corrected)
     assert "learning rate" not in corrected.summary()

@@ -272,7 +272,7 @@ def rates(runs: Runs) -> str:
 
 
 SHOWN = ("adamw", "adamw+white", "muon", "muon+white")
-COLUMNS = ("adamw", "adamw+white", "adamw+both+dct", "muon", "muon+white")
+COLUMNS = ("adamw", "adamw+white", "adamw95+both+dct", "muon", "muon+white")
 
 
 def summary(runs: Runs, key: str = "metric") -> str:
