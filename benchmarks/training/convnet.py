@@ -5,9 +5,9 @@ selected as in the paper.  SGD and Muon have not left their plateau after the 30
 at the rates that chance lets win there; theirs are the best of 0.1, 0.02 and 0.005, and of 0.05, 0.02, 0.005, 0.002 and
 0.0005, after four epochs of 3 000 images instead.  "sgd2, rms" has a batch RMS norm before every layer but the first.
 "adam, whiten" is Adam in whitened coordinates, with "both, dct" of the outputs, too, and with cosine coefficients of
-kernels, for which the search finds 0.005 and the best of 0.005, 0.002, 0.001 and 0.0005 after those four epochs is 0.001
-by test error (0.002 by training loss); "muon" is Muon with Adam on the biases.  The published errors are lost, and the images here are JPEG of quality
-75 unless --data-dir holds the published files.
+kernels; the search finds 0.005 for that, which is too much later, and 0.001 is the best of 0.005, 0.002, 0.001 and
+0.0005 after those four epochs by test error (0.002 by training loss).  "muon" is Muon with Adam on the biases.  The
+published errors are lost, and the images here are JPEG of quality 75 unless --data-dir holds the published files.
 
 All training images, as in the paper, resumable after every epoch:
     python -m benchmarks.training convnet --train 50000 --test 10000 --epochs 20 --seeds 0 1
