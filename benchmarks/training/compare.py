@@ -21,6 +21,9 @@ def run(model: nn.Module, settings: dict, size: dict, seed: int, data: fit.Split
     return fit.train(model, optimizer, data, progress=getattr(tick, "progress", None), **common)
 
 
+MANY = 5  # curves whose names would cover some of them
+
+
 def curves(
     figure, results: runner.Results, published: dict[str, dict[int, float]] | None = None, source: str = ""
 ) -> None:
@@ -42,7 +45,10 @@ def curves(
     left.set(yscale="log", xlabel="epoch", ylabel="mean training loss")
     right.set(yscale="log", xlabel="epoch", ylabel="test error")
     left.plot([], [], "kx", label=source) if published else None
-    left.legend(fontsize="small")
+    if len(results) > MANY:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    else:
+        left.legend(fontsize="small")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
