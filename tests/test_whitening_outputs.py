@@ -236,7 +236,7 @@ def test_it_is_named_and_refused_where_it_means_nothing():
     optimizer = adamw(model)
     pre = steps_of(model, optimizer, 1, outputs=True)
     assert "outputs=True" in repr(pre) and "every" not in repr(pre)
-    assert "a sixth to six times" in pre.summary().splitlines()[-1]
+    assert "a sixth to eighteen times" in pre.summary().splitlines()[-1]
     with pytest.raises(ValueError, match="outputs must be False without mode='whiten', got True"):
         Preconditioner(mlp(), adamw(mlp()), outputs=True)
     with pytest.raises(ValueError, match="outputs must be True or False, got 1"):
