@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.optimizers import BASES, Step, stepper
+from benchmarks.peers.optimizers import BASES, Step, set_betas, stepper
 from consistency_ops.engine.kernel_cosines import cosines
 
 WARM_UP = 20  # steps at the start in which the factors are renewed each time
@@ -188,8 +188,8 @@ class Family:
             gradient = layer.matrix([p.grad for p in layer.parameters])
             self._renew(layer, gradient)
             if self.momentum:
-                weight = (1 - self.momentum) / (1 - self.momentum**layer.count)
-                gradient = layer.momentum = averaged(layer.momentum, gradient, weight)
+                gradient = averaged(layer.momentum, gradient, weight_of_new(self.momentum, layer.count))
+                layer.momentum = gradient
             for p, new in zip(layer.parameters, layer.tensors(self._mapped(layer, gradient, 0)), strict=True):
                 p.grad.copy_(new)
             decays = [1 - (group := groups[id(p)])["lr"] * group.get("weight_decay", 0.0) for p in layer.parameters]
@@ -239,7 +239,7 @@ class Family:
         if len(layer.parameters) > 1:
             x = nn.functional.pad(x, (0, 1), value=1.0)
         layer.count += 1
-        weight = (1 - self.decay) / (1 - self.decay**layer.count)
+        weight = weight_of_new(self.decay, layer.count)
         if self.mean_apart:
             layer.mean = averaged(layer.mean, x.mean(0), weight)
             x = x - layer.mean
@@ -351,6 +351,11 @@ def mean_eigenvalue(moment: Tensor, units: int) -> Tensor:
     return (moment.diagonal(dim1=1, dim2=2).sum() / units).clamp(min=1e-30)
 
 
+def weight_of_new(decay: float, count: int) -> float:
+    """Return the weight of the newest of ``count`` values in a running average, corrected for its start at 0."""
+    return (1 - decay) / (1 - decay**count)
+
+
 def averaged(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     return new if old is None else old.lerp(new, weight)
 
@@ -395,8 +400,7 @@ def build_family(base: str) -> Callable[..., Step]:
     ) -> Step:
         optimizer = BASES[base](model, lr)
         parts = getattr(optimizer, "parts", [optimizer])
-        for group in (group for part in parts for group in part.param_groups if betas and "betas" in group):
-            group["betas"] = betas
+        set_betas(parts, betas)
         if alone:
             step = stepper(model, *(part.step for part in parts))
             step.keep = parts

@@ -68,8 +68,8 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=lr)
 
 
-def adamw(model: nn.Module, lr: float, betas: Sequence[float] = (0.9, 0.999)) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas))
+def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr)
 
 
 class MatrixMuon(torch.optim.Optimizer):
@@ -122,9 +122,16 @@ class FlatMuon:
 BASES = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": FlatMuon}
 
 
+def set_betas(parts: Sequence[torch.optim.Optimizer], betas: Sequence[float] | None) -> None:
+    """Give Adam's betas to the param groups that have such; ``None`` leaves them."""
+    for group in (group for part in parts for group in part.param_groups if betas and "betas" in group):
+        group["betas"] = tuple(betas)
+
+
 def plain(base: str) -> Callable[..., Step]:
-    def build(model: nn.Module, loss_type: str, lr: float, **options: object) -> Step:
-        optimizer = BASES[base](model, lr, **options)
+    def build(model: nn.Module, loss_type: str, lr: float, betas: Sequence[float] | None = None) -> Step:
+        optimizer = BASES[base](model, lr)
+        set_betas(getattr(optimizer, "parts", [optimizer]), betas)
         step = stepper(model, optimizer.step)
         step.keep = [optimizer]
         return step
@@ -157,8 +164,9 @@ def whitened(base: str) -> Callable[..., Step]:
     def build(
         model: nn.Module, loss_type: str, lr: float, betas: Sequence[float] | None = None, **options: object
     ) -> Step:
-        optimizer = BASES[base](model, lr, **({} if betas is None else {"betas": betas}))
+        optimizer = BASES[base](model, lr)
         parts = getattr(optimizer, "parts", [optimizer])
+        set_betas(parts, betas)
         pre = co.Preconditioner(model, parts, mode="whiten", **{"every": 1, **options})
         step = stepper(model, *(part.step for part in parts))
         step.keep = [*parts, pre]

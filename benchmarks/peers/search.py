@@ -185,11 +185,11 @@ def builder(name: str, base: str) -> tuple[Callable[..., Step], dict[str, object
 
 
 def main() -> None:
-    names = [*REFERENCES, *CHANGES, *AROUND]
+    names = [*REFERENCES, *CHANGES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STEPS), metavar="TASK", help=", ".join(STEPS))
     parser.add_argument("--bases", nargs="+", choices=("adamw", "muon"), default=["muon", "adamw"])
-    parser.add_argument("--changes", nargs="+", choices=names, default=names[: -len(AROUND)], metavar="NAME")
+    parser.add_argument("--changes", nargs="+", choices=[*names, *AROUND], default=names, metavar="NAME")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.0], help="factors of the rate")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1)
