@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.micro import bench_cuda, bench_scaling
-from benchmarks.peers import full_tables
+from benchmarks.peers import full_tables, search_tables
 from benchmarks.peers import tables as peers
 from benchmarks.peers.full import FOLDER, FULL
 from benchmarks.peers.runs import Store
@@ -362,13 +362,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-converged": lambda: full_tables.converged(whole_trainings()),
     "full-longer": lambda: full_tables.longer(whole_trainings(FOLDER / "longer")),
     "full-seconds": lambda: full_tables.seconds(whole_trainings()),
-    "search": lambda: full_tables.search(stored("full/search")),
-    "search-outputs": lambda: full_tables.outputs(stored("full/search")),
-    "search-around": lambda: full_tables.around(stored("full/search")),
-    "search-kernels": lambda: full_tables.kernels(stored("full/search")),
-    "small-norms": lambda: full_tables.small_norms(stored("full/norms")),
-    "small-members": lambda: full_tables.members(stored("full/norms")),
-    "search-norms": lambda: full_tables.norms(stored("full/search")),
+    "search": lambda: search_tables.search(stored("full/search")),
+    "search-outputs": lambda: search_tables.outputs(stored("full/search")),
+    "search-around": lambda: search_tables.around(stored("full/search")),
+    "search-kernels": lambda: search_tables.kernels(stored("full/search")),
+    "small-norms": lambda: search_tables.small_norms(stored("full/norms")),
+    "small-members": lambda: search_tables.members(stored("full/norms")),
+    "search-norms": lambda: search_tables.norms(stored("full/search")),
     **{f"peers-{task}": (lambda task=task: peers.finals(stored(task), task)) for task in TASKS},
 }
 
