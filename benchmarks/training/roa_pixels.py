@@ -120,8 +120,22 @@ def run(settings, size, seed, data, tick):
     return {"loss": losses, "test_error": errors}
 
 
+def by_width(results):
+    """Return the records by run; where their networks differ in width, by run and width."""
+    widths = {record["size"]["hidden"] for records in results.values() for record in records}
+    if len(widths) == 1:
+        return results
+    return {
+        f"{name}, {width} units": found
+        for name, records in results.items()
+        for width in sorted(widths)
+        if (found := [record for record in records if record["size"]["hidden"] == width])
+    }
+
+
 def plot(figure, results):
     axis = figure.subplots()
+    results = by_width(results)
     names = sorted(results, key=lambda name: results[name][0]["test_error"][-1])
     longest = max(len(results[name][0]["test_error"]) for name in names)
     if longest == 1:  # the search: one error a run
@@ -141,12 +155,13 @@ def plot(figure, results):
         axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     size = results[names[0]][0]["size"]
-    figure.suptitle(f"psMNIST, 784 steps, {size['train']} images, {size['hidden']} units, batches of {size['batch']}")
+    units = "" if "units" in names[0] else f", {size['hidden']} units"
+    figure.suptitle(f"psMNIST, 784 steps, {size['train']} images{units}, batches of {size['batch']}")
 
 
 def lines(results):
     return [
         f"{name}: test error {runner.spread(r['test_error'][0] for r in records)} after one epoch, "
         f"{runner.spread(r['test_error'][-1] for r in records)} at the end ({len(records[0]['test_error'])} epochs)"
-        for name, records in results.items()
+        for name, records in by_width(results).items()
     ]
