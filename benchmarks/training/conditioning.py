@@ -106,22 +106,24 @@ def plot(figure, results):
     axes = figure.subplots(1, 3)
     for colour, (name, records) in zip(("C0", "C3", "C1", "C2", "C4", "C5"), results.items(), strict=False):
         layers = records[0]["layers"]
-        axes[0].plot([x["kappa_x"][-1] for x in layers], color=colour, label=f"{name}, input")
-        axes[0].plot([x["kappa_preconditioned"][-1] for x in layers], ":", color=colour, label=f"{name}, corrected")
-        axes[1].plot([x["lambda_max_x"][-1] for x in layers], color=colour, label=f"{name}, input")
-        axes[1].plot([x["lambda_max_g"][-1] for x in layers], ":", color=colour, label=f"{name}, gradient")
+        axes[0].plot([x["kappa_x"][-1] for x in layers], color=colour, label=name)
+        axes[0].plot([x["kappa_preconditioned"][-1] for x in layers], ":", color=colour)
+        axes[1].plot([x["lambda_max_x"][-1] for x in layers], color=colour)
+        axes[1].plot([x["lambda_max_g"][-1] for x in layers], ":", color=colour)
         for record in records:
-            last, first = record["layers"][-1], record is records[0]
-            axes[2].plot(last["kappa_x"], color=colour, marker=".", label=f"{name}, kappa (80 %)" if first else None)
-            label = f"{name}, lambda max" if first else None
-            axes[2].plot(last["lambda_max_x"], ":", color=colour, marker=".", label=label)
-    axes[0].set(title="condition number by layer, last epoch", xlabel="layer", ylabel="kappa (80 %) of the inputs")
-    axes[1].set(title="largest eigenvalue by layer, last epoch", xlabel="layer", ylabel="lambda max")
-    axes[2].set(title="last linear layer, all seeds (gaps: infinite)", xlabel="epoch")
-    for axis in axes:
-        axis.set_yscale("log")
+            last = record["layers"][-1]
+            axes[2].plot(last["kappa_x"], color=colour, marker=".")
+            axes[2].plot(last["lambda_max_x"], ":", color=colour, marker=".")
+    axes[0].set(title="inputs of each layer, last epoch\n(dotted: preconditioned)", ylabel="kappa (80 %)")
+    axes[1].set(title="inputs of each layer, last epoch\n(dotted: output gradients)", ylabel="lambda max")
+    axes[2].set(
+        title="inputs of the last layer, all seeds\n(dotted: lambda max; gaps: infinite)", ylabel="kappa (80 %)"
+    )
+    for axis, across in zip(axes, ("layer", "layer", "epoch"), strict=True):
+        axis.set(xlabel=across, yscale="log")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=len(results), fontsize="small")
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(
         f"ResNet-{6 * size['n'] + 2}, {size['train']} CIFAR-10 images of {32 // size['pool']}x{32 // size['pool']}"

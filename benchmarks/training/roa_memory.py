@@ -182,7 +182,10 @@ def _pixels(model, optimizer, step, size, seed, data, tick):
 def plot(figure, results):
     baselines = {task: tasks.copying_baseline(steps) for task, steps in STEPS.items() if "copying" in task}
     baselines |= {task: tasks.ADDING_BASELINE for task in STEPS if "adding" in task} | {"psmnist": 0.9}
-    tasks_run = [task for task in STEPS if any(f"{task}, {name}" in results for name in KINDS)]
+    of_task = {task: [r for name in KINDS for r in results.get(f"{task}, {name}", [])] for task in STEPS}
+    tasks_run = [task for task in STEPS if of_task[task]]
+    # A run of one point has no curve, and no panel if there are others.
+    tasks_run = [task for task in tasks_run if max(len(r["loss"]) for r in of_task[task]) > 1] or tasks_run
     for axis, task in zip(figure.subplots(1, len(tasks_run), squeeze=False)[0], tasks_run, strict=True):
         key = "test_error" if task == "psmnist" else "loss"
         size = {}
@@ -198,10 +201,13 @@ def plot(figure, results):
         axis.axhline(baselines[task], color="grey", linewidth=0.8, label="without memory")
         steps = STEPS[task] // (size.get("pool", 1) ** 2 if task == "psmnist" else 1)
         kind = task.split()[0]
-        title = f"{kind}, {steps} {'blanks' if kind == 'copying' else 'steps'}, {size.get('hidden')} units"
+        title = f"{kind}, {steps} {'blanks' if kind == 'copying' else 'steps'},\n{size.get('hidden')} units"
         axis.set(xlabel="epoch" if task == "psmnist" else "iteration", title=title)
         axis.set(ylabel={"copying": "cross-entropy", "adding": "mean square error", "psmnist": "test error"}[kind])
-        axis.set_ylim(0, 1 if task == "psmnist" else 2.5 * baselines[task])
+        if kind == "copying":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 1 if task == "psmnist" else 2.5 * baselines[task])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
