@@ -104,6 +104,11 @@ def test_a_store_replaces_a_run_and_is_never_half_written(tmp_path, monkeypatch)
     assert runner.Store(path).find("a", {"k": (1, 2)}, {}, 0)["value"] == 2
     assert list(runner.Store(path).results(["b", "a", "c"])) == ["b", "a"]
 
+    wide = runner.Store(tmp_path / "wide.json", ["hidden"])
+    for hidden, value in ((1, 1), (2, 2), (1, 3)):
+        wide.put({"run": "a", "settings": {}, "size": {"hidden": hidden}, "seed": 0, "value": value})
+    assert [r["value"] for r in wide.results(["a"])["a"]] == [2, 3]
+
     def killed(*_):
         raise KeyboardInterrupt
 

@@ -64,7 +64,7 @@ def run(name: str, experiment, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     size = {key: getattr(options, key) for key in experiment.SIZE}
     torch.set_num_threads(1)  # results, and process times, that do not depend on the machine's cores
-    store = runner.Store(options.out / f"{name}.json")
+    store = runner.Store(options.out / f"{name}.json", getattr(experiment, "COMPARED", ()))
     if not options.plot:
         data = partial(fit.load, experiment.DATA, size, options.data_dir or DATA / str(experiment.DATA))
         names = list(experiment.SETTINGS) if "all" in options.runs else options.runs

@@ -4,7 +4,8 @@ An experiment is a module of this folder with
 
 - ``TITLE``: one line; ``DATA``: the data set it reads, or None;
 - ``SETTINGS``: run name -> keyword arguments, all JSON; ``DEFAULT``: names of those that run unless others are named,
-  by default all; ``SIZE``: the sizes it runs at by default (``epochs``, ...);
+  by default all; ``SIZE``: the sizes it runs at by default (``epochs``, ...); ``COMPARED``, where there is one: names
+  of sizes that a figure compares, so that runs which differ in them are kept beside each other;
 - ``run(settings, size, seed, data, tick) -> dict``: one run; ``tick(text)`` moves the progress bar by one epoch;
 - ``plot(figure, results)``: draws into an empty matplotlib figure, ours beside what was published;
 - ``lines(results)``: what came out, in sentences, for the console.
@@ -69,8 +70,8 @@ def load(name: str) -> ModuleType:
 class Store:
     """The finished runs of one experiment, in one JSON file that is never half written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, compared: Iterable[str] = ()) -> None:
+        self.path, self.compared = path, tuple(compared)
         self.records: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
 
     def find(self, name: str, settings: dict, size: dict, seed: int) -> dict | None:
@@ -78,9 +79,12 @@ class Store:
         return next((r for r in self.records if all(r[key] == wanted[key] for key in wanted)), None)
 
     def put(self, record: dict[str, Any]) -> None:
-        """Add a record in the place of an older one of the same run and seed."""
-        same = [r for r in self.records if (r["run"], r["seed"]) == (record["run"], record["seed"])]
-        self.records = [r for r in self.records if r not in same] + [json.loads(json.dumps(record))]
+        """Add a record in the place of an older one of the same run and seed, and of the same ``compared`` sizes."""
+
+        def key(r: dict[str, Any]) -> tuple:
+            return r["run"], r["seed"], *(r["size"][name] for name in self.compared)
+
+        self.records = [r for r in self.records if key(r) != key(record)] + [json.loads(json.dumps(record))]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         lines = ",\n".join(json.dumps(r) for r in self.records)

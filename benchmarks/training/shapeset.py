@@ -184,8 +184,8 @@ def plot(figure, results):
         axes[1, column].grid(alpha=0.3)
     axes[0, 0].set_ylabel("98th percentile (sigmoid: mean), dotted:\nstandard deviation of activations")
     axes[1, 0].set_ylabel("test error, %")
-    axes[0, 0].legend(fontsize="x-small")
-    axes[1, 0].legend(fontsize="x-small", loc="lower left")
+    named = [*axes[0, 0].get_lines()[::2], axes[1, 0].get_lines()[-1]]
+    figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize="small")
     size = next(iter(results.values()))[0]["size"]
     figure.suptitle(f"Shapeset-3x2, five hidden layers of {size['width']} units; 300 fixed pictures at every point")
 
