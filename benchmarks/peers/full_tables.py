@@ -209,10 +209,9 @@ def behind_first_order(runs: Runs, name: str) -> dict[str, float]:
     """Return by task the train loss at the end over that of the best first-order optimizer."""
     found = {}
     for task in tasks_of(runs):
-        own = mean_end(runs[task], name)
-        others = [end for peer in FIRST_ORDER if (end := mean_end(runs[task], peer)) is not None]
-        if own is not None and others:
-            found[task] = own / min(others)
+        end, best = mean_end(runs[task], name), best_first_order(runs[task])
+        if end is not None and best is not None:
+            found[task] = end / best[1]
     return found
 
 
