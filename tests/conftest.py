@@ -4,6 +4,8 @@ import gc
 import os
 import random
 
+# Tests run side by side: threads of one that wait for a core which another has take a third of the time of them all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its waiting threads spin, and starve the tests that run beside
 # torch's compiler waits without a limit for processes of its own, which are forked beside threads; here it needs none.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -30,8 +32,20 @@ def seeded(request):
         backend.set_backend(before)
 
 
+@pytest.fixture(autouse=True)
+def threads_of_kernels(request):
+    """The tests of single kernels share their work between two threads."""
+    if file_of(request) not in AGAIN:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
-def one_thread():
+def one_thread(threads_of_kernels):
     """torch computes on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,8 +61,12 @@ def device(request):
     return torch.device(request.param)
 
 
+def file_of(test):
+    return test.module.__file__.rpartition(os.sep)[2]
+
+
 def pytest_generate_tests(metafunc):
-    if metafunc.function.__name__ in AGAIN.get(metafunc.module.__file__.rpartition(os.sep)[2], ()):
+    if metafunc.function.__name__ in AGAIN.get(file_of(metafunc), ()):
         name = metafunc.function.__name__
         metafunc.parametrize(
             "kernels", [kind for kind in KINDS if not (kind == "second" and name in NOT_ON_SECOND)], indirect=True

@@ -37,9 +37,9 @@ def buffer_dtypes(dtype):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_of_one_call_are_the_reference_sample(seed):
+def test_rows_of_one_call_are_the_reference_sample(seed, kernels):
     random.seed(seed)
-    for _ in range(100):
+    for _ in range(20 if kernels.kind == "second" else 100):  # many of torch's operations a call, each sent elsewhere
         x, unit_dim = random_input()
         capacity, units = random.choice([1, 2, 7, 64, 1000]), x.shape[unit_dim]
         guarded = torch.full((capacity + 2, units), 7.0, dtype=random.choice(buffer_dtypes(x.dtype)))
@@ -137,10 +137,10 @@ class Stream:
 
 @pytest.mark.parametrize("sizes", [(10, 10, 10), (3, 90, 1, 40), (200, 5), (1,) * 20, (7, 300, 2, 2, 11, 40)], ids=str)
 @pytest.mark.parametrize("capacity", [1, 2, 8, 33, 1000])
-def test_pooled_calls_are_one_stream_in_blocks(sizes, capacity):
+def test_pooled_calls_are_one_stream_in_blocks(sizes, capacity, kernels):
     total = sum(sizes)
     values = torch.arange(total, dtype=torch.float32)[:, None]
-    for seed in range(2):
+    for seed in range(1 if kernels.kind == "second" else 2):
         rows, state = torch.empty(capacity, 1), torch.zeros(4, STATE_SIZE, dtype=torch.int64)
         stream = Stream(capacity, seed, 9, 3)
         state[:, STEP] = 9

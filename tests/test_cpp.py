@@ -36,6 +36,7 @@ def build_and_run(build, prefix, *options, problems=12, train=True, emulator=())
     return outputs
 
 
+@pytest.mark.slow
 def test_from_the_package(tmp_path):
     cholesky, *_ = build_and_run(tmp_path / "build", co.cmake_prefix_path())
     assert cholesky.rstrip().endswith(f", {co.build_info()['cpu_isa']}")
@@ -68,12 +69,13 @@ def test_headers_are_c_and_cpp(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", ["OFF", "ON"])
 def test_installed(tmp_path, shared):
-    """Built and installed by CMake alone, as a static and as a shared library."""
-    build, prefix = tmp_path / "library", tmp_path / "prefix"
-    cmake("-S", co.cmake_prefix_path(), "-B", build, f"-DBUILD_SHARED_LIBS={shared}", "-DCONSISTENCY_OPS_CUDA=OFF")
+    """Built and installed by CMake alone, as a static and as a shared library; a debug build, which compiles sooner."""
+    build, prefix, debug = tmp_path / "library", tmp_path / "prefix", "-DCMAKE_BUILD_TYPE=Debug"
+    options = [f"-DBUILD_SHARED_LIBS={shared}", "-DCONSISTENCY_OPS_CUDA=OFF", debug]
+    cmake("-S", co.cmake_prefix_path(), "-B", build, *options)
     cmake("--build", build, "--parallel", "2")
     cmake("--install", build, "--prefix", prefix)
-    build_and_run(tmp_path / "build", prefix)
+    build_and_run(tmp_path / "build", prefix, debug, problems=2)
 
 
 @pytest.mark.slow

@@ -105,13 +105,7 @@ pytestmark = [
 ]
 
 
-# The correction's file takes minutes of two cores.
-FILES = [
-    pytest.param(file, marks=[pytest.mark.slow] * (file == "precondition")) for file in sorted({f for f, _ in KERNELS})
-]
-
-
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=sorted({file for file, _ in KERNELS}))
 def compiled(request):
     """(file, object for all architectures); compiled again when a source has changed."""
     sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
@@ -165,6 +159,7 @@ def instructions(target) -> dict[tuple[str, str], list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_budgets(compiled):
     file, target = compiled
     used, code = resources(target), instructions(target)
