@@ -47,7 +47,7 @@ test: $(LIBRARY) ## the tests, within 15 minutes on two cores
 test-slow: $(LIBRARY) $(addprefix $(VENV)/,.frameworks .docs .oracle .release .aarch64) ## long trainings, sanitizers, CUDA compilation, wheels, trainers of other people
 	$(PYTEST) -m slow $(ARGS)
 
-test-nightly: $(LIBRARY) ## the mutants of test-mutants; the bindings compiled with older torch
+test-nightly: $(LIBRARY) ## the mutants of test-mutants; the bindings compiled with older torch; the longest of the slow tests
 	$(PYTEST) -m nightly $(ARGS)
 
 test-mutants: $(LIBRARY) ## every barrier of the CUDA kernels deleted, mistakes planted, one at a time: the tests must notice

@@ -121,6 +121,7 @@ def rehearse(out, *behaviours, limit="1", **variables):
 
 
 # Every stage misbehaves in two ways, its neighbours in the other two.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "behaviour"),
     [(name, list(STATUS)[(2 * i + j) % 4]) for i, name in enumerate(NAMES) for j in range(2)],

@@ -47,6 +47,7 @@ def chosen(name, experiment):
     return [names[0], *wanted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", runner.EXPERIMENTS)
 def test_every_experiment_runs_resumes_and_draws(name, tmp_path, monkeypatch, capsys):
     experiment = runner.load(name)

@@ -47,6 +47,7 @@ def losses(out: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     said = start(data, whole, "--target", "4.1")

@@ -37,7 +37,7 @@ def test_bank_conflicts_are_counted():
     assert bank_waves(lanes * 16, 16) == 4  # 512 bytes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # two minutes and a half
 @needs_tools
 def test_the_emulated_machine_code_gives_the_result():
     """What the model counts is what the kernel does: its compiled code, run lane by lane, corrects a gradient."""

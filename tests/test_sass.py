@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from consistency_ops import environment
 from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=sorted({file for file, _ in KERNELS}))
+# The correction takes five minutes of a core: every night; with the slow tests it is read from the built library.
+FILES = [
+    pytest.param(file, marks=pytest.mark.nightly if file == "precondition" else pytest.mark.slow)
+    for file in sorted({file for file, _ in KERNELS})
+]
+
+
+@pytest.fixture(scope="module", params=FILES)
 def compiled(request):
     """(file, object for all architectures); compiled again when a source has changed."""
     sources = [p for folder in ("cuda", "include") for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.is_file()]
@@ -159,14 +167,29 @@ def instructions(target) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-@pytest.mark.slow
 def test_budgets(compiled):
-    file, target = compiled
+    check_budgets(*compiled, ARCHS)
+
+
+@pytest.mark.slow
+def test_budgets_of_the_correction_in_this_library():
+    info = environment.build_info()
+    archs = [arch for arch in ARCHS if arch in {f"sm_{name.replace('.', '')}" for name in names(info["cuda_archs"])}]
+    if not archs:
+        pytest.skip(f"the library was built for {info['cuda_archs'] or 'the CPU alone'}")
+    check_budgets("precondition", info["library"], archs)
+
+
+def names(archs: str | None) -> list[str]:
+    return [name.removesuffix("+PTX") for name in (archs or "").replace(" ", ";").split(";")]
+
+
+def check_budgets(file, target, archs):
     used, code = resources(target), instructions(target)
     for (of_file, pattern), budget in KERNELS.items():
         if of_file != file:
             continue
-        for arch in ARCHS:
+        for arch in archs:
             kernels = [key for key in code if key[0] == arch and re.search(pattern, key[1])]
             assert kernels, (arch, pattern)
             for key in kernels:

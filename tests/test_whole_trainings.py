@@ -314,6 +314,7 @@ def test_the_norm_of_a_layer_is_that_of_the_optimizer():
     assert abs(moves["free"] / moved - 1) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Preconditioner. skip pattern")  # one change has names of several networks
 @pytest.mark.parametrize("name", [*search.CHANGES, *search.AROUND])
 @pytest.mark.parametrize("task", ["autoencoder", "fashion-convnet", "char-gpt"])

@@ -59,7 +59,7 @@ def test_rungs(library, name, rung):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rung", "seeds"), [("", 40), ("@cluster", 12), ("@queue", 12), ("@packed", 12)])
+@pytest.mark.parametrize(("rung", "seeds"), [("", 12), ("@cluster", 6), ("@queue", 6), ("@packed", 6)])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128", "256"])
 def test_many_schedules(library, name, rung, seeds):
     run_cases.check_schedules(library, cases.named(name + rung), seeds)
@@ -320,19 +320,24 @@ def test_workspace_of_permuted_rows(library):
     assert workspace(1, max_rows=7) == 7 * 64 * 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["memory", "races"])
-def test_sanitizers(kind):
+RUNGS = [f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("cluster", "queue")]
+PACKED = [f"{name}@packed" for name in cases.PERMUTED if "16 chunks" not in name]
+PACKED_RACES = [f"permuted, {name}@packed" for name in ("aligned, bias", "not aligned", "blocks")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        pytest.param("memory", [*cases.SMALL, "96", "128", "256 on sm_80", *RUNGS, *PACKED], marks=pytest.mark.slow),
+        pytest.param("races", [*cases.SMALL, "96", *RUNGS], marks=pytest.mark.slow),
+        pytest.param("races", ["128", "256 on sm_80", *PACKED_RACES], marks=pytest.mark.nightly),  # half a minute each
+    ],
+    ids=["memory", "races", "races of large cases"],
+)
+def test_sanitizers(kind, names):
     """Bounds, alignment and undefined behaviour; data races of shared and global memory."""
-    rungs = [
-        f"{name}@{rung}" for name in ("several layers", "bias", "trace", "NaN in X") for rung in ("cluster", "queue")
-    ]
-    permuted = [name for name in cases.PERMUTED if "16 chunks" not in name]
-    if kind == "races":  # half a minute each
-        permuted = [f"permuted, {name}" for name in ("aligned, bias", "not aligned", "blocks")]
-    rungs += [f"{name}@packed" for name in permuted]
     library = simt.build(kind)
-    for name in (*cases.SMALL, "96", "128", "256 on sm_80", *rungs):
+    for name in names:
         done = simt.run_cases(kind, library, [name])
         assert done.returncode == 0, name + (done.stdout + done.stderr)[-5000:]
 

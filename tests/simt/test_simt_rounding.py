@@ -15,16 +15,16 @@ import simt_library as simt
 
 from support import processes
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") for rung in ("cluster", "queue")]
 TESTS = {
     "tests/simt/test_simt_lapack_ratios.py": "",
     "tests/test_precondition.py": "simt",
-    "tests/test_precondition_determinism.py": "simt",
     "tests/test_bad_values.py": "simt",
     "tests/test_same_input.py": "simt",
     "tests/test_linalg.py": "simt",
 }
+LONG = [pytest.param("tests/test_precondition_determinism.py", "simt", marks=pytest.mark.nightly)]  # three minutes
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,15 @@ def library():
     return simt.Library(simt.build("rounding"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*cases.SMALL, *RUNGS, "96", "128", "256"])
 def test_cases(library, name):
     run_cases.check_schedules(library, cases.named(name), 2)
 
 
-@pytest.mark.parametrize(("file", "selection"), TESTS.items())
+@pytest.mark.parametrize(
+    ("file", "selection"), [*(pytest.param(*test, marks=pytest.mark.slow) for test in TESTS.items()), *LONG]
+)
 def test_ordinary_tests(file, selection):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not slow and not nightly"]
     environment = {**os.environ, "SIMT_BUILD": "rounding"}
@@ -47,6 +50,7 @@ def test_ordinary_tests(file, selection):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_the_two_builds_differ(library):
     """Or this file would test nothing new; to rounding they agree."""
     plain = simt.Library(simt.build("plain"))
