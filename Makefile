@@ -41,7 +41,7 @@ help: ## this list
 train: $(LIBRARY) ## train one network with SGD, Adam and the preconditioned method, side by side; results in runs/
 	python -m consistency_ops train $(ARGS)
 
-test: $(LIBRARY) ## the tests, within 15 minutes on two cores
+test: $(LIBRARY) ## the tests, ten to twenty minutes on two cores
 	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(LIBRARY) $(addprefix $(VENV)/,.frameworks .docs .oracle .release .aarch64) ## long trainings, sanitizers, CUDA compilation, wheels, trainers of other people
