@@ -20,37 +20,26 @@ from support.kernels import AGAIN, KINDS, NOT_ON_SECOND, Kernels, behind_the_ope
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Every test starts from the same random numbers and on the same backend, whatever ran before it."""
+    """Every test starts from the same random numbers, threads and backend, whatever ran before it.
+
+    The tests of single kernels share their work between two threads.
+    """
     if "caplog" in request.fixturenames:
         gc.collect()  # a preconditioner of an earlier test may say, when it ends, that it has corrected nothing
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_num_threads(2 if file_of(request) in AGAIN else 1)
     before = backend._backend
     yield
     if backend._backend != before:
         backend.set_backend(before)
 
 
-@pytest.fixture(autouse=True)
-def threads_of_kernels(request):
-    """The tests of single kernels share their work between two threads."""
-    if file_of(request) not in AGAIN:
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def one_thread(threads_of_kernels):
-    """torch computes on one thread."""
-    threads = torch.get_num_threads()
+def one_thread(seeded):
+    """torch computes on one thread, also in the tests of single kernels."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -16,6 +16,7 @@ from support import processes
 from support.kernels import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_KERNELS = environment.build_info()["cuda_toolkit"] is not None
 CHECK = f"""
 import sys, torch
 torch.ops.load_library(sys.argv[1])
@@ -42,9 +43,6 @@ def check_library(library):
     for code in [CHECK] if torch.cuda.is_available() else [CHECK, LAUNCH]:
         done = processes.run([sys.executable, "-c", code, library], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-WITH_KERNELS = environment.build_info()["cuda_toolkit"] is not None
 
 
 @pytest.mark.slow

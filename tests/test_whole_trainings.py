@@ -320,17 +320,16 @@ def test_the_norm_of_a_layer_is_that_of_the_optimizer():
 @pytest.mark.parametrize("task", ["autoencoder", "fashion-convnet", "char-gpt"])
 def test_every_change_of_the_search_trains(name, task):
     made = dataclasses.replace(full.FULL[task], batch=8)
-    if task == "autoencoder":  # its layers, narrower
+    if task == "char-gpt":
+        x = y = torch.randint(90, (8, 16))
+    elif task == "autoencoder":  # its layers, narrower
         made = dataclasses.replace(made, model=tasks.mlp([64, 32, 16, 8, 16, 32, 64], nn.Tanh, 1.0))
+        x = y = torch.rand(8, 64)
+    else:
+        x, y = torch.rand(8, 1, 28, 28), torch.randint(10, (8,))
     model = made.model(0)
     build, change = search.builder(name, "muon")
     step = build(model, made.loss_type, lr=0.01, **change)
-    if task == "char-gpt":
-        x = torch.randint(90, (8, 16))
-        y = x
-    else:
-        x = torch.rand(8, 64) if task == "autoencoder" else torch.rand(8, 1, 28, 28)
-        y = x if task == "autoencoder" else torch.randint(10, (8,))
     before = [p.detach().clone() for p in model.parameters()]
     losses = [step(x, y, made.loss) for _ in range(2)]
     assert all(math.isfinite(loss) for loss in losses)

@@ -58,11 +58,11 @@ def test_rungs(library, name, rung):
     run_cases.check_schedules(library, cases.named(f"{name}@{rung}"), seeds=2 if name in cases.LARGE else 4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rung", "seeds"), [("", 12), ("@cluster", 6), ("@queue", 6), ("@packed", 6)])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("rung", "seeds"), [("", 14), ("@cluster", 6), ("@queue", 6), ("@packed", 6)])
 @pytest.mark.parametrize("name", [*cases.SMALL, "96", "128", "256"])
-def test_many_schedules(library, name, rung, seeds):
-    run_cases.check_schedules(library, cases.named(name + rung), seeds)
+def test_many_schedules(library, name, rung, seeds, times):
+    run_cases.check_schedules(library, cases.named(name + rung), times * seeds)
 
 
 def launched(library, name, **change):

@@ -20,11 +20,12 @@ RUNGS = [f"{name}@{rung}" for name in ("several layers", "trace", "NaN in X") fo
 TESTS = {
     "tests/simt/test_simt_lapack_ratios.py": "",
     "tests/test_precondition.py": "simt",
+    "tests/test_precondition_determinism.py": "simt",
     "tests/test_bad_values.py": "simt",
     "tests/test_same_input.py": "simt",
     "tests/test_linalg.py": "simt",
 }
-LONG = [pytest.param("tests/test_precondition_determinism.py", "simt", marks=pytest.mark.nightly)]  # three minutes
+LONG = "tests/test_precondition_determinism.py"  # three minutes: every night
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def test_cases(library, name):
 
 
 @pytest.mark.parametrize(
-    ("file", "selection"), [*(pytest.param(*test, marks=pytest.mark.slow) for test in TESTS.items()), *LONG]
+    ("file", "selection"),
+    [pytest.param(*test, marks=pytest.mark.nightly if test[0] == LONG else pytest.mark.slow) for test in TESTS.items()],
 )
 def test_ordinary_tests(file, selection):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not slow and not nightly"]
