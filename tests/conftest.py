@@ -78,3 +78,4 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
     items[:] = [item for item in items if stays(item)]
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")  # minutes, which nobody is to wait for at the end

@@ -370,22 +370,18 @@ def correct_in_child(queue, threads, grad, inputs):
 @pytest.mark.parametrize("threads", [None, 1])
 def test_after_fork(threads):
     """A forked worker can use the operators after its parent has, with the parent's threads: they are gone in it."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    grad, inputs = layer(256, 512, 2000)
+    want = results(grad, inputs)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=correct_in_child, args=(queue, threads, grad, inputs))
+    child.start()
     try:
-        grad, inputs = layer(256, 512, 2000)
-        want = results(grad, inputs)
-        context = multiprocessing.get_context("fork")
-        queue = context.Queue()
-        child = context.Process(target=correct_in_child, args=(queue, threads, grad, inputs))
-        child.start()
-        try:
-            got = queue.get(timeout=60)
-            child.join(60)
-        finally:
-            child.kill()
+        got = queue.get(timeout=60)
+        child.join(60)
     finally:
-        torch.set_num_threads(before)
+        child.kill()
     assert child.exitcode == 0
     assert got == want
 

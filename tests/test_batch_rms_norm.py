@@ -173,14 +173,11 @@ def test_only_the_denominator_is_kept_for_backward():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_threads_do_not_change_a_bit(dtype, layout):
     x = LAYOUTS[layout]((9, 7, 70, 71), dtype)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            running = torch.zeros(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-            results.append((co.batch_rms_norm(x, running, training=True), running))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        running = torch.zeros(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        results.append((co.batch_rms_norm(x, running, training=True), running))
     for y, running in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(running, results[0][1])
 

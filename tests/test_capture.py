@@ -267,29 +267,22 @@ def test_a_restart_removes_the_rows_before_the_mark():
 
 def test_results_do_not_depend_on_the_number_of_threads():
     x, results = torch.randn(64, 48, 40, 10), []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            rows, state = torch.zeros(20_000, 48), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
-            capture(rows, state, x, 0, 1, 3)
-            results.append((rows, state))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        rows, state = torch.zeros(20_000, 48), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
+        capture(rows, state, x, 0, 1, 3)
+        results.append((rows, state))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("rows_of_x", [1001, 4096])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_threads_copy_every_row_of_a_block_once(rows_of_x, threads):
-    x, before = torch.randn(2, rows_of_x, 129), torch.get_num_threads()
+    x = torch.randn(2, rows_of_x, 129)
     rows, state = torch.full((2 * rows_of_x + 3, 129), -7.0), torch.zeros(1, STATE_SIZE, dtype=torch.int64)
     torch.set_num_threads(threads)
-    try:
-        for part in x:
-            capture(rows, state, part, 0, -1, 0)
-    finally:
-        torch.set_num_threads(before)
+    for part in x:
+        capture(rows, state, part, 0, -1, 0)
     assert torch.equal(rows[: 2 * rows_of_x], x.flatten(0, 1))
     assert bool((rows[2 * rows_of_x :] == -7).all())
 

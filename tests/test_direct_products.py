@@ -78,17 +78,14 @@ def test_a_row_that_overflows_stays_with_its_bias(size):
 
 
 def test_the_same_bits_on_all_threads():
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            grads, inputs, biases = [], [], []
-            for units, outputs in ((193, 700), (97, 900), (640, 200), (65, 1000)):
-                x, _, grad, bias = problem(units, outputs, True)
-                grads, inputs, biases = [*grads, grad], [*inputs, x], [*biases, bias]
-            co.foreach_precondition_(grads, inputs, bias_grads=biases, damping=0.1)
-            results.append(grads + biases)
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        grads, inputs, biases = [], [], []
+        for units, outputs in ((193, 700), (97, 900), (640, 200), (65, 1000)):
+            x, _, grad, bias = problem(units, outputs, True)
+            grads, inputs, biases = [*grads, grad], [*inputs, x], [*biases, bias]
+        co.foreach_precondition_(grads, inputs, bias_grads=biases, damping=0.1)
+        results.append(grads + biases)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -73,14 +73,11 @@ def test_the_same_bits_on_all_threads(dtype):
     grads, inputs = zip(
         *[tensors(16, units, 300, dtype=dtype, seed=units)[:2] for units in (129, 300, 400)], strict=True
     )
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append([grad.clone() for grad in grads])
-            co.foreach_precondition_(results[-1], list(inputs), damping=0.1)
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append([grad.clone() for grad in grads])
+        co.foreach_precondition_(results[-1], list(inputs), damping=0.1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

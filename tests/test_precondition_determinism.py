@@ -66,25 +66,18 @@ def assert_same_bits(got, want):
         assert a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers)), i
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("run", [fused, staged])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_over_runs_and_threads(dtype, run, threads):
+def test_same_bits_over_runs_and_threads(dtype, run):
     problem = network(dtype)
-    threads(1)
+    torch.set_num_threads(1)
     want = run(*problem)
     for count in (1, 2, 2, 3, 7):
-        threads(count)
+        torch.set_num_threads(count)
         assert_same_bits(run(*problem), want)
 
 
-def test_same_bits_for_a_large_layer_over_threads(threads):
+def test_same_bits_for_a_large_layer_over_threads():
     """Rows, outputs and chunks are each split over threads somewhere; the result must not know."""
     generator = torch.Generator().manual_seed(1)
     for rows, units, outputs, chunk in (
@@ -94,9 +87,9 @@ def test_same_bits_for_a_large_layer_over_threads(threads):
         (2048, 1024, 1024, 32),
     ):
         inputs, grad = torch.randn(rows, units, generator=generator), torch.randn(outputs, units, generator=generator)
-        threads(1)
+        torch.set_num_threads(1)
         want = co.precondition_ex(grad, inputs, chunk=chunk, damping=0.1)
-        threads(2)
+        torch.set_num_threads(2)
         for _ in range(3):
             assert_same_bits(co.precondition_ex(grad, inputs, chunk=chunk, damping=0.1), want)
 
@@ -227,7 +220,7 @@ def test_unknown_instruction_set_is_refused(library):
     assert library.co_cpu_isa() == before
 
 
-def test_every_instruction_set_agrees(library, threads):
+def test_every_instruction_set_agrees(library):
     """The same cases on every path this machine has: each within the accuracy of a chunk of the portable one."""
     isas = available_isas(library)
     assert b"portable" in isas
@@ -253,11 +246,11 @@ def test_every_instruction_set_agrees(library, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set_is_deterministic(library, threads, dtype):
+def test_every_instruction_set_is_deterministic(library, dtype):
     problem = network(dtype)
     for isa in available_isas(library):
         library.co_set_cpu_isa(isa)
-        threads(1)
+        torch.set_num_threads(1)
         want = fused(*problem)
-        threads(2)
+        torch.set_num_threads(2)
         assert_same_bits(fused(*problem), want)
