@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import markdown
 from benchmarks.micro import bench_cuda, bench_scaling
 from benchmarks.peers import full_tables, search_tables
 from benchmarks.peers import tables as peers
@@ -46,23 +47,23 @@ def read(name: str) -> dict:
 
 def step() -> str:
     """The time that the preconditioner adds to a step of the deep MLP."""
-    lines = ["| | ms per step | added |", "| --- | --- | --- |"]
+    rows = []
     for row in read("step")["rows"]:
         added = "" if row["name"] == "sgd" else f"{row['added']:+.0%}"
-        lines.append(f"| {row['name']} | {row['ms']:.1f} | {added} |")
-    return "\n".join(lines)
+        rows.append([row["name"], f"{row['ms']:.1f}", added])
+    return markdown.table(["", "ms per step", "added"], rows)
 
 
 def whiten() -> str:
     """A step in whitened coordinates over one of plain AdamW."""
     found = read("whiten")["rows"]
     settings = list(dict.fromkeys(row["setting"] for row in found))
-    lines = ["| | " + " | ".join(settings) + " |", "| --- |" + " --- |" * len(settings)]
+    rows = []
     for model in dict.fromkeys(row["model"] for row in found):
-        rows = {row["setting"]: row for row in found if row["model"] == model}
-        cells = [f"{row['ratio']:.2f}" if s != "adamw" else f"{row['ms']:.1f} ms" for s, row in rows.items()]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        of_model = {row["setting"]: row for row in found if row["model"] == model}
+        cells = [f"{row['ratio']:.2f}" if s != "adamw" else f"{row['ms']:.1f} ms" for s, row in of_model.items()]
+        rows.append([model, *cells])
+    return markdown.table(["", *settings], rows)
 
 
 LAYERS = {  # workload: how the page calls it, and the file that has it
@@ -80,11 +81,9 @@ CHUNKS = (32, 64, 128, 256)
 
 def precondition() -> str:
     """The correction against the fastest composition of torch's operations."""
-    lines = [
-        "| layers | times faster, geometric mean (least) "
-        f"| share of the sgemm rate, geometric mean | at chunk {' / '.join(map(str, CHUNKS))} (least) |",
-        "| --- | --- | --- | --- |",
-    ]
+    heads = ["layers", "times faster, geometric mean (least)", "share of the sgemm rate, geometric mean"]
+    heads.append(f"at chunk {' / '.join(map(str, CHUNKS))} (least)")
+    lines = []
     for workload, (text, name) in LAYERS.items():
         rows = [row for row in read(name)["rows"] if row["workload"] == workload]
         mean = statistics.geometric_mean(row["ratio"] for row in rows)
@@ -93,18 +92,15 @@ def precondition() -> str:
         shares = [[row["share_of_sgemm"] for row in rows if row["chunk"] == chunk] for chunk in CHUNKS]
         shown = " / ".join(f"{100 * min(share):.0f}" if share else "-" for share in shares)
         percent = " %" if shares[-1] else ""
-        lines.append(f"| {text} | {mean:.2f}{least} | {share:.0%} | {shown}{percent} |")
-    return "\n".join(lines)
+        lines.append([text, f"{mean:.2f}{least}", f"{share:.0%}", f"{shown}{percent}"])
+    return markdown.table(heads, lines)
 
 
 def precondition_one_thread() -> str:
     """The share of torch's rate at every chunk that was measured on one thread, with 512 and with 2048 rows."""
     found = read("precondition-one-thread")["rows"]
     chunks = sorted({row["chunk"] for row in found})
-    lines = [
-        "| layers | " + " | ".join(f"chunk {chunk}" for chunk in chunks) + " | times faster (least) |",
-        "| --- |" + " --- |" * (len(chunks) + 1),
-    ]
+    lines = []
     for workload, (text, _) in LAYERS.items():
         rows = [row for row in found if row["workload"] == workload]
         if not rows:
@@ -115,8 +111,8 @@ def precondition_one_thread() -> str:
             cells.append(", ".join(shares) or "-")
         mean = statistics.geometric_mean(row["ratio"] for row in rows)
         cells.append(f"{mean:.2f} ({min(row['ratio'] for row in rows):.2f})")
-        lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([text, *cells])
+    return markdown.table(["layers", *(f"chunk {chunk}" for chunk in chunks), "times faster (least)"], lines)
 
 
 def cuda() -> str:
@@ -126,10 +122,8 @@ def cuda() -> str:
     else:
         results = read("cuda")
         measured = {row["workload"]: row for row in results["rows"]}
-    lines = [
-        "| workload | target, us | cold | warm | share of the copy floor | times faster than B | than C | launches |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["workload", "target, us", "cold", "warm", "share of the copy floor", "times faster than B", "than C"]
+    rows = []
     for number, setting in bench_cuda.SETTINGS.items():
         row = measured.get(number)
         cells = ["never run"] + [""] * 5
@@ -138,10 +132,11 @@ def cuda() -> str:
             cells = [f"{row[key]['ours']:.1f}" for key in ("cold_us", "warm_us")]
             cells += [f"{row['share_of_floor']:.0%}", f"{row['ratio_to_B']:.1f}"]
             cells += ["-" if against_c is None else f"{against_c:.1f}", str(row["calls"]["ours"]["launches"])]
-        lines.append(f"| ({number}) {setting.workload} | {setting.target_us:.0f} | {' | '.join(cells)} |")
-    if results is not None:
-        lines += ["", f"{results['device']}, {results['machine']['date'][:10]}. {results['tier_c']}."]
-    return "\n".join(lines)
+        rows.append([f"({number}) {setting.workload}", f"{setting.target_us:.0f}", *cells])
+    table = markdown.table([*heads, "launches"], rows)
+    if results is None:
+        return table
+    return f"{table}\n\n{results['device']}, {results['machine']['date'][:10]}. {results['tier_c']}."
 
 
 FRAMEWORKS = {"gpt2": "GPT-2", "vit": "ViT", "resnet": "ResNet"}
@@ -149,10 +144,8 @@ FRAMEWORKS = {"gpt2": "GPT-2", "vit": "ViT", "resnet": "ResNet"}
 
 def frameworks() -> str:
     """GPT-2, ViT and ResNet: the loss after 50 steps of tiny ones, the time added to a step of larger ones."""
-    lines = [
-        "| | trainer, optimizer | loss without | loss with | model of the timing | capture | launch | both |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["", "trainer, optimizer", "loss without", "loss with", "model of the timing", "capture", "launch", "both"]
+    rows = []
     losses = {row["name"]: row for row in read("trainers")["rows"]}
     times = {row["name"]: row for row in read("frameworks")["rows"]}
     for name, text in FRAMEWORKS.items():
@@ -160,77 +153,71 @@ def frameworks() -> str:
         means = [f"{statistics.mean(loss[key]):.3g}" for key in ("without", "with")]
         added = [f"{time[key]:+.1%}" for key in ("added_by_capture", "added_by_launch", "added")]
         model = time["model"].rstrip(".").replace("; AdamW", "").replace("; SGD with momentum", "")
-        lines.append(f"| {text} | {loss['trainer']} | {' | '.join(means)} | {model} | {' | '.join(added)} |")
-    return "\n".join(lines)
+        rows.append([text, loss["trainer"], *means, model, *added])
+    return markdown.table(heads, rows)
 
 
 def monitors() -> str:
     """The cost of monitors in plain passes and steps."""
-    lines = ["| | a pass that is recorded | a pass that is not |", "| --- | --- | --- |"]
-    rows = read("monitors")["rows"]
-    ratios = {(row["monitor"], row["pass"]): row["ratio"] for row in rows}
-    for name in dict.fromkeys(row["monitor"] for row in rows):
+    found = read("monitors")["rows"]
+    ratios = {(row["monitor"], row["pass"]): row["ratio"] for row in found}
+    rows = []
+    for name in dict.fromkeys(row["monitor"] for row in found):
         if (name, "a call") in ratios:
-            lines.append(f"| `{name}` | a call: {ratios[name, 'a call']:.2g} of a step | |")
+            cells = [f"a call: {ratios[name, 'a call']:.2g} of a step", ""]
         else:
-            lines.append(f"| `{name}` | {ratios[name, 'recorded']:.2g} | {ratios[name, 'not recorded']:.2f} |")
-    return "\n".join(lines)
+            cells = [f"{ratios[name, 'recorded']:.2g}", f"{ratios[name, 'not recorded']:.2f}"]
+        rows.append([f"`{name}`", *cells])
+    return markdown.table(["", "a pass that is recorded", "a pass that is not"], rows)
 
 
 def same_input() -> str:
     """Layers that have one input, with a shared covariance and inverse and without."""
-    lines = ["| layers with one input | shared, ms | an input each | concatenated |", "| --- | --- | --- | --- |"]
+    rows = []
     for row in read("same_input")["rows"]:
         shape = f"{row['layers']} of {row['units']} units and {row['outputs']} outputs, {row['rows']} rows"
-        times = " | ".join(f"{row[f'{name}_ms']:.1f}" for name in ("shared", "apart", "concatenated"))
-        lines.append(f"| {shape} | {times} |")
-    return "\n".join(lines)
+        rows.append([shape, *(f"{row[f'{name}_ms']:.1f}" for name in ("shared", "apart", "concatenated"))])
+    return markdown.table(["layers with one input", "shared, ms", "an input each", "concatenated"], rows)
 
 
 def small_batches() -> str:
     """Networks with few rows a layer, with all layers corrected and with the dear ones left alone."""
-    lines = [
-        "| network | layers | a step without | all corrected | with `max_share={}` | of these left alone |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    rows = read("small_batches")["rows"]
-    lines[0] = lines[0].format(rows[0]["limited"]["max_share"])
-    for row in rows:
+    found = read("small_batches")["rows"]
+    rows = []
+    for row in found:
         limited = row["limited"]
-        lines.append(
-            f"| {row['name']} | {row['layers']} | {row['ms']['plain']:.0f} ms | +{100 * row['added']:.0f} % "
-            f"| +{100 * limited['added']:.0f} % | {limited['left']} |"
-        )
-    return "\n".join(lines)
+        added = [f"+{100 * part['added']:.0f} %" for part in (row, limited)]
+        rows.append([row["name"], str(row["layers"]), f"{row['ms']['plain']:.0f} ms", *added, str(limited["left"])])
+    limit = f"with `max_share={found[0]['limited']['max_share']}`"
+    return markdown.table(["network", "layers", "a step without", "all corrected", limit, "of these left alone"], rows)
 
 
 def layer_cost() -> str:
     """How far the count of a layer's cost is from what was measured."""
-    lines = ["| mode | counted over measured share: quartiles | layers within a factor of 2 |", "| --- | --- | --- |"]
     rows = read("layer_cost")["rows"]
+    lines = []
     for mode, text in (("correct", '`"correct"`'), ("whiten", '`"whiten"`, `every=1`')):
         # Where nearly nothing was measured there is nothing to compare with.
         ratios = [row[mode]["counted"] / row[mode]["share"] for row in rows if row[mode]["share"] > 0.05]
         near = sum(0.5 <= ratio <= 2 for ratio in ratios)
         quartiles = ", ".join(f"{value:.2f}" for value in statistics.quantiles(ratios, n=4))
-        lines.append(f"| {text} | {quartiles} | {near} of {len(ratios)} |")
-    return "\n".join(lines)
+        lines.append([text, quartiles, f"{near} of {len(ratios)}"])
+    return markdown.table(["mode", "counted over measured share: quartiles", "layers within a factor of 2"], lines)
 
 
 def rows_dtype() -> str:
     results = read("rows_dtype")
     columns = ["float32", "bfloat16"]
-    lines = ["| | rows in float32 | in bfloat16 |", "| --- | --- | --- |"]
+    rows = []
     for data, title in (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST")):
         found = results[data]
         for key, text, form in (("train_loss", "train loss", ".4f"), ("test_error", "test error", ".4f")):
             cells = [", ".join(format(run[key], form) for run in found[kind]) for kind in columns]
-            lines.append(f"| {title}, {text} | {' | '.join(cells)} |")
+            rows.append([f"{title}, {text}", *cells])
         apart = ", ".join(f"{damping}: {value:.1e}" for damping, value in found["after"].items())
-        lines.append(f"| {title}, corrected gradients apart (relative), at damping |  | {apart} |")
+        rows.append([f"{title}, corrected gradients apart (relative), at damping", "", apart])
     sizes = [f"{results['mnist'][kind][0]['rows_bytes'] / 2**20:.2f} MiB" for kind in columns]
-    lines.append(f"| row buffers | {' | '.join(sizes)} |")
-    return "\n".join(lines)
+    return markdown.table(["", "rows in float32", "in bfloat16"], [*rows, ["row buffers", *sizes]])
 
 
 def linalg() -> str:
@@ -241,12 +228,11 @@ def linalg() -> str:
         what = row["operation"] if columns is None else f"solve, {columns} column{'' if columns == 1 else 's'}"
         shown.setdefault((what, row["threads"], row["dtype"]), {})[row["n"]] = row
     sizes = sorted({n for rows in shown.values() for n in rows})
-    head = "| | threads | " + " | ".join(f"{n} rows" for n in sizes) + " |"
-    lines = [head, "| --- " * (2 + len(sizes)) + "|"]
+    lines = []
     for (what, threads, dtype), rows in shown.items():
-        cells = " | ".join(f"{rows[n]['ratio']:.1f} ({rows[n]['us_per_matrix']['ours']:.3g} us)" for n in sizes)
-        lines.append(f"| {what}, {dtype} | {threads} | {cells} |")
-    return "\n".join(lines)
+        cells = [f"{rows[n]['ratio']:.1f} ({rows[n]['us_per_matrix']['ours']:.3g} us)" for n in sizes]
+        lines.append([f"{what}, {dtype}", str(threads), *cells])
+    return markdown.table(["", "threads", *(f"{n} rows" for n in sizes)], lines)
 
 
 RANKS = (8, 64, 256, 512, 4096, 16384)
@@ -256,24 +242,18 @@ def distributed() -> str:
     """A refresh on several ranks, simulated: microseconds alone and shared, what the cost model chooses in bold."""
     rows = read("distributed")["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [
-        "| ranks | " + " | ".join(f"{model} alone / shared" for model in models) + " |",
-        "|---|" + "---|" * len(models),
-    ]
+    lines = []
     for ranks in RANKS:
         cells = []
         for model in models:
             (row,) = [row for row in rows if (row["model"], row["ranks"]) == (model, ranks)]
             times = {how: f"{row[f'{how}_simulated_us']:.0f}" for how in ("alone", "shared")}
             cells.append(" / ".join(f"**{t}**" if how == row["chosen"] else t for how, t in times.items()))
-        lines.append(f"| {ranks} | {' | '.join(cells)} |")
+        lines.append([str(ranks), *cells])
+    table = markdown.table(["ranks", *(f"{model} alone / shared" for model in models)], lines)
     right = sum(row["regret"] == 0 for row in rows)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Bold is what the cost model chooses. It is the faster in {right} of {len(rows)} simulated cases.",
-        ]
+    return (
+        f"{table}\n\nBold is what the cost model chooses. It is the faster in {right} of {len(rows)} simulated cases."
     )
 
 
@@ -294,41 +274,38 @@ def whole_trainings(folder: Path = FOLDER) -> dict[str, list[dict]]:
 
 def kernel_model() -> str:
     """One chunk of the correction's kernel by the model, after each step of its redesign."""
-    lines = ["| kernel | X^T X | factor and inverse | G | latency of factor and inverse, us | of the CTA, us |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for step_ in read("kernel-model")["steps"]:
         chunk = step_["one_chunk"]
-        counts = " | ".join(str(chunk["instructions"][name]) for name in ("gram", "factor", "apply"))
-        lines.append(f"| {step_['step']} | {counts} | {chunk['factor_inverse_us']:.1f} | {chunk['us']:.1f} |")
-    return "\n".join(lines)
+        counts = [str(chunk["instructions"][name]) for name in ("gram", "factor", "apply")]
+        rows.append([step_["step"], *counts, f"{chunk['factor_inverse_us']:.1f}", f"{chunk['us']:.1f}"])
+    heads = ["kernel", "X^T X", "factor and inverse", "G", "latency of factor and inverse, us", "of the CTA, us"]
+    return markdown.table(heads, rows)
 
 
 def kernel_bounds() -> str:
     """The largest bound of every workload by the model, after each step, in us."""
     steps = read("kernel-model")["steps"]
     names = list(steps[0]["workloads"])
-    lines = ["| kernel | " + " | ".join(steps[0]["workloads"][name]["title"] for name in names) + " |"]
-    lines += ["| --- |" + " --- |" * len(names)]
+    rows = []
     for step_ in steps:
-        cells = [
-            f"{step_['workloads'][name]['bound_us']:.0f} ({step_['workloads'][name]['bound_by']})" for name in names
-        ]
-        lines.append(f"| {step_['step']} | " + " | ".join(cells) + " |")
-    lines.append("| target | " + " | ".join(str(steps[0]["workloads"][name]["target_us"]) for name in names) + " |")
-    return "\n".join(lines)
+        found = [step_["workloads"][name] for name in names]
+        rows.append([step_["step"], *(f"{bound['bound_us']:.0f} ({bound['bound_by']})" for bound in found)])
+    rows.append(["target", *(str(steps[0]["workloads"][name]["target_us"]) for name in names)])
+    return markdown.table(["kernel", *(steps[0]["workloads"][name]["title"] for name in names)], rows)
 
 
 def kernel_whitening() -> str:
     """The bounds of the two launches of whitening, and of one correction of the same workload, by the model, in us."""
     found = read("kernel-model")
-    lines = ["| | issue | memory | passes | tensor |", "| --- | --- | --- | --- | --- |"]
+    bounds = ["issue", "memory", "passes", "tensor"]
+    lines = []
     for name, launches in found["whitening"].items():
         rows = {"one correction": found["steps"][-1]["workloads"][name]}
         rows |= {"before the step, new factors": launches["whiten"], "after the step": launches["unwhiten"]}
         for what, row in rows.items():
-            cells = " | ".join(f"{row[f'{bound}_us']:.0f}" for bound in ("issue", "memory", "passes", "tensor"))
-            lines.append(f"| {launches['title']}: {what} | {cells} |")
-    return "\n".join(lines)
+            lines.append([f"{launches['title']}: {what}", *(f"{row[f'{bound}_us']:.0f}" for bound in bounds)])
+    return markdown.table(["", *bounds], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

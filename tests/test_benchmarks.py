@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import report
+from benchmarks import markdown, report
 from benchmarks.micro import MODULES, bench_host, bench_scaling
 from benchmarks.micro import __main__ as summary
 from benchmarks.micro.timing import Group
@@ -321,6 +321,12 @@ def test_tables_of_what_watching_and_sharing_cost():
         rows = report.read(name)["rows"]
         assert [row for row in rows if value(row) not in table and row.get("pass") != "not recorded"] == []
         assert len(table.splitlines()) == 2 + len({row.get("monitor", str(row)) for row in rows})
+
+
+def test_a_table_has_a_cell_for_every_head():
+    assert markdown.table(["", "a"], [["b", "1"]]) == "|  | a |\n| --- | --- |\n| b | 1 |"
+    with pytest.raises(ValueError, match="1 cells in a table of 2"):
+        markdown.table(["", "a"], [["b"]])
 
 
 def test_report_replaces_only_its_blocks(tmp_path):

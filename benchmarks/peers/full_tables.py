@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 
+from benchmarks import markdown
 from benchmarks.peers.full import BASE, FIRST_ORDER, FULL, KERNELS, METHODS, OURS, last
 from benchmarks.peers.tables import number
 
@@ -64,7 +65,7 @@ def ends(runs: Runs, key: str) -> str:
     """Return a table of the ends of the trainings: ``key`` of every optimizer on every task; the best is in italics."""
     tasks = tasks_of(runs)
     heads = [f"{task}{'' if key == 'train_loss' else ', ' + FULL[task].metric}" for task in tasks]
-    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     best = {
         task: min((end, name) for name in METHODS if (end := mean_end(runs[task], name, key)) is not None)[1]
         for task in tasks
@@ -76,8 +77,8 @@ def ends(runs: Runs, key: str) -> str:
             cell = spread(values(found, key)) if found else "not run"
             cells.append(f"*{cell}*" if name == best[task] else cell)
         if set(cells) != {"not run"}:
-            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([_name(name), *cells])
+    return markdown.table(["optimizer", *heads], rows)
 
 
 LATE = 0.9  # share of the steps
@@ -87,11 +88,8 @@ def converged(runs: Runs) -> str:
     """Return a table of the optimizers alone: the metric on test examples after 90 % of the steps over that at the
     end, the mean of the seeds; above 1 it still fell."""
     tasks = tasks_of(runs)
-    lines = ["| optimizer | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
-    for name in FIRST_ORDER:
-        cells = [_late(of_phase(runs[task], name, "final")) for task in tasks]
-        lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[_name(name), *(_late(of_phase(runs[task], name, "final")) for task in tasks)] for name in FIRST_ORDER]
+    return markdown.table(["optimizer", *tasks], rows)
 
 
 def longer(runs: Runs) -> str:
@@ -100,8 +98,7 @@ def longer(runs: Runs) -> str:
     finals = {task: [run for run in runs[task] if run["phase"] == "final"] for task in FULL if runs.get(task)}
     names = [name for name in METHODS if any(own(found, name) for found in finals.values())]
     shown = [name for name in names if name + DCT not in names]
-    heads = [*map(_name, shown), f"{METHODS['adamw'].text}, 90 % over the end"]
-    lines = ["| task | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for task, found in finals.items():
         best = min(statistics.mean(values(some, "train_loss")) for name in names if (some := own(found, name)))
         cells = []
@@ -112,9 +109,8 @@ def longer(runs: Runs) -> str:
                 ends_[0] = f"*{ends_[0]}*"
             cells.append(" / ".join(ends_))
         steps = found[0]["steps"]
-        line = [f"{task}, {steps} steps: train loss / {FULL[task].metric}", *cells, _late(own(found, "adamw"))]
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+        rows.append([f"{task}, {steps} steps: train loss / {FULL[task].metric}", *cells, _late(own(found, "adamw"))])
+    return markdown.table(["task", *map(_name, shown), f"{METHODS['adamw'].text}, 90 % over the end"], rows)
 
 
 def _late(finals: list[dict]) -> str:
@@ -130,16 +126,15 @@ def _metric_at(run: dict, step: int) -> float:
 def seconds(runs: Runs) -> str:
     """Return a table of the CPU seconds of a whole training, the mean of the seeds."""
     tasks = tasks_of(runs)
-    heads = [f"{task}, {FULL[task].steps} steps" for task in tasks]
-    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for name in METHODS:
         found = [
             [run["seconds"] for run in of_phase(runs[task], name, "final") if not run["failure"]] for task in tasks
         ]
         if any(found):
             cells = [f"{statistics.mean(some):.1f}" if some else "" for some in found]
-            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([_name(name), *cells])
+    return markdown.table(["optimizer", *(f"{task}, {FULL[task].steps} steps" for task in tasks)], rows)
 
 
 def steps_to(runs: list[dict], name: str, target: float) -> tuple[float, float] | None:
@@ -222,12 +217,12 @@ def steps_to_first_order(runs: list[dict], name: str) -> tuple[float, float] | N
 
 
 def _steps_table(runs: Runs, tasks: list[str], heads: list[str], cell: Callable[[str, str], str]) -> str:
-    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for name in METHODS:
         cells = [cell(task, name) if of_phase(runs[task], name, "final") else "" for task in tasks]
         if any(cells):
-            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([_name(name), *cells])
+    return markdown.table(["optimizer", *heads], rows)
 
 
 def _reached(runs: list[dict], name: str, found: tuple[float, float] | None, text: str | None) -> str:
@@ -257,7 +252,7 @@ def borrowed(runs: list[dict], name: str) -> tuple[float, float, float] | None:
 def rates(runs: Runs) -> str:
     """Return a table of chosen rates, and the loss at the base's rate over that at the own one."""
     tasks = tasks_of(runs)
-    lines = ["| optimizer | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    rows = []
     for name in METHODS:
         cells = []
         for task in tasks:
@@ -274,8 +269,8 @@ def rates(runs: Runs) -> str:
                     cell += f" (at {found[0]:g}: {more})"
                 cells.append(cell)
         if any(cells):
-            lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([_name(name), *cells])
+    return markdown.table(["optimizer", *tasks], rows)
 
 
 SHOWN = ("adamw", "adamw+white", "muon", "muon+white")
@@ -284,8 +279,7 @@ COLUMNS = ("adamw", "adamw+white", "adamw95+both+dct", "muon", "muon+white")
 
 def summary(runs: Runs, key: str = "metric") -> str:
     """Return a table with a task in a row: the optimizers of ``COLUMNS``, and the best of the others' that were run."""
-    heads = [_name(name) for name in COLUMNS]
-    lines = ["| task | " + " | ".join(heads) + " | best of the others |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
+    rows = []
     for task in tasks_of(runs):
         found = {name: of_phase(runs[task], name, "final") for name in METHODS}
         ends_ = {name: statistics.mean(values(some, key)) for name, some in found.items() if some}
@@ -295,8 +289,8 @@ def summary(runs: Runs, key: str = "metric") -> str:
         best = min(others, key=lambda name: others[name], default=None)
         cells.append("" if best is None else f"{spread(values(found[best], key))}, {METHODS[best].text.split(',')[0]}")
         marked = [f"*{c}*" if n == first else c for n, c in zip((*COLUMNS, best), cells, strict=True)]
-        lines.append(f"| {task}, {FULL[task].metric} | " + " | ".join(marked) + " |")
-    return "\n".join(lines)
+        rows.append([f"{task}, {FULL[task].metric}", *marked])
+    return markdown.table(["task", *map(_name, COLUMNS), "best of the others"], rows)
 
 
 AIMED = ("adamw+white", "adamw+both+dct", "adamw95+both+dct", "muon+white", "muon+both")
@@ -368,18 +362,18 @@ def goals(runs: Runs) -> str:
             for i, (what, wanted) in enumerate((("steps", "below 1 on 5"), ("CPU seconds", "below 1 on all"))):
                 text = f"{METHODS[name].text}: {what} to the best final train loss of first order, over SOAP's"
                 rows.append((text, wanted, {task: _over_soap(runs[task], name, i) for task in both}))
-    lines = ["| aim, of nine tasks | wanted | reached | on which; missed in bold |", "| --- |" + " --- |" * 3]
-    return "\n".join(lines + [_goal(*row) for row in rows])
+    heads = ["aim, of nine tasks", "wanted", "reached", "on which; missed in bold"]
+    return markdown.table(heads, [_goal(*row) for row in rows])
 
 
-def _goal(text: str, wanted: str, found: dict[str, tuple[float | str, bool]]) -> str:
+def _goal(text: str, wanted: str, found: dict[str, tuple[float | str, bool]]) -> list[str]:
     cells = []
     for task, (value, good) in found.items():
         if isinstance(value, float):
             value = f"{value:.2f}" if math.isfinite(value) else "not reached"
         cell = f"{task} {value}"
         cells.append(cell if good else f"**{cell}**")
-    return f"| {text} | {wanted} | {sum(good for _, good in found.values())} of {len(found)} run | {', '.join(cells)} |"
+    return [text, wanted, f"{sum(good for _, good in found.values())} of {len(found)} run", ", ".join(cells)]
 
 
 def _over_soap(runs: list[dict], name: str, i: int) -> tuple[float | str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from benchmarks import markdown
 from benchmarks.peers.full import FULL, last
 from benchmarks.peers.full_tables import spread, values
 from benchmarks.peers.norms import RATES as RATES_ALONE
@@ -20,29 +21,28 @@ def search(runs: list[dict]) -> str:
     heads = [
         f"{task}, {base}, {STEPS[task]} steps at {RATES[task, base]:g}: {FULL[task].metric}" for task, base in columns
     ]
-    lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for change in [*REFERENCES, *CHANGES]:
         cells = []
         for task, base in columns:
             found = at_rate(runs, task, base, change, RATES[task, base])
             cells.append(_searched(found[0]) if found else "")
         if any(cells):
-            lines.append(f"| {change} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([change, *cells])
+    return markdown.table(["change", *heads], rows)
 
 
 def outputs(runs: list[dict]) -> str:
     """Return a table of the ways to whiten the outputs' side, in front of AdamW on the character GPT, at two rates."""
     base = RATES["char-gpt", "adamw"]
     shares = (1.0, 3.0)
-    lines = ["| change | " + " | ".join(f"rate {base * share:g}" for share in shares) + " |", "| --- |" + " --- |" * 2]
+    rows = []
     names = ("base", "damping 0.3", *(name for name in REFERENCES if "outputs" in name))
     for change in (*names, *(name for name in CHANGES if "output" in name or "both sides" in name)):
         found = [at_rate(runs, "char-gpt", "adamw", change, float(f"{base * share:.2g}")) for share in shares]
         if any(found):
-            cells = [number(values(some[:1], "train_loss")[0]) if some else "" for some in found]
-            lines.append(f"| {change} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([change, *(number(values(some[:1], "train_loss")[0]) if some else "" for some in found)])
+    return markdown.table(["change", *(f"rate {base * share:g}" for share in shares)], rows)
 
 
 OF_KERNELS = "cifar-convnet"  # has a table of its own
@@ -51,7 +51,7 @@ OF_KERNELS = "cifar-convnet"  # has a table of its own
 def kernels(runs: list[dict]) -> str:
     """Return a table of what is done to the kernels of the CIFAR-10 convnet, at one rate: mean and half range of the
     seeds."""
-    lines = ["| optimizer | change | rate | train loss | test error | CPU seconds |", "| --- |" + " --- |" * 5]
+    rows = []
     for base in ("adamw", "muon"):
         lr = RATES[OF_KERNELS, base]
         for change in [*REFERENCES, *CHANGES]:
@@ -59,15 +59,15 @@ def kernels(runs: list[dict]) -> str:
             if found:
                 cells = [spread(values(found, key)) for key in ("train_loss", "metric")]
                 mean = statistics.mean(run["seconds"] for run in found)
-                lines.append(f"| {base} | {change} | {lr:g} | " + " | ".join([*cells, f"{mean:.1f}"]) + " |")
-    return "\n".join(lines)
+                rows.append([base, change, f"{lr:g}", *cells, f"{mean:.1f}"])
+    return markdown.table(["optimizer", "change", "rate", "train loss", "test error", "CPU seconds"], rows)
 
 
 def around(runs: list[dict]) -> str:
     """Return a table of changes of AdamW on both sides, at the rate of its whole trainings: train loss at the end and
     metric; of those with several seeds mean and half range, of the others the one seed."""
     heads = [f"{task}, {STEPS[task]} steps at {lr:g}: {FULL[task].metric}" for task, lr in AROUND_RATES.items()]
-    lines = ["| change | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for change in AROUND:
         cells = []
         for task, lr in AROUND_RATES.items():
@@ -75,8 +75,8 @@ def around(runs: list[dict]) -> str:
             write = spread if len(found) > 1 else lambda some: number(some[0]) if math.isfinite(some[0]) else "failed"
             cells.append(" / ".join(write(values(found, key)) for key in ("train_loss", "metric")) if found else "")
         if any(cells):
-            lines.append(f"| {change.removeprefix('both sides, ')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([change.removeprefix("both sides, "), *cells])
+    return markdown.table(["change", *heads], rows)
 
 
 def columns_of(runs: list[dict]) -> list[tuple[str, str]]:
@@ -103,7 +103,7 @@ NORMS = {"base": "alone", "damping 0.3": "whitened, norm kept", "norm free, damp
 
 def norms(runs: list[dict]) -> str:
     """Return a table of the train loss at the end at several rates: alone, whitened with the norm kept and free."""
-    lines = ["| task, optimizer | rate | seeds | " + " | ".join(NORMS.values()) + " |", "| --- |" + " --- |" * 5]
+    rows = []
     for task, base in columns_of(runs):
         lrs = {run["setting"]["lr"] for run in runs if (run["task"], run["optimizer"]) == (task, base)}
         for lr in sorted(lrs):
@@ -114,8 +114,8 @@ def norms(runs: list[dict]) -> str:
             cells = [spread(values(some, "train_loss")) if len(some) == seeds else "" for some in found.values()]
             if seeds == 1:
                 cells = [cell.split(" ±")[0] for cell in cells]
-            lines.append(f"| {task}, {base} | {lr:g} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([f"{task}, {base}", f"{lr:g}", str(seeds), *cells])
+    return markdown.table(["task, optimizer", "rate", "seeds", *NORMS.values()], rows)
 
 
 def small_norms(runs: list[dict]) -> str:
@@ -123,7 +123,7 @@ def small_norms(runs: list[dict]) -> str:
     best of three rates, seed 0."""
     compared = ("alone", "norm kept", "norm free")
     heads = [*compared, *(f"{name}, best of three rates" for name in compared)]
-    lines = ["| task, optimizer | rate | " + " | ".join(heads) + " |", "| --- |" + " --- |" * 7]
+    rows = []
     for task in SMALL:
         for base in ("muon", "adamw"):
             some = [run for run in runs if (run["task"], run["optimizer"]) == (task, base)]
@@ -139,8 +139,8 @@ def small_norms(runs: list[dict]) -> str:
                 best = min(found, key=lambda run: values([run], "train_loss"), default=None)
                 complete = best is not None and len(found) == len(tried)
                 cells.append(f"{number(best['train_loss'])} at {best['setting']['lr']:g}" if complete else "")
-            lines.append(f"| {task}, {base} | {lr:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([f"{task}, {base}", f"{lr:g}", *cells])
+    return markdown.table(["task, optimizer", "rate", *heads], rows)
 
 
 MEMBERS = ("alone", "norm kept", *list(SETTINGS)[5:])
@@ -150,7 +150,7 @@ def members(runs: list[dict]) -> str:
     """Return a table of other members of the family in front of AdamW: train loss at one rate, three seeds."""
     tasks = [task for task in SMALL if any(run["phase"] == MEMBERS[2] and run["task"] == task for run in runs)]
     heads = [f"{task}, adamw at {RATES_ALONE['adamw', task]:g}" for task in tasks]
-    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    rows = []
     for name in MEMBERS:
         cells = []
         for task in tasks:
@@ -158,8 +158,8 @@ def members(runs: list[dict]) -> str:
             names = ("optimizer", "task", "phase")
             found = [run for run in runs if (*(run[n] for n in names), run["setting"]["lr"]) == key]
             cells.append(spread(values(found, "train_loss")) if found else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown.table(["", *heads], rows)
 
 
 def tenth_of(run: dict) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from benchmarks import markdown
 from benchmarks.peers.ablations import BEST_RATE, SAME_RATE, SGD_ONLY, VARIANT_PEERS, VARIANT_PHASE, table
 from benchmarks.peers.cost import MODELS
 from benchmarks.peers.optimizers import PEERS
@@ -71,10 +72,7 @@ def finals(runs: list[dict], task: str) -> str:
     hopeless = [peer for peer in PEERS if all_failed(runs, peer)]
     order = sorted(rows, key=lambda peer: (rows[peer]["end"] is None, rows[peer]["end"]))
     heads = [f"steps (CPU s) to {target:g}" for target in TASKS[task].targets]
-    lines = [
-        "| " + " | ".join(["optimizer", "rate", f"{TASKS[task].metric} at the end", *heads, "ms per step"]) + " |",
-        "| " + " | ".join(["---"] * (4 + len(heads))) + " |",
-    ]
+    lines = []
     for peer in order:
         row = rows[peer]
         rate = f"{row['setting']['lr']:g}" + (" *" if row["edge"] else "")
@@ -83,12 +81,15 @@ def finals(runs: list[dict], task: str) -> str:
         end = "failed" if row["end"] is None else f"{number(row['end'])} ± {number(_half(row['spread']))}"
         if row["failed"] and row["end"] is not None:
             end += f", {row['failed']} of {row['seeds']} failed"
-        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
-        cells = [name, rate, end, *(_reached(t, row["seeds"]) for t in row["targets"]), number(row["ms_per_step"])]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [rate, end, *(_reached(t, row["seeds"]) for t in row["targets"]), number(row["ms_per_step"])]
+        lines.append([_name(peer), *cells])
     for peer in hopeless:
-        lines.append(f"| {PEERS[peer].text} | | every trial failed |" + " |" * (1 + len(heads)))
-    return "\n".join(lines)
+        lines.append([PEERS[peer].text, "", "every trial failed", *[""] * (1 + len(heads))])
+    return markdown.table(["optimizer", "rate", f"{TASKS[task].metric} at the end", *heads, "ms per step"], lines)
+
+
+def _name(peer: str) -> str:
+    return f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
 
 
 def all_failed(runs: list[dict], peer: str) -> bool:
@@ -217,13 +218,12 @@ def overview(runs: dict[str, list[dict]]) -> str:
         for task in tasks
     }
     heads = [f"{task}, {TASKS[task].metric} {TASKS[task].targets[chosen[task]]:g}" for task in tasks]
-    lines = ["| optimizer | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    lines = []
     for peer in PEERS:
         cells = [_overview_cell(runs[task], rows[task].get(peer), chosen[task], peer) for task in tasks]
         if set(cells) != {"not run"}:
-            name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([_name(peer), *cells])
+    return markdown.table(["optimizer", *heads], lines)
 
 
 def _overview_cell(runs: list[dict], row: dict | None, target: int, peer: str) -> str:
@@ -241,12 +241,8 @@ def cost(results: dict) -> str:
     """Return a table: time of a step over SGD's and, in brackets, bytes that are kept for each parameter."""
     rows = results["rows"]
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-    lines = [
-        "| a step, ratio to SGD (bytes a parameter) | " + " | ".join(models) + " |",
-        "| --- |" + " --- |" * len(models),
-    ]
     sgd = {row["model"]: row["ms"] for row in rows if row["optimizer"] == "sgd"}
-    lines.append("| SGD, momentum 0.9: ms per step | " + " | ".join(number(sgd[model]) for model in models) + " |")
+    lines = [["SGD, momentum 0.9: ms per step", *(number(sgd[model]) for model in models)]]
     for peer in PEERS:
         found = {row["model"]: row for row in rows if row["optimizer"] == peer}
         if peer == "sgd" or not found:
@@ -259,33 +255,31 @@ def cost(results: dict) -> str:
             else "not run"
             for m in models
         ]
-        name = f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([_name(peer), *cells])
+    return markdown.table(["a step, ratio to SGD (bytes a parameter)", *models], lines)
 
 
 def ablations(runs: list[dict]) -> str:
     """Return a table with one row per change and one column per task and base optimizer."""
     found = table([run for run in runs if run["phase"] != VARIANT_PHASE])
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
-    lines = ["| change | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     order = {change: i for i, change in enumerate([*SAME_RATE, *BEST_RATE, *SGD_ONLY])}
-    for change, cells in sorted(found.items(), key=lambda pair: order.get(pair[0], len(order))):
-        shown = [_cell(cells, column) for column in columns]
-        lines.append(f"| {change} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    rows = [
+        [change, *(_cell(cells, column) for column in columns)]
+        for change, cells in sorted(found.items(), key=lambda pair: order.get(pair[0], len(order)))
+    ]
+    return markdown.table(["change", *columns], rows)
 
 
 def variants(runs: list[dict]) -> str:
     """Return a table of activations and normalisations, with and without the correction, one row per network."""
     found = table([run for run in runs if run["phase"] == VARIANT_PHASE]).get(VARIANT_PHASE, {})
-    texts = [f"**{PEERS[peer].text}**" if PEERS[peer].order == 3 else PEERS[peer].text for peer in VARIANT_PEERS]
-    lines = ["| " + " | ".join(["network", *texts]) + " |", "| --- |" + " --- |" * len(texts)]
+    rows = []
     for task in VARIANTS:
         cells = [_cell(found, f"{task}, {peer}") for peer in VARIANT_PEERS]
         if any(cells):
-            lines.append("| " + " | ".join([task, *cells]) + " |")
-    return "\n".join(lines)
+            rows.append([task, *cells])
+    return markdown.table(["network", *map(_name, VARIANT_PEERS)], rows)
 
 
 def _cell(cells: dict[str, tuple[float, float] | None], column: str) -> str:

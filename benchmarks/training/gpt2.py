@@ -42,6 +42,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 import consistency_ops as co
+from benchmarks import markdown
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 TARGET = 3.28
@@ -376,15 +377,12 @@ def report(folders: list[Path]) -> str:
     """Return a table of finished runs, fewest steps first, those that end above the target last."""
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     results.sort(key=lambda r: (not r["val_loss"] <= r["target"], r["steps"], r["val_loss"]))
-    lines = [
-        "| optimizer | mode | rate | steps | validation loss | at the target |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for r in results:
         o = r["options"]
         met = "yes" if r["val_loss"] <= r["target"] else "no"
-        lines.append(f"| {o['optimizer']} | {o['mode']} | {o['lr']:g} | {r['steps']} | {r['val_loss']:.4f} | {met} |")
-    return "\n".join(lines)
+        rows.append([o["optimizer"], o["mode"], f"{o['lr']:g}", str(r["steps"]), f"{r['val_loss']:.4f}", met])
+    return markdown.table(["optimizer", "mode", "rate", "steps", "validation loss", "at the target"], rows)
 
 
 def parser() -> argparse.ArgumentParser:
