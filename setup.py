@@ -14,6 +14,7 @@ MAX_JOBS                       parallel compile jobs
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shlex
@@ -124,12 +125,16 @@ def prefix_maps(cpp_extension) -> list[str]:
 
 
 def torch_abi_extension(cpp_extension) -> Extension:
-    """csrc/torch_abi.  Its name says which torch may load it (ops/library.py)."""
+    """csrc/torch_abi.  Its name says which torch may load it, its digest which Python files (ops/library.py)."""
     import torch
 
+    sources = sorted(ROOT.glob("csrc/torch_abi/*.cpp"))
+    files = [*sources, *sorted(ROOT.glob("csrc/torch_abi/*.h"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     return cpp_extension.CppExtension(
         "consistency_ops._torch_abi_" + re.sub(r"\W", "_", torch.__version__),
-        sorted(str(s.relative_to(ROOT)) for s in ROOT.glob("csrc/torch_abi/*.cpp")),
+        [str(path.relative_to(ROOT)) for path in sources],
+        define_macros=[("CONSISTENCY_OPS_DIGEST", f'"{digest}"')],
         include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         extra_compile_args=[
             *("-O2", *HIDDEN, "-Wall", "-Wextra", "-g0", *prefix_maps(cpp_extension)),

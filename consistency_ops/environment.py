@@ -21,7 +21,8 @@ class BuildInfo(TypedDict):
     ``cpu_isa``, the kernels in use: "amx", "avx512bf16", "avx512", "avx2" or "portable"; ``threads`` of torch;
     ``omp_wait_policy``; ``gpus``, their names, empty without a CUDA device; ``os``; ``python``; ``library``, the path
     of the compiled file; ``torch_abi``: "loaded" if ``csrc/torch_abi``, which makes small layers and calls faster, was
-    built for this torch and this Python, "off" where ``CONSISTENCY_OPS_TORCH_ABI=0`` says so, else "not built".
+    built for this torch and this Python from the sources that lie there, "off" where ``CONSISTENCY_OPS_TORCH_ABI=0``
+    says so, else "not built".
     """
 
     version: str

@@ -65,6 +65,20 @@ def test_one_of_another_torch_or_a_damaged_one_is_left_alone(path, monkeypatch, 
     assert library._load_torch_abi() is None
 
 
+def test_one_of_other_sources_is_left_alone(path, monkeypatch):
+    """It happens after `git pull` without `make build`."""
+    if library.torch_abi is None:
+        pytest.skip("csrc/torch_abi is not built for this torch")
+    assert library._load_torch_abi() is library.torch_abi
+    for digest in ("0" * 64, None):
+        monkeypatch.setattr(library.torch_abi, "digest", digest)
+        assert library._load_torch_abi() is None
+    monkeypatch.delattr(library.torch_abi, "digest")  # older than this check
+    assert library._load_torch_abi() is None
+    monkeypatch.setattr(library, "_sources", lambda *patterns: [])  # shipped without its sources
+    assert library._load_torch_abi() is library.torch_abi
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "empty", "scalar"])
 def test_derivatives_of_any_order(layout):
     x = {

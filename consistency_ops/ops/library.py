@@ -5,6 +5,7 @@ accelerator against torch's unstable C++ interface (`csrc/torch_abi`), or None: 
 """
 
 import ctypes
+import hashlib
 import importlib
 import os
 import re
@@ -56,17 +57,24 @@ def _path(_ops: ModuleType) -> str:
 
 def _is_of(library: ctypes.CDLL) -> bool:
     """Whether the library was compiled with the list of operators that lies in csrc, which this package calls."""
-    package = Path(__file__).resolve().parents[1]
-    files = [csrc / "bindings" / "schemas.inc" for csrc in (package / "csrc", package.parent / "csrc")]
-    file = next((file for file in files if file.exists()), None)
-    if file is None:  # somebody ships the package without its sources: there is nothing to compare with
+    found = _sources("bindings/schemas.inc")
+    if not found:  # somebody ships the package without its sources: there is nothing to compare with
         return True
     try:
         library.co_schemas.restype = ctypes.c_char_p
         compiled: bytes = library.co_schemas()
     except AttributeError:  # older than this check
         return False
-    return compiled == file.read_bytes().strip().removeprefix(b'R"(').removesuffix(b')"')
+    return compiled == found[0].read_bytes().strip().removeprefix(b'R"(').removesuffix(b')"')
+
+
+def _sources(*patterns: str) -> list[Path]:
+    """The files of csrc, in the package where it is installed and beside it in a checkout, sorted by pattern."""
+    package = Path(__file__).resolve().parents[1]
+    for csrc in (package / "csrc", package.parent / "csrc"):
+        if found := [file for pattern in patterns for file in sorted(csrc.glob(pattern))]:
+            return found
+    return []
 
 
 def is_torch_abi_off() -> bool:
@@ -86,7 +94,17 @@ def _load_torch_abi() -> ModuleType | None:
         module = importlib.import_module("..._torch_abi_" + re.sub(r"\W", "_", torch.__version__), __name__)
     except ImportError:
         return None
-    return module if hasattr(module, "use_host_path") else None  # that of older sources, left by an earlier build
+    return module if _has_digest(module) else None
+
+
+def _has_digest(module: ModuleType) -> bool:
+    """Whether an accelerator was compiled from the files of csrc/torch_abi, as setup.py sums them up.
+
+    One of an earlier commit, which may lie there after `git pull` without `make build`, may have other functions.
+    """
+    files = _sources("torch_abi/*.cpp", "torch_abi/*.h")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return not files or getattr(module, "digest", None) == digest
 
 
 library: ctypes.CDLL = _load()

@@ -25,5 +25,11 @@ PyMODINIT_FUNC CO_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
   definition.m_name = "_torch_abi";
   definition.m_size = -1;
   definition.m_methods = methods;
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  // Of the files that it was built from: Python files of another commit may call it otherwise.
+  if (module != nullptr && PyModule_AddStringConstant(module, "digest", CONSISTENCY_OPS_DIGEST) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }
