@@ -2,13 +2,14 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import consistency_ops as co
 from benchmarks.training import __main__ as command
-from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_depth, runner, tasks
+from benchmarks.training import contractive, fit, glorot, init_tolerance, roa_depth, roa_memory, runner, tasks
 from consistency_ops.nn import deep_mlp
 
 TINY = dict(epochs=2, train=60, test=20, batch=20, iterations=2, pixel_epochs=1, n=1, hidden=8, width=8)
@@ -38,8 +39,14 @@ def chosen(name, experiment):
         ],
         "modern": ["vit, modulus", "gpt, speed"],
         "narrow-search": ["relu, sgd2, depth 20, width 10", "modulus, sgd2, depth 20, width 10, noise"],
-        "roa-memory": ["adding, roa, corrected", "copying, rnn", "psmnist, roa, both sides"],
-        "roa-pixels": ["both sides, ten epochs"],
+        "roa-memory": [
+            "adding, roa, corrected",
+            "copying, rnn",
+            "psmnist, roa, both sides",
+            "copying, roa, scaled",
+            "adding, roa, scaled",
+        ],
+        "roa-pixels": ["both sides, ten epochs", "batch norm"],
         "pixelwise": ["im2col", "fft"],
         "noise": ["relu, depth 50, residual 0.01", "relu, depth 50, gradient 0.01"],
         "glorot": ["tanh, glorot"],
@@ -219,6 +226,29 @@ def test_plain_network_is_a_network_without_filters():
     assert torch.equal(model.hidden(x), expected)
 
 
+@pytest.mark.parametrize("steps", [30, 300])
+def test_a_copying_network_that_starts_blank_answers_blank_and_stores_no_blanks(steps):
+    settings = {**roa_memory.SETTINGS["copying, roa, scaled"], "steps": steps}
+    model = roa_memory.Network(settings, 10, 16, 10, steps + 20)
+    u, _ = tasks.copying(3, steps, torch.Generator().manual_seed(0))
+    answers = model(u, last=False)
+    assert answers.shape == ((steps + 20) * 3, 10)
+    assert (answers.argmax(1) == tasks.BLANK).all()
+    blanks = torch.nn.functional.one_hot(torch.full((steps, 3), tasks.BLANK), 10).float()
+    assert torch.equal(model.recurrent(blanks)[1], torch.zeros(3, 16))
+    states = model.scale * model.recurrent(u)[0]
+    assert 0.1 < states.std() < 10
+
+
+def test_a_scaled_network_learns_to_add_in_two_hundred_iterations(tmp_path):
+    settings = {**roa_memory.SETTINGS["adding, roa, scaled"], "steps": 200}
+    size = {**roa_memory.SIZE, "iterations": 200, "epochs": 10, "hidden": 64, "batch": 20}
+    torch.manual_seed(0)
+    outcome = roa_memory.run(settings, size, 0, None, runner.Ticker(Mock(), runner.Progress(tmp_path / "run.pt")))
+    assert outcome["loss"][-1] < 0.2 * tasks.ADDING_BASELINE, outcome
+    assert outcome["test_loss"] < 0.5 * tasks.ADDING_BASELINE, outcome
+
+
 class Interrupted(Exception):
     pass
 
@@ -230,6 +260,8 @@ class Interrupted(Exception):
         ("roa-memory", "copying, lstm"),
         ("roa-memory", "psmnist, roa, corrected"),
         ("roa-memory", "adding, roa, both sides"),
+        ("roa-memory", "adding, roa, scaled"),
+        ("roa-memory", "copying, roa, scaled"),
         ("roa-pixels", "whiten"),
         ("roa-pixels", "both sides, ten epochs"),
         ("shapeset", "tanh, glorot"),
