@@ -298,7 +298,7 @@ def lines(results):
         key = "test_error" if "psmnist" in name else "loss"
         line = f"{name}: last {key} {runner.spread((r[key][-1] for r in records), '{:.4f}')}"
         if "test_loss" in records[0]:
-            line += f", on new sequences {runner.spread((r['test_loss'] for r in records), '{:.5f}')}"
+            line += f", on new sequences {runner.spread((r['test_loss'] for r in records), '{:.2g}')}"
         if "recalled" in records[0]:
             line += f", {runner.spread(r['recalled'] for r in records)} of the symbols right"
         text.append(line)

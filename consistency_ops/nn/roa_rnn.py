@@ -37,7 +37,8 @@ class ROARNN(nn.Module):
     The states have about the size of beta. A read-out therefore learns far sooner from ``10 * states``, or with
     gradients corrected by :class:`consistency_ops.Preconditioner`; both together are best
     (``benchmarks/training/roa_memory.py``). On permuted MNIST ``mode="whiten"`` is better still, with beta well above
-    1 / T and alpha = 1 (``benchmarks/training/roa_pixels.py``).
+    1 / T and alpha = 1 (``benchmarks/training/roa_pixels.py``). Over thousands of steps give the read-out states of
+    unit size, normalised over the batch or divided by beta ("scaled" in ``benchmarks/training/roa_memory.py``).
 
     On a CPU all steps are computed in one call where nothing can tell: plain submodules without hooks other than those
     of a :class:`consistency_ops.Preconditioner`, one dtype, no transform of ``torch.func``. The states are then kept in
