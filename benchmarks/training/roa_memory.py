@@ -13,7 +13,7 @@ read-out and the rate were the best of six settings tried for copying, of six fo
 takes off what all sequences have in common, T times the size of what is to be kept; no filter ("identity"), so that
 every unit is a sum over time, and ten times the initial input weights and biases, so that some units ignore what is not
 marked.  Copying: states are divided by beta; the biases start so that a blank adds nothing to the states, the read-out
-so that it answers "blank" (weights 0, its bias 8).  Both were found on 1 000 steps.
+so that it answers "blank" (weights 0, its bias 8).  Found on 1 000 steps, 100 / T on both lengths.
 A point of the curves is the loss of the training batches since the point before; batches are drawn anew, so it is a
 test loss too (copying, adding).  "test_loss": on ten new batches after the training, in evaluation mode, with
 statistics of the normalisation that are taken from ten others just before; "recalled": share of the ten symbols that is
