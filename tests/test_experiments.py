@@ -249,6 +249,18 @@ def test_a_scaled_network_learns_to_add_in_two_hundred_iterations(tmp_path):
     assert outcome["test_loss"] < 0.5 * tasks.ADDING_BASELINE, outcome
 
 
+def test_the_error_on_images_takes_no_statistics_from_them():
+    model = roa_memory.Network({**roa_memory.SETTINGS["psmnist, roa, scaled"]}, 1, 8, 10, 20)
+    images, labels = torch.randn(20, 30, 1), torch.randint(10, (30,))
+    model(images)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    error = roa_memory.image_error(model, images, labels)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    alone = [roa_memory.image_error(model, images[:, i : i + 1], labels[i : i + 1]) for i in range(30)]
+    assert sum(alone) / 30 == pytest.approx(error)
+
+
 class Interrupted(Exception):
     pass
 

@@ -180,14 +180,6 @@ def run(settings, size, seed, data, tick):
     if task == "psmnist":
         return _pixels(model, optimizer, step, size, seed, data.standard(), tick)
 
-    def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss and the network's outputs."""
-        u, target = batch
-        outputs = model(u, last=task == "adding")
-        if task == "copying":
-            return functional.cross_entropy(outputs, target.flatten()), outputs
-        return functional.mse_loss(outputs[:, 0], target), outputs
-
     draw = partial(getattr(tasks, task), size["batch"], length)
     generator, losses = torch.Generator().manual_seed(seed), []
     restore(tick.progress.load(), model, optimizer, generator, losses)
@@ -195,30 +187,46 @@ def run(settings, size, seed, data, tick):
     while len(losses) < size["epochs"]:
         total = 0.0
         for i in range(per_point):
-            loss = loss_of(draw(generator))[0]
+            loss, _ = loss_of(model, task, *draw(generator))
             total += step(loss, (len(losses) + i / per_point) / size["epochs"])
         losses.append(total / per_point)
         keep(tick.progress, model, optimizer, generator, losses)
         tick(f"loss {losses[-1]:.4f}")
-    return {"loss": losses, **test(model, loss_of, draw, torch.Generator().manual_seed(TEST_SEED + seed))}
+    return {"loss": losses, **test(model, task, draw, torch.Generator().manual_seed(TEST_SEED + seed))}
+
+
+def loss_of(model: Network, task: str, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of copying or adding, and the network's outputs."""
+    outputs = model(u, last=task == "adding")
+    if task == "copying":
+        return functional.cross_entropy(outputs, target.flatten()), outputs
+    return functional.mse_loss(outputs[:, 0], target), outputs
 
 
 @torch.no_grad()
-def test(model: Network, loss_of, draw, generator: torch.Generator) -> dict[str, float]:
+def test(model: Network, task: str, draw, generator: torch.Generator) -> dict[str, float]:
     """Return the mean loss on new sequences, and for copying the share of the ten symbols that is right."""
     # The running mean lags by some steps, in which the states move by T times the change of a weight.
     update_bn((draw(generator)[0] for _ in range(TEST_BATCHES)), model)
     model.eval()
-    losses, recalled = [], []
+    sums = {"test_loss": 0.0} | ({"recalled": 0.0} if task == "copying" else {})
     for _ in range(TEST_BATCHES):
-        batch = draw(generator)
-        loss, outputs = loss_of(batch)
-        losses.append(float(loss))
-        symbols = batch[1][-tasks.LENGTH :].flatten()
-        if outputs.shape[1] > 1:
-            recalled.append(float((outputs[-len(symbols) :].argmax(1) == symbols).double().mean()))
-    means = {"test_loss": losses} | ({"recalled": recalled} if recalled else {})
-    return {key: sum(values) / len(values) for key, values in means.items()}
+        u, target = draw(generator)
+        loss, outputs = loss_of(model, task, u, target)
+        sums["test_loss"] += float(loss)
+        if task == "copying":
+            symbols = target[-tasks.LENGTH :].flatten()
+            sums["recalled"] += float((outputs[-len(symbols) :].argmax(1) == symbols).double().mean())
+    return {key: value / TEST_BATCHES for key, value in sums.items()}
+
+
+@torch.no_grad()
+def image_error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images (T, N, 1) that the model, in evaluation mode, gives another label."""
+    model.eval()
+    guesses = torch.cat([model(images[:, b]).argmax(1) for b in torch.arange(images.shape[1]).split(250)])
+    model.train()
+    return float((guesses != labels).double().mean())
 
 
 def keep(progress, model, optimizer, generator, *curves) -> None:
@@ -247,9 +255,7 @@ def _pixels(model, optimizer, step, size, seed, data, tick):
             loss = functional.cross_entropy(model(train[:, b]), data.train_y[b])
             total += step(loss, (len(losses) + i / len(batches)) / size["pixel_epochs"])
         losses.append(total / len(batches))
-        with torch.no_grad():
-            guesses = torch.cat([model(test[:, b]).argmax(1) for b in torch.arange(test.shape[1]).split(250)])
-        errors.append(float((guesses != data.test_y).double().mean()))
+        errors.append(image_error(model, test, data.test_y))
         keep(tick.progress, model, optimizer, shuffle, losses, errors)
         tick(f"loss {losses[-1]:.3f}, test error {errors[-1]:.2%}")
     return {"loss": losses, "test_error": errors}

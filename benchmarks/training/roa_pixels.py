@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import consistency_ops as co
 from benchmarks.training import runner, tasks
-from benchmarks.training.roa_memory import keep, restore, state_norm
+from benchmarks.training.roa_memory import image_error, keep, restore, state_norm
 from consistency_ops.nn import ROARNN
 
 TITLE = "permuted sequential MNIST, 784 steps: a search for roaRNN's settings, and the paper's size"
@@ -115,11 +115,7 @@ def run(settings, size, seed, data, tick):
             optimizer.step()
             total += float(loss.detach())
         losses.append(total / len(batches))
-        model.eval()
-        with torch.no_grad():
-            guesses = torch.cat([model(test[:, b]).argmax(1) for b in torch.arange(test.shape[1]).split(250)])
-        errors.append(float((guesses != data.test_y).double().mean()))
-        model.train()
+        errors.append(image_error(model, test, data.test_y))
         keep(tick.progress, model, optimizer, shuffle, losses, errors)
         tick(f"loss {losses[-1]:.3f}, test error {errors[-1]:.2%}")
     return {"loss": losses, "test_error": errors}
